@@ -1,0 +1,29 @@
+"""gradfold: the gradient of a batch that does not fit in memory, exactly, for PyTorch."""
+
+from gradfold.accumulator import Accumulator as Accumulator
+from gradfold.errors import BackwardError as BackwardError
+from gradfold.errors import BatchError as BatchError
+from gradfold.errors import BatchNormError as BatchNormError
+from gradfold.errors import DataError as DataError
+from gradfold.errors import GradfoldError as GradfoldError
+from gradfold.errors import HookError as HookError
+from gradfold.errors import LossError as LossError
+from gradfold.errors import ModelError as ModelError
+from gradfold.errors import NonFiniteLossError as NonFiniteLossError
+from gradfold.errors import OptionError as OptionError
+from gradfold.errors import RanksError as RanksError
+from gradfold.errors import TrainStepError as TrainStepError
+from gradfold.errors import WeightError as WeightError
+from gradfold.errors import WindowError as WindowError
+from gradfold.errors import WorkloadError as WorkloadError
+from gradfold.loader import LoopWindow as LoopWindow
+from gradfold.loader import Window as Window
+from gradfold.loader import windows as windows
+from gradfold.train_step import StepResult as StepResult
+from gradfold.train_step import TrainStep as TrainStep
+from gradfold.weight import TokenCount as TokenCount
+from gradfold.weight import token_count as token_count
+from gradfold.window import WindowResult as WindowResult
+from gradfold.workloads.workload import Workload as Workload
+
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,96 @@
+"""A backward pass: loss terms, each with its share of the window as the seed, through torch or a framework's own call.
+
+A seed is a tensor of the loss's dtype and device, made once per distinct share: `loss.backward(gradient=seed)` gives
+the gradient of `seed * loss` and adds nothing to the graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradfold.errors import BackwardError, LossError
+
+__all__: list[str] = []
+
+
+class BackwardFn(Protocol):
+    """What a framework wants called instead of `loss.backward`: `accelerator.backward`, `fabric.backward`, ..."""
+
+    def __call__(self, loss: Tensor, /, *, gradient: Tensor) -> object:
+        """Back-propagate `gradient`, the seed, from `loss`."""
+
+
+class BackPropagation:
+    """Seeds loss terms and back-propagates them, for one window."""
+
+    def __init__(self, backward: BackwardFn | None = None) -> None:
+        self._backward = backward
+        self._seeds: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, terms: Sequence[tuple[Tensor, float]]) -> None:
+        """Back-propagate the sum of `share * term` over the (term, share) pairs.
+
+        Raises:
+            LossError: no term requires grad.
+        """
+        losses, seeds = [], []
+        for term, share in terms:
+            if term.requires_grad:
+                losses.append(term)
+                seeds.append(self._seed(share, term))
+        if not losses:
+            raise LossError(
+                "the loss does not require grad: nothing connects it to the model's parameters. Look for "
+                "torch.no_grad(), .detach(), .item() or an argmax on the way, and for frozen parameters."
+            )
+        if self._backward is None:
+            torch.autograd.backward(losses, seeds)
+        elif len(losses) == 1:
+            self._backward(losses[0], gradient=seeds[0])
+        else:  # a framework takes one loss
+            loss = torch.stack([term * seed for term, seed in zip(losses, seeds, strict=True)]).sum()
+            self._backward(loss, gradient=self._seed(1.0, loss))
+
+    def _seed(self, share: float, term: Tensor) -> Tensor:
+        key = (share, term.dtype, term.device)
+        seed = self._seeds.get(key)
+        if seed is None:
+            seed = self._seeds[key] = torch.tensor(share, dtype=term.dtype, device=term.device)
+            if term.dtype.itemsize < 4 and torch.tensor(share, dtype=term.dtype).item() != share:
+                _warn_of_rounding(term.dtype)
+        return seed
+
+
+def probe(backward: BackwardFn, device: torch.device) -> None:
+    """Raise BackwardError unless `backward` leaves the scale of gradients alone, seen on one scalar.
+
+    Frameworks that count micro-batches themselves divide by their number, a second time.
+    """
+    scalar = torch.ones((), device=device, requires_grad=True)
+    with torch.enable_grad():
+        backward(scalar * 1.0, gradient=torch.full((), 3.0, device=device))
+    if scalar.grad is None:
+        raise BackwardError("backward= did not back-propagate: a scalar got no gradient. It must run the pass.", 0.0)
+    factor = scalar.grad.item() / 3.0
+    if factor != 1.0:
+        raise BackwardError(
+            f"backward= multiplies gradients by {factor:g}, on top of gradfold's own weights. If it counts "
+            "micro-batches itself, set its number to 1 (Accelerator(gradient_accumulation_steps=1)); loss scaling "
+            "through backward= is not supported by this version.",
+            factor,
+        )
+
+
+def _warn_of_rounding(dtype: torch.dtype) -> None:
+    # Python shows a warning once per place, which is what is wanted here.
+    warnings.warn(
+        f"the loss is {dtype}, so the weight of a micro-batch is rounded to it (by up to 2e-3 in bfloat16). Let "
+        "loss_fn take the mean in float32: losses.float().mean().",
+        RuntimeWarning,
+        stacklevel=2,
+    )

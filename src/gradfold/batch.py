@@ -1,0 +1,210 @@
+"""A batch: any nesting of tuples, lists, dicts, dataclasses and named tuples around tensors that agree in dim 0.
+
+Dim 0 counts the *rows* (samples). 0-d tensors, numbers, strings and None are the same for every row and stay as they
+are. Everything else is refused by its path: what cannot be cut by rows must not be passed on whole in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfold.errors import BatchError
+
+__all__: list[str] = []
+
+Batch = Any  # checked by num_rows(), since a type for "any nesting" would accept everything too
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+_IMAGE_CHANNELS = (1, 3, 4)
+
+
+def map_tensors(fn: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """Rebuild a nesting with `fn(tensor)` in the place of each tensor; everything else is shared, not copied."""
+    # Exact types come first: this runs for every micro-batch.
+    kind = type(batch)
+    if kind is Tensor:
+        return fn(batch)
+    if kind is tuple or kind is list:
+        return kind([map_tensors(fn, item) for item in batch])
+    if isinstance(batch, Tensor):
+        return fn(batch)
+    if isinstance(batch, tuple | list):
+        items = [map_tensors(fn, item) for item in batch]
+        return batch._make(items) if hasattr(batch, "_make") else kind(items)
+    if isinstance(batch, Mapping):
+        return _refilled(batch, {key: map_tensors(fn, value) for key, value in batch.items()})
+    if _is_dataclass(batch):
+        # A copy, not a call of the class: __post_init__ has run once and may not accept its own results.
+        filled = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(filled, field.name, map_tensors(fn, getattr(batch, field.name)))
+        return filled
+    return batch
+
+
+def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """The values in a mapping of the batch's own type (OrderedDict, defaultdict, transformers' BatchEncoding)."""
+    if type(batch) is dict or not isinstance(batch, MutableMapping):
+        return values
+    filled = copy.copy(batch)
+    for key, value in values.items():
+        filled[key] = value
+    return filled
+
+
+def take_rows(batch: Batch, rows: range) -> Batch:
+    """The rows `rows.start` to `rows.stop` of every tensor, as views; a 0-d tensor is the same for all rows."""
+    start, stop = rows.start, rows.stop
+
+    def take(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0:
+            return tensor
+        if tensor.is_sparse:
+            return tensor.narrow_copy(0, start, stop - start)  # sparse tensors have no views
+        return tensor[start:stop]
+
+    return map_tensors(take, batch)
+
+
+def num_rows(batch: Batch) -> int:
+    """The number of rows that all tensors of the batch agree on.
+
+    Raises:
+        BatchError: the tensors disagree, there is none, there are no rows, something cannot be cut by rows, or the
+            batch looks like a list of samples.
+    """
+    counts: set[int] = set()
+    if not _count_flat(batch, counts):
+        counts = {len(leaf) for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim() > 0}
+    if len(counts) > 1:
+        raise _disagreement(batch)
+    if not counts:
+        raise BatchError(
+            f"the batch holds no tensor with rows ({_summary(batch)}); give a nesting of tensors that agree in dim 0, "
+            "or a list of samples with collate=."
+        )
+    rows = counts.pop()
+    if rows == 0:
+        raise BatchError(f"the batch has no rows: {_shapes(batch)}. Skip empty batches before calling backward().")
+    if _looks_like_samples(batch):
+        raise BatchError(
+            f"the batch looks like a list of samples ({_summary(batch)}): its tensors agree in dim 0 ({rows}) only by "
+            "accident. Pass collate= (for example torch.utils.data.default_collate) to have samples collated per "
+            "micro-batch; if these are different inputs with the same rows, name them in a dict."
+        )
+    return rows
+
+
+def _count_flat(batch: Batch, counts: set[int]) -> bool:
+    """Collect the rows of a tuple, list or dict of plain tensors; False for any other batch. This is the usual case."""
+    kind = type(batch)
+    if kind is not tuple and kind is not list and kind is not dict:
+        return False
+    for leaf in batch.values() if kind is dict else batch:
+        if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.is_nested:
+            return False
+        counts.add(len(leaf))
+    return True
+
+
+def _is_dataclass(node: object) -> bool:
+    return dataclasses.is_dataclass(node) and not isinstance(node, type)
+
+
+def _children(node: object) -> list[tuple[str, Any]] | None:
+    """The parts of a container with the text that leads to them, or None for a leaf."""
+    if isinstance(node, torch.nn.utils.rnn.PackedSequence):
+        return None  # a named tuple whose parts are not per row
+    if isinstance(node, Mapping):
+        return [(f"[{key!r}]", value) for key, value in node.items()]
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return [(f".{name}", getattr(node, name)) for name in node._fields]
+    if isinstance(node, tuple | list):
+        return [(f"[{index}]", item) for index, item in enumerate(node)]
+    if _is_dataclass(node):
+        return [(f".{field.name}", getattr(node, field.name)) for field in dataclasses.fields(node)]  # type: ignore[arg-type]
+    return None
+
+
+def _leaves(node: Batch, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Tensor):
+        if node.is_nested:
+            raise BatchError(
+                f"{path} is a nested tensor, which has no rows to slice: pass a list of samples with collate=."
+            )
+        yield path, node
+        return
+    children = _children(node)
+    if children is None:
+        if not isinstance(node, _CONSTANTS):
+            raise _uncuttable(path, node)
+        yield path, node
+    elif children and isinstance(node, tuple | list) and all(_is_value(child) for _, child in children):
+        raise BatchError(
+            f"{path} is a {type(node).__name__} of {len(children)} values without a tensor: gradfold cannot know "
+            "whether it has one value per row. Per row: make it a tensor, or pass a list of samples with collate=. "
+            "The same for all rows: leave it out of the batch and bind it to loss_fn with functools.partial."
+        )
+    else:
+        for suffix, child in children:
+            yield from _leaves(child, path + suffix)
+
+
+def _is_value(node: object) -> bool:
+    return isinstance(node, bool | int | float | complex | str | bytes)
+
+
+def _uncuttable(path: str, node: object) -> BatchError:
+    name = f"{type(node).__module__}.{type(node).__qualname__}"
+    if type(node).__module__.split(".")[0] == "numpy":
+        return BatchError(f"{path} is a {name}, expected a tensor: write torch.as_tensor(...) for it.")
+    return BatchError(
+        f"{path} is a {name}, which gradfold cannot cut by rows. Give tensors in tuples, lists, dicts or dataclasses, "
+        "or pass a list of samples with collate= and build this object there."
+    )
+
+
+def _disagreement(batch: Batch) -> BatchError:
+    hint = "Every tensor needs one entry per row in dim 0."
+    if isinstance(batch, tuple | list):
+        hint += " If this is a list of samples, pass collate= (for example torch.utils.data.default_collate)."
+    return BatchError(f"the tensors of the batch disagree in dim 0, the rows: {_shapes(batch)}. {hint}")
+
+
+def _looks_like_samples(batch: Batch) -> bool:
+    """Whether tensors that agree in dim 0 are more likely one sample each than columns of a batch.
+
+    A list of tuples, dicts or dataclasses is what `collate_fn=list` gives (torch's own collation turns tuples into
+    lists). A sequence of C x H x W tensors longer than C agrees on its channels.
+    """
+    if isinstance(batch, (tuple, list)):
+        if all(isinstance(part, Tensor) for part in batch):
+            return len(batch) > 2 and all(part.dim() == 3 for part in batch) and _is_longer_than_channels(batch)
+        if isinstance(batch, list) and all(isinstance(part, (tuple, Mapping)) or _is_dataclass(part) for part in batch):
+            return True
+    return any(_looks_like_samples(part) for _, part in _children(batch) or [])
+
+
+def _is_longer_than_channels(images: Sequence[Tensor]) -> bool:
+    channels = len(images[0])
+    return channels in _IMAGE_CHANNELS and len(images) > channels
+
+
+def _shapes(batch: Batch, limit: int = 8) -> str:
+    shapes = [f"{path} {tuple(leaf.shape)}" for path, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor)]
+    return ", ".join(shapes[:limit]) + (f", and {len(shapes) - limit} more" if len(shapes) > limit else "")
+
+
+def _summary(batch: Batch) -> str:
+    children = _children(batch)
+    if children is None:
+        return f"a {type(batch).__name__}"
+    kinds = sorted({type(part).__name__ for _, part in children})
+    return f"a {type(batch).__name__} of {len(children)} {'/'.join(kinds) or 'elements'}"

@@ -1,0 +1,127 @@
+"""The buffers that forward passes change: found once, kept during each window, restored when it fails.
+
+BatchNorm's running statistics do not bump their version counters, and `self.ema = ...` rebinds a buffer without one.
+So the first window keeps every buffer and compares by value and identity when it closes; later windows keep only those
+that had changed, all running statistics in training mode, and what a version counter gave away since. A changed
+`training` flag starts over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A buffer's place in the model and the tensor that stood there when the window opened."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    version: int
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.module), self.name
+
+    def is_rebound(self) -> bool:
+        return self.module._buffers.get(self.name) is not self.tensor
+
+
+class BufferKeeper:
+    """Keeps what may change in a model's buffers, from the opening of a window to its close."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modes: list[tuple[int, bool]] | None = None
+        self._changing: set[tuple[int, str]] | None = None  # None: not known yet
+        self._kept: list[tuple[_Place, Tensor]] = []
+        self._unkept: list[_Place] = []
+
+    def open(self) -> None:
+        """Copy the buffers that may change."""
+        modules = list(self._model.modules())
+        places = _places(modules)
+        if not places:
+            return
+        modes = [(id(module), module.training) for module in modules]
+        if modes != self._modes:
+            self._modes, self._changing = modes, None
+        keep = [place for place in places if self._may_change(place)]
+        self._kept = [(place, copy) for place, copy in zip(keep, _copies(keep), strict=True)]
+        self._unkept = [place for place in places if not self._may_change(place)]
+
+    def close(self) -> None:
+        """Learn from a window that succeeded, and let the copies go."""
+        if self._changing is None:
+            self._changing = _changed(self._kept)
+        self._changing |= {place.key for place in self._unkept if _shows_change(place)}
+        self._kept, self._unkept = [], []
+
+    def restore(self) -> None:
+        """Put back what stood in the buffers when the window opened, in the same tensors."""
+        with torch.no_grad():
+            for place, copy in self._kept:
+                place.module._buffers[place.name] = place.tensor
+                place.tensor.copy_(copy)
+        lost = [f"{type(place.module).__name__}.{place.name}" for place in self._unkept if _shows_change(place)]
+        self._changing = None
+        self._kept, self._unkept = [], []
+        if lost:
+            warnings.warn(
+                f"a failed window changed buffers that no window had changed before: {', '.join(lost)}. They keep "
+                "their new values; everything else was restored.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _may_change(self, place: _Place) -> bool:
+        if self._changing is None or place.key in self._changing:
+            return True
+        return isinstance(place.module, _NormBase) and place.module.training
+
+
+def _places(modules: Iterable[nn.Module]) -> list[_Place]:
+    return [
+        _Place(module, name, tensor, tensor._version)
+        for module in modules
+        for name, tensor in module._buffers.items()
+        if tensor is not None and not is_lazy(tensor) and not tensor.is_inference()
+    ]
+
+
+def _copies(places: list[_Place]) -> list[Tensor]:
+    """A copy per place; a tensor that stands in several places is copied once."""
+    copies = {id(place.tensor): place.tensor for place in places}
+    with torch.no_grad():
+        copies = {key: tensor.detach().clone() for key, tensor in copies.items()}
+    return [copies[id(place.tensor)] for place in places]
+
+
+def _shows_change(place: _Place) -> bool:
+    return place.is_rebound() or place.tensor._version != place.version
+
+
+def _changed(kept: list[tuple[_Place, Tensor]]) -> set[tuple[int, str]]:
+    """The places that differ from their copies; values are compared on the device and read in one transfer each."""
+    changed = {place.key for place, _ in kept if _shows_change(place)}
+    unclear = [(place, copy) for place, copy in kept if place.key not in changed]
+    differs: dict[torch.device, list[Tensor]] = {}
+    order: dict[torch.device, list[_Place]] = {}
+    for place, copy in unclear:
+        differs.setdefault(copy.device, []).append((place.tensor != copy).any())
+        order.setdefault(copy.device, []).append(place)
+    for device, flags in differs.items():
+        for place, flag in zip(order[device], torch.stack(flags).tolist(), strict=True):
+            if flag:
+                changed.add(place.key)
+    return changed

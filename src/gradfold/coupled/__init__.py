@@ -1,0 +1,1 @@
+"""What plain accumulation cannot do: batches whose samples depend on each other."""

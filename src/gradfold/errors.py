@@ -1,0 +1,127 @@
+"""What can go wrong, as one tree.
+
+Every message says what was given, what was expected and what to write instead. A class carries the facts of its
+message as attributes where a program could use them, and the exit code of a command that ends with it.
+
+GradfoldError                       1
+├── OptionError (ValueError)        2   an argument that cannot work
+├── BatchError (ValueError)         1   a batch that cannot be cut by rows
+├── ModelError (ValueError)         1   a model that gradfold cannot accumulate for
+│   ├── BatchNormError              1   ... since its samples see each other
+│   ├── HookError                   1   ... since a hook acts on every micro-batch
+│   └── RanksError                  1   ... since it is trained by several processes
+├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
+│   └── NonFiniteLossError          1   ... since it is NaN or infinite
+├── WeightError (ValueError)        1   a weight that is not a non-negative number, or has no loss term
+├── BackwardError (ValueError)      1   a backward= that changes the scale of gradients
+├── WindowError (RuntimeError)      1   a window whose loop body left something out
+├── TrainStepError (TypeError)      1   an optimizer or scheduler that TrainStep cannot drive
+├── DataError (ValueError)          1   data files that are missing, damaged or foreign
+└── WorkloadError (ValueError)      2   a workload that cannot be found or built
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GradfoldError(Exception):
+    """The base of all errors that gradfold raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class OptionError(GradfoldError, ValueError):
+    """An argument has a value that cannot work."""
+
+    exit_code = 2
+
+
+class BatchError(GradfoldError, ValueError):
+    """The batch cannot be cut into micro-batches by rows."""
+
+
+class ModelError(GradfoldError, ValueError):
+    """The model cannot be accumulated for."""
+
+
+class BatchNormError(ModelError):
+    """BatchNorm layers would see a micro-batch where the whole batch was meant.
+
+    Attributes:
+        layers: names of the layers in the model.
+    """
+
+    def __init__(self, message: str, layers: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.layers = layers
+
+
+class HookError(ModelError):
+    """A hook on a parameter would act on the gradient of each micro-batch.
+
+    Attributes:
+        parameters: names of the parameters that carry such hooks.
+    """
+
+    def __init__(self, message: str, parameters: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.parameters = parameters
+
+
+class RanksError(ModelError):
+    """Several processes train together, which this version does not accumulate for."""
+
+
+class LossError(GradfoldError, ValueError):
+    """`loss_fn` returned something that is not a loss, or a metric that cannot be combined."""
+
+
+class NonFiniteLossError(LossError):
+    """The loss of a micro-batch is NaN or infinite.
+
+    Attributes:
+        micro_batch: index of the first such micro-batch in the window.
+        term: name of the loss term ("loss" for a bare one).
+        value: the value.
+    """
+
+    def __init__(self, message: str, micro_batch: int, term: str, value: float) -> None:
+        super().__init__(message)
+        self.micro_batch = micro_batch
+        self.term = term
+        self.value = value
+
+
+class WeightError(GradfoldError, ValueError):
+    """A weight is negative, not finite or not a number, or its name fits no loss term or metric."""
+
+
+class BackwardError(GradfoldError, ValueError):
+    """The function given as `backward=` scales gradients by itself.
+
+    Attributes:
+        factor: what it multiplied the probe's gradient by.
+    """
+
+    def __init__(self, message: str, factor: float) -> None:
+        super().__init__(message)
+        self.factor = factor
+
+
+class WindowError(GradfoldError, RuntimeError):
+    """The loop body over a window left a micro-batch out, or used the window out of order."""
+
+
+class TrainStepError(GradfoldError, TypeError):
+    """The optimizer or the scheduler cannot be driven by `TrainStep`."""
+
+
+class DataError(GradfoldError, ValueError):
+    """Data files are missing, damaged, or not in the expected format."""
+
+
+class WorkloadError(GradfoldError, ValueError):
+    """A workload cannot be found or built."""
+
+    exit_code = 2

@@ -1,0 +1,244 @@
+"""Windows over a loader of micro-batches: each the micro-batches of one update, the last one as short as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Generic, TypeVar, overload
+
+from torch import Tensor, nn
+
+from gradfold.backward import BackPropagation, BackwardFn, probe
+from gradfold.batch import num_rows
+from gradfold.coupled.batch_norm import (
+    BatchNormOption,
+    WindowStatistics,
+    batch_statistics_layers,
+    check_option,
+    refuse,
+)
+from gradfold.errors import OptionError, WindowError
+from gradfold.gradients import check_trainable
+from gradfold.loss import BARE, Tally, read_output
+from gradfold.split import MicroBatch
+from gradfold.sync import refuse_several_ranks
+from gradfold.weight import Weight, WindowWeights, weigh
+from gradfold.weight import check_option as check_weight
+
+__all__ = ["LoopWindow", "Window", "windows"]
+
+T = TypeVar("T")
+
+
+class Window(Sequence[T]):
+    """The micro-batches of one update, for `accumulator.backward(window)`."""
+
+    def __init__(self, micro_batches: Sequence[T]) -> None:
+        self._micro_batches = tuple(micro_batches)
+
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Window[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Window[T]:
+        return Window(self._micro_batches[index]) if isinstance(index, slice) else self._micro_batches[index]
+
+
+class LoopWindow(Generic[T]):
+    """The micro-batches of one update, for a loop body that stays as it was but for `window.backward(loss)`.
+
+    Iterate over it once. The weights of all micro-batches are known before the first, so every gradient is seeded with
+    its exact share. Nothing is rolled back if the loop body fails.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        micro_batches: list[T],
+        weight: Weight,
+        batch_norm: BatchNormOption,
+        backward: BackwardFn | None,
+    ) -> None:
+        rows = [num_rows(part) if weight == "samples" else 0 for part in micro_batches]
+        stops = [sum(rows[: index + 1]) for index in range(len(rows))]
+        self._parts = [
+            MicroBatch(data, range(stop - count, stop))
+            for data, count, stop in zip(micro_batches, rows, stops, strict=True)
+        ]
+        self._weights: WindowWeights = weigh(weight, self._parts)
+        self._tally = Tally(self._parts, self._weights, next(model.parameters()).device)
+        self._back_propagate = BackPropagation(backward)
+        layers = batch_statistics_layers(model) if len(micro_batches) > 1 else {}
+        if layers and batch_norm is None:
+            refuse(layers, len(micro_batches), stops[-1])
+        self._statistics = WindowStatistics(layers)
+        self._current: int | None = None
+        self._done: set[int] = set()
+        self._loss: Tensor | None = None
+        self._is_started = False
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[T]:
+        """The micro-batches, as the loader gave them.
+
+        Raises:
+            WindowError: the window was iterated before, or a micro-batch ended without `window.backward(loss)`.
+        """
+        if self._is_started:
+            raise WindowError("this window was iterated before; one pass over a window is one update.")
+        self._is_started = True
+        with self._statistics:
+            for index, part in enumerate(self._parts):
+                self._current = index
+                self._statistics.listen()
+                yield part.data
+                self._check_backward(index)
+            self._statistics.commit()
+        self._current = None
+        self._loss, _ = self._tally.close()
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate the loss of the current micro-batch with its share of the window: was `(loss / n).backward()`.
+
+        Args:
+            loss: 0-d, the mean over the micro-batch. Several losses of one micro-batch: add them up first.
+
+        Raises:
+            WindowError: there is no current micro-batch, or it had its backward already.
+            LossError: the loss is not 0-d, or does not require grad.
+        """
+        if self._current is None:
+            raise WindowError(
+                "window.backward(loss) belongs inside the loop over the window: for micro_batch in window: ..."
+            )
+        if self._current in self._done:
+            raise WindowError(
+                f"micro-batch {self._current} had its window.backward(loss) already; add up its losses first."
+            )
+        terms, metrics = read_output(loss)
+        index = self._current
+        self._done.add(index)
+        self._statistics.pause()
+        weighed = self._tally.add(index, terms, metrics)
+        if weighed:
+            self._back_propagate(weighed)
+
+    @property
+    def loss(self) -> Tensor:
+        """The weighted mean of the losses, 0-d, detached; NaN where the window weighs nothing.
+
+        Raises:
+            WindowError: the loop over the window is not finished.
+        """
+        if self._loss is None:
+            raise WindowError("window.loss is known after the loop over the window, not inside it.")
+        return self._loss
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a loop over the window began and did not reach its end."""
+        return self._is_started and self._loss is None
+
+    def _check_backward(self, index: int) -> None:
+        if index not in self._done and self._weights.of_term(BARE).parts[index] > 0:
+            raise WindowError(
+                f"micro-batch {index} of {len(self._parts)} ended without window.backward(loss), but its weight is in "
+                "the denominator. To leave a micro-batch out, filter the loader or give it weight 0."
+            )
+
+
+@overload
+def windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[Window[T]]: ...
+@overload
+def windows(
+    loader: Iterable[T],
+    num_micro_batches: int,
+    *,
+    model: nn.Module,
+    weight: Weight = "samples",
+    batch_norm: BatchNormOption = None,
+    backward: BackwardFn | None = None,
+) -> Iterator[LoopWindow[T]]: ...
+def windows(
+    loader: Iterable[T],
+    num_micro_batches: int,
+    *,
+    model: nn.Module | None = None,
+    weight: Weight = "samples",
+    batch_norm: BatchNormOption = None,
+    backward: BackwardFn | None = None,
+) -> Iterator[Window[T]] | Iterator[LoopWindow[T]]:
+    """Group a loader of micro-batches into windows, one per update; the last may be shorter. No `len()` is needed.
+
+    Without `model`, a window goes to `accumulator.backward(window)`. With it, the loop body stays as it was:
+
+        for window in gradfold.windows(loader, 4, model=model):      # was: for i, (x, y) in enumerate(loader):
+            for x, y in window:
+                window.backward(criterion(model(x), y))              # was: (loss / 4).backward()
+            optimizer.step()                                         # was: if (i + 1) % 4 == 0: ...
+            optimizer.zero_grad()
+            log(window.loss)
+
+    Args:
+        loader: gives micro-batches. Those of one window are held at once (on the host, if the loader gives them there).
+        num_micro_batches: micro-batches per window.
+        model: the model that the loop body runs.
+        weight: with `model`: what the loss is a mean over, as for `Accumulator`.
+        batch_norm: with `model`: as for `Accumulator`.
+        backward: with `model`: as for `Accumulator`.
+
+    Raises:
+        OptionError: an argument cannot work.
+        WindowError: while iterating: the loop over a window was left before its end.
+
+    >>> import gradfold
+    >>> [list(window) for window in gradfold.windows(iter("abcdefg"), 3)]
+    [['a', 'b', 'c'], ['d', 'e', 'f'], ['g']]
+    """
+    if isinstance(num_micro_batches, bool) or not isinstance(num_micro_batches, int) or num_micro_batches < 1:
+        raise OptionError(f"num_micro_batches={num_micro_batches!r}; expected an int of at least 1.")
+    if model is None:
+        if weight != "samples" or batch_norm is not None or backward is not None:
+            raise OptionError(
+                "weight=, batch_norm= and backward= belong to windows(..., model=model), whose windows have their own "
+                "backward; without model=, give them to the Accumulator."
+            )
+        return _plain_windows(loader, num_micro_batches)
+    check_weight(weight)
+    if isinstance(weight, Mapping):
+        raise OptionError("windows(..., model=) takes one weight; loss terms with their own need an Accumulator.")
+    check_option(batch_norm)
+    return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward)
+
+
+def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[Window[T]]:
+    micro_batches = iter(loader)
+    while group := list(islice(micro_batches, num_micro_batches)):
+        yield Window(group)
+
+
+def _loop_windows(
+    loader: Iterable[T],
+    num_micro_batches: int,
+    model: nn.Module,
+    weight: Weight,
+    batch_norm: BatchNormOption,
+    backward: BackwardFn | None,
+) -> Iterator[LoopWindow[T]]:
+    refuse_several_ranks()
+    check_trainable(model, list(model.parameters()))
+    if backward is not None:
+        probe(backward, next(model.parameters()).device)
+    for group in _plain_windows(loader, num_micro_batches):
+        window = LoopWindow(model, list(group), weight, batch_norm, backward)
+        yield window
+        if window.is_unfinished:
+            raise WindowError(
+                "the loop over a window was left before its end, so .grad holds a part of the batch's gradient. Finish "
+                "the loop over each window, or stop the outer loop too and zero the gradients."
+            )

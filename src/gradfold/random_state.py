@@ -1,0 +1,42 @@
+"""The random state: torch's own generators, on the CPU and on a model's devices, as one value.
+
+numpy's and Python's generators and those that a user makes are the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """States of torch's default generators; restoring them makes the same numbers come again."""
+
+    cpu: Tensor
+    accelerators: tuple[tuple[torch.device, Tensor], ...]
+
+    @classmethod
+    def record(cls, tensors: Iterable[Tensor]) -> RandomState:
+        """The states now, of the CPU and of the accelerators that hold some of `tensors`."""
+        # Reading a state copies it on the host; on CUDA it is a seed and an offset, without waiting for the device.
+        devices = {tensor.device for tensor in tensors if not tensor.is_cpu}
+        return cls(
+            torch.get_rng_state(),
+            tuple(
+                (device, torch.get_device_module(device).get_rng_state(device))
+                for device in devices
+                if device.type != "meta"
+            ),
+        )
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.accelerators:
+            torch.get_device_module(device).set_rng_state(state, device)

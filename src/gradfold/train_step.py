@@ -1,0 +1,186 @@
+"""A training step: one update of the parameters from one global batch, everything in the right order, once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from gradfold.accumulator import Accumulator
+from gradfold.batch import Batch
+from gradfold.errors import OptionError, TrainStepError
+from gradfold.gradients import clip_norm
+from gradfold.window import WindowResult
+
+__all__ = ["StepResult", "TrainStep"]
+
+
+class Scheduler(Protocol):
+    """A learning-rate scheduler that is stepped once per update."""
+
+    def step(self) -> object:
+        """Move on by one update."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
+        """Take over a state."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did.
+
+    Attributes:
+        loss: the loss of the whole batch before the update, 0-d, detached.
+        metrics: as in `WindowResult`.
+        grad_norm: 2-norm of the gradient before clipping, 0-d; None without `max_grad_norm`.
+        applied: whether the parameters were updated; a batch that weighs nothing is not applied.
+        num_micro_batches: how many micro-batches were run.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+    grad_norm: Tensor | None
+    applied: bool
+    num_micro_batches: int
+
+
+class TrainStep:
+    """Zero, backward, clip, step, schedule: one update per global batch.
+
+    Gradients are zeroed *first*, those of the accumulator's model and of the optimizer's parameters: what another loss
+    left there (a GAN's generator in its discriminator) does not leak in, and gradients can be looked at afterwards.
+
+    Args:
+        accumulator: makes the gradient.
+        optimizer: any torch optimizer whose `step()` needs no closure.
+        scheduler: stepped once per applied update. Step a schedule that counts epochs yourself, once per epoch.
+        max_grad_norm: clip the gradient of the whole batch to this 2-norm, over all the optimizer's parameters;
+            `math.inf` measures it without clipping.
+
+    Attributes:
+        updates: updates applied so far.
+        skipped: batches that were not applied.
+        samples: rows of all batches so far, skipped ones included: the position in the data.
+
+    Raises:
+        TrainStepError: the optimizer needs a closure, or the scheduler needs a metric; the message has the lines to
+            write instead.
+
+    >>> import torch, gradfold
+    >>> model = torch.nn.Linear(10, 1)
+    >>> def loss_fn(model, batch):
+    ...     return torch.nn.functional.mse_loss(model(batch["x"]), batch["y"])
+    >>> accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=8)
+    >>> step = gradfold.TrainStep(accumulator, torch.optim.SGD(model.parameters(), 0.1), max_grad_norm=1.0)
+    >>> result = step({"x": torch.randn(33, 10), "y": torch.randn(33, 1)})
+    >>> result.applied, step.updates, step.samples
+    (True, 1, 33)
+    """
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Scheduler | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        _refuse_closure(optimizer)
+        _refuse_plateau(scheduler)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise OptionError(f"max_grad_norm={max_grad_norm!r}; expected a positive number or None.")
+        self.accumulator = accumulator
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.max_grad_norm = max_grad_norm
+        self.updates = 0
+        self.skipped = 0
+        self.samples = 0
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Train on one global batch; takes and raises what `Accumulator.backward` does."""
+        self.optimizer.zero_grad()
+        self.accumulator.model.zero_grad()
+        window = self.accumulator.backward(batch)
+        self.samples += window.num_samples
+        if window.is_empty:
+            self.skipped += 1
+            return _result(window, None, applied=False)
+        grad_norm = None if self.max_grad_norm is None else clip_norm(self._parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.updates += 1
+        return _result(window, grad_norm, applied=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, scheduler and accumulator; save the model, the optimizer and the loader beside it."""
+        return {
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "samples": self.samples,
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "accumulator": self.accumulator.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            OptionError: the state has a scheduler and this step has none, or the other way round.
+        """
+        if (state["scheduler"] is None) != (self.scheduler is None):
+            there, here = ("no", "one") if state["scheduler"] is None else ("a", "none")
+            raise OptionError(
+                f"the saved state has {there} scheduler, and this TrainStep has {here}: build it as the one saved."
+            )
+        self.updates = int(state["updates"])
+        self.skipped = int(state["skipped"])
+        self.samples = int(state["samples"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.accumulator.load_state_dict(state["accumulator"])
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def _result(window: WindowResult, grad_norm: Tensor | None, *, applied: bool) -> StepResult:
+    return StepResult(window.loss, window.metrics, grad_norm, applied, window.num_micro_batches)
+
+
+def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    name = type(optimizer).__name__
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):  # SAM and its kin
+        raise TrainStepError(
+            f"{name} makes two gradients per update, which TrainStep does not. Write\n"
+            "    accumulator.backward(batch)\n"
+            "    optimizer.first_step(zero_grad=True)\n"
+            "    accumulator.backward(batch)\n"
+            "    optimizer.second_step(zero_grad=True)"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TrainStepError(
+            f"{name}.step needs a closure and calls it as often as it likes, which TrainStep does not. Write\n"
+            "    def closure():\n"
+            "        optimizer.zero_grad()\n"
+            "        return accumulator.backward(batch).loss\n"
+            "    optimizer.step(closure)"
+        )
+
+
+def _refuse_plateau(scheduler: object) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TrainStepError(
+            "ReduceLROnPlateau needs a metric, usually once per epoch, which TrainStep does not know. Leave it out of "
+            "TrainStep and write, after each epoch,\n"
+            "    scheduler.step(validation_loss)"
+        )

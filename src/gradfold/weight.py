@@ -1,0 +1,217 @@
+"""A weight: how much a micro-batch counts in the mean over its window.
+
+Every loss term and metric is a mean over something: samples, tokens, pixels. The weight of a micro-batch is the number
+of those things in it. The weights of a window sum to the one denominator of the term, known before the first backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradfold.errors import WeightError
+from gradfold.split import MicroBatch
+
+__all__ = ["TokenCount", "token_count"]
+
+Weight: TypeAlias = "Literal['samples'] | Callable[[Any], float | Tensor]"
+WeightOption: TypeAlias = "Weight | Mapping[str, Weight]"
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """The weight that `token_count` makes; see there."""
+
+    labels: str | int | Callable[[Any], Tensor]
+    ignore_index: int
+    shift: bool
+
+    def __call__(self, micro_batch: Any) -> Tensor:
+        """The number of valid labels of a micro-batch, 0-d, on the device of the labels."""
+        labels = self._find(micro_batch)
+        if not isinstance(labels, Tensor):
+            raise WeightError(f"{self._name()}: the labels are a {type(labels).__name__}, expected a tensor.")
+        if self.shift:
+            labels = labels[..., 1:]
+        return (labels != self.ignore_index).sum()
+
+    def _find(self, micro_batch: Any) -> Any:
+        if callable(self.labels):
+            return self.labels(micro_batch)
+        try:
+            if isinstance(self.labels, str) and not isinstance(micro_batch, Mapping):
+                return getattr(micro_batch, self.labels)
+            return micro_batch[self.labels]
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            has = f"has the keys {sorted(map(str, micro_batch))}" if isinstance(micro_batch, Mapping) else "is no dict"
+            raise WeightError(
+                f"{self._name()}: no labels there; the micro-batch is a {type(micro_batch).__name__} and {has}. Give "
+                "the key or index of the labels, or a callable that takes the micro-batch."
+            ) from error
+
+    def _name(self) -> str:
+        return f"token_count({self.labels!r})"
+
+
+def token_count(
+    labels: str | int | Callable[[Any], Tensor], *, ignore_index: int = -100, shift: bool = False
+) -> TokenCount:
+    """A weight: the number of labels that the loss counts, for losses averaged over tokens (or pixels).
+
+    Args:
+        labels: where the labels are in a micro-batch: a key, an index, or a callable that takes the micro-batch.
+            Labels may have any shape.
+        ignore_index: the label that the loss ignores, as in `torch.nn.functional.cross_entropy`.
+        shift: leave out the first label of each row (last dim), as causal language models do when they predict
+            label t + 1 from position t.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html (`ignore_index`, "mean").
+
+    >>> import torch, gradfold
+    >>> weight = gradfold.token_count("labels")
+    >>> weight({"labels": torch.tensor([[5, 7, -100], [2, -100, -100]])})
+    tensor(3)
+    >>> gradfold.token_count(1, shift=True)((None, torch.tensor([[5, 7, -100], [2, -100, -100]])))
+    tensor(1)
+    """
+    return TokenCount(labels, ignore_index, shift)
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The weights of a window's micro-batches under one name.
+
+    Attributes:
+        weights: one per micro-batch.
+        total: their sum, the denominator.
+        parts: what each micro-batch makes up of the window's mean; all 0 in a window that weighs nothing.
+    """
+
+    weights: tuple[float, ...]
+    total: float
+    parts: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weights: Sequence[float]) -> Shares:
+        """The shares that these weights give."""
+        total = math.fsum(weights)
+        return cls(tuple(weights), total, tuple(weight / total if total else 0.0 for weight in weights))
+
+
+class WindowWeights:
+    """The shares of one window for every loss term and metric."""
+
+    def __init__(self, shares: Shares | dict[str, Shares], samples: Shares) -> None:
+        self._shares = shares
+        self._samples = samples
+
+    def of_term(self, name: str) -> Shares:
+        """The shares of a loss term; `check_names` has made sure that there are some."""
+        return self._shares[name] if isinstance(self._shares, dict) else self._shares
+
+    def of_metric(self, name: str) -> Shares:
+        """The shares of a metric: its own, else those of a single weight, else samples."""
+        return self._shares.get(name, self._samples) if isinstance(self._shares, dict) else self._shares
+
+    def total(self) -> float | dict[str, float]:
+        """The denominator, or one per name where weights were given by name."""
+        if isinstance(self._shares, dict):
+            return {name: shares.total for name, shares in self._shares.items()}
+        return self._shares.total
+
+    def idle(self) -> set[int]:
+        """The micro-batches that weigh nothing under every name."""
+        every = list(self._shares.values()) if isinstance(self._shares, dict) else [self._shares]
+        empty = [{index for index, weight in enumerate(shares.weights) if weight == 0} for shares in every]
+        return set.intersection(*empty)
+
+    def check_names(self, terms: Iterable[str], metrics: Iterable[str]) -> None:
+        """Raise WeightError where weights by name and the names that loss_fn returned differ."""
+        if not isinstance(self._shares, dict):
+            return
+        missing = [name for name in terms if name not in self._shares]
+        known = {*terms, *metrics}
+        unknown = [name for name in self._shares if name not in known]
+        if missing or unknown:
+            raise WeightError(
+                f"weight= names {sorted(self._shares)}, but loss_fn returned the loss terms {sorted(terms)} and the "
+                f"metrics {sorted(metrics)}: "
+                + "; ".join(
+                    [f"the term {name!r} has no weight" for name in missing]
+                    + [f"the weight {name!r} has no term or metric" for name in unknown]
+                )
+                + '. Give one weight per loss term (a bare loss is called "loss").'
+            )
+
+
+def check_option(weight: WeightOption) -> None:
+    """Raise WeightError unless this is a weight, or a dict of them."""
+    every = weight.values() if isinstance(weight, Mapping) else [weight]
+    for one in every:
+        if one != "samples" and not callable(one):
+            raise WeightError(
+                f'weight={one!r}; expected "samples", gradfold.token_count(...), a callable that takes a micro-batch '
+                "and gives a number, or a dict of these by the name of the loss term or metric."
+            )
+    if not every:
+        raise WeightError("weight={} is empty; give one weight per loss term.")
+
+
+def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWeights:
+    """Weigh all micro-batches of a window.
+
+    Weights that are tensors on a device are read in one transfer each dtype: the only host synchronisation here.
+
+    Raises:
+        WeightError: a weight is negative, not finite, or not a number.
+    """
+    samples = Shares.of([float(len(part.rows)) for part in micro_batches])
+    if not isinstance(weight, Mapping):
+        return WindowWeights(samples if weight == "samples" else _weigh_each([weight], micro_batches)[0], samples)
+    asked = {name: one for name, one in weight.items() if one != "samples"}
+    found = dict(zip(asked, _weigh_each(list(asked.values()), micro_batches), strict=True))
+    return WindowWeights({name: found.get(name, samples) for name in weight}, samples)
+
+
+def _weigh_each(weights: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> list[Shares]:
+    values = [weight(part.data) for weight in weights for part in micro_batches]
+    numbers = _read(values)
+    for position, (value, number) in enumerate(zip(values, numbers, strict=True)):
+        if not math.isfinite(number) or number < 0:
+            part = micro_batches[position % len(micro_batches)]
+            raise WeightError(
+                f"the weight of micro-batch {position % len(micro_batches)} (rows {part.rows.start} to "
+                f"{part.rows.stop - 1}) is {value!r}; expected a finite number of at least 0."
+            )
+    size = len(micro_batches)
+    return [Shares.of(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+
+def _read(values: Sequence[Any]) -> list[float]:
+    """The values as floats; device tensors are stacked first, so that one transfer reads all of one dtype."""
+    numbers = [math.nan] * len(values)
+    stacks: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for position, value in enumerate(values):
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            stacks.setdefault((value.device, value.dtype), []).append(position)
+            continue
+        try:
+            if isinstance(value, Tensor | str):
+                raise TypeError
+            numbers[position] = float(value)
+        except (TypeError, ValueError):
+            shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+            raise WeightError(
+                f"the weight function gave a {type(value).__name__}{shape}; expected one number (int, float or 0-d "
+                "tensor), for example mask.sum()."
+            ) from None
+    for positions in stacks.values():
+        read = torch.stack([values[position].detach().reshape(()) for position in positions]).tolist()
+        for position, number in zip(positions, read, strict=True):
+            numbers[position] = float(number)
+    return numbers

@@ -1,0 +1,48 @@
+"""The public surface: an explicit, documented list."""
+
+from __future__ import annotations
+
+import inspect
+
+import gradfold
+
+PUBLIC = {
+    "Accumulator",
+    "LoopWindow",
+    "StepResult",
+    "TokenCount",
+    "TrainStep",
+    "Window",
+    "WindowResult",
+    "Workload",
+    "token_count",
+    "windows",
+}
+
+
+def public_names() -> set[str]:
+    return {name for name, value in vars(gradfold).items() if not name.startswith("_") and not inspect.ismodule(value)}
+
+
+def test_the_public_names_are_these_and_the_errors():
+    errors = {name for name in public_names() if name.endswith("Error")}
+    assert public_names() - errors == PUBLIC
+    assert errors == {name for name in vars(gradfold.errors) if name.endswith("Error")}
+
+
+def test_errors_form_one_tree_with_exit_codes():
+    for name in public_names():
+        if name.endswith("Error"):
+            error = getattr(gradfold, name)
+            assert issubclass(error, gradfold.GradfoldError)
+            assert error.exit_code in (1, 2)
+            assert f"{name} " in gradfold.errors.__doc__.replace("(", " (")
+
+
+def test_everything_public_is_documented():
+    for name in public_names():
+        value = getattr(gradfold, name)
+        assert value.__doc__, name
+        for member, function in inspect.getmembers(value, inspect.isfunction):
+            if not member.startswith("_") and function.__module__.startswith("gradfold"):
+                assert function.__doc__, f"{name}.{member}"
