@@ -1,0 +1,77 @@
+"""The docstrings of the Python standard library: text of uneven length that every Python brings along.
+
+The text is read from the sources, and no module is imported for it. It differs a little from one Python version to
+the next.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradfold.errors import DataError
+
+__all__: list[str] = []
+
+PAD, MASK, UNKNOWN = 0, 1, 2
+_NUM_SPECIAL = 3
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def read_docstrings(limit: int, folder: Path | None = None) -> list[list[str]]:
+    """The words of the first `limit` different docstrings, in lower case.
+
+    Args:
+        limit: how many; the sources are read in the order of their names until there are enough.
+        folder: where the sources are, instead of this Python's standard library.
+
+    Raises:
+        DataError: the folder does not have that many, as in a Python without its sources.
+    """
+    folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
+    texts: dict[str, None] = {}  # an ordered set: a text that occurs twice must not be both trained on and held out
+    for path in sorted(folder.glob("*.py")):
+        texts.update(dict.fromkeys(_docstrings_of(path)))
+        if len(texts) >= limit:
+            return [_words(text) for text in list(texts)[:limit]]
+    raise DataError(f"{folder}: expected Python sources with {limit:,} different docstrings, found {len(texts):,}")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words that have a number of their own, from 3 on; 0 pads, 1 masks, 2 stands for every other word."""
+
+    numbers: Mapping[str, int]
+
+    @classmethod
+    def of_most_frequent(cls, samples: Iterable[Sequence[str]], num_words: int) -> Vocabulary:
+        """The most frequent words of the samples; of two equally frequent ones the alphabet decides."""
+        counts = Counter(word for sample in samples for word in sample)
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls({word: number for number, word in enumerate(ranked[:num_words], start=_NUM_SPECIAL)})
+
+    def __len__(self) -> int:
+        return _NUM_SPECIAL + len(self.numbers)
+
+    def encode(self, sample: Sequence[str]) -> list[int]:
+        """The numbers of a sample's words."""
+        return [self.numbers.get(word, UNKNOWN) for word in sample]
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
+        if isinstance(node, _DOCUMENTED):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring
+
+
+def _words(text: str) -> list[str]:
+    """Words and single punctuation marks."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())

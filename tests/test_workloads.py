@@ -1,0 +1,499 @@
+"""The built-in workloads do what they say, and the registry finds them and those of the user's own."""
+
+import copy
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import gradfold
+from gradfold.errors import DataError, WorkloadError
+from gradfold.workloads import BUILT_IN, Workload, describe, load, names
+from gradfold.workloads.cifar10 import LeNet
+from gradfold.workloads.classification import classification_scores
+from gradfold.workloads.encoder import Encoder, held_out_scores, pad
+from gradfold.workloads.evaluation import evaluating
+from gradfold.workloads.perceptron import perceptron
+from gradfold.workloads.resnet import ResNet
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on several threads, far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A folder with a small MNIST and a small CIFAR-10, of random pixels."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+
+    def random_bytes(*shape, below=256):
+        return bytes(torch.randint(0, below, shape, generator=generator).flatten().tolist())
+
+    for part in ("train", "t10k"):
+        images, labels = random_bytes(150, 28, 28), random_bytes(150, below=10)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">BBBBIII", 0, 0, 8, 3, 150, 28, 28) + images)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, 150) + labels)
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        (folder / name).write_bytes(b"".join(random_bytes(1, below=10) + random_bytes(3072) for _ in range(270)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workload(small_data):
+    """Each built-in workload, built once; "resnet" is on digits, "resnet-cifar10" on images in colour."""
+    built = {}
+
+    def get(name):
+        if name not in built:
+            spec, _, on_data = name.partition("-")
+            needs_data = spec in ("mnist", "cifar10") or bool(on_data)
+            built[name] = load(spec, small_data if needs_data else None)
+        return built[name]
+
+    return get
+
+
+ALL = [*BUILT_IN, "resnet-cifar10"]
+
+
+def num_rows(data):
+    return len(data) if isinstance(data, list) else len(pytree.tree_leaves(data)[0])
+
+
+def batch_of(workload, rows, dtype=torch.float32):
+    """The samples at `rows`, collated if need be, with floating point numbers in `dtype`."""
+    if workload.collate is not None:
+        return workload.collate([workload.train_data[row] for row in rows])
+    return pytree.tree_map(
+        lambda leaf: leaf[rows].to(dtype) if leaf.is_floating_point() else leaf[rows], workload.train_data
+    )
+
+
+def loss_of(workload, model, batch):
+    result = workload.loss_fn(model, batch)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def weight_of(workload, rows, batch):
+    return len(rows) if workload.weight == "samples" else workload.weight(batch).item()
+
+
+def gradient(workload, model, micro_batches):
+    """The gradient of a global batch whose micro-batches are these rows, by hand; all parameters in a row."""
+    model = copy.deepcopy(model)
+    batches = [batch_of(workload, rows, dtype=torch.float64) for rows in micro_batches]
+    weights = [weight_of(workload, rows, batch) for rows, batch in zip(micro_batches, batches, strict=True)]
+    for batch, weight in zip(batches, weights, strict=True):
+        (loss_of(workload, model, batch) * (weight / sum(weights))).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def relative_error(given, expected):
+    return ((given - expected).norm() / expected.norm()).item()
+
+
+def train(workload, num_updates):
+    """The model after some updates in the order of the samples, a global batch at a time."""
+    torch.manual_seed(0)
+    model = workload.make_model()
+    optimizer = workload.make_optimizer(model.parameters())
+    rows = torch.arange(num_rows(workload.train_data)).repeat(20)
+    for batch_rows in rows.split(workload.global_batch_size)[:num_updates]:
+        optimizer.zero_grad()
+        loss_of(workload, model, batch_of(workload, batch_rows.tolist())).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_micro_batches_add_up_to_the_global_batch_except_with_batch_norm(workload, name):
+    workload = workload(name)
+    torch.manual_seed(0)
+    model = workload.make_model().double()
+    rows = list(range(workload.global_batch_size))
+    size = workload.micro_batch_size
+    micro_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    assert len(micro_batches) == (2 if name == "scalar" else 4)
+    error = relative_error(gradient(workload, model, micro_batches), gradient(workload, model, [rows]))
+    if workload.batch_norm is None:
+        assert error < 1e-12
+    else:
+        assert error > 1e-2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_accumulator_runs_it(workload, name):
+    workload = workload(name)
+    torch.manual_seed(0)
+    model = workload.make_model().double()
+    rows = list(range(workload.global_batch_size))
+    size = workload.micro_batch_size
+    expected = gradient(workload, model, [rows[start : start + size] for start in range(0, len(rows), size)])
+    accumulator = gradfold.Accumulator(
+        model,
+        workload.loss_fn,
+        micro_batch_size=size,
+        weight=workload.weight,
+        collate=workload.collate,
+        batch_norm=workload.batch_norm,
+    )
+    if workload.collate is None:
+        batch = batch_of(workload, rows, dtype=torch.float64)
+    else:
+        batch = [workload.train_data[row] for row in rows]
+    result = accumulator.backward(batch)
+    assert result.num_micro_batches == len(rows) // size
+    given = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert relative_error(given, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_evaluation_gives_numbers_and_leaves_the_model_as_it_was(workload, name):
+    workload = workload(name)
+    torch.manual_seed(0)
+    model = workload.make_model()
+    frozen = list(model.modules())[-1]
+    frozen.train(frozen is model)
+    modes = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    scores = workload.evaluate(model)
+    assert scores and all(isinstance(score, float) and score == score for score in scores.values())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    pytree.tree_map(torch.testing.assert_close, dict(model.state_dict()), dict(state))
+    in_double = workload.evaluate(copy.deepcopy(model).double())
+    assert in_double == pytest.approx(dict(scores), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_seed_builds_the_same_model_in_training_mode(workload, name):
+    workload = workload(name)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = workload.make_model()
+        assert all(module.training for module in model.modules())
+        states.append(dict(model.state_dict()))
+    pytree.tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), *states)
+
+
+def test_scalar_by_hand(workload):
+    workload = workload("scalar")
+    model = workload.make_model()
+    optimizer = workload.make_optimizer(model.parameters())
+    x, y = workload.train_data
+    accumulated = []
+    for row in (0, 1):
+        (workload.loss_fn(model, (x[row : row + 1], y[row : row + 1])) / 2).backward()
+        accumulated.append(model.weight.grad.item())
+    optimizer.step()
+    assert x.tolist() == [4.0, 2.0] and y.tolist() == [8.0, 4.0]
+    assert accumulated == [-16.0, -20.0]
+    assert model.weight.item() == pytest.approx(1.2, abs=1e-7)
+
+
+def test_scalar_by_the_accumulator(workload):
+    workload = workload("scalar")
+    model = workload.make_model()
+    accumulated = []
+
+    def loss_fn(model, micro_batch):
+        accumulated.append(None if model.weight.grad is None else model.weight.grad.item())
+        return workload.loss_fn(model, micro_batch)
+
+    optimizer = workload.make_optimizer(model.parameters())
+    result = gradfold.Accumulator(model, loss_fn, micro_batch_size=1).backward(workload.train_data)
+    assert accumulated == [None, -16.0]
+    assert model.weight.grad.item() == -20.0
+    assert result.loss.item() == 10.0
+    optimizer.step()
+    assert workload.evaluate(model) == {"weight": pytest.approx(1.2, abs=1e-7)}
+
+
+def test_linear_has_100_micro_batches_and_is_learnt_in_an_epoch(workload):
+    workload = workload("linear")
+    assert num_rows(workload.train_data) == 100 * workload.micro_batch_size
+    assert workload.global_batch_size == 4 * workload.micro_batch_size
+    assert workload.evaluate(workload.make_model())["mse"] > 1
+    assert workload.evaluate(train(workload, num_updates=25))["mse"] < 0.011
+
+
+def test_digits_ends_an_epoch_with_a_partial_batch_and_is_learnt(workload):
+    workload = workload("digits")
+    num_left = num_rows(workload.train_data) % workload.global_batch_size
+    assert workload.micro_batch_size < num_left < workload.global_batch_size
+    assert workload.evaluate(train(workload, num_updates=60))["accuracy"] > 0.9
+
+
+def layer_sizes(model):
+    return [(layer.in_features, layer.out_features) for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+def test_mnist_is_as_in_its_description(workload):
+    workload = workload("mnist")
+    model = workload.make_model()
+    assert layer_sizes(model) == [(784, 512), (512, 256), (256, 128), (128, 10)]
+    optimizer = workload.make_optimizer(model.parameters())
+    assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["lr"] == 1e-3
+    assert (workload.micro_batch_size, workload.global_batch_size, workload.num_epochs) == (32, 128, 2)
+    assert 60_000 % workload.global_batch_size == 96
+    assert set(workload.evaluate(model)) == {"accuracy", "loss"}
+    assert workload.facts["training samples"] == "150"
+
+
+def test_cifar10_is_as_in_its_description(workload):
+    workload = workload("cifar10")
+    model = workload.make_model()
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert [(layer.out_channels, layer.kernel_size) for layer in convolutions] == [(6, (5, 5)), (16, (5, 5))]
+    assert layer_sizes(model) == [(400, 120), (120, 84), (84, 10)]
+    optimizer = workload.make_optimizer(model.parameters())
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (1e-3, 0.9)
+    assert (workload.micro_batch_size, workload.global_batch_size) == (64, 256)
+
+
+def test_resnet_normalises_per_micro_batch_and_learns(workload):
+    workload = workload("resnet")
+    assert workload.batch_norm == "per_micro_batch"
+    assert any("micro-batch" in fact for fact in workload.facts.values())
+    model = train(workload, num_updates=40)
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()) == 9
+    assert workload.evaluate(model)["accuracy"] > 0.8
+
+
+def test_encoder_counts_differ_between_micro_batches_so_that_equal_weights_are_wrong(workload):
+    workload = workload("encoder")
+    assert (workload.global_batch_size, workload.micro_batch_size) == (8, 2)
+    micro_batches = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    counts = [weight_of(workload, rows, batch_of(workload, rows)) for rows in micro_batches]
+    assert len(set(counts)) > 1 and min(counts) >= 2
+    torch.manual_seed(0)
+    model = workload.make_model().double()
+    expected = gradient(workload, model, [list(range(8))])
+    mean_of_means = torch.stack([gradient(workload, model, [rows]) for rows in micro_batches]).mean(dim=0)
+    assert relative_error(mean_of_means, expected) > 1e-2
+
+
+def test_encoder_masks_some_tokens_of_every_sample_and_the_same_every_time(workload):
+    samples = workload("encoder").train_data
+    for sample in samples:
+        masked = sample["labels"] != -100
+        num_tokens = len(sample["tokens"])
+        assert masked.sum() == max(1, round(0.15 * num_tokens))
+        assert torch.equal(sample["tokens"] == 1, masked)
+        assert (sample["labels"][masked] > 1).all()
+        assert 1 <= num_tokens <= 64
+    again = load("encoder").train_data
+    assert len(samples) == len(again) == 2000
+    for sample, other in zip(samples, again, strict=True):
+        assert torch.equal(sample["tokens"], other["tokens"])
+        assert torch.equal(sample["labels"], other["labels"])
+
+
+def test_encoder_does_not_see_the_padding(workload):
+    samples = sorted(workload("encoder").train_data[:50], key=lambda sample: len(sample["tokens"]))
+    short, long = samples[0], samples[-1]
+    assert len(short["tokens"]) < len(long["tokens"])
+    torch.manual_seed(0)
+    model = Encoder(num_tokens=1003).double()
+    alone = model(short["tokens"][None])[0]
+    padded = model(pad([short, long])["tokens"])[0, : len(alone)]
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-12)
+
+
+def test_encoder_learns(workload):
+    workload = workload("encoder")
+    torch.manual_seed(0)
+    before = workload.evaluate(workload.make_model())["loss"]
+    assert workload.evaluate(train(workload, num_updates=40))["loss"] < before - 1
+
+
+def test_scores_do_not_depend_on_the_slices():
+    torch.manual_seed(0)
+    model = perceptron(num_pixels=4)
+    images, labels = torch.randn(2300, 1, 2, 2), torch.randint(0, 10, (2300,))
+    logits = model(images)
+    scores = classification_scores(model, images, labels)
+    assert scores["accuracy"] == pytest.approx((logits.argmax(dim=1) == labels).float().mean().item())
+    assert scores["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_encoder_scores_are_means_over_all_masked_tokens(workload):
+    workload = workload("encoder")
+    torch.manual_seed(0)
+    model = workload.make_model()
+    samples = workload.train_data[:120]
+    loss, metrics = workload.loss_fn(model, pad(samples))
+    scores = held_out_scores(model, samples)
+    assert scores["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert scores["accuracy"] == pytest.approx(metrics["accuracy"].item(), rel=1e-5)
+
+
+def test_an_evaluation_that_fails_gives_the_modes_back():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    with pytest.raises(KeyError), evaluating(model):
+        assert not torch.is_grad_enabled()
+        assert not model[0].training
+        raise KeyError
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(LeNet(), (2, 3, 32, 32)), (ResNet(3), (2, 3, 32, 32)), (ResNet(1), (2, 1, 8, 8))]
+)
+def test_models_give_a_score_for_each_class(model, shape):
+    assert model(torch.randn(shape)).shape == (2, 10)
+
+
+def test_all_built_in_workloads_are_described_without_building_them():
+    assert names() == ("digits", "linear", "scalar", "mnist", "cifar10", "encoder", "resnet")
+    assert tuple(line.name for line in describe()) == names()
+    by_name = {line.name: line for line in describe()}
+    assert by_name["mnist"].data == "downloaded (12 MB), or --data DIR"
+    assert all("\n" not in line.text and 20 < len(line.text) < 120 for line in describe())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_workload_has_the_name_and_description_of_its_line(workload, name):
+    workload, spec = workload(name), name.partition("-")[0]
+    assert workload.name == spec
+    assert workload.description == next(line.text for line in describe() if line.name == spec)
+
+
+USERS_FILE = """
+from __future__ import annotations
+
+import gradfold
+import torch
+from dataclasses import dataclass
+from helper_of_mine import ROWS
+
+@dataclass
+class Settings:
+    rows: int = ROWS
+
+def tiny():
+    x = torch.randn(Settings().rows, 3)
+    return gradfold.Workload(
+        name="tiny", description="mine", make_model=lambda: torch.nn.Linear(3, 1),
+        loss_fn=lambda model, x: model(x).square().mean(),
+        make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        train_data=x, global_batch_size=4, micro_batch_size=2)
+
+def with_data(data):
+    workload = tiny()
+    workload.facts["data"] = str(data)
+    return workload
+
+def not_a_workload():
+    return 3
+
+def two_arguments(first, second):
+    return tiny()
+
+def failing():
+    return [][1]
+
+def without_its_data(data=None):
+    raise gradfold.DataError("no such file")
+
+number = 5
+"""
+
+
+@pytest.fixture
+def users_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(USERS_FILE)
+    (tmp_path / "helper_of_mine.py").write_text("ROWS = 7\n")
+    (tmp_path / "broken.py").write_text("import torch\nimport no_such_package\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in list(sys.modules):
+        if name in ("mine", "helper_of_mine") or name.startswith("gradfold_workload_"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("spec", ["mine:tiny", "mine.py:tiny", "{folder}/mine.py:tiny", "./mine.py:with_data"])
+def test_a_workload_of_the_users_own(users_folder, spec):
+    workload = load(spec.format(folder=users_folder))
+    assert isinstance(workload, Workload)
+    assert workload.train_data.shape == (7, 3)
+
+
+def test_a_workload_of_the_users_own_gets_the_data(users_folder):
+    assert load("mine.py:with_data", users_folder).facts["data"] == str(users_folder)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("minst", r"no workload 'minst'. Did you mean 'mnist'\? Built in: digits, .*, resnet. Write .*module:callable"),
+        ("xyzzy", "no workload 'xyzzy'. Built in: digits"),
+        ("", "no workload ''"),
+        ("mine.py", "which callable in it\\? Write mine.py:callable"),
+        ("mine:", "no workload 'mine:'"),
+        (":tiny", "no workload ':tiny'"),
+        ("absent.py:tiny", "there is no file absent.py"),
+        ("absent:tiny", "cannot import absent: ModuleNotFoundError: No module named 'absent'. Write the name"),
+        ("broken.py:tiny", r"cannot import broken.py: .* 'no_such_package' \(.*broken.py, line 2\)"),
+        ("mine.py:number", "expected 'number' in mine.py to be a callable .*, found a int"),
+        ("mine.py:absent", "found no such name"),
+        ("mine.py:not_a_workload", r"expected not_a_workload\(\) to return a gradfold.Workload, it returned a int"),
+        ("mine.py:two_arguments", "takes nothing or an argument `data`: missing a required argument: 'first'"),
+        ("mine.py:failing", r"cannot be built: IndexError: list index out of range \(.*mine.py, line 33\)"),
+    ],
+)
+def test_a_workload_that_cannot_be_had_says_why(users_folder, spec, message):
+    with pytest.raises(WorkloadError, match=message):
+        load(spec)
+
+
+def test_errors_of_the_data_pass_as_they_are(users_folder):
+    with pytest.raises(DataError, match="no such file"):
+        load("mine.py:without_its_data")
+
+
+@pytest.mark.parametrize("spec", ["linear", "mine.py:tiny"])
+def test_data_that_nobody_would_read_are_refused(users_folder, spec):
+    with pytest.raises(WorkloadError, match=f"{spec} takes no data, but was given .*: leave out --data"):
+        load(spec, users_folder)
+
+
+def test_a_file_may_have_the_name_of_an_installed_package(users_folder):
+    (users_folder / "torch.py").write_text(USERS_FILE)
+    assert load("torch.py:tiny").name == "tiny"
+    assert sys.modules["torch"] is torch
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("digits", "sklearn.datasets"), ("mnist", "pooch"), ("cifar10", "pooch")]
+)
+def test_a_missing_extra_says_what_to_install(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(WorkloadError, match=r'not installed .*: pip install "gradfold\[cli\]"'):
+        load(name)
+
+
+def test_without_the_extras_everything_imports_and_the_rest_is_built():
+    program = """
+        import sys
+        sys.modules.update(dict.fromkeys(["numpy", "sklearn", "pooch", "scipy"]))
+        from gradfold.workloads import describe, load
+        assert len(describe()) == 7
+        assert load("linear").name == "linear"
+        assert load("encoder").name == "encoder"
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
