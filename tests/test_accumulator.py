@@ -233,8 +233,8 @@ BAD_WEIGHTS = {
     "nothing": (lambda batch: None, ["NoneType", "one number"]),
     "several": (lambda batch: batch[0], ["(2, 4)", "one number"]),
     "no such key": (gradfold.token_count("labels"), ["token_count('labels')", "tuple"]),
-    "a name without a term": ({"loss": "samples", "los": "samples"}, ["'los' has no term"]),
-    "a term without a weight": ({"lost": "samples"}, ["'loss' has no weight", "'lost'"]),
+    "a name without a term": ({"loss": "samples", "los": "samples"}, ["weight 'los' has no term"]),
+    "a term without a weight": ({"lost": "samples"}, ["loss term 'loss'", "'lost'", "no weight"]),
 }
 
 

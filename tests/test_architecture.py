@@ -20,7 +20,7 @@ LAYERS = [
     ["loader"],
     ["coupled"],
     ["window"],
-    ["loss", "feed"],
+    ["loss", "metric", "feed"],
     ["weight"],
     ["split", "backward", "gradients", "buffers", "random_state", "sync"],
     ["batch"],

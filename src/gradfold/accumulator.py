@@ -16,7 +16,7 @@ from gradfold.buffers import BufferKeeper
 from gradfold.coupled import batch_norm as batch_normalisation
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.errors import OptionError
-from gradfold.gradients import check_trainable, parameters_with_hooks, refuse_post_accumulate_hooks
+from gradfold.gradients import check_trainable, parameters_of, parameters_with_hooks, refuse_post_accumulate_hooks
 from gradfold.loader import Window
 from gradfold.loss import LossFn
 from gradfold.split import Collate, MicroBatch
@@ -95,7 +95,7 @@ class Accumulator:
         self._backward = backward
         self._backward_is_probed = False
         self._hooks_warned_of: set[str] = set()
-        self._buffers = BufferKeeper(model)
+        self._buffers = BufferKeeper()
 
     def backward(self, batch: Batch) -> WindowResult:
         """Add the gradient of the loss of the whole batch to `.grad`.
@@ -119,13 +119,14 @@ class Accumulator:
             WeightError: a weight is negative, not finite or not a number, or fits no loss term.
         """
         refuse_several_ranks()
-        parameters = list(self.model.parameters())
+        modules = list(self.model.modules())
+        parameters = parameters_of(modules)
         check_trainable(self.model, parameters)
         device = parameters[0].device
         self._probe_backward(device)
-        with Transaction(self.model, parameters, self._buffers):
+        with Transaction(self.model, modules, parameters, self._buffers):
             micro_batches = self._cut(batch)
-            schedule = self._schedule(micro_batches, parameters)
+            schedule = self._schedule(micro_batches, modules, parameters)
             weights = weigh(self._weight, micro_batches)
             back_propagate = BackPropagation(self._backward)
             window = OpenWindow(self.model, self._loss_fn, micro_batches, weights, back_propagate, device)
@@ -148,12 +149,14 @@ class Accumulator:
             return split.split_samples(batch, self.micro_batch_size, self._collate)
         return split.split_rows(batch, self.micro_batch_size)
 
-    def _schedule(self, micro_batches: list[MicroBatch], parameters: Sequence[nn.Parameter]) -> Schedule:
+    def _schedule(
+        self, micro_batches: list[MicroBatch], modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
+    ) -> Schedule:
         if len(micro_batches) == 1:
             return one_after_another
         self._check_hooks(parameters)
         num_rows = micro_batches[-1].rows.stop
-        return batch_normalisation.schedule_for(self.model, self._batch_norm, len(micro_batches), num_rows)
+        return batch_normalisation.schedule_for(self.model, modules, self._batch_norm, len(micro_batches), num_rows)
 
     def _probe_backward(self, device: torch.device) -> None:
         if self._backward is not None and not self._backward_is_probed:

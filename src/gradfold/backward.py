@@ -42,27 +42,25 @@ class BackPropagation:
         for term, share in terms:
             if term.requires_grad:
                 losses.append(term)
-                seeds.append(self._seed(share, term))
+                key = (share, term.dtype, term.device)
+                seeds.append(self._seeds[key] if key in self._seeds else self._make_seed(*key))
         if not losses:
             raise LossError(
                 "the loss does not require grad: nothing connects it to the model's parameters. Look for "
                 "torch.no_grad(), .detach(), .item() or an argmax on the way, and for frozen parameters."
             )
         if self._backward is None:
-            torch.autograd.backward(losses, seeds)
+            torch.autograd.backward(tuple(losses), tuple(seeds))
         elif len(losses) == 1:
             self._backward(losses[0], gradient=seeds[0])
         else:  # a framework takes one loss
             loss = torch.stack([term * seed for term, seed in zip(losses, seeds, strict=True)]).sum()
-            self._backward(loss, gradient=self._seed(1.0, loss))
+            self._backward(loss, gradient=torch.ones_like(loss))
 
-    def _seed(self, share: float, term: Tensor) -> Tensor:
-        key = (share, term.dtype, term.device)
-        seed = self._seeds.get(key)
-        if seed is None:
-            seed = self._seeds[key] = torch.tensor(share, dtype=term.dtype, device=term.device)
-            if term.dtype.itemsize < 4 and torch.tensor(share, dtype=term.dtype).item() != share:
-                _warn_of_rounding(term.dtype)
+    def _make_seed(self, share: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if dtype.itemsize < 4 and torch.tensor(share, dtype=dtype).item() != share:
+            _warn_of_rounding(dtype)
+        seed = self._seeds[share, dtype, device] = torch.full((), share, dtype=dtype, device=device)
         return seed
 
 

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,18 +60,24 @@ def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, 
     return filled
 
 
-def take_rows(batch: Batch, rows: range) -> Batch:
-    """The rows `rows.start` to `rows.stop` of every tensor, as views; a 0-d tensor is the same for all rows."""
-    start, stop = rows.start, rows.stop
+def cut_rows(batch: Batch, ranges: Sequence[range]) -> list[Batch]:
+    """The rows of each range, as views; a 0-d tensor is the same for all rows."""
+    kind = type(batch)
+    if (kind is tuple or kind is list) and all(type(leaf) is Tensor and _has_views(leaf) for leaf in batch):
+        return [kind([leaf[rows.start : rows.stop] for leaf in batch]) for rows in ranges]  # the usual case, faster
+    return [map_tensors(partial(_take, rows), batch) for rows in ranges]
 
-    def take(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0:
-            return tensor
-        if tensor.is_sparse:
-            return tensor.narrow_copy(0, start, stop - start)  # sparse tensors have no views
-        return tensor[start:stop]
 
-    return map_tensors(take, batch)
+def _has_views(tensor: Tensor) -> bool:
+    return tensor.dim() > 0 and not tensor.is_sparse
+
+
+def _take(rows: range, tensor: Tensor) -> Tensor:
+    if tensor.dim() == 0:
+        return tensor
+    if tensor.is_sparse:
+        return tensor.narrow_copy(0, rows.start, len(rows))
+    return tensor[rows.start : rows.stop]
 
 
 def num_rows(batch: Batch) -> int:
@@ -81,7 +88,8 @@ def num_rows(batch: Batch) -> int:
             batch looks like a list of samples.
     """
     counts: set[int] = set()
-    if not _count_flat(batch, counts):
+    is_flat = _count_flat(batch, counts)
+    if not is_flat:
         counts = {len(leaf) for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim() > 0}
     if len(counts) > 1:
         raise _disagreement(batch)
@@ -93,7 +101,7 @@ def num_rows(batch: Batch) -> int:
     rows = counts.pop()
     if rows == 0:
         raise BatchError(f"the batch has no rows: {_shapes(batch)}. Skip empty batches before calling backward().")
-    if _looks_like_samples(batch):
+    if not (is_flat and len(batch) <= 2) and _looks_like_samples(batch):
         raise BatchError(
             f"the batch looks like a list of samples ({_summary(batch)}): its tensors agree in dim 0 ({rows}) only by "
             "accident. Pass collate= (for example torch.utils.data.default_collate) to have samples collated per "

@@ -9,7 +9,7 @@ that had changed, all running statistics in training mode, and what a version co
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,19 +40,17 @@ class _Place:
 class BufferKeeper:
     """Keeps what may change in a model's buffers, from the opening of a window to its close."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._modes: list[tuple[int, bool]] | None = None
         self._changing: set[tuple[int, str]] | None = None  # None: not known yet
         self._kept: list[tuple[_Place, Tensor]] = []
         self._unkept: list[_Place] = []
 
-    def open(self) -> None:
-        """Copy the buffers that may change."""
-        modules = list(self._model.modules())
-        places = _places(modules)
-        if not places:
+    def open(self, modules: Sequence[nn.Module]) -> None:
+        """Copy the buffers of these modules that may change."""
+        if not any(module._buffers for module in modules):
             return
+        places = _places(modules)
         modes = [(id(module), module.training) for module in modules]
         if modes != self._modes:
             self._modes, self._changing = modes, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,18 +13,24 @@ from gradfold.split import MicroBatch
 __all__: list[str] = []
 
 
-class Feed:
-    """Hands out micro-batches on a device; the host keeps its own, so that any of them can be asked for again.
+def feed(micro_batches: Sequence[MicroBatch], device: torch.device) -> Callable[[int], Batch]:
+    """A function from the index of a micro-batch to its data on `device`; each may be asked for again."""
+    if device.type == "cpu":
+        return [part.data for part in micro_batches].__getitem__
+    return Feed(micro_batches, device).take
 
-    For a model on the CPU that is all. Else at most two micro-batches are on the device through the feed: the one in
-    use and the next. Copies to CUDA run on a stream of their own, beside the computation, and overlap it when the batch
-    is in pinned memory (`DataLoader(pin_memory=True)`). The CUDA path has not been run on a GPU yet.
+
+class Feed:
+    """Hands out micro-batches on a device, while the host keeps its own.
+
+    At most two micro-batches are on the device through the feed: the one in use and the next. Copies to CUDA run on a
+    stream of their own, beside the computation, and overlap it when the batch is in pinned memory
+    (`DataLoader(pin_memory=True)`). The CUDA path has not been run on a GPU yet.
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], device: torch.device) -> None:
         self._micro_batches = micro_batches
         self._device = device
-        self._is_host = device.type == "cpu"
         self._ahead: tuple[int, Batch] | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -32,8 +38,6 @@ class Feed:
 
     def take(self, index: int) -> Batch:
         """Micro-batch `index` on the device; starts to move the next one."""
-        if self._is_host:
-            return self._micro_batches[index].data
         batch = self._ahead[1] if self._ahead is not None and self._ahead[0] == index else self._move(index)
         if self._stream is not None:
             self._wait(self._stream, batch)

@@ -55,6 +55,16 @@ class SetAside:
             parameter.grad = found
 
 
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of these modules, each once: `model.parameters()` without another walk through the model."""
+    found: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
 def check_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Raise ModelError if no parameter requires a gradient."""
     for parameter in parameters:

@@ -19,7 +19,7 @@ from gradfold.coupled.batch_norm import (
 )
 from gradfold.errors import OptionError, WindowError
 from gradfold.gradients import check_trainable
-from gradfold.loss import BARE, Tally, read_output
+from gradfold.loss import BARE, LossTerms
 from gradfold.split import MicroBatch
 from gradfold.sync import refuse_several_ranks
 from gradfold.weight import Weight, WindowWeights, weigh
@@ -69,7 +69,7 @@ class LoopWindow(Generic[T]):
             for data, count, stop in zip(micro_batches, rows, stops, strict=True)
         ]
         self._weights: WindowWeights = weigh(weight, self._parts)
-        self._tally = Tally(self._parts, self._weights, next(model.parameters()).device)
+        self._losses = LossTerms(self._parts, self._weights, next(model.parameters()).device)
         self._back_propagate = BackPropagation(backward)
         layers = batch_statistics_layers(model) if len(micro_batches) > 1 else {}
         if layers and batch_norm is None:
@@ -100,7 +100,7 @@ class LoopWindow(Generic[T]):
                 self._check_backward(index)
             self._statistics.commit()
         self._current = None
-        self._loss, _ = self._tally.close()
+        self._loss, _ = self._losses.close()
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate the loss of the current micro-batch with its share of the window: was `(loss / n).backward()`.
@@ -120,11 +120,9 @@ class LoopWindow(Generic[T]):
             raise WindowError(
                 f"micro-batch {self._current} had its window.backward(loss) already; add up its losses first."
             )
-        terms, metrics = read_output(loss)
-        index = self._current
-        self._done.add(index)
+        weighed = self._losses.add(self._current, loss)
+        self._done.add(self._current)
         self._statistics.pause()
-        weighed = self._tally.add(index, terms, metrics)
         if weighed:
             self._back_propagate(weighed)
 

@@ -25,15 +25,9 @@ class RandomState:
     def record(cls, tensors: Iterable[Tensor]) -> RandomState:
         """The states now, of the CPU and of the accelerators that hold some of `tensors`."""
         # Reading a state copies it on the host; on CUDA it is a seed and an offset, without waiting for the device.
-        devices = {tensor.device for tensor in tensors if not tensor.is_cpu}
-        return cls(
-            torch.get_rng_state(),
-            tuple(
-                (device, torch.get_device_module(device).get_rng_state(device))
-                for device in devices
-                if device.type != "meta"
-            ),
-        )
+        devices = {tensor.device for tensor in tensors if not tensor.is_cpu and not tensor.is_meta}
+        states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+        return cls(torch.get_rng_state(), tuple(states))
 
     def restore(self) -> None:
         """Set the generators back."""

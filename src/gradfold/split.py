@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-from gradfold.batch import Batch, num_rows, take_rows
+from gradfold.batch import Batch, cut_rows, num_rows
 from gradfold.errors import BatchError, OptionError
 
 __all__: list[str] = []
@@ -15,8 +15,7 @@ __all__: list[str] = []
 Collate = Callable[[list[Any]], Batch]
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """What is run at once: some rows of the global batch (views, on the host), and which."""
 
     data: Batch
@@ -36,7 +35,8 @@ def check_size(micro_batch_size: int | None) -> None:
         raise OptionError(f"micro_batch_size={micro_batch_size}; expected at least 1 row.")
 
 
-def cut_range(total: int, micro_batch_size: int | None) -> list[range]:
+@lru_cache(maxsize=64)
+def cut_range(total: int, micro_batch_size: int | None) -> tuple[range, ...]:
     """Cut `total` rows into k = ceil(total / size) ranges whose sizes differ by at most one.
 
     At most two sizes, and so two shapes, occur. `torch.chunk` is not this: 33 rows in 8 chunks give 7.
@@ -45,11 +45,11 @@ def cut_range(total: int, micro_batch_size: int | None) -> list[range]:
     [5, 5, 5, 5, 5, 4, 4]
     """
     if micro_batch_size is None or micro_batch_size >= total:
-        return [range(total)]
+        return (range(total),)
     num_parts = -(-total // micro_batch_size)
     size, num_larger = divmod(total, num_parts)
     bounds = [index * size + min(index, num_larger) for index in range(num_parts + 1)]
-    return [range(start, stop) for start, stop in pairwise(bounds)]
+    return tuple(range(start, stop) for start, stop in pairwise(bounds))
 
 
 def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
@@ -57,7 +57,7 @@ def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
     ranges = cut_range(num_rows(batch), micro_batch_size)
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
-    return [MicroBatch(take_rows(batch, rows), rows) for rows in ranges]
+    return [MicroBatch(data, rows) for data, rows in zip(cut_rows(batch, ranges), ranges, strict=True)]
 
 
 def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate: Collate) -> list[MicroBatch]:
@@ -83,6 +83,6 @@ def join_batches(batches: Iterable[list[MicroBatch]]) -> list[MicroBatch]:
     start = 0
     for micro_batches in batches:
         for piece in micro_batches:
-            joined.append(replace(piece, rows=range(start + piece.rows.start, start + piece.rows.stop)))
+            joined.append(piece._replace(rows=range(start + piece.rows.start, start + piece.rows.stop)))
         start = joined[-1].rows.stop
     return joined

@@ -7,8 +7,9 @@ of those things in it. The weights of a window sum to the one denominator of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -87,20 +88,22 @@ class Shares:
     """The weights of a window's micro-batches under one name.
 
     Attributes:
-        weights: one per micro-batch.
-        total: their sum, the denominator.
+        total: the sum of the weights, the denominator.
         parts: what each micro-batch makes up of the window's mean; all 0 in a window that weighs nothing.
+        idle: the micro-batches that weigh nothing.
     """
 
-    weights: tuple[float, ...]
     total: float
     parts: tuple[float, ...]
+    idle: frozenset[int]
 
-    @classmethod
-    def of(cls, weights: Sequence[float]) -> Shares:
-        """The shares that these weights give."""
-        total = math.fsum(weights)
-        return cls(tuple(weights), total, tuple(weight / total if total else 0.0 for weight in weights))
+
+@lru_cache(maxsize=64)  # windows of equal shape have equal shares
+def shares_of(weights: tuple[float, ...]) -> Shares:
+    """The shares that these weights, one per micro-batch, give."""
+    total = math.fsum(weights)
+    parts = tuple(weight / total if total else 0.0 for weight in weights)
+    return Shares(total, parts, frozenset(index for index, weight in enumerate(weights) if weight == 0))
 
 
 class WindowWeights:
@@ -111,8 +114,19 @@ class WindowWeights:
         self._samples = samples
 
     def of_term(self, name: str) -> Shares:
-        """The shares of a loss term; `check_names` has made sure that there are some."""
-        return self._shares[name] if isinstance(self._shares, dict) else self._shares
+        """The shares of a loss term.
+
+        Raises:
+            WeightError: weights were given by name, and none for this one.
+        """
+        if not isinstance(self._shares, dict):
+            return self._shares
+        if name not in self._shares:
+            raise WeightError(
+                f"weight= names {sorted(self._shares)}, but loss_fn returned the loss term {name!r}, which has no "
+                'weight. Give one per loss term (a bare loss is called "loss").'
+            )
+        return self._shares[name]
 
     def of_metric(self, name: str) -> Shares:
         """The shares of a metric: its own, else those of a single weight, else samples."""
@@ -124,28 +138,22 @@ class WindowWeights:
             return {name: shares.total for name, shares in self._shares.items()}
         return self._shares.total
 
-    def idle(self) -> set[int]:
+    def idle(self) -> frozenset[int]:
         """The micro-batches that weigh nothing under every name."""
-        every = list(self._shares.values()) if isinstance(self._shares, dict) else [self._shares]
-        empty = [{index for index, weight in enumerate(shares.weights) if weight == 0} for shares in every]
-        return set.intersection(*empty)
+        if isinstance(self._shares, dict):
+            return frozenset.intersection(*(shares.idle for shares in self._shares.values()))
+        return self._shares.idle
 
-    def check_names(self, terms: Iterable[str], metrics: Iterable[str]) -> None:
-        """Raise WeightError where weights by name and the names that loss_fn returned differ."""
-        if not isinstance(self._shares, dict):
+    def check_names(self, terms: Collection[str], metrics: Collection[str]) -> None:
+        """Raise WeightError where a weight was given for something that loss_fn did not return."""
+        if not isinstance(self._shares, dict) or not terms:
             return
-        missing = [name for name in terms if name not in self._shares]
-        known = {*terms, *metrics}
-        unknown = [name for name in self._shares if name not in known]
-        if missing or unknown:
+        unknown = [name for name in self._shares if name not in terms and name not in metrics]
+        if unknown:
             raise WeightError(
                 f"weight= names {sorted(self._shares)}, but loss_fn returned the loss terms {sorted(terms)} and the "
-                f"metrics {sorted(metrics)}: "
-                + "; ".join(
-                    [f"the term {name!r} has no weight" for name in missing]
-                    + [f"the weight {name!r} has no term or metric" for name in unknown]
-                )
-                + '. Give one weight per loss term (a bare loss is called "loss").'
+                f"metrics {sorted(metrics)}: the weight {unknown[0]!r} has no term or metric. Give one weight per loss "
+                'term (a bare loss is called "loss").'
             )
 
 
@@ -170,7 +178,7 @@ def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWe
     Raises:
         WeightError: a weight is negative, not finite, or not a number.
     """
-    samples = Shares.of([float(len(part.rows)) for part in micro_batches])
+    samples = shares_of(tuple(float(len(part.rows)) for part in micro_batches))
     if not isinstance(weight, Mapping):
         return WindowWeights(samples if weight == "samples" else _weigh_each([weight], micro_batches)[0], samples)
     asked = {name: one for name, one in weight.items() if one != "samples"}
@@ -189,7 +197,7 @@ def _weigh_each(weights: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> 
                 f"{part.rows.stop - 1}) is {value!r}; expected a finite number of at least 0."
             )
     size = len(micro_batches)
-    return [Shares.of(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+    return [shares_of(tuple(numbers[start : start + size])) for start in range(0, len(numbers), size)]
 
 
 def _read(values: Sequence[Any]) -> list[float]:

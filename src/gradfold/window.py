@@ -22,16 +22,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gradfold.backward import BackPropagation
 from gradfold.buffers import BufferKeeper
-from gradfold.feed import Feed
+from gradfold.feed import feed
 from gradfold.gradients import SetAside
-from gradfold.loss import LossFn, Tally, read_output
+from gradfold.loss import LossFn, LossTerms, read_pair
+from gradfold.metric import Metrics
 from gradfold.random_state import RandomState
 from gradfold.split import MicroBatch
 from gradfold.weight import WindowWeights
@@ -68,11 +69,17 @@ class WindowResult:
 class Transaction:
     """Steps [1], [4] and [5]: on success the new gradients join the old, on any exception nothing has happened."""
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], buffers: BufferKeeper) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
+        buffers: BufferKeeper,
+    ) -> None:
         self._model = model
         self._buffers = buffers
         self._random_state = RandomState.record(parameters)
-        self._buffers.open()
+        self._buffers.open(modules)
         self._gradients = SetAside(parameters)
 
     def __enter__(self) -> Transaction:
@@ -90,23 +97,14 @@ class Transaction:
             self._random_state.restore()
 
 
-class MicroStep:
+class MicroStep(Protocol):
     """The forward and backward pass of one micro-batch, in an order that a schedule decides."""
 
-    def __init__(self, window: OpenWindow, index: int) -> None:
-        self._window = window
-        self._index = index
-        self._weighed: list[tuple[Tensor, float]] = []
-
     def forward(self) -> None:
-        """Run `loss_fn` and keep its loss terms, with their graph and their parts of the window."""
-        self._weighed = self._window.forward(self._index)
+        """Run `loss_fn` and keep its loss, with the graph."""
 
     def backward(self) -> None:
-        """Back-propagate what `forward` kept, and let the graph go."""
-        weighed, self._weighed = self._weighed, []
-        if weighed:
-            self._window.back_propagate(weighed)
+        """Back-propagate the loss that `forward` kept, and let the graph go."""
 
 
 Schedule: TypeAlias = Callable[[Sequence[MicroStep]], None]
@@ -121,7 +119,7 @@ def one_after_another(steps: Sequence[MicroStep]) -> None:
 
 
 class OpenWindow:
-    """A window being run: its micro-batches, their weights, and what came out so far."""
+    """A window being run: what its steps share."""
 
     def __init__(
         self,
@@ -132,35 +130,67 @@ class OpenWindow:
         back_propagate: BackPropagation,
         device: torch.device,
     ) -> None:
-        self._model = model
-        self._loss_fn = loss_fn
-        self._micro_batches = micro_batches
-        self._weights = weights
+        self.model = model
+        self.loss_fn = loss_fn
+        self.micro_batches = micro_batches
+        self.weights = weights
         self.back_propagate = back_propagate
-        self._feed = Feed(micro_batches, device)
-        self._tally = Tally(micro_batches, weights, device)
-        self._idle = weights.idle()
+        self.take = feed(micro_batches, device)
+        self.losses = LossTerms(micro_batches, weights, device)
+        self.metrics = Metrics(micro_batches, weights, device)
 
     def run(self, schedule: Schedule) -> WindowResult:
         """Steps [3] and the first half of [4]."""
-        busy = [index for index in range(len(self._micro_batches)) if index not in self._idle]
-        if busy:
-            # Idle micro-batches come last: only then is it known whether there are metrics to be had from them.
-            schedule([MicroStep(self, index) for index in (*busy, *sorted(self._idle))])
-        loss, metrics = self._tally.close()
-        return WindowResult(loss, metrics, len(busy), self._micro_batches[-1].rows.stop, self._weights.total())
+        idle = self.weights.idle()
+        busy = [index for index in range(len(self.micro_batches)) if index not in idle]
+        # Idle micro-batches come last: only then is it known whether there are metrics to be had from them.
+        schedule([_BusyStep(self, index) for index in busy] + [_IdleStep(self, index) for index in sorted(idle)])
+        self.weights.check_names(self.losses.names, self.metrics.names)
+        self.metrics.check_names(self.losses.names)
+        loss, means = self.losses.close()
+        metrics = {**means, **self.metrics.close()}
+        return WindowResult(loss, metrics, len(busy), self.micro_batches[-1].rows.stop, self.weights.total())
 
-    def forward(self, index: int) -> list[tuple[Tensor, float]]:
-        """The loss terms of micro-batch `index` that weigh something, each with its part of the window."""
-        if index in self._idle:
-            return self._observe(index)
-        terms, metrics = read_output(self._loss_fn(self._model, self._feed.take(index)))
-        return self._tally.add(index, terms, metrics)
 
-    def _observe(self, index: int) -> list[tuple[Tensor, float]]:
-        """Run a micro-batch that weighs nothing, where there are metrics to be had from it."""
-        if not self._tally.has_metrics:
-            return []
-        with torch.no_grad():
-            terms, metrics = read_output(self._loss_fn(self._model, self._feed.take(index)))
-        return self._tally.add(index, terms, metrics)
+class _BusyStep:
+    """A micro-batch that weighs something."""
+
+    __slots__ = ("_index", "_weighed", "_window")
+
+    def __init__(self, window: OpenWindow, index: int) -> None:
+        self._window = window
+        self._index = index
+        self._weighed: list[tuple[Tensor, float]] = []  # loss terms with their graph, and their parts of the window
+
+    def forward(self) -> None:
+        window = self._window
+        output = window.loss_fn(window.model, window.take(self._index))
+        if isinstance(output, tuple):
+            output, metrics = read_pair(output)
+            window.metrics.add(self._index, metrics)
+        self._weighed = window.losses.add(self._index, output)
+
+    def backward(self) -> None:
+        weighed, self._weighed = self._weighed, []
+        if weighed:
+            self._window.back_propagate(weighed)
+
+
+class _IdleStep:
+    """A micro-batch that weighs nothing: looked at only where there are metrics to be had from it."""
+
+    __slots__ = ("_index", "_window")
+
+    def __init__(self, window: OpenWindow, index: int) -> None:
+        self._window = window
+        self._index = index
+
+    def forward(self) -> None:
+        window = self._window
+        if window.metrics.names:
+            with torch.no_grad():
+                output = window.loss_fn(window.model, window.take(self._index))
+            window.metrics.add(self._index, read_pair(output)[1])
+
+    def backward(self) -> None:
+        pass

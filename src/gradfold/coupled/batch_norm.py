@@ -9,7 +9,7 @@ they advance once per window, by the window's own mean and unbiased variance.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -38,12 +38,20 @@ def check_option(batch_norm: str | None) -> None:
         raise OptionError(f'batch_norm={batch_norm!r}; expected None or "per_micro_batch".')
 
 
-def schedule_for(model: nn.Module, batch_norm: BatchNormOption, num_micro_batches: int, num_rows: int) -> Schedule:
-    """How to run a window of several micro-batches.
+def schedule_for(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    batch_norm: BatchNormOption,
+    num_micro_batches: int,
+    num_rows: int,
+) -> Schedule:
+    """How to run a window of several micro-batches; `modules` are all those of the model.
 
     Raises:
         BatchNormError: layers would see a micro-batch instead of the batch, and nobody said that this is meant.
     """
+    if not any(isinstance(module, _BatchNorm) for module in modules):
+        return one_after_another
     layers = batch_statistics_layers(model)
     if not layers:
         return one_after_another

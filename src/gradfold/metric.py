@@ -1,0 +1,78 @@
+"""A metric: a number or one value per row that `loss_fn` returned beside the loss, combined over the window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfold.errors import LossError
+from gradfold.split import MicroBatch
+from gradfold.weight import WindowWeights
+
+__all__: list[str] = []
+
+
+class Metrics:
+    """The metrics of a window's micro-batches, combined in the order of the micro-batches, not of their runs."""
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], weights: WindowWeights, device: torch.device) -> None:
+        self._micro_batches = micro_batches
+        self._weights = weights
+        self._device = device
+        self._values: dict[str, dict[int, Tensor]] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names that came so far."""
+        return self._values
+
+    def add(self, index: int, metrics: Mapping[str, Any]) -> None:
+        """Take the metrics of micro-batch `index`."""
+        for name, value in metrics.items():
+            self._values.setdefault(name, {})[index] = self._read(name, value, index)
+
+    def check_names(self, terms: Collection[str]) -> None:
+        """Raise LossError where a loss term has the name of a metric."""
+        for name in self._values:
+            if name in terms:
+                raise LossError(f"{name!r} is both a loss term and a metric: rename the metric.")
+
+    def close(self) -> dict[str, Tensor]:
+        """Scalars as weighted means (NaN over nothing), rows in the batch's own order; detached, on their device."""
+        return {name: self._combine(name, values) for name, values in self._values.items()}
+
+    def _read(self, name: str, value: Any, index: int) -> Tensor:
+        if isinstance(value, (bool, int, float)):
+            return torch.tensor(float(value), dtype=torch.float64)
+        if not isinstance(value, Tensor):
+            raise LossError(f"the metric {name!r} is a {type(value).__name__}; expected a tensor or a number.")
+        rows = len(self._micro_batches[index].rows)
+        if value.dim() > 0 and len(value) != rows:
+            raise LossError(
+                f"the metric {name!r} has shape {tuple(value.shape)} for a micro-batch of {rows} rows; expected a 0-d "
+                "tensor (combined as a weighted mean) or one entry per row in dim 0 (concatenated)."
+            )
+        return value.detach()
+
+    def _combine(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
+        if next(iter(values.values())).dim() == 0:
+            return self._mean(name, values)
+        if len(values) != len(self._micro_batches):
+            raise LossError(f"the metric {name!r} has rows, but only {len(values)} of the micro-batches gave it.")
+        return torch.cat([values[index] for index in sorted(values)])
+
+    def _mean(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
+        parts = self._weights.of_metric(name).parts
+        counted = {index: value for index, value in values.items() if parts[index]}
+        if not counted:
+            return torch.tensor(math.nan, device=self._device)
+        stack = torch.stack(list(counted.values()))
+        if not stack.dtype.is_floating_point or stack.dtype.itemsize < 4:
+            stack = stack.to(torch.float32)
+        total = math.fsum(parts[index] for index in counted)  # below 1 where a micro-batch did not give the metric
+        factors = [parts[index] / total for index in counted]
+        return torch.dot(stack, torch.tensor(factors, dtype=stack.dtype, device=stack.device))
