@@ -43,6 +43,8 @@ class StepResult:
         grad_norm: 2-norm of the gradient before clipping, 0-d; None without `max_grad_norm`.
         applied: whether the parameters were updated; a batch that weighs nothing is not applied.
         num_micro_batches: how many micro-batches were run.
+        num_samples: rows of the batch.
+        weight: the denominator of the loss, as in `WindowResult`.
     """
 
     loss: Tensor
@@ -50,6 +52,8 @@ class StepResult:
     grad_norm: Tensor | None
     applied: bool
     num_micro_batches: int
+    num_samples: int
+    weight: float | Mapping[str, float]
 
 
 class TrainStep:
@@ -92,8 +96,9 @@ class TrainStep:
         scheduler: Scheduler | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        _refuse_closure(optimizer)
-        _refuse_plateau(scheduler)
+        _check_parts(accumulator, optimizer)
+        _refuse_closure(getattr(optimizer, "optimizer", optimizer))  # Accelerate and Fabric wrap what they prepare
+        _refuse_plateau(getattr(scheduler, "scheduler", scheduler))
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise OptionError(f"max_grad_norm={max_grad_norm!r}; expected a positive number or None.")
         self.accumulator = accumulator
@@ -136,6 +141,11 @@ class TrainStep:
         Raises:
             OptionError: the state has a scheduler and this step has none, or the other way round.
         """
+        missing = {"updates", "skipped", "samples", "scheduler", "accumulator"} - state.keys()
+        if missing:
+            raise OptionError(
+                f"this is no state of a TrainStep: it has {sorted(state)}, {sorted(missing)} are missing."
+            )
         if (state["scheduler"] is None) != (self.scheduler is None):
             there, here = ("no", "one") if state["scheduler"] is None else ("a", "none")
             raise OptionError(
@@ -153,7 +163,26 @@ class TrainStep:
 
 
 def _result(window: WindowResult, grad_norm: Tensor | None, *, applied: bool) -> StepResult:
-    return StepResult(window.loss, window.metrics, grad_norm, applied, window.num_micro_batches)
+    return StepResult(
+        window.loss, window.metrics, grad_norm, applied, window.num_micro_batches, window.num_samples, window.weight
+    )
+
+
+def _check_parts(accumulator: object, optimizer: object) -> None:
+    if not isinstance(accumulator, Accumulator):
+        raise TrainStepError(
+            f"accumulator is a {type(accumulator).__name__}; expected a gradfold.Accumulator: "
+            "TrainStep(Accumulator(model, loss_fn, ...), optimizer)."
+        )
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise TrainStepError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
+    own = {id(parameter) for parameter in accumulator.model.parameters()}
+    if not any(id(parameter) in own for group in groups for parameter in group["params"]):
+        raise TrainStepError(
+            f"no parameter of the optimizer belongs to the accumulator's {type(accumulator.model).__name__}: its steps "
+            "would train nothing. Build the optimizer from accumulator.model.parameters(), after the model is final."
+        )
 
 
 def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from gradfold.coupled.batch_norm import BatchNormOption
+from gradfold.loss import LossFn
+from gradfold.split import Collate
+from gradfold.weight import WeightOption
 
 __all__ = ["Workload"]
 
@@ -40,15 +45,15 @@ class Workload:
     name: str
     description: str
     make_model: Callable[[], nn.Module]
-    loss_fn: Callable[[nn.Module, Any], Any]
+    loss_fn: LossFn
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     train_data: Any
     global_batch_size: int
     micro_batch_size: int
     num_epochs: int = 1
     shuffle: bool = True
-    weight: Any = "samples"
-    collate: Callable[[Sequence[Any]], Any] | None = None
-    batch_norm: str | None = None
+    weight: WeightOption = "samples"
+    collate: Collate | None = None
+    batch_norm: BatchNormOption = None
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)

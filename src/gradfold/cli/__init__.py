@@ -1,0 +1,55 @@
+"""The command line: one file per command, put together here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from gradfold import __version__
+from gradfold.cli.compare import EPILOG as COMPARE_EPILOG
+from gradfold.cli.compare import compare
+from gradfold.cli.workloads import workloads
+from gradfold.errors import GradfoldError
+
+__all__: list[str] = []
+
+app = typer.Typer(
+    name="gradfold",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog=COMPARE_EPILOG)(compare)
+app.command()(workloads)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gradfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Exit codes: 0 fine, 1 a finding or a failure, 2 wrong usage.")
+def gradfold(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The gradient of a batch that does not fit in memory, exactly, for PyTorch.
+
+    Start with **gradfold compare**: it trains a small network on real data with and without accumulation, and shows
+    what stays the same and what it costs.
+    """
+
+
+def run() -> None:
+    """Run the command line; an error that gradfold raises on purpose is one message and an exit code."""
+    try:
+        app()
+    except GradfoldError as error:
+        print(f"gradfold: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

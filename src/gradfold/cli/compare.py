@@ -1,0 +1,111 @@
+"""The command `gradfold compare`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gradfold.cli.compare_progress import showing_progress
+from gradfold.cli.compare_table import print_comparison
+from gradfold.compare.arms import DEFAULT_ARMS
+from gradfold.compare.report import make_folder, write_report
+from gradfold.compare.results import Comparison
+from gradfold.compare.run import compare as run_comparison
+from gradfold.compare.settings import Settings
+
+__all__: list[str] = []
+
+_INTERRUPTED = 130  # what shells report after Ctrl-C
+
+EPILOG = """
+**Examples**
+
+`gradfold compare` — the digits that come with scikit-learn, in seconds
+
+`gradfold compare digits --global-batch 256 --micro-batch 8 --out out/` — with a report in out/report.html
+
+`gradfold compare mnist --data DIR --epochs 2` — files that you have; without --data they are downloaded
+
+`gradfold compare encoder --arms full-batch,gradfold --json` — two of the four ways, for a program to read
+
+`gradfold compare train.py:workload` — your own model: a function that returns a gradfold.Workload
+
+Exit codes: 0 fine, 1 an arm failed, 2 wrong usage.
+"""
+
+
+def compare(
+    workload: Annotated[
+        str, typer.Argument(help="A built-in name (see gradfold workloads), module:callable or path.py:callable.")
+    ] = "digits",
+    global_batch: Annotated[int | None, typer.Option(help="Samples of one update. [default: the workload's]")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Samples that are run at once. [default: the workload's]")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: the workload's]")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the first weights and the order of samples.")] = 0,
+    arms: Annotated[str, typer.Option(help="Which arms, in which order.")] = ",".join(DEFAULT_ARMS),
+    data: Annotated[Path | None, typer.Option(help="Folder with the workload's data files.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write report.html, results.json and plots into this folder.", metavar="DIR")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch in each arm. [default: torch's]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+) -> None:
+    """Train one model with and without gradient accumulation, and compare.
+
+    The same model is trained from the same start on the same samples in the same order by four **arms**, each in a
+    process of its own:
+
+    - **full-batch**: the reference, each global batch at once, in plain torch
+
+    - **gradfold**: each global batch in micro-batches, by gradfold
+
+    - **plain-loop**: the loop as articles print it: loss / n, a step every n micro-batches
+
+    - **small-batch**: no accumulation, an update for every micro-batch
+
+    - **reordered** (only when asked for): the full batch with its rows in reverse. Rounding grows while a network
+      trains; this shows how far it goes by itself
+
+    You see how far each arm's gradient and weights end from the full batch's, its loss and accuracy, and what it costs
+    in time and memory. An arm that fails or does not fit says so, and the others still run.
+    """
+    settings = Settings(
+        workload=workload,
+        data=data,
+        global_batch_size=global_batch,
+        micro_batch_size=micro_batch,
+        num_epochs=epochs,
+        seed=seed,
+        arms=tuple(name.strip() for name in arms.split(",") if name.strip()),
+        num_threads=threads,
+    )
+    if out is not None:
+        make_folder(out)
+    comparison = _run(settings)
+    written = [] if out is None else write_report(comparison, out)
+    if as_json:
+        print(json.dumps(comparison.to_json(), indent=1, allow_nan=False))
+    else:
+        print_comparison(comparison, written)
+    if comparison.has_failures:
+        raise typer.Exit(1)
+
+
+def _run(settings: Settings) -> Comparison:
+    console = Console(stderr=True)
+    try:
+        with showing_progress(console, settings.arms) as on_progress:
+            return run_comparison(
+                settings, on_progress=on_progress, command_line=shlex.join(["gradfold", *sys.argv[1:]])
+            )
+    except KeyboardInterrupt:
+        print("gradfold: interrupted", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None

@@ -1,0 +1,190 @@
+"""The arms: four ways to train the same model on the same samples, each written as one would write it.
+
+An arm is a generator: it trains over the orders of its epochs and yields after every update of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfold.accumulator import Accumulator
+from gradfold.batch import Batch
+from gradfold.compare.measure import Clock
+from gradfold.compare.samples import cut, take, weight_of
+from gradfold.loss import LossOutput
+from gradfold.train_step import TrainStep
+from gradfold.workloads.workload import Workload
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of the weights.
+
+    Args:
+        num_samples: samples that it consumed.
+        loss: their mean loss before the update.
+        weight: what that mean counts in the mean over many updates.
+    """
+
+    num_samples: int
+    loss: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every arm trains with. `clock` measures forward and backward; the optimizer's hooks measure the update."""
+
+    workload: Workload
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    global_batch_size: int
+    micro_batch_size: int
+    clock: Clock
+
+    def global_batches(self, order: Tensor) -> Iterator[tuple[Batch, int]]:
+        """The batches of an epoch, as large as an update."""
+        return cut(self.workload, order, self.global_batch_size, self.device)
+
+    def micro_batches(self, order: Tensor) -> Iterator[tuple[Batch, int]]:
+        """The batches of an epoch, as large as fits: what a loader of a hand-written loop gives."""
+        return cut(self.workload, order, self.micro_batch_size, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's first parameter."""
+        return next(self.model.parameters()).device
+
+    def call_loss_fn(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """The workload's `loss_fn`, timed."""
+        with self.clock.phase("forward"):
+            output: LossOutput = self.workload.loss_fn(model, batch)
+        return output
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch without its metrics; loss terms are summed."""
+        output = self.call_loss_fn(self.model, batch)
+        terms: Any = output[0] if isinstance(output, tuple) else output
+        total: Tensor = torch.stack(list(terms.values())).sum() if isinstance(terms, Mapping) else terms
+        return total
+
+    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        """`loss.backward()`, timed."""
+        with self.clock.phase("backward"):
+            loss.backward(gradient=gradient)  # type: ignore[no-untyped-call]
+
+
+def full_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+    """The reference: each global batch at once, in plain torch."""
+    for order in epochs:
+        for batch, rows in training.global_batches(order):
+            training.optimizer.zero_grad()
+            loss = training.loss(batch)
+            training.backward(loss)
+            training.optimizer.step()
+            yield Update(rows, loss.item(), weight_of(training.workload, batch, rows))
+
+
+def gradfold(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+    """The library: each global batch in micro-batches, one update."""
+    workload = training.workload
+    accumulator = Accumulator(
+        training.model,
+        training.call_loss_fn,
+        micro_batch_size=training.micro_batch_size,
+        weight=workload.weight,
+        collate=workload.collate,
+        batch_norm=workload.batch_norm,
+        backward=training.backward,
+    )
+    step = TrainStep(accumulator, training.optimizer)
+    for order in epochs:
+        for indices in torch.split(order, training.global_batch_size):
+            result = step(take(workload, indices))
+            weight = float(len(indices)) if isinstance(result.weight, Mapping) else result.weight
+            yield Update(len(indices), result.loss.item(), weight)
+
+
+def plain_loop(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+    """The hand-written loop, as articles print it: divide by n, step every n micro-batches and at the end of an epoch.
+
+    Its faults are the subject of the comparison and stay: micro-batches with different numbers of tokens count the
+    same, and the last window of an epoch is divided by n however few micro-batches it has.
+    """
+    n = training.global_batch_size // training.micro_batch_size
+    for order in epochs:
+        training.optimizer.zero_grad()
+        window: list[tuple[Tensor, float, int]] = []
+        num_left = -(-len(order) // training.micro_batch_size)
+        for batch, rows in training.micro_batches(order):
+            loss = training.loss(batch)
+            training.backward(loss / n)
+            window.append((loss.detach(), weight_of(training.workload, batch, rows), rows))
+            num_left -= 1
+            if len(window) == n or num_left == 0:
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+                yield _joined(window)
+                window = []
+
+
+def small_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+    """No accumulation: an update per micro-batch, with the hyper-parameters of the global batch."""
+    for order in epochs:
+        for batch, rows in training.micro_batches(order):
+            training.optimizer.zero_grad()
+            loss = training.loss(batch)
+            training.backward(loss)
+            training.optimizer.step()
+            yield Update(rows, loss.item(), weight_of(training.workload, batch, rows))
+
+
+def reordered(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+    """The full batch with the rows of each batch in reverse, which changes nothing but rounding."""
+    size = training.global_batch_size
+    return full_batch(training, (torch.cat([part.flip(0) for part in torch.split(order, size)]) for order in epochs))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        name: as on the command line.
+        description: what it does, for tables and reports.
+        train: the loop.
+        accumulates: whether one update stands for a whole global batch.
+    """
+
+    name: str
+    description: str
+    train: Callable[[Training, Iterable[Tensor]], Iterator[Update]]
+    accumulates: bool = True
+
+
+REFERENCE = "full-batch"
+CONTROL = "reordered"
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm(REFERENCE, "the reference: each global batch at once, in plain torch", full_batch),
+        Arm("gradfold", "each global batch in micro-batches, by gradfold.Accumulator and TrainStep", gradfold),
+        Arm("plain-loop", "the loop as articles print it: loss / n, a step every n micro-batches", plain_loop),
+        Arm("small-batch", "no accumulation: an update for every micro-batch", small_batch, accumulates=False),
+        Arm(CONTROL, "the control: the full batch with its rows in reverse, which changes rounding alone", reordered),
+    )
+}
+DEFAULT_ARMS = tuple(name for name in ARMS if name != CONTROL)
+
+
+def _joined(window: list[tuple[Tensor, float, int]]) -> Update:
+    weight = sum(weight for _, weight, _ in window)
+    loss = sum(float(loss) * weight for loss, weight, _ in window) / weight if weight else float("nan")
+    return Update(sum(rows for _, _, rows in window), loss, weight)

@@ -1,0 +1,222 @@
+"""The plots of a comparison: loss against samples, memory, time and gradient error, each alone and all in one."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from gradfold.compare import readable
+from gradfold.compare.arms import REFERENCE
+from gradfold.compare.results import Comparison, Deviation, Measured, Row
+from gradfold.compare.verdict import FLOAT64_ROUNDING
+
+__all__: list[str] = []
+
+Draw = Callable[[Axes, Comparison], None]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Curves that should coincide are drawn from wide to
+# narrow, so that a narrow line on top leaves the wide one visible on both sides.
+COLORS = {
+    "full-batch": "#8a8f98",
+    "gradfold": "#0072b2",
+    "plain-loop": "#e69f00",
+    "small-batch": "#cc79a7",
+    "reordered": "#009e73",
+}
+_WIDTHS = {"full-batch": 8.0, "plain-loop": 4.4, "gradfold": 1.6, "small-batch": 1.6, "reordered": 2.8}
+_ON_TOP = ("small-batch", "full-batch", "plain-loop", "reordered", "gradfold")
+_NUM_POINTS = 60
+_PHASES = (("forward", 1.0), ("backward", 0.68), ("update", 0.4), ("other", 0.17))
+_INK, _FAINT = "#22262b", "#6a7079"
+_STYLE = {
+    "font.size": 10.5,
+    "text.color": _INK,
+    "axes.edgecolor": "#b9bec5",
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 30,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e8eb",
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "legend.frameon": False,
+}
+
+
+def draw_all(comparison: Comparison) -> dict[str, bytes]:
+    """Every plot as PNG, by file name."""
+    plots = {name: _render(comparison, [draw], (6.8, height)) for name, (draw, height) in PLOTS.items()}
+    plots["overview.png"] = _render(comparison, [draw for draw, _ in PLOTS.values()], (14.0, 9.0))
+    return plots
+
+
+def draw_loss(axes: Axes, comparison: Comparison) -> None:
+    """Loss against samples seen, one curve per arm."""
+    finished = [row for row in comparison.rows if row.measured is not None]
+    losses = []
+    for row in sorted(finished, key=lambda row: _ON_TOP.index(row.arm)):
+        assert row.measured is not None
+        curve = row.measured.curve.thinned(_NUM_POINTS)
+        losses += [loss for loss in curve.loss if math.isfinite(loss)]
+        axes.plot(
+            curve.samples,
+            curve.loss,
+            color=COLORS[row.arm],
+            linewidth=_WIDTHS[row.arm],
+            solid_capstyle="round",
+            marker="o" if len(curve.loss) == 1 else "",
+        )
+    if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
+        axes.set_yscale("log")
+    handles = [Line2D([], [], color=COLORS[row.arm], linewidth=_WIDTHS[row.arm], label=row.arm) for row in finished]
+    if handles:
+        axes.legend(handles=handles)
+    _title(axes, "Loss", "coinciding curves are drawn from wide to narrow")
+    axes.set(xlabel="samples seen", ylabel="training loss")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(axis="y")
+
+
+def draw_memory(axes: Axes, comparison: Comparison) -> None:
+    """The memory that training added, one bar per arm."""
+    rises = {row.arm: row.measured.memory.rise_bytes for row in comparison.rows if row.measured is not None}
+    for position, row in enumerate(comparison.rows):
+        if row.measured is not None:
+            rise = rises[row.arm]
+            axes.barh(position, rise / 2**20, color=COLORS[row.arm], height=0.6)
+            _beside(axes, rise / 2**20, position, f"{readable.size(rise)}  ({_baseline(row.measured)})")
+    _title(axes, "Memory", "what training added to the process with model and data loaded")
+    axes.set(xlabel="MiB added")
+    _bars(axes, comparison.rows, max(rises.values(), default=0) / 2**20, room=1.75)
+
+
+def draw_time(axes: Axes, comparison: Comparison) -> None:
+    """Seconds split into phases, one stacked bar per arm."""
+    longest = 0.0
+    for position, row in enumerate(comparison.rows):
+        if row.measured is not None:
+            left = 0.0
+            for phase, strength in _PHASES:
+                spent = getattr(row.measured.seconds, phase)
+                axes.barh(position, spent, left=left, color=_mixed(COLORS[row.arm], strength), height=0.6)
+                left += spent
+            rate = readable.number(row.measured.samples_per_s)
+            _beside(axes, left, position, f"{readable.seconds(left)}  ({rate} samples/s)")
+            longest = max(longest, left)
+    handles = [Patch(facecolor=_mixed("#4a4f57", strength), label=phase) for phase, strength in _PHASES]
+    axes.legend(
+        handles=handles, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 0.98), handlelength=1.0, columnspacing=1.2
+    )
+    axes.set(xlabel="seconds of training, evaluation left out")
+    _title(axes, "Time")
+    _bars(axes, comparison.rows, longest, room=1.65)
+
+
+def draw_gradient_error(axes: Axes, comparison: Comparison) -> None:
+    """How far gradients are from the full batch's, on a logarithmic axis."""
+    axes.set_xscale("log")
+    axes.axvspan(1e-18, FLOAT64_ROUNDING, color="#f1f3f5", zorder=0)
+    axes.text(1.6e-18, -0.62, "rounding in float64", color=_FAINT, fontsize=9, va="center")
+    for position, row in enumerate(comparison.rows):
+        if row.arm == REFERENCE and row.measured is not None:
+            axes.text(1.6e-18, position, "reference", color=_FAINT, va="center")
+            continue
+        for marker, _, deviation, shift in _gradient_marks(row):
+            if deviation.value is not None:
+                at = min(max(deviation.value, 1e-17), 10.0)
+                axes.plot(at, position + shift, marker, color=COLORS[row.arm], markersize=9, clip_on=False)
+                label = readable.share(deviation.value)
+                axes.annotate(
+                    label, (at, position + shift), (9, 0), textcoords="offset points", va="center", fontsize=9.5
+                )
+        if row.measured is not None and row.deviations.gradient_float32.value is None:
+            axes.text(1.6e-18, position, row.deviations.gradient_float32.note, color=_FAINT, va="center")
+    marks = _gradient_marks(comparison.rows[0])[: 3 if comparison.sizes.last_window else 2]
+    handles = [Line2D([], [], color=_FAINT, marker=mark, linestyle="", label=label) for mark, label, _, _ in marks]
+    axes.legend(
+        handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 0.98), handletextpad=0.2, columnspacing=1.2
+    )
+    axes.set(xlabel="relative distance from the full batch's gradient")
+    _title(axes, "Gradient error")
+    _bars(axes, comparison.rows, 0.0, room=1.0)
+    axes.set_xlim(1e-18, 300.0)
+
+
+PLOTS: dict[str, tuple[Draw, float]] = {
+    "loss.png": (draw_loss, 4.6),
+    "gradient_error.png": (draw_gradient_error, 3.9),
+    "memory.png": (draw_memory, 3.4),
+    "time.png": (draw_time, 3.6),
+}
+
+
+def _gradient_marks(row: Row) -> list[tuple[str, str, Deviation, float]]:
+    """Marker, label, value and shift from the middle of the row."""
+    deviations = row.deviations
+    return [
+        ("o", "first update, float32", deviations.gradient_float32, -0.26),
+        ("s", "float64", deviations.gradient_float64, 0.0),
+        ("D", "last window, float64", deviations.last_window_float64, 0.26),
+    ]
+
+
+def _render(comparison: Comparison, draws: list[Draw], size: tuple[float, float]) -> bytes:
+    with rc_context(_STYLE):  # type: ignore[arg-type]
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.06, hspace=0.08)
+        figure = Figure(figsize=size, dpi=160, layout=layout, facecolor="white")
+        FigureCanvasAgg(figure)
+        columns = 1 if len(draws) == 1 else 2
+        axes = figure.subplots(-(-len(draws) // columns), columns, squeeze=False)
+        for one, draw in zip(axes.flat, draws, strict=True):
+            draw(one, comparison)
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+        return image.getvalue()
+
+
+def _bars(axes: Axes, rows: tuple[Row, ...], longest: float, room: float) -> None:
+    """Name the arms on the vertical axis, first one on top, and leave room for the labels."""
+    for position, row in enumerate(rows):
+        if row.measured is None:
+            axes.text(0.02, position, "failed", color=_FAINT, va="center", transform=axes.get_yaxis_transform())
+    axes.set_yticks(range(len(rows)), [row.arm for row in rows], color=_INK)
+    axes.set_ylim(len(rows) - 0.4, -0.8)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    if longest:
+        axes.set_xlim(0.0, longest * room)
+
+
+def _title(axes: Axes, title: str, below: str = "") -> None:
+    """A title, with a line below it where no legend stands there."""
+    axes.set_title(title)
+    axes.text(0.0, 1.045, below, transform=axes.transAxes, color=_FAINT)
+
+
+def _beside(axes: Axes, x: float, y: float, text: str) -> None:
+    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=9.5)
+
+
+def _baseline(measured: Measured) -> str:
+    return f"peak {readable.size(measured.memory.peak_bytes)}"
+
+
+def _mixed(color: str, strength: float) -> tuple[float, float, float]:
+    """A colour on white."""
+    red, green, blue = (1 - strength * (1 - channel) for channel in to_rgb(color))
+    return red, green, blue

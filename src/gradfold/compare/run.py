@@ -1,0 +1,179 @@
+"""A comparison: every arm in a fresh process of its own, one after the other, then their tensors side by side."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradfold.compare.arms import ARMS
+from gradfold.compare.deviation import deviations
+from gradfold.compare.machine import OtherPrograms, describe_machine, versions
+from gradfold.compare.results import Comparison, Measured, Row, WorkloadFacts
+from gradfold.compare.settings import Settings, Sizes, as_options, check_options, complete
+from gradfold.compare.worker import Task
+from gradfold.workloads import registry
+
+__all__ = ["Progress", "compare"]
+
+_SECONDS_TO_END = 5.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an arm is.
+
+    Args:
+        arm: its name.
+        samples: samples trained on so far.
+        total_samples: of how many.
+        updates: updates so far.
+        loss: the loss of the last update; None before the first one.
+        state: "starting", "training", "finished" or "failed".
+    """
+
+    arm: str
+    samples: int
+    total_samples: int
+    updates: int
+    loss: float | None
+    state: str
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def compare(
+    settings: Settings, *, on_progress: OnProgress = lambda progress: None, command_line: str = ""
+) -> Comparison:
+    """Train a workload in every arm and compare them.
+
+    An arm that fails becomes a row that says so; the others still run.
+
+    Raises:
+        OptionError: a setting cannot work.
+        WorkloadError: there is no such workload.
+        DataError: its data cannot be read.
+    """
+    check_options(settings)
+    workload = registry.load(settings.workload, settings.data)
+    sizes = complete(settings, workload)
+    facts = WorkloadFacts(workload.name, workload.description, workload.batch_norm, dict(workload.facts))
+    del workload  # the arms load their own, and may need the memory
+
+    measured: dict[str, Measured] = {}
+    failures: dict[str, str] = {}
+    others: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        for arm in settings.arms:
+            other_programs = OtherPrograms()
+            outcome = _run_arm(_task(arm, settings, sizes, folder), sizes, on_progress)
+            others += filter(None, [other_programs.num_cores()])
+            if isinstance(outcome, Measured):
+                measured[arm] = outcome
+            else:
+                failures[arm] = outcome
+        rows = tuple(
+            Row(
+                arm=arm,
+                description=ARMS[arm].description,
+                measured=measured.get(arm),
+                deviations=deviations(arm, folder, measured, sizes),
+                failure=failures.get(arm),
+            )
+            for arm in settings.arms
+        )
+    machine = {**describe_machine(), "cores_busy_with_other_programs": round(max(others, default=0.0), 2)}
+    return Comparison(as_options(settings, sizes), sizes, facts, rows, versions(), machine, command_line)
+
+
+def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path) -> Task:
+    (folder / arm).mkdir()
+    return Task(
+        workload=settings.workload,
+        data=None if settings.data is None else str(settings.data),
+        arm=arm,
+        global_batch_size=sizes.global_batch_size,
+        micro_batch_size=sizes.micro_batch_size,
+        num_epochs=sizes.num_epochs,
+        seed=settings.seed,
+        num_threads=settings.num_threads,
+        folder=str(folder / arm),
+    )
+
+
+def _run_arm(task: Task, sizes: Sizes, on_progress: OnProgress) -> Measured | str:
+    """Run one arm to its end: what it measured, or why it failed."""
+    total = sizes.num_samples * sizes.num_epochs
+    last = Progress(task.arm, 0, total, 0, None, "starting")
+    on_progress(last)
+    outcome: Measured | str | None = None
+    errors = Path(task.folder) / "stderr.txt"
+    with errors.open("wb") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "gradfold.compare.worker", task.to_json()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            encoding="utf-8",
+        )
+    assert child.stdout is not None
+    try:
+        for line in child.stdout:
+            event = json.loads(line)
+            if event["event"] == "progress":
+                last = Progress(task.arm, event["samples"], total, event["updates"], event["loss"], "training")
+                on_progress(last)
+            elif event["event"] == "finished":
+                outcome = Measured.from_json(event["measured"])
+            else:
+                outcome = str(event["error"])
+        child.wait()
+    finally:
+        _end(child)
+    if outcome is None:
+        outcome = _death(child.returncode, errors.read_text(encoding="utf-8", errors="replace"))
+    on_progress(_last_progress(outcome, last))
+    return _without_home(outcome) if isinstance(outcome, str) else outcome
+
+
+def _last_progress(outcome: Measured | str, last: Progress) -> Progress:
+    if isinstance(outcome, str):
+        return Progress(last.arm, last.samples, last.total_samples, last.updates, last.loss, "failed")
+    return Progress(
+        last.arm, outcome.num_samples, last.total_samples, outcome.num_updates, outcome.final_loss, "finished"
+    )
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End a child that still runs, politely first."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    if child.stdout is not None:
+        child.stdout.close()
+
+
+def _death(return_code: int, stderr: str) -> str:
+    """Why a child ended without a word."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    last_line = f": {lines[-1]}" if lines else ""
+    if return_code >= 0:
+        return f"ended with exit code {return_code}{last_line}"
+    name = signal.Signals(-return_code).name
+    hint = " (on Linux often the kernel, out of memory)" if name == "SIGKILL" else ""
+    return f"killed by {name}{hint}{last_line}"
+
+
+def _without_home(text: str) -> str:
+    return text.replace(str(Path.home()), "~")

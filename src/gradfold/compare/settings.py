@@ -1,0 +1,126 @@
+"""The settings of a comparison: what the command line says, checked and completed from the workload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradfold.compare.arms import ARMS, DEFAULT_ARMS
+from gradfold.compare.samples import num_samples
+from gradfold.errors import OptionError
+from gradfold.workloads.workload import Workload
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare; None stands for the workload's own default.
+
+    Args:
+        workload: a built-in name, `module:callable` or `path.py:callable`.
+        data: a folder with the workload's data files.
+        global_batch_size: samples of one update.
+        micro_batch_size: samples that are run at once.
+        num_epochs: passes over the training samples.
+        seed: draws the first weights and the order of samples.
+        arms: names of arms, in the order in which they run.
+        num_threads: threads of torch in each arm.
+    """
+
+    workload: str = "digits"
+    data: Path | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+    num_epochs: int | None = None
+    seed: int = 0
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    num_threads: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings without the data folder, which is a path of this machine."""
+        return {
+            "workload": self.workload,
+            "global_batch_size": self.global_batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "num_epochs": self.num_epochs,
+            "seed": self.seed,
+            "arms": list(self.arms),
+            "num_threads": self.num_threads,
+        }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained, with every default filled in."""
+
+    num_samples: int
+    global_batch_size: int
+    micro_batch_size: int
+    num_epochs: int
+
+    @property
+    def last_window(self) -> int:
+        """Samples of the last, partial window of an epoch; 0 where all windows are full."""
+        return self.num_samples % self.global_batch_size
+
+
+def check_options(settings: Settings) -> None:
+    """Check what can be checked before the workload is built.
+
+    Raises:
+        OptionError: an arm is unknown or named twice, or a number is out of range.
+    """
+    unknown = [name for name in settings.arms if name not in ARMS]
+    if unknown or not settings.arms:
+        named = ", ".join(map(repr, unknown)) or "none"
+        raise OptionError(
+            f"unknown arms: {named}; the arms are {', '.join(ARMS)}, for example --arms full-batch,gradfold."
+        )
+    if len(set(settings.arms)) < len(settings.arms):
+        raise OptionError(f"an arm is named twice: {', '.join(settings.arms)}.")
+    for option, value, least in (
+        ("--global-batch", settings.global_batch_size, 1),
+        ("--micro-batch", settings.micro_batch_size, 1),
+        ("--epochs", settings.num_epochs, 1),
+        ("--threads", settings.num_threads, 1),
+        ("--seed", settings.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise OptionError(f"{option} {value}: expected at least {least}.")
+    if settings.seed >= 2**32:
+        raise OptionError(f"--seed {settings.seed}: expected less than 2**32.")
+
+
+def complete(settings: Settings, workload: Workload) -> Sizes:
+    """The sizes that the settings mean for this workload.
+
+    Raises:
+        OptionError: the batches do not fit into each other or into the data.
+    """
+    num = num_samples(workload)
+    global_batch = settings.global_batch_size or workload.global_batch_size
+    # A default follows the number that was asked for; a number that was asked for is never changed.
+    micro_batch = settings.micro_batch_size or min(workload.micro_batch_size, global_batch)
+    if global_batch > num:
+        raise OptionError(
+            f"a global batch of {global_batch} is larger than the data: workload {workload.name!r} has {num} training "
+            f"samples. Pass --global-batch {num} or less."
+        )
+    if micro_batch > global_batch:
+        raise OptionError(
+            f"a micro-batch of {micro_batch} is larger than the global batch of {global_batch}. "
+            f"Pass --micro-batch {global_batch} or less."
+        )
+    return Sizes(num, global_batch, micro_batch, settings.num_epochs or workload.num_epochs)
+
+
+def as_options(settings: Settings, sizes: Sizes) -> Settings:
+    """The settings with the sizes that were used written in."""
+    return replace(
+        settings,
+        global_batch_size=sizes.global_batch_size,
+        micro_batch_size=sizes.micro_batch_size,
+        num_epochs=sizes.num_epochs,
+    )

@@ -1,0 +1,213 @@
+"""One arm trained and measured: its cost, its losses, and the tensors by which it is compared with the others."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gradfold.compare.arms import Arm, Training, Update
+from gradfold.compare.measure import Clock, MemoryMeter
+from gradfold.compare.results import Curve, Measured
+from gradfold.compare.samples import collated, epoch_order, in_float64, num_samples, take, to_device
+from gradfold.compare.tensor_files import Tensors, save_gradients, save_parameters
+from gradfold.workloads.workload import Workload
+
+__all__: list[str] = []
+
+_REHEARSAL_SAMPLES = 2
+_NUM_CURVE_POINTS = 400
+
+
+def measure_arm(
+    workload: Workload,
+    arm: Arm,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    num_epochs: int,
+    seed: int,
+    folder: Path,
+    on_update: Callable[[int, int, float], None],
+) -> Measured:
+    """Train an arm from the seeded start and measure it; leaves its tensors in the folder.
+
+    The measurements of time and memory end before the model is evaluated and before gradients are computed in
+    float64, so that neither touches them.
+    """
+    make_model = functools.partial(_seeded_model, workload, seed)
+    _rehearse(workload, make_model())
+    model = make_model()
+    save_parameters(model, folder, Tensors.START)
+    training = Training(
+        workload,
+        model,
+        workload.make_optimizer(model.parameters()),
+        global_batch_size,
+        micro_batch_size,
+        Clock(next(model.parameters()).device),
+    )
+    _watch_updates(training, folder)
+    num = num_samples(workload)
+    orders = [epoch_order(num, seed, epoch, workload.shuffle) for epoch in range(num_epochs)]
+
+    log, meter = LossLog(num * num_epochs), MemoryMeter(training.device)
+    torch.manual_seed(seed)
+    training.clock.start()
+    for update in arm.train(training, _in_training_mode(model, orders)):
+        log.add(update)
+        with training.clock.phase("excluded"):
+            on_update(log.num_updates, log.num_samples, update.loss)
+    training.clock.stop()
+    memory = meter.read()
+
+    save_parameters(model, folder, Tensors.FINAL)
+    metrics = {} if workload.evaluate is None else {name: float(v) for name, v in workload.evaluate(model).items()}
+    notes = _measure_float64(training, arm, make_model, orders[0], seed, folder)
+    return Measured(
+        num_updates=log.num_updates,
+        num_samples=log.num_samples,
+        num_threads=torch.get_num_threads(),
+        device=training.device.type,
+        seconds=training.clock.seconds(),
+        memory=memory,
+        final_loss=log.mean_since(num * (num_epochs - 1)),
+        metrics=metrics,
+        curve=log.curve(_NUM_CURVE_POINTS),
+        notes=notes,
+    )
+
+
+class LossLog:
+    """The loss of every update."""
+
+    def __init__(self, total_samples: int) -> None:
+        self._updates: list[Update] = []
+        self._total_samples = total_samples
+        self.num_samples = 0
+
+    @property
+    def num_updates(self) -> int:
+        """Updates so far."""
+        return len(self._updates)
+
+    def add(self, update: Update) -> None:
+        """Note an update."""
+        self._updates.append(update)
+        self.num_samples += update.num_samples
+
+    def mean_since(self, sample: int) -> float:
+        """The weighted mean loss of the updates that came after this many samples."""
+        seen = itertools.accumulate(update.num_samples for update in self._updates)
+        return _mean([update for update, end in zip(self._updates, seen, strict=True) if end > sample])
+
+    def curve(self, num_points: int) -> Curve:
+        """Loss against samples: means over equal stretches of samples, each placed at its middle."""
+        stretch = max(self._total_samples / num_points, 1.0)
+        seen, samples, losses = 0, [], []
+        for _, group in itertools.groupby(self._ends(), key=lambda pair: int((pair[1] - 1) // stretch)):
+            updates = [update for update, _ in group]
+            num = sum(update.num_samples for update in updates)
+            samples.append(seen + num / 2)
+            losses.append(_mean(updates))
+            seen += num
+        return Curve(tuple(samples), tuple(losses))
+
+    def _ends(self) -> Iterator[tuple[Update, int]]:
+        seen = itertools.accumulate(update.num_samples for update in self._updates)
+        return zip(self._updates, seen, strict=True)
+
+
+def _mean(updates: list[Update]) -> float:
+    # An update of weight 0 (no token to predict) has no mean loss: NaN, which must not spread.
+    counting = [update for update in updates if update.weight]
+    weight = sum(update.weight for update in counting)
+    return sum(update.loss * update.weight for update in counting) / weight if weight else float("nan")
+
+
+def _seeded_model(workload: Workload, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return workload.make_model()
+
+
+def _rehearse(workload: Workload, model: nn.Module) -> None:
+    """Run one tiny update on a model to be thrown away.
+
+    The first forward, backward and step of a process import modules, start threads and allocate workspaces, which
+    would count as time and memory of whichever arm is measured. What fails here fails again in training, audibly.
+    """
+    with contextlib.suppress(Exception):
+        device = next(model.parameters()).device
+        samples = take(workload, torch.arange(min(_REHEARSAL_SAMPLES, num_samples(workload))))
+        optimizer = workload.make_optimizer(model.parameters())
+        training = Training(workload, model, optimizer, 1, 1, Clock(device))
+        training.backward(training.loss(to_device(collated(workload, samples), device)))
+        optimizer.step()
+
+
+def _watch_updates(training: Training, folder: Path) -> None:
+    """Time every `optimizer.step()`, and save the gradient that the first one finds: the same way for all arms."""
+    is_first = True
+
+    def before(*_: object) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            with training.clock.phase("excluded"):
+                save_gradients(training.model, folder, Tensors.GRADIENT_FLOAT32)
+        training.clock.begin_update()
+
+    def after(*_: object) -> None:
+        training.clock.end_update()
+
+    training.optimizer.register_step_pre_hook(before)
+    training.optimizer.register_step_post_hook(after)
+
+
+def _in_training_mode(model: nn.Module, orders: list[Tensor]) -> Iterator[Tensor]:
+    for order in orders:
+        model.train()
+        yield order
+
+
+def _measure_float64(
+    training: Training, arm: Arm, make_model: Callable[[], nn.Module], order: Tensor, seed: int, folder: Path
+) -> dict[str, str]:
+    """Save, in float64 and from the start, the gradient of the first update and of the epoch's last, partial window.
+
+    Returns what could not be computed, by the name of the tensors: not every loss can run in float64.
+    """
+    size = training.global_batch_size
+    parts = {Tensors.GRADIENT_FLOAT64: order[:size]}
+    if len(order) % size and arm.accumulates:
+        parts[Tensors.LAST_WINDOW_FLOAT64] = order[len(order) - len(order) % size :]
+    notes: dict[str, str] = {}
+    for name, rows in parts.items():
+        try:
+            model = make_model().double()
+            double = Training(
+                in_float64(training.workload),
+                model,
+                torch.optim.SGD(model.parameters(), lr=0.0),
+                size,
+                training.micro_batch_size,
+                Clock(training.device),
+            )
+            double.optimizer.register_step_pre_hook(_saver(model, folder, name))
+            torch.manual_seed(seed)
+            next(arm.train(double, _in_training_mode(model, [rows])))
+        except Exception as error:
+            notes[name] = f"not in float64: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return notes
+
+
+def _saver(model: nn.Module, folder: Path, name: str) -> Callable[..., None]:
+    def save(*_: object) -> None:
+        save_gradients(model, folder, name)
+
+    return save

@@ -1,0 +1,488 @@
+"""The comparison: what its arms do, how far they are from the full batch, and what becomes of an arm that fails.
+
+`tiny`, `uneven` and `faulty` below are workloads that the tests name as `test_compare.py:tiny`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradfold import Workload
+from gradfold.compare import Comparison, Progress, Settings, compare
+from gradfold.compare.arms import ARMS, DEFAULT_ARMS, Training, Update
+from gradfold.compare.deviation import deviations
+from gradfold.compare.machine import OtherPrograms, describe_machine
+from gradfold.compare.measure import Clock, MemoryMeter
+from gradfold.compare.results import Deviations, Measured
+from gradfold.compare.samples import cut, epoch_order, num_samples
+from gradfold.compare.settings import Sizes, check_options, complete
+from gradfold.compare.training_run import LossLog, measure_arm
+from gradfold.compare.verdict import verdict
+from gradfold.compare.worker import describe
+from gradfold.errors import DataError, OptionError, WorkloadError
+
+HERE = Path(__file__)
+ROWS, GLOBAL_BATCH, MICRO_BATCH = 22, 8, 2  # windows of 8, 8 and 6 rows: the last one has 3 micro-batches, not 4
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+def squared_error(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch["x"]), batch["y"])
+
+
+def score(model: nn.Module) -> dict[str, float]:
+    return {"accuracy": 0.5}
+
+
+def tiny() -> Workload:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(ROWS, 3, generator=generator)
+    return Workload(
+        name="tiny",
+        description="a tiny network",
+        make_model=network,
+        loss_fn=squared_error,
+        make_optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
+        train_data={"x": x, "y": x.square().sum(1, keepdim=True)},
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=MICRO_BATCH,
+        num_epochs=2,
+        evaluate=score,
+        facts={"source": "drawn"},
+    )
+
+
+def masked_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    x, counts = batch
+    errors = (model(x).squeeze(1) - 1.0).square() * counts
+    return {"error": errors.sum() / counts.sum()}, {}
+
+
+def stack(samples: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([x for x, _ in samples]), torch.tensor([count for _, count in samples])
+
+
+def count(batch: tuple[Tensor, Tensor]) -> Tensor:
+    return batch[1].sum()
+
+
+def uneven() -> Workload:
+    """Samples to collate, with a loss averaged over counts that differ."""
+    x = tiny().train_data["x"]
+    samples = [(row, float(1 + 7 * (index % 3 == 0))) for index, row in enumerate(x)]
+    return dataclasses.replace(tiny(), train_data=samples, collate=stack, weight=count, loss_fn=masked_error)
+
+
+def fail_by_arm(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    arm = json.loads(sys.argv[1])["arm"]
+    if arm == "full-batch" and len(batch["x"]) > MICRO_BATCH:
+        torch.empty(2**52)
+    if arm == "plain-loop":
+        raise LookupError("the first line\nthe second line")
+    if arm == "small-batch":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return squared_error(model, batch)
+
+
+def faulty() -> Workload:
+    print("a workload may print")  # on standard output, where the child talks to its parent
+    return dataclasses.replace(tiny(), loss_fn=fail_by_arm)
+
+
+def endless() -> Workload:
+    def loss_fn(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
+        time.sleep(60)
+        return squared_error(model, batch)
+
+    return dataclasses.replace(tiny(), loss_fn=loss_fn)
+
+
+def train_all(make: Callable[[], Workload], folder: Path, seed: int = 0) -> dict[str, tuple[Measured, Deviations]]:
+    """All arms in this process, which is what the children do in theirs."""
+    measured = {}
+    for name, arm in ARMS.items():
+        (folder / name).mkdir()
+        measured[name] = measure_arm(
+            make(),
+            arm,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=MICRO_BATCH,
+            num_epochs=2,
+            seed=seed,
+            folder=folder / name,
+            on_update=lambda updates, samples, loss: None,
+        )
+    sizes = Sizes(ROWS, GLOBAL_BATCH, MICRO_BATCH, 2)
+    return {name: (measured[name], deviations(name, folder, measured, sizes)) for name in ARMS}
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Measured, Deviations]]:
+    return train_all(tiny, tmp_path_factory.mktemp("arms"))
+
+
+@pytest.fixture(scope="module")
+def uneven_arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Measured, Deviations]]:
+    return train_all(uneven, tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture(scope="module")
+def events() -> list[Progress]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def faults(events: list[Progress]) -> Comparison:
+    return compare(Settings(f"{HERE}:faulty", num_threads=1, num_epochs=1), on_progress=events.append)
+
+
+def value(number: float | None) -> float:
+    assert number is not None
+    return number
+
+
+# The arms
+
+
+@pytest.mark.parametrize("make", ["arms", "uneven_arms"])
+def test_gradfold_is_the_full_batch(make: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(make)
+    full, _ = found["full-batch"]
+    own, far = found["gradfold"]
+    assert value(far.gradient_float64.value) < 1e-12
+    assert value(far.last_window_float64.value) < 1e-12
+    assert value(far.gradient_float32.value) < 2e-6
+    assert value(far.weights.value) < 1e-4
+    assert own.num_updates == full.num_updates == 6
+    assert own.final_loss == pytest.approx(full.final_loss, rel=1e-5)
+    assert own.curve.loss == pytest.approx(full.curve.loss, rel=1e-4)
+
+
+def test_plain_loop_divides_the_last_window_by_the_wrong_number(
+    arms: dict[str, tuple[Measured, Deviations]],
+) -> None:
+    own, far = arms["plain-loop"]
+    assert value(far.gradient_float64.value) < 1e-12  # a full window is right
+    assert far.last_window_float64.value == pytest.approx(1 - 3 / 4)  # three micro-batches, divided by four
+    assert value(far.weights.value) > 1e-2
+    assert own.num_updates == 6
+
+
+def test_plain_loop_weighs_uneven_micro_batches_alike(uneven_arms: dict[str, tuple[Measured, Deviations]]) -> None:
+    _, far = uneven_arms["plain-loop"]
+    assert value(far.gradient_float64.value) > 1e-2
+    assert value(far.gradient_float32.value) == pytest.approx(value(far.gradient_float64.value), rel=1e-4)
+
+
+def test_small_batch_updates_more_often_and_goes_elsewhere(arms: dict[str, tuple[Measured, Deviations]]) -> None:
+    own, far = arms["small-batch"]
+    assert own.num_updates == 2 * 11
+    assert value(far.gradient_float64.value) > 1e-2
+    assert value(far.weights.value) > 1e-2
+    assert far.last_window_float64.value is None and far.last_window_float64.note == "it has no windows"
+
+
+def test_reordering_changes_rounding_alone(arms: dict[str, tuple[Measured, Deviations]]) -> None:
+    _, far = arms["reordered"]
+    assert value(far.gradient_float64.value) < 1e-12
+    assert value(far.weights.value) < 1e-4
+
+
+def test_the_full_batch_does_what_plain_torch_does(arms: dict[str, tuple[Measured, Deviations]]) -> None:
+    workload, losses = tiny(), []
+    torch.manual_seed(0)
+    model = network()
+    optimizer = workload.make_optimizer(model.parameters())
+    for epoch in range(2):
+        for rows in torch.split(epoch_order(ROWS, 0, epoch, shuffle=True), GLOBAL_BATCH):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(workload.train_data["x"][rows]), workload.train_data["y"][rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+    measured, far = arms["full-batch"]
+    assert measured.curve.loss == pytest.approx(losses)
+    assert measured.final_loss == pytest.approx((8 * losses[3] + 8 * losses[4] + 6 * losses[5]) / 22)
+    assert far.gradient_float64.value == far.weights.value == 0.0
+
+
+def test_seconds_are_split_and_memory_is_read(arms: dict[str, tuple[Measured, Deviations]]) -> None:
+    for measured, _ in arms.values():
+        spent = measured.seconds
+        assert min(spent.forward, spent.backward, spent.update, spent.other) > 0
+        assert measured.samples_per_s == pytest.approx(44 / spent.total)
+        assert measured.memory.peak_bytes >= measured.memory.baseline_bytes > 2**20
+        assert measured.metrics == {"accuracy": 0.5}
+
+
+def test_measurements_survive_json(arms: dict[str, tuple[Measured, Deviations]]) -> None:
+    for measured, _ in arms.values():
+        assert Measured.from_json(json.loads(json.dumps(measured.to_json()))) == measured
+
+
+def test_a_loss_that_cannot_run_in_float64_is_a_note(tmp_path: Path) -> None:
+    target = torch.zeros(1, 1)
+
+    def loss_fn(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        # Hard-wired to float32, as class weights and look-up tables of losses often are.
+        return torch.addmm(target, model(batch["x"]), target).mean()
+
+    found = train_all(lambda: dataclasses.replace(tiny(), loss_fn=loss_fn), tmp_path)
+    far = found["gradfold"][1].gradient_float64
+    assert far.value is None and far.note.startswith("not in float64: RuntimeError")
+
+
+def test_another_start_is_found_out(tmp_path: Path) -> None:
+    starts = iter(range(100))
+
+    def make_model() -> nn.Module:
+        model = network()
+        nn.init.constant_(next(model.parameters()), float(next(starts)))
+        return model
+
+    found = train_all(lambda: dataclasses.replace(tiny(), make_model=make_model), tmp_path)
+    far = found["gradfold"][1]
+    assert far.gradient_float32.value is None and "started from other weights" in far.gradient_float32.note
+
+
+def test_deviations_are_relative(tmp_path: Path, arms: dict[str, tuple[Measured, Deviations]]) -> None:
+    def leave(arm: str, **saved: dict[str, Tensor]) -> None:
+        (tmp_path / arm).mkdir()
+        for name, tensors in {"start": {"w": torch.tensor([10.0, 10.0])}, **saved}.items():
+            torch.save(tensors, tmp_path / arm / f"{name}.pt")
+
+    gradient = {"w": torch.tensor([0.0, 2.0]), "b": torch.tensor([1.0])}
+    leave("full-batch", final={"w": torch.tensor([13.0, 14.0])}, gradient_float32=gradient)  # went 5 away
+    leave("gradfold", final={"w": torch.tensor([13.0, 14.5])}, gradient_float32={"w": gradient["w"]})
+    measured = {name: arms[name][0] for name in ("full-batch", "gradfold")}
+    far = deviations("gradfold", tmp_path, measured, Sizes(8, 4, 2, 1))
+    assert far.weights.value == pytest.approx(0.5 / 5)
+    assert far.gradient_float32.value == pytest.approx(1 / math.sqrt(5))  # a missing gradient is zero
+    assert (far.gradient_float64.value, far.gradient_float64.note) == (None, "not measured")
+    assert far.last_window_float64.note == "all windows are full"
+
+
+# Samples and settings
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    order = epoch_order(50, seed=3, epoch=1, shuffle=True)
+    torch.manual_seed(99)
+    assert torch.equal(order, epoch_order(50, seed=3, epoch=1, shuffle=True))
+    assert sorted(order.tolist()) == list(range(50))
+    assert not torch.equal(order, epoch_order(50, seed=3, epoch=2, shuffle=True))
+    assert not torch.equal(order, epoch_order(50, seed=4, epoch=1, shuffle=True))
+    assert epoch_order(5, seed=3, epoch=1, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_all_arms_see_the_same_samples_in_the_same_order() -> None:
+    workload = dataclasses.replace(tiny(), train_data={"x": torch.eye(3).repeat(8, 1)[:ROWS], "y": torch.arange(22.0)})
+    orders = [epoch_order(ROWS, 7, epoch, shuffle=True) for epoch in range(2)]
+
+    def seen(name: str) -> list[float]:
+        rows: list[float] = []
+
+        def loss_fn(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+            rows.extend(batch["y"].tolist())
+            loss: Tensor = model(batch["x"]).mean()
+            return loss
+
+        model = network()
+        spied = dataclasses.replace(workload, loss_fn=loss_fn)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        training = Training(spied, model, optimizer, GLOBAL_BATCH, MICRO_BATCH, Clock(torch.device("cpu")))
+        assert sum(update.num_samples for update in ARMS[name].train(training, orders)) == 2 * ROWS
+        return rows
+
+    expected = [float(row) for order in orders for row in order]
+    for name in DEFAULT_ARMS:
+        assert seen(name) == expected
+
+
+def test_batches_are_cut_from_nestings_and_from_samples() -> None:
+    order = torch.tensor([4, 0, 2, 1, 3])
+    nested = dataclasses.replace(tiny(), train_data=(torch.arange(5), [torch.arange(10).view(5, 2), "constant"]))
+    batches = list(cut(nested, order, 2, torch.device("cpu")))
+    assert [rows for _, rows in batches] == [2, 2, 1]
+    assert batches[0][0][0].tolist() == [4, 0]
+    assert batches[0][0][1][0].tolist() == [[8, 9], [0, 1]]
+    assert batches[0][0][1][1] == "constant"
+    listed = dataclasses.replace(tiny(), train_data=list("abcde"), collate="".join)
+    assert [batch for batch, _ in cut(listed, order, 2, torch.device("cpu"))] == ["ea", "cb", "d"]
+
+
+def test_training_data_that_disagree_are_refused() -> None:
+    with pytest.raises(DataError, match=r"\[3, 4\] rows"):
+        num_samples(dataclasses.replace(tiny(), train_data=(torch.zeros(3), torch.zeros(4))))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": ("gradfold", "spiral")}, "unknown arms: 'spiral'"),
+        ({"arms": ()}, "unknown arms: none"),
+        ({"arms": ("gradfold", "gradfold")}, "named twice"),
+        ({"num_epochs": 0}, "--epochs 0: expected at least 1"),
+        ({"global_batch_size": 0}, "--global-batch 0"),
+        ({"micro_batch_size": -1}, "--micro-batch -1"),
+        ({"num_threads": 0}, "--threads 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"seed": 2**32}, "less than"),
+        ({"global_batch_size": 23}, "a global batch of 23 is larger than the data: .* 22 training samples"),
+        ({"micro_batch_size": 9}, "a micro-batch of 9 is larger than the global batch of 8"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        compare(Settings(f"{HERE}:tiny", **options))
+
+
+def test_settings_are_completed_from_the_workload() -> None:
+    check_options(Settings())
+    assert complete(Settings(), tiny()) == Sizes(22, 8, 2, 2)
+    assert complete(Settings(), tiny()).last_window == 6
+    assert complete(Settings(global_batch_size=11, num_epochs=5), tiny()) == Sizes(22, 11, 2, 5)
+    assert complete(Settings(global_batch_size=11), tiny()).last_window == 0
+    assert complete(Settings(global_batch_size=1), tiny()).micro_batch_size == 1
+
+
+def test_an_unknown_workload_is_refused() -> None:
+    with pytest.raises(WorkloadError):
+        compare(Settings("digitz"))
+
+
+# Measurement
+
+
+def test_the_clock_leaves_out_what_is_excluded_and_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def run(clock: Clock, phase: str, seconds: float) -> None:
+        nonlocal now
+        with clock.phase(phase):
+            now += seconds
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    clock = Clock(torch.device("cpu"))
+    clock.start()
+    run(clock, "backward", 1.0)  # no forward came before: a probe, which is no training
+    run(clock, "forward", 2.0)
+    run(clock, "backward", 4.0)
+    run(clock, "excluded", 8.0)
+    clock.begin_update()
+    now += 16.0
+    clock.end_update()
+    now += 32.0
+    clock.stop()
+    spent = clock.seconds()
+    assert (spent.forward, spent.backward, spent.update, spent.other) == (2.0, 4.0, 16.0, 33.0)
+    assert spent.total == 55.0
+
+
+def test_the_memory_meter_sees_what_is_allocated() -> None:
+    meter = MemoryMeter(torch.device("cpu"))
+    block = torch.ones(64, 2**20 // 4)  # 64 MiB
+    del block
+    assert 56 * 2**20 < meter.read().rise_bytes < 96 * 2**20
+
+
+def test_losses_are_averaged_by_weight_and_drawn_in_a_bounded_number_of_points() -> None:
+    log = LossLog(total_samples=3000)
+    for number in range(1000):
+        log.add(Update(num_samples=3, loss=float(number), weight=float(number % 2)))
+    assert log.num_updates == 1000 and log.num_samples == 3000
+    assert log.mean_since(2988) == pytest.approx(998.0)  # 996 to 999, of which 997 and 999 weigh anything
+    curve = log.curve(400)
+    assert 300 <= len(curve.loss) <= 400
+    assert list(curve.samples) == sorted(curve.samples) and curve.samples[-1] < 3000
+    finite = [loss for loss in curve.loss if not math.isnan(loss)]
+    assert finite == sorted(finite)
+    thin = log.curve(400).thinned(50)
+    assert len(thin.loss) == len(thin.samples) <= 50
+
+
+def test_updates_of_no_weight_have_no_loss() -> None:
+    log = LossLog(total_samples=4)
+    log.add(Update(2, math.nan, 0.0))
+    log.add(Update(2, 3.0, 1.0))
+    assert log.mean_since(0) == 3.0
+    assert math.isnan(log.curve(2).loss[0]) and log.curve(2).loss[1] == 3.0
+    assert log.curve(2).to_json()["loss"] == [None, 3.0]
+
+
+def test_the_machine_is_described_without_names() -> None:
+    text = json.dumps(describe_machine())
+    assert os.uname().nodename not in text and str(Path.home()) not in text
+    others = OtherPrograms()
+    time.sleep(0.05)
+    assert (others.num_cores() or 0.0) <= (os.cpu_count() or 1) * 1.5
+
+
+# Failing arms
+
+
+def test_the_other_arms_still_run(faults: Comparison) -> None:
+    assert [row.arm for row in faults.rows] == list(DEFAULT_ARMS)
+    assert faults.has_failures
+    own = faults.measured("gradfold")
+    assert own is not None and own.num_updates == 3
+
+
+def test_a_crash_is_a_row_with_the_error(faults: Comparison) -> None:
+    row = faults.row("plain-loop")
+    assert row is not None and row.measured is None
+    assert row.failure == "LookupError: the first line"
+    assert row.to_json()["status"] == "failed"
+
+
+def test_a_killed_child_is_a_row(faults: Comparison) -> None:
+    row = faults.row("small-batch")
+    assert row is not None and row.measured is None
+    assert row.failure is not None and row.failure.startswith("killed by SIGKILL")
+
+
+def test_an_arm_that_does_not_fit_is_a_row(faults: Comparison) -> None:
+    row = faults.row("full-batch")
+    assert row is not None and row.measured is None
+    assert row.failure is not None and row.failure.startswith("out of memory: RuntimeError")
+
+
+def test_without_a_reference_the_cells_say_so(faults: Comparison) -> None:
+    row = faults.row("gradfold")
+    assert row is not None
+    assert row.deviations.gradient_float32.note == row.deviations.weights.note == "full-batch failed"
+    assert any("there is no reference" in sentence for sentence in verdict(faults))
+
+
+def test_progress_is_told_for_every_arm(faults: Comparison, events: list[Progress]) -> None:
+    states = {arm: [event.state for event in events if event.arm == arm] for arm in DEFAULT_ARMS}
+    assert all(seen[0] == "starting" for seen in states.values())
+    assert states["gradfold"][-1] == "finished"
+    assert {states[arm][-1] for arm in ("full-batch", "plain-loop", "small-batch")} == {"failed"}
+    assert [event.samples for event in events if event.arm == "gradfold"][-1] == ROWS
+
+
+def test_errors_are_described_in_one_line() -> None:
+    assert describe(ValueError("a\nb")) == "ValueError: a"
+    assert describe(KeyError()) == "KeyError"
+    assert describe(MemoryError()) == "out of memory: MemoryError"
+    assert describe(torch.OutOfMemoryError("CUDA out of memory")).startswith("out of memory: OutOfMemoryError")

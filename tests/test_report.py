@@ -1,0 +1,268 @@
+"""The report, its plots, the tables and the words: what is shown of a comparison."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from gradfold.cli.compare_table import print_comparison
+from gradfold.compare import readable
+from gradfold.compare.arms import ARMS, DEFAULT_ARMS
+from gradfold.compare.measure import Memory, Seconds
+from gradfold.compare.plots import COLORS, PLOTS
+from gradfold.compare.report import make_folder, render_page, write_report
+from gradfold.compare.results import Comparison, Curve, Deviation, Deviations, Measured, Row, WorkloadFacts
+from gradfold.compare.settings import Settings, Sizes
+from gradfold.compare.verdict import verdict
+from gradfold.errors import OptionError
+
+MIB = 2**20
+
+
+def measured(scale: float = 1.0, **changes: Any) -> Measured:
+    plain = Measured(
+        num_updates=30,
+        num_samples=2000,
+        num_threads=1,
+        device="cpu",
+        seconds=Seconds(0.3 * scale, 0.5 * scale, 0.1 * scale, 0.1 * scale),
+        memory=Memory(300 * MIB, 300 * MIB + int(48 * MIB / scale), "process high-water mark"),
+        final_loss=0.125,
+        metrics={"accuracy": 0.974},
+        curve=Curve((100.0, 900.0, 1800.0), (2.0, 0.5, 0.05 * scale)),
+    )
+    return replace(plain, **changes)
+
+
+def deviations(float32: float, float64: float, last_window: float | None, weights: float) -> Deviations:
+    note = "" if last_window is not None else "it has no windows"
+    return Deviations(Deviation(float32), Deviation(float64), Deviation(last_window, note), Deviation(weights))
+
+
+FAILED = Deviations(*[Deviation(None, "this arm failed")] * 4)
+
+
+def row(arm: str, found: Measured | None, far: Deviations, failure: str | None = None) -> Row:
+    return Row(arm, ARMS[arm].description, found, far, failure)
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return Comparison(
+        settings=Settings("tiny"),
+        sizes=Sizes(num_samples=1000, global_batch_size=64, micro_batch_size=16, num_epochs=2),
+        workload=WorkloadFacts("tiny", "a <small> network & its data", None, {"source": "drawn"}),
+        rows=(
+            row("full-batch", measured(), deviations(0.0, 0.0, 0.0, 0.0)),
+            row("gradfold", measured(1.3), deviations(1.2e-7, 2.1e-16, 3.1e-16, 2e-5)),
+            row("plain-loop", measured(1.2), deviations(1.2e-7, 2.2e-16, 0.25, 0.085)),
+            row("small-batch", measured(2.0, num_updates=120), deviations(0.9, 0.9, None, 0.7)),
+        ),
+        versions={"gradfold": "1.2.3", "torch": "2.13.0", "python": "3.11.2"},
+        machine={"cpu": "a processor", "cores": 2, "platform": "Linux x86_64"},
+        command_line="gradfold compare tiny --out 'my out'",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report of the comparison."""
+    made = tmp_path_factory.mktemp("report")
+    write_report(comparison, made)
+    return made
+
+
+@pytest.fixture
+def broken(comparison: Comparison) -> Comparison:
+    """The full batch did not fit, and another arm diverged."""
+    nan = measured(final_loss=math.nan, curve=Curve((100.0,), (math.nan,)), metrics={"accuracy": math.nan})
+    note = Deviations(*[Deviation(None, "full-batch failed")] * 4)
+    return replace(
+        comparison,
+        rows=(row("full-batch", None, FAILED, "out of memory: MemoryError"), row("gradfold", nan, note)),
+    )
+
+
+class Sources(HTMLParser):
+    """Collects what a page refers to, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_folder_holds_valid_images_and_valid_json(folder: Path) -> None:
+    for name in ("loss", "memory", "time", "gradient_error", "overview"):
+        with Image.open(folder / f"{name}.png") as image:
+            image.load()
+            assert image.width > 1000 and image.height > 400
+            assert len(image.convert("RGB").getcolors(2**24) or []) > 50  # something is drawn on it
+    results = json.loads((folder / "results.json").read_text("utf-8"))
+    assert results["schema_version"] == 1
+    assert results["command_line"] == "gradfold compare tiny --out 'my out'"
+    assert [one["arm"] for one in results["rows"]] == list(DEFAULT_ARMS)
+    assert results["rows"][1]["deviation_from_full_batch"]["gradient_float64"] == {"value": 2.1e-16, "note": ""}
+    assert results["rows"][1]["measured"]["memory"]["rise_bytes"] == int(48 * MIB / 1.3)
+    assert results["sizes"]["last_window"] == 1000 % 64
+
+
+def test_every_arm_has_its_colour_in_the_plots(folder: Path) -> None:
+    for name in ("memory.png", "loss.png"):
+        with Image.open(folder / name) as image:
+            colors = {color for _, color in image.convert("RGB").getcolors(2**24) or []}
+        for arm in DEFAULT_ARMS:
+            red, green, blue = (int(COLORS[arm][at : at + 2], 16) for at in (1, 3, 5))
+            assert (red, green, blue) in colors, (name, arm)
+    assert set(COLORS) == set(ARMS)
+
+
+def test_the_page_needs_nothing_else_and_names_every_arm(comparison: Comparison, folder: Path) -> None:
+    page = Sources((folder / "report.html").read_text("utf-8"))
+    assert len(page.references) == 4
+    for reference in page.references:
+        kind, _, content = reference.partition(",")
+        assert kind == "data:image/png;base64"
+        Image.open(io.BytesIO(base64.b64decode(content))).verify()
+    for arm in DEFAULT_ARMS:
+        assert page.text.count(arm) >= 3 and ARMS[arm].description in page.text
+    for text in ("a <small> network & its data", "2.1e-16", "97.4 %", "48.0 MiB", "torch 2.13.0", "a processor"):
+        assert text in page.text
+    for sentence in verdict(comparison):
+        assert sentence in page.text
+
+
+def test_a_failed_arm_is_shown_everywhere(
+    broken: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_report(broken, tmp_path)
+    page = Sources((tmp_path / "report.html").read_text("utf-8"))
+    assert page.text.count("failed: out of memory: MemoryError") >= 2
+    assert "NaN" in page.text and "full-batch failed" in page.text
+    assert '"final_loss": null' in (tmp_path / "results.json").read_text("utf-8")
+    print_comparison(broken, [])
+    printed = capsys.readouterr().out
+    assert re.search(r"^full-batch +failed", printed, re.MULTILINE)
+    assert "full-batch failed: out of memory: MemoryError." in printed
+
+
+def test_a_page_without_a_partial_window_has_no_column_for_it(comparison: Comparison) -> None:
+    plots = dict.fromkeys(PLOTS, b"")
+    assert "last window" in render_page(comparison, plots)
+    whole = replace(comparison, sizes=Sizes(1024, 64, 16, 2))
+    assert "last window,<br>" not in render_page(whole, plots)
+
+
+def test_the_tables_fit_a_hundred_columns(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
+    print_comparison(comparison, [Path("out/results.json"), Path("out/report.html")])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "…" not in printed
+    for arm in DEFAULT_ARMS:
+        assert len(re.findall(rf"^{arm} ", printed, re.MULTILINE)) == 2
+    assert re.search(
+        r"^gradfold +1\.2e-07 +2\.1e-16 +3\.1e-16 +2\.0e-05 +0\.125 +97\.4 % +30 *$", printed, re.MULTILINE
+    )
+    assert "Report: out/report.html" in printed
+
+
+# The words
+
+
+def said(comparison: Comparison) -> str:
+    return " ".join(verdict(comparison))
+
+
+def changed(comparison: Comparison, arm: str, found: Measured | None, far: Deviations) -> Comparison:
+    rows = [row(arm, found, far) if one.arm == arm else one for one in comparison.rows]
+    return replace(comparison, rows=tuple(rows))
+
+
+def test_the_words_say_what_the_numbers_show(comparison: Comparison) -> None:
+    words = said(comparison)
+    assert "gradfold: the first gradient is the full batch's to rounding (2.1e-16 in float64)" in words
+    assert "36.9 MiB of memory where the full batch took 48.0 MiB, at 0.77 times its speed" in words
+    assert "(40 samples) it divides by 4 though only 3 micro-batches are left: that gradient is 25.0 % off" in words
+    assert "small-batch makes 4.0 times as many updates; its final weights end 70.0 % away" in words
+
+
+def test_the_words_do_not_praise_a_wrong_gradient(comparison: Comparison) -> None:
+    wrong = changed(comparison, "gradfold", measured(), deviations(0.4, 0.4, 0.4, 0.4))
+    assert "the first gradient is 40.0 % off the full batch's" in said(wrong)
+    assert "more than rounding" in said(wrong)
+    normed = replace(wrong, workload=replace(wrong.workload, batch_norm="per_micro_batch"))
+    assert "BatchNorm normalises by micro-batch" in said(normed) and "more than rounding" not in said(normed)
+    small = changed(comparison, "gradfold", measured(memory=Memory(0, 41 * MIB, "")), deviations(0.0, 0.0, 0.0, 0.0))
+    assert "about the same memory as the full batch (41.0 MiB against 48.0 MiB)" in said(small)  # a process's noise
+    assert "about the same memory" in said(wrong) and "at about the same speed" in said(wrong)
+
+
+def test_the_words_speak_of_growing_rounding_only_where_weights_part(comparison: Comparison) -> None:
+    assert "rounding grows" not in said(comparison)
+    apart = changed(comparison, "gradfold", measured(), deviations(1e-7, 1e-16, 1e-16, 0.2))
+    assert "rounding grows" in said(apart)
+    control = row("reordered", measured(), deviations(1e-7, 1e-16, 1e-16, 0.19))
+    assert "Rounding alone (reordered) carries the weights 19.0 % away" in said(
+        replace(apart, rows=(*apart.rows, control))
+    )
+
+
+def test_the_words_warn_of_a_busy_machine(comparison: Comparison) -> None:
+    def on(others: float, cores: int) -> Comparison:
+        machine = {**comparison.machine, "cores": cores, "cores_busy_with_other_programs": others}
+        return replace(comparison, machine=machine)
+
+    assert "Do not trust the times" in said(on(1.4, 2))
+    assert "Do not trust the times" not in said(on(0.9, 2))
+    assert "Do not trust the times" not in said(on(1.4, 8))
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (readable.share(0.0), "0"),
+        (readable.share(2.14e-16), "2.1e-16"),
+        (readable.share(0.00123), "0.123 %"),
+        (readable.share(0.974), "97.4 %"),
+        (readable.share(math.nan), "NaN"),
+        (readable.deviation(Deviation(None, "why")), readable.MISSING),
+        (readable.size(12_900_000), "12.3 MiB"),
+        (readable.size(3 * 2**30), "3.00 GiB"),
+        (readable.size(2048), "2 KiB"),
+        (readable.seconds(0.0123), "12.3 ms"),
+        (readable.seconds(1.234), "1.23 s"),
+        (readable.seconds(12.34), "12.3 s"),
+        (readable.seconds(1234.0), "1234 s"),
+        (readable.number(12345.6), "12,346"),
+        (readable.number(0.123456), "0.1235"),
+        (readable.metric("accuracy", 0.5), "50.0 %"),
+        (readable.metric("loss", 0.5), "0.5"),
+    ],
+)
+def test_numbers_are_readable(written: str, text: str) -> None:
+    assert written == text
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
+    make_folder(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="--out"):
+        make_folder(tmp_path / "file")
