@@ -15,9 +15,9 @@ from gradfold.batch import Batch
 from gradfold.buffers import BufferKeeper
 from gradfold.coupled import batch_norm as batch_normalisation
 from gradfold.coupled.batch_norm import BatchNormOption
-from gradfold.errors import OptionError
+from gradfold.errors import OptionError, WindowError
 from gradfold.gradients import check_trainable, parameters_of, parameters_with_hooks, refuse_post_accumulate_hooks
-from gradfold.loader import Window
+from gradfold.loader import LoopWindow, Window
 from gradfold.loss import LossFn
 from gradfold.split import Collate, MicroBatch
 from gradfold.sync import refuse_several_ranks
@@ -38,13 +38,13 @@ class Accumulator:
         model: the module whose parameters get gradients and whose buffers are kept safe. Where a step uses several
             modules, pass an `nn.ModuleList` of all of them.
         loss_fn: `(model, micro_batch) -> loss` or `-> (loss, metrics)`; it may be called again for the same rows.
-            `loss` is a 0-d tensor, the mean over the micro-batch, or a dict of such terms, whose plain sum is the
-            loss. `metrics` is a dict; 0-d values are combined as weighted means, values with one entry per row are
-            concatenated in the batch's own order.
+            `loss` is a 0-d tensor, the mean over the micro-batch (a sum has lost its denominator), or a dict of such
+            terms, whose plain sum is the loss. `metrics` is a dict; 0-d values are combined as weighted means, values
+            with one entry per row are concatenated in the batch's own order.
         micro_batch_size: rows to run at once, at most; the batch is cut into nearly equal parts. None: as it is given.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
             the host, collated) and gives a number; or a dict of these by the name of the loss term or metric (a bare
-            loss is called "loss"). A metric without a weight of its own takes the single weight, or samples.
+            loss is called "loss"). A metric without a weight of its own takes that of a bare loss, else samples.
         collate: given, a batch is a list of samples, and each micro-batch is `collate(samples)`.
         batch_norm: None refuses windows of several micro-batches where BatchNorm layers normalise by batch
             statistics; "per_micro_batch" normalises by micro-batch and advances running statistics once per window.
@@ -140,9 +140,16 @@ class Accumulator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
+        if "num_windows" not in state:
+            raise OptionError(f"this is no state of an Accumulator: it has {sorted(state)}, expected 'num_windows'.")
         self.num_windows = int(state["num_windows"])
 
     def _cut(self, batch: Batch) -> list[MicroBatch]:
+        if isinstance(batch, LoopWindow):
+            raise WindowError(
+                "this window has a backward of its own; for accumulator.backward(window) leave model= out: "
+                "gradfold.windows(loader, n)."
+            )
         if isinstance(batch, Window):
             return split.join_batches(self._cut(part) for part in batch)
         if self._collate is not None:

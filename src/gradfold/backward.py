@@ -38,19 +38,21 @@ class BackPropagation:
         Raises:
             LossError: no term requires grad.
         """
-        losses, seeds = [], []
+        losses: tuple[Tensor, ...] = ()
+        seeds: tuple[Tensor, ...] = ()
         for term, share in terms:
             if term.requires_grad:
-                losses.append(term)
                 key = (share, term.dtype, term.device)
-                seeds.append(self._seeds[key] if key in self._seeds else self._make_seed(*key))
+                seed = self._seeds.get(key)
+                losses += (term,)
+                seeds += (self._make_seed(*key) if seed is None else seed,)
         if not losses:
             raise LossError(
                 "the loss does not require grad: nothing connects it to the model's parameters. Look for "
                 "torch.no_grad(), .detach(), .item() or an argmax on the way, and for frozen parameters."
             )
         if self._backward is None:
-            torch.autograd.backward(tuple(losses), tuple(seeds))
+            torch.autograd.backward(losses, seeds)
         elif len(losses) == 1:
             self._backward(losses[0], gradient=seeds[0])
         else:  # a framework takes one loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Generic, TypeVar, overload
+from typing import Generic, NoReturn, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -17,12 +17,12 @@ from gradfold.coupled.batch_norm import (
     check_option,
     refuse,
 )
-from gradfold.errors import OptionError, WindowError
+from gradfold.errors import LossError, OptionError, WindowError
 from gradfold.gradients import check_trainable
-from gradfold.loss import BARE, LossTerms
+from gradfold.loss import LossTerms
 from gradfold.split import MicroBatch
 from gradfold.sync import refuse_several_ranks
-from gradfold.weight import Weight, WindowWeights, weigh
+from gradfold.weight import BARE, Weight, WindowWeights, weigh
 from gradfold.weight import check_option as check_weight
 
 __all__ = ["LoopWindow", "Window", "windows"]
@@ -38,6 +38,17 @@ class Window(Sequence[T]):
 
     def __len__(self) -> int:
         return len(self._micro_batches)
+
+    def backward(self, loss: object) -> NoReturn:
+        """Only windows that know the model have a backward of their own.
+
+        Raises:
+            WindowError: always; says how to get one.
+        """
+        raise WindowError(
+            "this window does not know the model: write gradfold.windows(loader, n, model=model) for "
+            "window.backward(loss), or give the window to accumulator.backward(window)."
+        )
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -120,6 +131,8 @@ class LoopWindow(Generic[T]):
             raise WindowError(
                 f"micro-batch {self._current} had its window.backward(loss) already; add up its losses first."
             )
+        if not isinstance(loss, Tensor):
+            raise LossError(f"window.backward takes the loss, one 0-d tensor; got a {type(loss).__name__}.")
         weighed = self._losses.add(self._current, loss)
         self._done.add(self._current)
         self._statistics.pause()
@@ -136,6 +149,11 @@ class LoopWindow(Generic[T]):
         if self._loss is None:
             raise WindowError("window.loss is known after the loop over the window, not inside it.")
         return self._loss
+
+    @property
+    def weight(self) -> float:
+        """The denominator: what the micro-batches weigh together."""
+        return self._weights.of_term(BARE).total
 
     @property
     def is_unfinished(self) -> bool:
@@ -199,7 +217,10 @@ def windows(
     [['a', 'b', 'c'], ['d', 'e', 'f'], ['g']]
     """
     if isinstance(num_micro_batches, bool) or not isinstance(num_micro_batches, int) or num_micro_batches < 1:
-        raise OptionError(f"num_micro_batches={num_micro_batches!r}; expected an int of at least 1.")
+        given = repr(num_micro_batches) if isinstance(num_micro_batches, int) else type(num_micro_batches).__name__
+        raise OptionError(f"num_micro_batches is {given}; expected an int of at least 1: windows(loader, 4).")
+    if not isinstance(loader, Iterable):
+        raise OptionError(f"loader is {type(loader).__name__}; expected an iterable of micro-batches.")
     if model is None:
         if weight != "samples" or batch_norm is not None or backward is not None:
             raise OptionError(

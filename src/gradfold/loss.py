@@ -11,15 +11,13 @@ from torch import Tensor
 
 from gradfold.errors import LossError, NonFiniteLossError
 from gradfold.split import MicroBatch
-from gradfold.weight import WindowWeights
+from gradfold.weight import BARE, WindowWeights
 
 __all__: list[str] = []
 
 Loss: TypeAlias = "Tensor | Mapping[str, Tensor]"
 LossOutput: TypeAlias = "Loss | tuple[Loss, Mapping[str, Any]]"
 LossFn: TypeAlias = Callable[[Any, Any], LossOutput]
-
-BARE = "loss"  # the name of a loss that is not a dict of terms
 
 
 def read_pair(output: LossOutput) -> tuple[Loss, Mapping[str, Any]]:
@@ -34,14 +32,16 @@ def read_pair(output: LossOutput) -> tuple[Loss, Mapping[str, Any]]:
 
 
 def _read_terms(loss: Loss) -> dict[str, Tensor]:
-    # A transformers ModelOutput is a mapping too, and has tensors that are no losses: those fail the check of shapes.
     if isinstance(loss, Mapping) and loss and all(isinstance(term, Tensor) for term in loss.values()):
+        if "loss" in loss and any(term.dim() > 0 for term in loss.values()):
+            raise LossError(_not_a_loss(loss))  # a transformers ModelOutput
         return dict(loss)
     raise LossError(_not_a_loss(loss))
 
 
 def _not_a_loss(output: object) -> str:
-    hint = " Return output.loss." if hasattr(output, "loss") else ""
+    has_loss = hasattr(output, "loss") or (isinstance(output, Mapping) and "loss" in output)
+    hint = " Return output.loss (or output['loss'])." if has_loss else ""
     return (
         f"loss_fn returned a {type(output).__name__}; expected a 0-d tensor (a mean), a dict of them by term, or a "
         f"pair of such a loss and a dict of metrics.{hint}"
@@ -104,13 +104,16 @@ class LossTerms:
         """
         if not self._values:
             return self._scalar(math.nan, torch.float32), {}
-        values = torch.stack(list(self._values.values())).tolist()
+        losses = list(self._values.values())
+        if len(self._parts) > 1:
+            losses = [loss.to(self._device) for loss in losses]  # terms of a model on several devices
+        values = torch.stack(losses).tolist()
         sums: dict[str, float] = {}
         for (name, index), value in zip(self._values, values, strict=True):
             if not math.isfinite(value):
                 raise self._non_finite(name, index, value)
             sums[name] = sums.get(name, 0.0) + self._parts[name][index] * value
-        dtype = next(iter(self._values.values())).dtype
+        dtype = losses[0].dtype
         means = {name: self._scalar(sums.get(name, math.nan), dtype) for name in self._parts if name != BARE}
         return self._scalar(sum(sums.values()), dtype), means
 

@@ -20,6 +20,8 @@ from gradfold.split import MicroBatch
 
 __all__ = ["TokenCount", "token_count"]
 
+BARE = "loss"  # the name of a loss that is not a dict of terms
+
 Weight: TypeAlias = "Literal['samples'] | Callable[[Any], float | Tensor]"
 WeightOption: TypeAlias = "Weight | Mapping[str, Weight]"
 
@@ -49,14 +51,22 @@ class TokenCount:
                 return getattr(micro_batch, self.labels)
             return micro_batch[self.labels]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            has = f"has the keys {sorted(map(str, micro_batch))}" if isinstance(micro_batch, Mapping) else "is no dict"
             raise WeightError(
-                f"{self._name()}: no labels there; the micro-batch is a {type(micro_batch).__name__} and {has}. Give "
-                "the key or index of the labels, or a callable that takes the micro-batch."
+                f"{self._name()}: no labels there; the micro-batch is {_contents(micro_batch)}. Give the key or "
+                "index of the labels, or a callable that takes the micro-batch."
             ) from error
 
     def _name(self) -> str:
         return f"token_count({self.labels!r})"
+
+
+def _contents(micro_batch: object) -> str:
+    name = f"a {type(micro_batch).__name__}"
+    if isinstance(micro_batch, Mapping):
+        return f"{name} with the keys {sorted(map(str, micro_batch))}"
+    if isinstance(micro_batch, (tuple, list)):
+        return f"{name} with the indices 0 to {len(micro_batch) - 1}"
+    return name
 
 
 def token_count(
@@ -129,8 +139,10 @@ class WindowWeights:
         return self._shares[name]
 
     def of_metric(self, name: str) -> Shares:
-        """The shares of a metric: its own, else those of a single weight, else samples."""
-        return self._shares.get(name, self._samples) if isinstance(self._shares, dict) else self._shares
+        """The shares of a metric: its own, else those of a bare loss, else samples."""
+        if not isinstance(self._shares, dict):
+            return self._shares
+        return self._shares.get(name) or self._shares.get(BARE) or self._samples
 
     def total(self) -> float | dict[str, float]:
         """The denominator, or one per name where weights were given by name."""
