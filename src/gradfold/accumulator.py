@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,13 +14,19 @@ from gradfold.batch import Batch
 from gradfold.buffers import BufferKeeper
 from gradfold.coupled import batch_norm as batch_normalisation
 from gradfold.coupled.batch_norm import BatchNormOption
-from gradfold.errors import OptionError, WindowError
-from gradfold.gradients import check_trainable, parameters_of, parameters_with_hooks, refuse_post_accumulate_hooks
+from gradfold.errors import BatchError, OptionError, WindowError
+from gradfold.gradients import (
+    check_trainable,
+    parameters_of,
+    parameters_with_hooks,
+    refuse_post_accumulate_hooks,
+    warn_of_hooks,
+)
 from gradfold.loader import LoopWindow, Window
 from gradfold.loss import LossFn
 from gradfold.split import Collate, MicroBatch
 from gradfold.sync import refuse_several_ranks
-from gradfold.weight import WeightOption, check_option, weigh
+from gradfold.weight import WeightOption, check_option, counts_samples, weigh
 from gradfold.window import OpenWindow, Schedule, Transaction, WindowResult, one_after_another
 
 __all__ = ["Accumulator"]
@@ -110,7 +115,7 @@ class Accumulator:
                 whose micro-batches is a batch. Rows go to the device of the model's first parameter.
 
         Returns:
-            The loss, metrics and counts of the whole batch, detached, without waiting for more than one number.
+            The loss, metrics and counts of the whole batch; the device is read once, to see that the losses are finite.
 
         Raises:
             BatchError: the batch cannot be cut by rows.
@@ -151,9 +156,14 @@ class Accumulator:
                 "gradfold.windows(loader, n)."
             )
         if isinstance(batch, Window):
+            if not batch:
+                raise BatchError("the window holds no micro-batches. Skip empty windows.")
             return split.join_batches(self._cut(part) for part in batch)
         if self._collate is not None:
-            return split.split_samples(batch, self.micro_batch_size, self._collate)
+            micro_batches = split.split_samples(batch, self.micro_batch_size, self._collate)
+            if counts_samples(self._weight):
+                split.check_collated(micro_batches)
+            return micro_batches
         return split.split_rows(batch, self.micro_batch_size)
 
     def _schedule(
@@ -172,13 +182,4 @@ class Accumulator:
 
     def _check_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
         refuse_post_accumulate_hooks(self.model, parameters)
-        hooked = parameters_with_hooks(self.model, parameters)
-        new = [name for name in hooked if name not in self._hooks_warned_of]
-        if new:
-            self._hooks_warned_of.update(new)
-            warnings.warn(
-                f"hooks on {', '.join(new)} (Tensor.register_hook) run on the gradient of each micro-batch, not of the "
-                "batch: linear ones (scaling, masking, logging) are fine, clipping is not the same.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        warn_of_hooks(parameters_with_hooks(self.model, parameters), self._hooks_warned_of)

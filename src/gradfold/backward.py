@@ -6,6 +6,7 @@ the gradient of `seed * loss` and adds nothing to the graph.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Protocol
@@ -72,6 +73,7 @@ def probe(backward: BackwardFn, device: torch.device) -> None:
     Frameworks that count micro-batches themselves divide by their number, a second time.
     """
     scalar = torch.ones((), device=device, requires_grad=True)
+    _check_signature(backward, scalar)
     with torch.enable_grad():
         backward(scalar * 1.0, gradient=torch.full((), 3.0, device=device))
     if scalar.grad is None:
@@ -84,6 +86,19 @@ def probe(backward: BackwardFn, device: torch.device) -> None:
             "through backward= is not supported by this version.",
             factor,
         )
+
+
+def _check_signature(backward: BackwardFn, scalar: Tensor) -> None:
+    try:
+        inspect.signature(backward).bind(scalar, gradient=scalar)
+    except ValueError:  # a builtin without a signature
+        return
+    except TypeError as error:
+        raise BackwardError(
+            f"backward= cannot be called as backward(loss, gradient=seed): {error}. The weight of a micro-batch comes "
+            "as the seed; pass it on: loss.backward(gradient=gradient).",
+            0.0,
+        ) from None
 
 
 def _warn_of_rounding(dtype: torch.dtype) -> None:

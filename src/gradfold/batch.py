@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from gradfold.errors import BatchError
 
@@ -23,41 +25,61 @@ __all__: list[str] = []
 Batch = Any  # checked by num_rows(), since a type for "any nesting" would accept everything too
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
-_IMAGE_CHANNELS = (1, 3, 4)
+_COLOUR_CHANNELS = (3, 4)
 
 
 def map_tensors(fn: Callable[[Tensor], Any], batch: Batch) -> Batch:
     """Rebuild a nesting with `fn(tensor)` in the place of each tensor; everything else is shared, not copied."""
-    # Exact types come first: this runs for every micro-batch.
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
+    """Rebuild a nesting with `fn(leaf)` in the place of each tensor and of whatever else is no container."""
     kind = type(batch)
-    if kind is Tensor:
+    if kind is tuple or kind is list:  # exact types first: this runs for every micro-batch
+        return kind([map_leaves(fn, item) for item in batch])
+    if isinstance(batch, (Tensor, PackedSequence)):
         return fn(batch)
-    if kind is tuple or kind is list:
-        return kind([map_tensors(fn, item) for item in batch])
-    if isinstance(batch, Tensor):
-        return fn(batch)
-    if isinstance(batch, tuple | list):
-        items = [map_tensors(fn, item) for item in batch]
+    if isinstance(batch, (tuple, list)):
+        items = [map_leaves(fn, item) for item in batch]
         return batch._make(items) if hasattr(batch, "_make") else kind(items)
     if isinstance(batch, Mapping):
-        return _refilled(batch, {key: map_tensors(fn, value) for key, value in batch.items()})
+        return _refilled(batch, {key: map_leaves(fn, value) for key, value in batch.items()})
     if _is_dataclass(batch):
         # A copy, not a call of the class: __post_init__ has run once and may not accept its own results.
         filled = copy.copy(batch)
-        for field in dataclasses.fields(batch):
-            object.__setattr__(filled, field.name, map_tensors(fn, getattr(batch, field.name)))
+        for name, value in _attributes(batch).items():
+            object.__setattr__(filled, name, map_leaves(fn, value))
         return filled
-    return batch
+    return fn(batch)
 
 
 def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
-    """The values in a mapping of the batch's own type (OrderedDict, defaultdict, transformers' BatchEncoding)."""
-    if type(batch) is dict or not isinstance(batch, MutableMapping):
+    """The values in a mapping of the batch's own type, where it can be made; else as a dict."""
+    kind = type(batch)
+    if kind is dict:
         return values
-    filled = copy.copy(batch)
-    for key, value in values.items():
-        filled[key] = value
-    return filled
+    if isinstance(batch, (OrderedDict, defaultdict, UserDict)):  # transformers' BatchEncoding is a UserDict
+        filled = copy.copy(batch)
+        for key, value in values.items():
+            filled[key] = value
+        return filled
+    # A copy of any other mapping may share its contents with the user's: only its constructor is safe.
+    for arguments, keywords in (((values,), {}), ((), values)):
+        try:
+            made: Mapping[Any, Any] = kind(*arguments, **keywords)
+            if all(made[key] is value for key, value in values.items()):
+                return made
+        except (TypeError, KeyError):
+            continue
+    return values
+
+
+def _attributes(batch: Any) -> dict[str, Any]:
+    """What stands in a dataclass: its fields, and what else was put into it (a mask that __post_init__ made)."""
+    names = [field.name for field in dataclasses.fields(batch)]
+    values = {name: getattr(batch, name) for name in names if hasattr(batch, name)}
+    return values | getattr(batch, "__dict__", {})
 
 
 def cut_rows(batch: Batch, ranges: Sequence[range]) -> list[Batch]:
@@ -90,7 +112,7 @@ def num_rows(batch: Batch) -> int:
     counts: set[int] = set()
     is_flat = _count_flat(batch, counts)
     if not is_flat:
-        counts = {len(leaf) for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim() > 0}
+        counts = _counts(batch)
     if len(counts) > 1:
         raise _disagreement(batch)
     if not counts:
@@ -116,10 +138,23 @@ def _count_flat(batch: Batch, counts: set[int]) -> bool:
     if kind is not tuple and kind is not list and kind is not dict:
         return False
     for leaf in batch.values() if kind is dict else batch:
-        if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.is_nested:
+        if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
             return False
         counts.add(len(leaf))
     return True
+
+
+def rows_if_any(batch: Batch) -> int | None:
+    """The number of rows, or None where the tensors do not agree on one or something has no rows."""
+    try:
+        counts = _counts(batch)
+    except BatchError:
+        return None
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _counts(batch: Batch) -> set[int]:
+    return {len(leaf) for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim() > 0}
 
 
 def _is_dataclass(node: object) -> bool:
@@ -128,7 +163,7 @@ def _is_dataclass(node: object) -> bool:
 
 def _children(node: object) -> list[tuple[str, Any]] | None:
     """The parts of a container with the text that leads to them, or None for a leaf."""
-    if isinstance(node, torch.nn.utils.rnn.PackedSequence):
+    if isinstance(node, PackedSequence):
         return None  # a named tuple whose parts are not per row
     if isinstance(node, Mapping):
         return [(f"[{key!r}]", value) for key, value in node.items()]
@@ -137,36 +172,50 @@ def _children(node: object) -> list[tuple[str, Any]] | None:
     if isinstance(node, tuple | list):
         return [(f"[{index}]", item) for index, item in enumerate(node)]
     if _is_dataclass(node):
-        return [(f".{field.name}", getattr(node, field.name)) for field in dataclasses.fields(node)]  # type: ignore[arg-type]
+        return [(f".{name}", value) for name, value in _attributes(node).items()]
     return None
 
 
 def _leaves(node: Batch, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Tensor):
-        if node.is_nested:
-            raise BatchError(
-                f"{path} is a nested tensor, which has no rows to slice: pass a list of samples with collate=."
-            )
-        yield path, node
-        return
     children = _children(node)
     if children is None:
-        if not isinstance(node, _CONSTANTS):
-            raise _uncuttable(path, node)
+        _check_leaf(node, path)
         yield path, node
-    elif children and isinstance(node, tuple | list) and all(_is_value(child) for _, child in children):
+        return
+    if _is_dataclass(node):
+        _check_fields(node, path)
+    parts = [part for _, part in children]
+    if isinstance(node, (tuple, list)) and any(map(_is_value, parts)) and all(map(_is_value_or_none, parts)):
         raise BatchError(
-            f"{path} is a {type(node).__name__} of {len(children)} values without a tensor: gradfold cannot know "
-            "whether it has one value per row. Per row: make it a tensor, or pass a list of samples with collate=. "
-            "The same for all rows: leave it out of the batch and bind it to loss_fn with functools.partial."
+            f"{path} is a {type(node).__name__} of {len(parts)} values without a tensor: gradfold cannot know whether "
+            "it has one value per row. Per row: make it a tensor, or pass a list of samples with collate=. The same "
+            "for all rows: leave it out of the batch and bind it to loss_fn with functools.partial."
         )
-    else:
-        for suffix, child in children:
-            yield from _leaves(child, path + suffix)
+    for suffix, part in children:
+        yield from _leaves(part, path + suffix)
 
 
 def _is_value(node: object) -> bool:
-    return isinstance(node, bool | int | float | complex | str | bytes)
+    return isinstance(node, (bool, int, float, complex, str, bytes))
+
+
+def _is_value_or_none(node: object) -> bool:
+    return node is None or _is_value(node)
+
+
+def _check_leaf(node: object, path: str) -> None:
+    if not isinstance(node, Tensor):
+        if not isinstance(node, _CONSTANTS):
+            raise _uncuttable(path, node)
+    elif node.is_nested or node.layout not in (torch.strided, torch.sparse_coo):
+        kind = "nested tensor" if node.is_nested else f"{node.layout} tensor"
+        raise BatchError(f"{path} is a {kind}, whose rows cannot be sliced: pass a list of samples with collate=.")
+
+
+def _check_fields(node: Any, path: str) -> None:
+    for field in dataclasses.fields(node):
+        if not hasattr(node, field.name):
+            raise BatchError(f"{path}.{field.name} has no value yet; set every field of {type(node).__name__}.")
 
 
 def _uncuttable(path: str, node: object) -> BatchError:
@@ -189,20 +238,21 @@ def _disagreement(batch: Batch) -> BatchError:
 def _looks_like_samples(batch: Batch) -> bool:
     """Whether tensors that agree in dim 0 are more likely one sample each than columns of a batch.
 
-    A list of tuples, dicts or dataclasses is what `collate_fn=list` gives (torch's own collation turns tuples into
-    lists). A sequence of C x H x W tensors longer than C agrees on its channels.
+    A list of tuples, dicts or dataclasses of one kind is what `collate_fn=list` gives (torch's own collation turns
+    tuples into lists). A sequence of C x H x W tensors longer than C agrees on its channels.
     """
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and batch:
         if all(isinstance(part, Tensor) for part in batch):
-            return len(batch) > 2 and all(part.dim() == 3 for part in batch) and _is_longer_than_channels(batch)
+            return all(part.dim() == 3 for part in batch) and _is_longer_than_channels(batch)
         if isinstance(batch, list) and all(isinstance(part, (tuple, Mapping)) or _is_dataclass(part) for part in batch):
-            return True
+            return len({tuple(suffix for suffix, _ in _children(part) or []) for part in batch}) == 1
     return any(_looks_like_samples(part) for _, part in _children(batch) or [])
 
 
 def _is_longer_than_channels(images: Sequence[Tensor]) -> bool:
+    # One channel is left out: it looks like a batch of one row, which is never cut.
     channels = len(images[0])
-    return channels in _IMAGE_CHANNELS and len(images) > channels
+    return channels in _COLOUR_CHANNELS and len(images) > channels
 
 
 def _shapes(batch: Batch, limit: int = 8) -> str:

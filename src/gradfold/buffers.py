@@ -45,12 +45,14 @@ class BufferKeeper:
         self._changing: set[tuple[int, str]] | None = None  # None: not known yet
         self._kept: list[tuple[_Place, Tensor]] = []
         self._unkept: list[_Place] = []
+        self._missing: list[tuple[nn.Module, str]] = []  # None, or of a lazy module that has not run
 
     def open(self, modules: Sequence[nn.Module]) -> None:
         """Copy the buffers of these modules that may change."""
         if not any(module._buffers for module in modules):
             return
         places = _places(modules)
+        self._missing = _missing(modules)
         modes = [(id(module), module.training) for module in modules]
         if modes != self._modes:
             self._modes, self._changing = modes, None
@@ -63,17 +65,20 @@ class BufferKeeper:
         if self._changing is None:
             self._changing = _changed(self._kept)
         self._changing |= {place.key for place in self._unkept if _shows_change(place)}
-        self._kept, self._unkept = [], []
+        self._kept, self._unkept, self._missing = [], [], []
 
     def restore(self) -> None:
         """Put back what stood in the buffers when the window opened, in the same tensors."""
         with torch.no_grad():
             for place, copy in self._kept:
                 place.module._buffers[place.name] = place.tensor
-                place.tensor.copy_(copy)
+                if not _is_expanded(place.tensor):
+                    place.tensor.copy_(copy)
+        for module, name in self._missing:
+            _take_away(module, name)
         lost = [f"{type(place.module).__name__}.{place.name}" for place in self._unkept if _shows_change(place)]
         self._changing = None
-        self._kept, self._unkept = [], []
+        self._kept, self._unkept, self._missing = [], [], []
         if lost:
             warnings.warn(
                 f"a failed window changed buffers that no window had changed before: {', '.join(lost)}. They keep "
@@ -97,6 +102,33 @@ def _places(modules: Iterable[nn.Module]) -> list[_Place]:
     ]
 
 
+def _missing(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, name)
+        for module in modules
+        for name, tensor in module._buffers.items()
+        if tensor is None or is_lazy(tensor)
+    ]
+
+
+def _take_away(module: nn.Module, name: str) -> None:
+    """Undo what gave a value to a buffer that had none."""
+    tensor = module._buffers.get(name)
+    if tensor is None or is_lazy(tensor):
+        return
+    if isinstance(module, _NormBase):
+        module.reset_running_stats()  # a lazy layer that has run cannot be made lazy again
+    else:
+        module._buffers[name] = None
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether one element stands for many, so that nothing can be written, by us or by a forward pass."""
+    return tensor.layout is torch.strided and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
 def _copies(places: list[_Place]) -> list[Tensor]:
     """A copy per place; a tensor that stands in several places is copied once."""
     copies = {id(place.tensor): place.tensor for place in places}
@@ -112,7 +144,8 @@ def _shows_change(place: _Place) -> bool:
 def _changed(kept: list[tuple[_Place, Tensor]]) -> set[tuple[int, str]]:
     """The places that differ from their copies; values are compared on the device and read in one transfer each."""
     changed = {place.key for place, _ in kept if _shows_change(place)}
-    unclear = [(place, copy) for place, copy in kept if place.key not in changed]
+    # Sparse tensors cannot be compared, but nothing changes them behind their version counters.
+    unclear = [(place, copy) for place, copy in kept if place.key not in changed and copy.layout is torch.strided]
     differs: dict[torch.device, list[Tensor]] = {}
     order: dict[torch.device, list[_Place]] = {}
     for place, copy in unclear:

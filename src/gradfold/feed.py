@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfold.batch import Batch, map_tensors
+from gradfold.batch import Batch, map_leaves, map_tensors
 from gradfold.split import MicroBatch
 
 __all__: list[str] = []
@@ -46,9 +47,14 @@ class Feed:
         return batch
 
     def _move(self, index: int) -> Batch:
-        return map_tensors(self._to_device, self._micro_batches[index].data)
+        return map_leaves(self._to_device, self._micro_batches[index].data)
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return self._tensor_to_device(leaf)
+        return leaf.to(self._device) if hasattr(leaf, "to") else leaf  # a packed sequence, a batch of graphs
+
+    def _tensor_to_device(self, tensor: Tensor) -> Tensor:
         if tensor.device == self._device:
             return tensor
         if self._stream is None or not tensor.is_cpu:

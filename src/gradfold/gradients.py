@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -25,6 +27,7 @@ class SetAside:
         for parameter, _ in self._found:
             parameter.grad = None
 
+    @torch.no_grad()
     def add_back(self) -> None:
         """Close: add the new gradients to those found, and merge the repeated entries of sparse ones."""
         for parameter in self._parameters:
@@ -96,6 +99,19 @@ def parameters_with_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) 
     return [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
 
 
+def warn_of_hooks(names: Sequence[str], known: set[str]) -> None:
+    """Warn of hooks on gradients, once per parameter; `known` are those warned of, and grows."""
+    new = [name for name in names if name not in known]
+    if new:
+        known.update(new)
+        warnings.warn(
+            f"hooks on {_some(new)} (Tensor.register_hook) run on the gradient of each micro-batch, not of the batch: "
+            "linear ones (scaling, masking, logging) are fine, clipping is not the same.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients down to a joint 2-norm of at most `max_norm`; gives the norm before, 0-d.
 
@@ -103,6 +119,8 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """
     values = _values(parameters)
     norm = torch.nn.utils.get_total_norm(values)
+    if math.isinf(max_norm):
+        return norm
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for value in values:
         value.mul_(factor.to(value.device))

@@ -18,7 +18,12 @@ from gradfold.coupled.batch_norm import (
     refuse,
 )
 from gradfold.errors import LossError, OptionError, WindowError
-from gradfold.gradients import check_trainable
+from gradfold.gradients import (
+    check_trainable,
+    parameters_with_hooks,
+    refuse_post_accumulate_hooks,
+    warn_of_hooks,
+)
 from gradfold.loss import LossTerms
 from gradfold.split import MicroBatch
 from gradfold.sync import refuse_several_ranks
@@ -103,15 +108,18 @@ class LoopWindow(Generic[T]):
         if self._is_started:
             raise WindowError("this window was iterated before; one pass over a window is one update.")
         self._is_started = True
-        with self._statistics:
-            for index, part in enumerate(self._parts):
-                self._current = index
-                self._statistics.listen()
-                yield part.data
-                self._check_backward(index)
-            self._statistics.commit()
-        self._current = None
-        self._loss, _ = self._losses.close()
+        try:
+            with self._statistics:
+                for index, part in enumerate(self._parts):
+                    self._current = index
+                    self._statistics.listen()
+                    yield part.data
+                    self._check_backward(index)
+                loss, _ = self._losses.close()
+                self._statistics.commit()
+        finally:
+            self._current = None
+        self._loss = loss
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate the loss of the current micro-batch with its share of the window: was `(loss / n).backward()`.
@@ -250,10 +258,15 @@ def _loop_windows(
     backward: BackwardFn | None,
 ) -> Iterator[LoopWindow[T]]:
     refuse_several_ranks()
-    check_trainable(model, list(model.parameters()))
+    parameters = list(model.parameters())
+    check_trainable(model, parameters)
     if backward is not None:
-        probe(backward, next(model.parameters()).device)
+        probe(backward, parameters[0].device)
+    warned_of: set[str] = set()
     for group in _plain_windows(loader, num_micro_batches):
+        if len(group) > 1:
+            refuse_post_accumulate_hooks(model, parameters)
+            warn_of_hooks(parameters_with_hooks(model, parameters), warned_of)
         window = LoopWindow(model, list(group), weight, batch_norm, backward)
         yield window
         if window.is_unfinished:

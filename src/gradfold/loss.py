@@ -64,6 +64,7 @@ class LossTerms:
         self._device = device
         self._parts: dict[str, tuple[float, ...]] = {}  # term -> part of the window per micro-batch
         self._values: dict[tuple[str, int], Tensor] = {}  # term, micro-batch -> detached loss
+        self._taken: list[int] = []  # micro-batches so far
 
     @property
     def names(self) -> Collection[str]:
@@ -83,6 +84,7 @@ class LossTerms:
         terms = {BARE: loss} if isinstance(loss, Tensor) else _read_terms(loss)
         if terms.keys() != self._parts.keys():
             self._check_names(index, terms)
+        self._taken.append(index)
         weighed = []
         for name, term in terms.items():
             if term.dim() != 0 or not term.dtype.is_floating_point:
@@ -121,21 +123,23 @@ class LossTerms:
         return torch.full((), value, dtype=dtype if dtype.itemsize >= 4 else torch.float32, device=self._device)
 
     def _check_names(self, index: int, terms: Mapping[str, Tensor]) -> None:
-        if not self._parts:
-            self._parts = {name: self._weights.of_term(name).parts for name in terms}
+        """A term may be left out of a micro-batch only where its weight is 0, in whatever order they come."""
+        new = {name: self._weights.of_term(name).parts for name in terms if name not in self._parts}
+        late = [name for name, parts in new.items() if any(parts[taken] for taken in self._taken)]
         missing = [name for name, parts in self._parts.items() if name not in terms and parts[index]]
-        if missing or not terms.keys() <= self._parts.keys():
+        if late or missing:
             raise LossError(
                 f"micro-batch {index} returned the loss terms {sorted(terms)}, others {sorted(self._parts)}. Return "
                 "the same names every time; a term may be left out only where its weight is 0."
             )
+        self._parts.update(new)
 
     def _non_finite(self, name: str, index: int, value: float) -> NonFiniteLossError:
-        rows = self._micro_batches[index].rows
+        part = self._micro_batches[index]
         return NonFiniteLossError(
-            f"the loss term {name!r} is {value} in micro-batch {index} of {len(self._micro_batches)} (rows "
-            f"{rows.start} to {rows.stop - 1}). Look for means over nothing, log(0), overflow or a learning rate too "
-            "high; a weight of 0 leaves a micro-batch out.",
+            f"the loss term {name!r} is {value} in micro-batch {index} of {len(self._micro_batches)}{part.where}. Look "
+            "for means over nothing, log(0), overflow or a learning rate too high; a weight of 0 leaves a micro-batch "
+            "out.",
             index,
             name,
             value,

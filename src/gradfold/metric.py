@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,7 +34,14 @@ class Metrics:
     def add(self, index: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of micro-batch `index`."""
         for name, value in metrics.items():
-            self._values.setdefault(name, {})[index] = self._read(name, value, index)
+            of_metric = self._values.setdefault(name, {})
+            of_metric[index] = self._read(name, value, index)
+            first = next(iter(of_metric.values()))
+            if of_metric[index].dim() != first.dim() or of_metric[index].shape[1:] != first.shape[1:]:
+                raise LossError(
+                    f"the metric {name!r} has shape {tuple(of_metric[index].shape)} in micro-batch {index}, and "
+                    f"{tuple(first.shape)} in another; expected the same but for the number of rows."
+                )
 
     def check_names(self, terms: Collection[str]) -> None:
         """Raise LossError where a loss term has the name of a metric."""
@@ -46,7 +54,7 @@ class Metrics:
         return {name: self._combine(name, values) for name, values in self._values.items()}
 
     def _read(self, name: str, value: Any, index: int) -> Tensor:
-        if isinstance(value, (bool, int, float)):
+        if isinstance(value, Real):
             return torch.tensor(float(value), dtype=torch.float64)
         if not isinstance(value, Tensor):
             raise LossError(f"the metric {name!r} is a {type(value).__name__}; expected a tensor or a number.")

@@ -26,11 +26,15 @@ class RandomState:
         """The states now, of the CPU and of the accelerators that hold some of `tensors`."""
         # Reading a state copies it on the host; on CUDA it is a seed and an offset, without waiting for the device.
         devices = {tensor.device for tensor in tensors if not tensor.is_cpu and not tensor.is_meta}
-        states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+        states = [(device, torch.get_device_module(device).get_rng_state(*_which(device))) for device in devices]
         return cls(torch.get_rng_state(), tuple(states))
 
     def restore(self) -> None:
         """Set the generators back."""
         torch.set_rng_state(self.cpu)
         for device, state in self.accelerators:
-            torch.get_device_module(device).set_rng_state(state, device)
+            torch.get_device_module(device).set_rng_state(state, *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one, and its functions take no device

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from gradfold.batch import Batch, cut_rows, num_rows
+from gradfold.batch import Batch, cut_rows, num_rows, rows_if_any
 from gradfold.errors import BatchError, OptionError
 
 __all__: list[str] = []
@@ -19,7 +19,12 @@ class MicroBatch(NamedTuple):
     """What is run at once: some rows of the global batch (views, on the host), and which."""
 
     data: Batch
-    rows: range
+    rows: range  # empty where nobody has counted
+
+    @property
+    def where(self) -> str:
+        """The rows, for a message."""
+        return f" (rows {self.rows.start} to {self.rows.stop - 1})" if self.rows else ""
 
 
 def check_size(micro_batch_size: int | None) -> None:
@@ -75,6 +80,18 @@ def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate:
         raise BatchError("the batch is an empty list of samples. Skip empty batches before calling backward().")
     ranges = cut_range(len(samples), micro_batch_size)
     return [MicroBatch(collate(list(samples[rows.start : rows.stop])), rows) for rows in ranges]
+
+
+def check_collated(micro_batches: Iterable[MicroBatch]) -> None:
+    """Raise BatchError where collation changed the number of samples, which then cannot be the weight."""
+    for index, part in enumerate(micro_batches):
+        rows = rows_if_any(part.data)
+        if rows is not None and rows != len(part.rows):
+            raise BatchError(
+                f"collate made {rows} rows of the {len(part.rows)} samples of micro-batch {index}{part.where}, so it "
+                'is unclear what weight="samples" should count. Give weight= what the loss is a mean over: '
+                "gradfold.token_count(...), or a callable such as lambda batch: len(batch[0])."
+            )
 
 
 def join_batches(batches: Iterable[list[MicroBatch]]) -> list[MicroBatch]:

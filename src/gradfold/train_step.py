@@ -99,7 +99,10 @@ class TrainStep:
         _check_parts(accumulator, optimizer)
         _refuse_closure(getattr(optimizer, "optimizer", optimizer))  # Accelerate and Fabric wrap what they prepare
         _refuse_plateau(getattr(scheduler, "scheduler", scheduler))
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+            raise TrainStepError(f"scheduler is {scheduler!r}; expected a learning-rate scheduler or None.")
+        is_limit = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool) and max_grad_norm > 0
+        if max_grad_norm is not None and not is_limit:
             raise OptionError(f"max_grad_norm={max_grad_norm!r}; expected a positive number or None.")
         self.accumulator = accumulator
         self.optimizer = optimizer

@@ -46,6 +46,11 @@ class TokenCount:
     def _find(self, micro_batch: Any) -> Any:
         if callable(self.labels):
             return self.labels(micro_batch)
+        if isinstance(micro_batch, Tensor):
+            raise WeightError(
+                f"{self._name()}: the micro-batch is one Tensor, so {self.labels!r} would be one of its rows. Give a "
+                "callable that takes the micro-batch, for example lambda batch: batch."
+            )
         try:
             if isinstance(self.labels, str) and not isinstance(micro_batch, Mapping):
                 return getattr(micro_batch, self.labels)
@@ -111,7 +116,10 @@ class Shares:
 @lru_cache(maxsize=64)  # windows of equal shape have equal shares
 def shares_of(weights: tuple[float, ...]) -> Shares:
     """The shares that these weights, one per micro-batch, give."""
-    total = math.fsum(weights)
+    try:
+        total = math.fsum(weights)
+    except OverflowError:
+        raise WeightError(f"the weights of the window sum to more than a float holds: {list(weights)}.") from None
     parts = tuple(weight / total if total else 0.0 for weight in weights)
     return Shares(total, parts, frozenset(index for index, weight in enumerate(weights) if weight == 0))
 
@@ -144,11 +152,11 @@ class WindowWeights:
             return self._shares
         return self._shares.get(name) or self._shares.get(BARE) or self._samples
 
-    def total(self) -> float | dict[str, float]:
-        """The denominator, or one per name where weights were given by name."""
-        if isinstance(self._shares, dict):
-            return {name: shares.total for name, shares in self._shares.items()}
-        return self._shares.total
+    def total(self, terms: Collection[str] = ()) -> float | dict[str, float]:
+        """The denominator, or one per loss term where weights were given by name."""
+        if not isinstance(self._shares, dict):
+            return self._shares.total
+        return {name: shares.total for name, shares in self._shares.items() if name in terms or not terms}
 
     def idle(self) -> frozenset[int]:
         """The micro-batches that weigh nothing under every name."""
@@ -169,11 +177,20 @@ class WindowWeights:
             )
 
 
+def _is_samples(weight: object) -> bool:
+    return isinstance(weight, str) and weight == "samples"
+
+
+def counts_samples(weight: WeightOption) -> bool:
+    """Whether samples are what some loss term or metric is a mean over."""
+    return any(map(_is_samples, weight.values())) if isinstance(weight, Mapping) else _is_samples(weight)
+
+
 def check_option(weight: WeightOption) -> None:
     """Raise WeightError unless this is a weight, or a dict of them."""
     every = weight.values() if isinstance(weight, Mapping) else [weight]
     for one in every:
-        if one != "samples" and not callable(one):
+        if not callable(one) and not _is_samples(one):
             raise WeightError(
                 f'weight={one!r}; expected "samples", gradfold.token_count(...), a callable that takes a micro-batch '
                 "and gives a number, or a dict of these by the name of the loss term or metric."
@@ -192,8 +209,8 @@ def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWe
     """
     samples = shares_of(tuple(float(len(part.rows)) for part in micro_batches))
     if not isinstance(weight, Mapping):
-        return WindowWeights(samples if weight == "samples" else _weigh_each([weight], micro_batches)[0], samples)
-    asked = {name: one for name, one in weight.items() if one != "samples"}
+        return WindowWeights(samples if _is_samples(weight) else _weigh_each([weight], micro_batches)[0], samples)
+    asked = {name: one for name, one in weight.items() if not _is_samples(one)}
     found = dict(zip(asked, _weigh_each(list(asked.values()), micro_batches), strict=True))
     return WindowWeights({name: found.get(name, samples) for name in weight}, samples)
 
@@ -203,10 +220,10 @@ def _weigh_each(weights: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> 
     numbers = _read(values)
     for position, (value, number) in enumerate(zip(values, numbers, strict=True)):
         if not math.isfinite(number) or number < 0:
-            part = micro_batches[position % len(micro_batches)]
+            index = position % len(micro_batches)
             raise WeightError(
-                f"the weight of micro-batch {position % len(micro_batches)} (rows {part.rows.start} to "
-                f"{part.rows.stop - 1}) is {value!r}; expected a finite number of at least 0."
+                f"the weight of micro-batch {index}{micro_batches[index].where} is {value!r}; expected a finite number "
+                "of at least 0."
             )
     size = len(micro_batches)
     return [shares_of(tuple(numbers[start : start + size])) for start in range(0, len(numbers), size)]
@@ -221,10 +238,10 @@ def _read(values: Sequence[Any]) -> list[float]:
             stacks.setdefault((value.device, value.dtype), []).append(position)
             continue
         try:
-            if isinstance(value, Tensor | str):
+            if isinstance(value, (Tensor, str, bytes, bytearray)):
                 raise TypeError
             numbers[position] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise WeightError(
                 f"the weight function gave a {type(value).__name__}{shape}; expected one number (int, float or 0-d "

@@ -50,7 +50,7 @@ class WindowResult:
         metrics: by name: weighted means (0-d), rows in the batch's own order, and the means of named loss terms.
         num_micro_batches: how many micro-batches were run.
         num_samples: rows of the batch.
-        weight: the denominator of the loss, or one per name where weights were given by name.
+        weight: the denominator of the loss, or one per term where weights were given by name.
     """
 
     loss: Tensor
@@ -149,7 +149,8 @@ class OpenWindow:
         self.metrics.check_names(self.losses.names)
         loss, means = self.losses.close()
         metrics = {**means, **self.metrics.close()}
-        return WindowResult(loss, metrics, len(busy), self.micro_batches[-1].rows.stop, self.weights.total())
+        num_samples = self.micro_batches[-1].rows.stop
+        return WindowResult(loss, metrics, len(busy), num_samples, self.weights.total(self.losses.names))
 
 
 class _BusyStep:
@@ -190,7 +191,8 @@ class _IdleStep:
         if window.metrics.names:
             with torch.no_grad():
                 output = window.loss_fn(window.model, window.take(self._index))
-            window.metrics.add(self._index, read_pair(output)[1])
+            if isinstance(output, tuple):
+                window.metrics.add(self._index, read_pair(output)[1])
 
     def backward(self) -> None:
         pass

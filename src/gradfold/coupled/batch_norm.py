@@ -77,9 +77,10 @@ def refuse(layers: Mapping[str, nn.Module], num_micro_batches: int, num_rows: in
     """Raise BatchNormError that names the layers."""
     names = ", ".join(list(layers)[:3]) + (", ..." if len(layers) > 3 else "")
     noun = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+    seen = f"{-(-num_rows // num_micro_batches)} rows at a time, not the {num_rows} of the batch"
     raise BatchNormError(
-        f"BatchNorm in {noun} ({names}) would see {-(-num_rows // num_micro_batches)} rows at a time, not the "
-        f"{num_rows} of the batch, so the gradient would not be that of the batch. Write "
+        f"BatchNorm in {noun} ({names}) would see {seen if num_rows else 'one micro-batch at a time, not the batch'}, "
+        "so the gradient would not be that of the batch. Write "
         'batch_norm="per_micro_batch" to accept that, put the layers into evaluation mode (layer.eval()) to use their '
         "running statistics, or use nn.GroupNorm.",
         tuple(layers),
