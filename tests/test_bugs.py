@@ -130,3 +130,72 @@ def test_a_window_takes_one_loss():
             window.backward({"loss": loss_fn(model, part)})
         window.backward(loss_fn(model, part))
     assert window.loss.item() == pytest.approx(loss_fn(model, batch).item()) and window.weight == 5
+
+
+def test_a_list_of_single_values_is_refused_as_tensors_too():
+    """[tensor(1), tensor(2), tensor(3)], one per row, went whole to every micro-batch; numbers were refused."""
+    model, (inputs, _) = make()
+    batch = (inputs, list(torch.arange(5.0)))
+    with pytest.raises(gradfold.BatchError, match=r"batch\[1\] is a list of 5 single values"):
+        gradfold.Accumulator(model, loss_fn, micro_batch_size=2).backward(batch)
+
+
+def test_a_loop_window_takes_batches_that_nobody_cuts():
+    """A list of names beside the tensors was refused, with the advice to pass collate=, which windows() has not."""
+    model, (inputs, targets) = make()
+    batch = {"x": inputs, "y": targets, "names": ["a"] * 5, "graph": object()}
+    (window,) = gradfold.windows([batch], 1, model=model)
+    for part in window:
+        window.backward(loss_fn(model, (part["x"], part["y"])))
+    assert window.weight == 5
+
+
+def test_a_backward_that_ignores_the_seed_is_told_so():
+    """It was told to set gradient_accumulation_steps=1, since 3 had become 1."""
+    model, batch = make()
+    with pytest.raises(gradfold.BackwardError, match="ignores the seed"):
+        gradfold.Accumulator(model, loss_fn, backward=lambda loss, gradient: loss.backward()).backward(batch)
+
+
+def test_an_expanded_gradient_at_entry_is_added_to():
+    """It cannot be written to: the window failed when it closed, where nothing is rolled back any more."""
+    model, batch = make()
+    model.weight.grad = torch.zeros(1, 1).expand(1, 3)
+    gradfold.Accumulator(model, loss_fn, micro_batch_size=2).backward(batch)
+    found = model.weight.grad.clone()
+    model.zero_grad()
+    loss_fn(model, batch).backward()
+    torch.testing.assert_close(found, model.weight.grad)
+
+
+def test_a_complex_metric_is_refused():
+    """Its imaginary part went with no more than a warning of torch."""
+    model, batch = make()
+
+    def with_metric(model, batch):
+        return loss_fn(model, batch), {"phase": torch.tensor(1j)}
+
+    with pytest.raises(gradfold.LossError, match="complex"):
+        gradfold.Accumulator(model, with_metric).backward(batch)
+
+
+class Tagged(dict):
+    """A dict that carries something besides its keys."""
+
+    def __init__(self, values, device="cpu"):
+        super().__init__(values)
+        self.device = device
+
+
+def test_what_a_dict_carries_besides_its_keys_stays():
+    """Cutting rebuilt it through its constructor, which knew nothing of the rest."""
+    model, (inputs, targets) = make()
+    seen = []
+
+    def tagged_loss(model, batch):
+        seen.append(batch.device)
+        return loss_fn(model, (batch["x"], batch["y"]))
+
+    accumulator = gradfold.Accumulator(model, tagged_loss, micro_batch_size=3)
+    accumulator.backward(Tagged({"x": inputs, "y": targets}, device="there"))
+    assert seen == ["there", "there"]

@@ -111,8 +111,9 @@ class Accumulator:
 
         Args:
             batch: tensors that agree in dim 0 (rows), in any nesting of tuples, lists, dicts, dataclasses and named
-                tuples; or a list of samples, with `collate`; or a window from `gradfold.windows(loader, n)`, each of
-                whose micro-batches is a batch. Rows go to the device of the model's first parameter.
+                tuples, where 0-d tensors, numbers and text are the same for every micro-batch; or a list of samples,
+                with `collate`; or a window from `gradfold.windows(loader, n)`, each of whose micro-batches is a batch.
+                Rows go to the device of the model's first parameter.
 
         Returns:
             The loss, metrics and counts of the whole batch; the device is read once, to see that the losses are finite.

@@ -78,6 +78,12 @@ def probe(backward: BackwardFn, device: torch.device) -> None:
         backward(scalar * 1.0, gradient=torch.full((), 3.0, device=device))
     if scalar.grad is None:
         raise BackwardError("backward= did not back-propagate: a scalar got no gradient. It must run the pass.", 0.0)
+    if scalar.grad.item() == 1.0:
+        raise BackwardError(
+            "backward= ignores the seed that it is given, which is the weight of a micro-batch. Pass it on: "
+            "loss.backward(gradient=gradient).",
+            1 / 3,
+        )
     factor = scalar.grad.item() / 3.0
     if factor != 1.0:
         raise BackwardError(

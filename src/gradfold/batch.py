@@ -68,9 +68,11 @@ def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, 
     for arguments, keywords in (((values,), {}), ((), values)):
         try:
             made: Mapping[Any, Any] = kind(*arguments, **keywords)
+            if isinstance(made, dict) and vars(batch) is not batch:
+                vars(made).update(vars(batch))  # what a dict subclass carries besides its keys
             if all(made[key] is value for key, value in values.items()):
                 return made
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, ValueError):
             continue
     return values
 
@@ -145,11 +147,9 @@ def _count_flat(batch: Batch, counts: set[int]) -> bool:
 
 
 def rows_if_any(batch: Batch) -> int | None:
-    """The number of rows, or None where the tensors do not agree on one or something has no rows."""
-    try:
-        counts = _counts(batch)
-    except BatchError:
-        return None
+    """The rows that all tensors agree on, whatever else is in the batch; None where they do not, or there are none."""
+    counts: set[int] = set()
+    map_tensors(lambda tensor: counts.add(len(tensor)) if tensor.dim() > 0 else None, batch)
     return counts.pop() if len(counts) == 1 else None
 
 
@@ -187,7 +187,7 @@ def _leaves(node: Batch, path: str) -> Iterator[tuple[str, Any]]:
     parts = [part for _, part in children]
     if isinstance(node, (tuple, list)) and any(map(_is_value, parts)) and all(map(_is_value_or_none, parts)):
         raise BatchError(
-            f"{path} is a {type(node).__name__} of {len(parts)} values without a tensor: gradfold cannot know whether "
+            f"{path} is a {type(node).__name__} of {len(parts)} single values: gradfold cannot know whether "
             "it has one value per row. Per row: make it a tensor, or pass a list of samples with collate=. The same "
             "for all rows: leave it out of the batch and bind it to loss_fn with functools.partial."
         )
@@ -196,7 +196,7 @@ def _leaves(node: Batch, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_value(node: object) -> bool:
-    return isinstance(node, (bool, int, float, complex, str, bytes))
+    return isinstance(node, (bool, int, float, complex, str, bytes)) or (isinstance(node, Tensor) and node.dim() == 0)
 
 
 def _is_value_or_none(node: object) -> bool:

@@ -65,6 +65,10 @@ class BufferKeeper:
         if self._changing is None:
             self._changing = _changed(self._kept)
         self._changing |= {place.key for place in self._unkept if _shows_change(place)}
+        # A buffer that this window made (a codebook, a moving average) will go on changing.
+        self._changing |= {
+            (id(module), name) for module, name in self._missing if module._buffers.get(name) is not None
+        }
         self._kept, self._unkept, self._missing = [], [], []
 
     def restore(self) -> None:

@@ -27,13 +27,17 @@ class SetAside:
         for parameter, _ in self._found:
             parameter.grad = None
 
-    @torch.no_grad()
     def add_back(self) -> None:
         """Close: add the new gradients to those found, and merge the repeated entries of sparse ones."""
         for parameter in self._parameters:
             new = parameter.grad
             if new is not None and new.is_sparse:
                 parameter.grad = new.coalesce()  # accumulation only concatenates
+        if self._found:
+            self._add_found()
+
+    @torch.no_grad()
+    def _add_found(self) -> None:
         dense: list[tuple[Tensor, Tensor]] = []
         for parameter, found in self._found:
             new = parameter.grad
@@ -41,6 +45,8 @@ class SetAside:
                 parameter.grad = found
             elif found.is_sparse and not new.is_sparse:
                 parameter.grad = new.add_(found)  # a sparse tensor cannot take in a dense one
+            elif not found.is_sparse and 0 in found.stride():
+                parameter.grad = found + new  # an expanded one cannot be written to
             else:
                 parameter.grad = found
                 if new.is_sparse:

@@ -9,7 +9,7 @@ from typing import Generic, NoReturn, TypeVar, overload
 from torch import Tensor, nn
 
 from gradfold.backward import BackPropagation, BackwardFn, probe
-from gradfold.batch import num_rows
+from gradfold.batch import rows_if_any
 from gradfold.coupled.batch_norm import (
     BatchNormOption,
     WindowStatistics,
@@ -17,7 +17,7 @@ from gradfold.coupled.batch_norm import (
     check_option,
     refuse,
 )
-from gradfold.errors import LossError, OptionError, WindowError
+from gradfold.errors import LossError, OptionError, WeightError, WindowError
 from gradfold.gradients import (
     check_trainable,
     parameters_with_hooks,
@@ -35,7 +35,7 @@ __all__ = ["LoopWindow", "Window", "windows"]
 T = TypeVar("T")
 
 
-class Window(Sequence[T]):
+class Window(Generic[T]):
     """The micro-batches of one update, for `accumulator.backward(window)`."""
 
     def __init__(self, micro_batches: Sequence[T]) -> None:
@@ -43,6 +43,9 @@ class Window(Sequence[T]):
 
     def __len__(self) -> int:
         return len(self._micro_batches)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._micro_batches)
 
     def backward(self, loss: object) -> NoReturn:
         """Only windows that know the model have a backward of their own.
@@ -78,7 +81,7 @@ class LoopWindow(Generic[T]):
         batch_norm: BatchNormOption,
         backward: BackwardFn | None,
     ) -> None:
-        rows = [num_rows(part) if weight == "samples" else 0 for part in micro_batches]
+        rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
         stops = [sum(rows[: index + 1]) for index in range(len(rows))]
         self._parts = [
             MicroBatch(data, range(stop - count, stop))
@@ -174,6 +177,16 @@ class LoopWindow(Generic[T]):
                 f"micro-batch {index} of {len(self._parts)} ended without window.backward(loss), but its weight is in "
                 "the denominator. To leave a micro-batch out, filter the loader or give it weight 0."
             )
+
+
+def _count_rows(micro_batch: object) -> int:
+    rows = rows_if_any(micro_batch)
+    if rows is None:
+        raise WeightError(
+            f"the rows of a {type(micro_batch).__name__} cannot be counted. Give windows() a weight, "
+            'for example weight=lambda batch: len(batch["labels"]).'
+        )
+    return rows
 
 
 @overload

@@ -87,7 +87,7 @@ class LossTerms:
         self._taken.append(index)
         weighed = []
         for name, term in terms.items():
-            if term.dim() != 0 or not term.dtype.is_floating_point:
+            if term.dim() or not term.is_floating_point():
                 raise LossError(_not_a_mean(name, term))
             part = self._parts[name][index]
             if part:

@@ -56,8 +56,9 @@ class Metrics:
     def _read(self, name: str, value: Any, index: int) -> Tensor:
         if isinstance(value, Real):
             return torch.tensor(float(value), dtype=torch.float64)
-        if not isinstance(value, Tensor):
-            raise LossError(f"the metric {name!r} is a {type(value).__name__}; expected a tensor or a number.")
+        if not isinstance(value, Tensor) or value.is_complex():
+            kind = "complex tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise LossError(f"the metric {name!r} is a {kind}; expected a real tensor or a number.")
         rows = len(self._micro_batches[index].rows)
         if value.dim() > 0 and len(value) != rows:
             raise LossError(

@@ -8,13 +8,15 @@ from gradfold.errors import RanksError
 
 __all__: list[str] = []
 
+_IS_AVAILABLE = torch.distributed.is_available()
+
 
 def refuse_several_ranks() -> None:
     """Raise RanksError if more than one process trains together.
 
     The denominators of a window would have to be summed over all ranks, and gradients reduced once per window.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _IS_AVAILABLE and torch.distributed.is_initialized():
         world_size = torch.distributed.get_world_size()
         if world_size > 1:
             raise RanksError(

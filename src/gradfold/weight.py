@@ -40,6 +40,8 @@ class TokenCount:
         if not isinstance(labels, Tensor):
             raise WeightError(f"{self._name()}: the labels are a {type(labels).__name__}, expected a tensor.")
         if self.shift:
+            if labels.dim() == 0:
+                raise WeightError(f"{self._name()}: the labels are 0-d, so none is the first of its row to leave out.")
             labels = labels[..., 1:]
         return (labels != self.ignore_index).sum()
 
@@ -207,9 +209,11 @@ def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWe
     Raises:
         WeightError: a weight is negative, not finite, or not a number.
     """
-    samples = shares_of(tuple(float(len(part.rows)) for part in micro_batches))
+    samples = shares_of(tuple([float(len(part.rows)) for part in micro_batches]))
+    if _is_samples(weight):
+        return WindowWeights(samples, samples)
     if not isinstance(weight, Mapping):
-        return WindowWeights(samples if _is_samples(weight) else _weigh_each([weight], micro_batches)[0], samples)
+        return WindowWeights(_weigh_each([weight], micro_batches)[0], samples)
     asked = {name: one for name, one in weight.items() if not _is_samples(one)}
     found = dict(zip(asked, _weigh_each(list(asked.values()), micro_batches), strict=True))
     return WindowWeights({name: found.get(name, samples) for name in weight}, samples)

@@ -142,15 +142,20 @@ class OpenWindow:
     def run(self, schedule: Schedule) -> WindowResult:
         """Steps [3] and the first half of [4]."""
         idle = self.weights.idle()
-        busy = [index for index in range(len(self.micro_batches)) if index not in idle]
+        steps: list[MicroStep] = [
+            _BusyStep(self, index) for index in range(len(self.micro_batches)) if index not in idle
+        ]
+        num_busy = len(steps)
         # Idle micro-batches come last: only then is it known whether there are metrics to be had from them.
-        schedule([_BusyStep(self, index) for index in busy] + [_IdleStep(self, index) for index in sorted(idle)])
+        steps += [_IdleStep(self, index) for index in sorted(idle)]
+        schedule(steps)
         self.weights.check_names(self.losses.names, self.metrics.names)
-        self.metrics.check_names(self.losses.names)
-        loss, means = self.losses.close()
-        metrics = {**means, **self.metrics.close()}
+        loss, metrics = self.losses.close()
+        if self.metrics.names:
+            self.metrics.check_names(self.losses.names)
+            metrics.update(self.metrics.close())
         num_samples = self.micro_batches[-1].rows.stop
-        return WindowResult(loss, metrics, len(busy), num_samples, self.weights.total(self.losses.names))
+        return WindowResult(loss, metrics, num_busy, num_samples, self.weights.total(self.losses.names))
 
 
 class _BusyStep:

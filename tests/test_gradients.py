@@ -1,0 +1,283 @@
+"""The gradients as one value: set aside, added back into the same tensors, put back, clipped, and their hooks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import full_batch_gradient, gradients, relative_error
+from torch import nn
+
+import gradfold
+from gradfold.errors import HookError, ModelError
+from gradfold.gradients import (
+    SetAside,
+    check_trainable,
+    clip_norm,
+    parameters_with_hooks,
+    refuse_post_accumulate_hooks,
+)
+
+F = nn.functional
+
+
+def parameter(found=None):
+    made = nn.Parameter(torch.zeros(4, 2).double())
+    made.grad = found
+    return made
+
+
+def dense(seed=0):
+    return torch.randn(4, 2, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def sparse(seed=0, rows=(1, 3, 1)):
+    values = torch.randn(len(rows), 2, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.sparse_coo_tensor(
+        torch.tensor([rows]), values, (4, 2), check_invariants=True
+    )  # with a repeated row: not coalesced
+
+
+KINDS = {"none": lambda seed: None, "dense": dense, "sparse": sparse}
+
+
+@pytest.mark.parametrize("found_kind", KINDS)
+@pytest.mark.parametrize("new_kind", KINDS)
+def test_new_gradients_are_added_to_those_found(found_kind, new_kind):
+    found, new = KINDS[found_kind](1), KINDS[new_kind](2)
+    expected = (
+        sum(g.to_dense() for g in (found, new) if g is not None) if found is not None or new is not None else None
+    )
+    one = parameter(found)
+    aside = SetAside([one])
+    assert one.grad is None, "meanwhile the field is empty"
+    one.grad = new
+    aside.add_back()
+    if expected is None:
+        assert one.grad is None
+        return
+    torch.testing.assert_close(one.grad.to_dense(), expected, rtol=1e-14, atol=0)
+    if found_kind == "dense" or (found_kind == "sparse" and new_kind != "dense"):
+        assert one.grad is found, "in the same tensor"
+    if found is None:
+        assert one.grad is new or one.grad.is_coalesced()
+
+
+def test_repeated_rows_of_a_sparse_gradient_are_merged():
+    one = parameter()
+    aside = SetAside([one])
+    one.grad = sparse(rows=(1, 3, 1, 1))
+    aside.add_back()
+    assert one.grad.is_coalesced() and one.grad._nnz() == 2
+
+
+def test_gradients_that_are_views_of_one_flat_buffer_stay_so():
+    flat = torch.arange(16.0).double()
+    model = [parameter(flat[:8].view(4, 2)), parameter(flat[8:].view(4, 2))]
+    aside = SetAside(model)
+    for one in model:
+        one.grad = torch.ones(4, 2).double()
+    aside.add_back()
+    assert torch.equal(flat, torch.arange(16.0).double() + 1)
+    assert model[1].grad.data_ptr() == flat[8:].data_ptr()
+
+
+def test_all_of_a_mixed_model_is_added_back():
+    model = [parameter(dense(1)), parameter(), parameter(sparse(3)), parameter(dense(4)), parameter()]
+    expected = [n + 1 + (torch.zeros(4, 2) if one.grad is None else one.grad.to_dense()) for n, one in enumerate(model)]
+    aside = SetAside(model)
+    for n, one in enumerate(model[:4]):
+        one.grad = torch.full((4, 2), n + 1.0).double()
+    aside.add_back()
+    for one, value in zip(model[:4], expected[:4], strict=True):
+        torch.testing.assert_close(one.grad.to_dense(), value.double(), rtol=1e-14, atol=0)
+    assert model[4].grad is None
+
+
+def test_putting_back_drops_what_is_new_and_keeps_what_was_found():
+    found, late = dense(1), parameter(dense(2))
+    model = [parameter(found), parameter()]
+    kept = found.clone()
+    aside = SetAside(model)
+    for one in model:
+        one.grad = torch.ones(4, 2).double()
+    aside.put_back([*model, late])
+    assert model[0].grad is found and torch.equal(found, kept)
+    assert model[1].grad is None and late.grad is None
+
+
+def plainly(one):
+    one.sum().backward()
+
+
+def set_aside(one):
+    aside = SetAside([one])
+    one.sum().backward()
+    aside.add_back()
+
+
+@pytest.mark.parametrize("run", [plainly, set_aside])
+def test_a_gradient_at_entry_that_requires_grad_is_added_to_without_recording(run):
+    """As backward() does it, whatever `create_graph=True` left there."""
+    one = parameter(torch.zeros(4, 2).double().requires_grad_())
+    run(one)
+    assert one.grad.sum().item() == 8 and one.grad.is_leaf
+
+
+class Embedded(nn.Module):
+    """Sparse and dense use of one table, shared and frozen layers, and one that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(6, 3, sparse=True)
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.unused = nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, ids):
+        return self.frozen(self.second(self.first(self.table(ids)).tanh())).mean(1)
+
+
+def test_windows_add_up_with_sparse_shared_frozen_and_unused_parameters():
+    model, ids = Embedded(), torch.randint(0, 6, (7, 4))
+
+    def loss_fn(model, batch):
+        return model(batch).square().mean()
+
+    expected = full_batch_gradient(model, lambda model: 2 * loss_fn(model, ids))
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=2)
+    accumulator.backward(ids)
+    held = {name: one.grad for name, one in model.named_parameters()}
+    accumulator.backward(ids)
+    assert relative_error(gradients(model), expected) < 1e-12
+    assert all(one.grad is held[name] for name, one in model.named_parameters())
+    assert model.unused.weight.grad is None and model.frozen.weight.grad is None
+
+
+@pytest.mark.parametrize("first", ["sparse", "dense"])
+def test_a_table_used_sparsely_and_densely_gets_the_sum(first):
+    """Tied embeddings: autograd itself turns the gradient dense, in one order of the losses or the other."""
+    model = nn.Embedding(6, 3, sparse=True).double()
+    ids = torch.randint(0, 6, (5,))
+
+    def sparsely(model, batch):
+        return model(batch).square().mean()
+
+    def densely(model, batch):
+        return (model.weight.sum(0) * batch[:, None]).mean()
+
+    losses = [sparsely, densely] if first == "sparse" else [densely, sparsely]
+    expected = full_batch_gradient(model, lambda model: sum(loss(model, ids) for loss in losses))
+    for loss in losses:
+        gradfold.Accumulator(model, loss, micro_batch_size=2).backward(ids)
+    assert relative_error(gradients(model), expected) < 1e-12
+
+
+class TestClip:
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(
+        max_norm=st.sampled_from([1e-3, 0.5, 1.0, 7.0, 1e6]),
+        scales=st.lists(st.sampled_from([0.0, 1e-8, 1.0, 1e4]), min_size=1, max_size=4),
+    )
+    def test_equals_torch(self, max_norm, scales):
+        ours = [parameter(dense(n) * scale) for n, scale in enumerate(scales)] + [parameter()]
+        theirs = [parameter(dense(n) * scale) for n, scale in enumerate(scales)] + [parameter()]
+        norm = clip_norm(ours, max_norm)
+        expected = nn.utils.clip_grad_norm_(theirs, max_norm)
+        torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
+        for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-14, atol=0)
+        assert ours[-1].grad is None
+
+    def test_sparse_gradients_count_with_merged_rows_and_stay_sparse(self):
+        ours = [parameter(sparse(1)), parameter(dense(2))]
+        theirs = [parameter(sparse(1).to_dense()), parameter(dense(2))]
+        norm = clip_norm(ours, 0.1)
+        expected = nn.utils.clip_grad_norm_(theirs, 0.1)
+        torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
+        assert ours[0].grad.is_sparse
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.grad.to_dense(), other.grad, rtol=1e-14, atol=0)
+
+    def test_what_is_below_the_norm_is_not_touched(self):
+        one = parameter(dense(1))
+        kept = one.grad.clone()
+        clip_norm([one], 1e6)
+        assert torch.equal(one.grad, kept)
+
+    def test_an_infinite_limit_measures_only(self):
+        one = parameter(dense(1))
+        kept = one.grad.clone()
+        assert clip_norm(iter([one]), math.inf).item() == pytest.approx(kept.norm().item())
+        assert torch.equal(one.grad, kept)
+
+    def test_an_infinite_limit_leaves_gradients_alone_whose_norm_overflows(self):
+        one = nn.Parameter(torch.zeros(2))
+        one.grad = torch.full((2,), 1e25)
+        assert clip_norm([one], math.inf).isinf()
+        assert one.grad.tolist() == torch.full((2,), 1e25).tolist()
+
+    def test_no_gradients_have_norm_0(self):
+        assert clip_norm([parameter()], 1.0).item() == 0
+        assert clip_norm([], 1.0).item() == 0
+
+
+def check(model: nn.Module) -> None:
+    check_trainable(model, list(model.parameters()))
+
+
+def test_one_trainable_parameter_is_enough():
+    model = nn.Linear(2, 1)
+    model.weight.requires_grad_(False)
+    check(model)
+    check(nn.LazyLinear(1))
+
+
+def test_nothing_to_train_is_refused_with_the_count_and_what_to_write():
+    with pytest.raises(ModelError, match=r"Linear has no trainable parameters \(2 parameters.*requires_grad_\(\)"):
+        check(nn.Linear(2, 1).requires_grad_(False))
+    with pytest.raises(ModelError, match=r"ReLU has no trainable parameters \(0 parameters"):
+        check(nn.ReLU())
+
+
+def test_hooks_after_accumulation_are_refused_by_name():
+    model = nn.ModuleList([nn.Linear(1, 1) for _ in range(3)])
+    refuse_post_accumulate_hooks(model, list(model.parameters()))
+    for layer in model:
+        layer.weight.register_post_accumulate_grad_hook(lambda one: None)
+        layer.bias.register_post_accumulate_grad_hook(lambda one: None)
+    with pytest.raises(
+        HookError, match=r"0\.weight, 0\.bias, 1\.weight and 3 more.*after accumulator\.backward"
+    ) as caught:
+        refuse_post_accumulate_hooks(model, list(model.parameters()))
+    assert caught.value.parameters == tuple(name for name, _ in model.named_parameters())
+    assert isinstance(caught.value, ModelError)
+
+
+def test_three_names_are_named_in_full():
+    model = nn.ParameterDict({name: torch.zeros(1) for name in "abc"})
+    for one in model.values():
+        one.register_post_accumulate_grad_hook(lambda one: None)
+    with pytest.raises(HookError, match=r"^a, b, c: a hook"):
+        refuse_post_accumulate_hooks(model, list(model.parameters()))
+
+
+def test_a_hook_that_was_removed_is_no_obstacle():
+    model = nn.Linear(1, 1)
+    model.weight.register_post_accumulate_grad_hook(lambda one: None).remove()
+    model.weight.register_hook(lambda gradient: None).remove()
+    refuse_post_accumulate_hooks(model, list(model.parameters()))
+    assert parameters_with_hooks(model, list(model.parameters())) == []
+
+
+def test_hooks_on_gradients_are_found_by_name():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    assert parameters_with_hooks(model, list(model.parameters())) == []
+    model[1].bias.register_hook(lambda gradient: gradient)
+    assert parameters_with_hooks(model, list(model.parameters())) == ["1.bias"]

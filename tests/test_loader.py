@@ -1,0 +1,536 @@
+"""Windows over a loader of micro-batches: how they are grouped, and the loop body as it was, with exact weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import full_batch_gradient, gradients, relative_error
+from torch import nn
+
+import gradfold
+from gradfold.errors import (
+    BatchError,
+    BatchNormError,
+    HookError,
+    LossError,
+    ModelError,
+    NonFiniteLossError,
+    OptionError,
+    WeightError,
+    WindowError,
+)
+
+F = nn.functional
+
+
+def loss_fn(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def make(*sizes: int, model=None):
+    model = model or nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    return model.double(), [(torch.randn(n, 3).double() + 1e4, torch.randn(n, 1).double()) for n in sizes]
+
+
+def joined(parts):
+    return tuple(torch.cat(leaves) for leaves in zip(*parts, strict=True))
+
+
+def loop(window, model, loss_fn=loss_fn):
+    for batch in window:
+        window.backward(loss_fn(model, batch))
+
+
+class TestGrouping:
+    @pytest.mark.parametrize(
+        "total, size, sizes",
+        [(8, 4, [4, 4]), (9, 4, [4, 4, 1]), (3, 4, [3]), (1, 1, [1]), (3, 1, [1, 1, 1]), (0, 4, [])],
+    )
+    @pytest.mark.parametrize("loader", [list, iter, lambda items: (item for item in items)])
+    def test_the_last_window_is_as_short_as_it_comes(self, total, size, sizes, loader):
+        windows = list(gradfold.windows(loader(range(total)), size))
+        assert [len(window) for window in windows] == sizes
+        assert [item for window in windows for item in window] == list(range(total))
+
+    def test_a_loader_is_read_one_window_at_a_time(self):
+        read = []
+
+        def loader():
+            for item in range(6):
+                read.append(item)
+                yield item
+
+        windows = gradfold.windows(loader(), 2)
+        assert read == []
+        next(windows)
+        assert read == [0, 1]
+        next(windows)
+        assert read == [0, 1, 2, 3]
+
+    def test_a_torch_loader_can_be_gone_through_again_each_epoch(self):
+        loader = torch.utils.data.DataLoader(torch.arange(10), batch_size=3, shuffle=True)
+        for _ in range(2):
+            rows = [row for window in gradfold.windows(loader, 2) for part in window for row in part.tolist()]
+            assert sorted(rows) == list(range(10))
+
+    def test_a_window_is_a_sequence(self):
+        (window,) = gradfold.windows("abc", 3)
+        assert window[0] == "a" and window[-1] == "c" and "b" in window and len(window) == 3
+        assert isinstance(window[1:], gradfold.Window) and list(window[1:]) == ["b", "c"]
+        assert list(window) == list(window) == list("abc")
+
+    @pytest.mark.parametrize("number", [0, -1, 2.0, True, "4", None])
+    def test_a_number_that_cannot_work_is_refused_at_once(self, number):
+        with pytest.raises(OptionError, match=r"num_micro_batches.*at least 1") as caught:
+            gradfold.windows([], number)
+        assert repr(number) in str(caught.value) or type(number).__name__ in str(caught.value)
+
+    def test_a_loader_that_cannot_be_gone_through_is_refused_at_once(self):
+        with pytest.raises(OptionError, match=r"int.*iterable of micro-batches"):
+            gradfold.windows(4, 4)
+
+    @pytest.mark.parametrize("option", [{"weight": len}, {"batch_norm": "per_micro_batch"}, {"backward": print}])
+    def test_options_of_the_loop_body_without_a_model_are_refused_with_where_they_belong(self, option):
+        with pytest.raises(OptionError, match=r"model=model.*Accumulator"):
+            gradfold.windows([], 2, **option)
+
+
+class TestPlainWindows:
+    @pytest.mark.parametrize("size", [None, 1, 2, 100])
+    def test_have_the_gradient_of_all_their_rows(self, size):
+        model, parts = make(3, 5, 1)
+        expected = full_batch_gradient(model, lambda model: loss_fn(model, joined(parts)))
+        (window,) = gradfold.windows(parts, 4)
+        result = gradfold.Accumulator(model, loss_fn, micro_batch_size=size).backward(window)
+        assert relative_error(gradients(model), expected) < 1e-12
+        assert result.num_samples == 9
+        assert result.num_micro_batches == {None: 3, 1: 9, 2: 6, 100: 3}[size]
+
+    def test_may_hold_lists_of_samples(self):
+        model, (batch,) = make(7)
+        samples = list(zip(*batch, strict=True))
+        expected = full_batch_gradient(model, lambda model: loss_fn(model, batch))
+        accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=2, collate=torch.utils.data.default_collate)
+        accumulator.backward(gradfold.Window([samples[:3], samples[3:]]))
+        assert relative_error(gradients(model), expected) < 1e-12
+
+    def test_metrics_are_in_the_order_of_the_loader(self):
+        model, parts = make(3, 1, 2)
+        accumulator = gradfold.Accumulator(
+            model, lambda m, b: (loss_fn(m, b), {"rows": b[0][:, 0]}), micro_batch_size=2
+        )
+        metrics = accumulator.backward(gradfold.Window(parts)).metrics
+        assert torch.equal(metrics["rows"], joined(parts)[0][:, 0])
+
+    def test_a_bad_micro_batch_is_refused(self):
+        model, parts = make(3, 2)
+        with pytest.raises(BatchError, match="dim 0"):
+            gradfold.Accumulator(model, loss_fn).backward(gradfold.Window([parts[0], (parts[1][0], parts[1][1][:1])]))
+
+    def test_an_empty_window_is_refused_as_a_batch(self):
+        model, parts = make(3)
+        with pytest.raises(BatchError):
+            gradfold.Accumulator(model, loss_fn).backward(gradfold.Window(parts)[1:])
+
+    def test_a_window_of_the_loop_body_is_not_for_an_accumulator(self):
+        model, parts = make(3)
+        (window,) = gradfold.windows(parts, 2, model=model)
+        with pytest.raises(gradfold.GradfoldError, match=r"windows\(loader, n\)"):
+            gradfold.Accumulator(model, loss_fn).backward(window)
+
+    def test_a_window_that_does_not_know_the_model_has_no_backward_of_its_own(self):
+        model, parts = make(3)
+        (window,) = gradfold.windows(parts, 2)
+        with pytest.raises(WindowError, match=r"windows\(loader, n, model=model\).*accumulator\.backward\(window\)"):
+            window.backward(loss_fn(model, parts[0]))
+
+
+class TestLoopBody:
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=7), number=st.integers(1, 4))
+    def test_has_the_gradient_and_the_loss_of_the_full_batch(self, sizes, number):
+        torch.manual_seed(0)
+        model, parts = make(*sizes)
+        seen = 0
+        for index, window in enumerate(gradfold.windows(iter(parts), number, model=model)):
+            batch = joined(parts[number * index : number * (index + 1)])
+            expected = full_batch_gradient(model, lambda model, batch=batch: loss_fn(model, batch))
+            loop(window, model)
+            assert relative_error(gradients(model), expected) < 1e-12
+            assert window.loss.item() == pytest.approx(loss_fn(model, batch).item(), rel=1e-12)
+            assert window.loss.dim() == 0 and not window.loss.requires_grad
+            seen += len(window)
+            model.zero_grad()
+        assert seen == len(parts)
+
+    def test_gives_the_micro_batches_as_the_loader_gave_them(self):
+        model, parts = make(3, 2)
+        (window,) = gradfold.windows(parts, 2, model=model)
+        assert len(window) == 2
+        for batch, part in zip(window, parts, strict=False):
+            assert batch is part
+            window.backward(loss_fn(model, batch))
+
+    def test_trains_as_the_full_batch_does(self):
+        model, parts = make(4, 2, 3, 1, 4)
+        twin = copy.deepcopy(model)
+        ours, theirs = (torch.optim.AdamW(m.parameters(), 0.01) for m in (model, twin))
+        for window in gradfold.windows(parts, 2, model=model):
+            loop(window, model)
+            ours.step()
+            ours.zero_grad()
+        for start in (0, 2, 4):
+            loss_fn(twin, joined(parts[start : start + 2])).backward()
+            theirs.step()
+            theirs.zero_grad()
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+    def test_token_weights_make_token_means_exact(self):
+        model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5)).double()
+        labels = torch.randint(0, 5, (6, 4))
+        labels[torch.rand(6, 4) < 0.5] = -100
+        labels[2:4] = -100
+        batch = {"ids": torch.randint(0, 5, (6, 4)), "labels": labels}
+
+        def token_loss(model, batch):
+            return F.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten())
+
+        expected = full_batch_gradient(model, lambda model: token_loss(model, batch))
+        parts = [{key: value[n : n + 2] for key, value in batch.items()} for n in (0, 2, 4)]
+        (window,) = gradfold.windows(parts, 3, model=model, weight=gradfold.token_count("labels"))
+        loop(window, model, token_loss)
+        assert relative_error(gradients(model), expected) < 1e-12
+        assert window.loss.item() == pytest.approx(token_loss(model, batch).item(), rel=1e-12)
+        assert window.weight == labels.ne(-100).sum().item()
+
+    def test_with_a_weight_the_micro_batches_may_be_anything(self):
+        """Graphs, text and whatever the loop body understands, since nothing is cut here."""
+        model, (batch,) = make(5)
+        rows = [{"text": "a", "rows": [0, 1]}, {"text": "b", "rows": [2, 3, 4]}]
+        expected = full_batch_gradient(model, lambda model: loss_fn(model, batch))
+        (window,) = gradfold.windows(rows, 2, model=model, weight=lambda part: len(part["rows"]))
+        for part in window:
+            window.backward(loss_fn(model, (batch[0][part["rows"]], batch[1][part["rows"]])))
+        assert relative_error(gradients(model), expected) < 1e-12
+
+    def test_gradients_found_are_added_to(self):
+        model, parts = make(3, 2)
+        expected = full_batch_gradient(model, lambda model: 2 * loss_fn(model, joined(parts)))
+        for _ in range(2):
+            for window in gradfold.windows(parts, 2, model=model):
+                loop(window, model)
+        assert relative_error(gradients(model), expected) < 1e-12
+
+    def test_a_micro_batch_that_weighs_nothing_needs_no_backward_and_does_no_harm_with_one(self):
+        model, parts = make(3, 2, 1)
+        expected = full_batch_gradient(model, lambda model: loss_fn(model, parts[0]))
+        (window,) = gradfold.windows(parts, 3, model=model, weight=lambda part: len(part[0]) == 3)
+        for index, batch in enumerate(window):
+            if index < 2:
+                window.backward(loss_fn(model, batch) * (math.nan if index == 1 else 1))
+        assert relative_error(gradients(model), expected) < 1e-12
+
+    def test_a_window_that_weighs_nothing_has_no_gradient_and_no_loss(self):
+        model, parts = make(3, 2)
+        (window,) = gradfold.windows(parts, 2, model=model, weight=lambda part: 0)
+        loop(window, model)
+        assert gradients(model) == {} and window.loss.isnan()
+
+    def test_a_framework_runs_the_backward(self):
+        model, parts = make(3, 2)
+        expected = full_batch_gradient(model, lambda model: loss_fn(model, joined(parts)))
+        calls = []
+
+        def backward(loss, *, gradient):
+            calls.append(gradient.item())
+            loss.backward(gradient=gradient)
+
+        for window in gradfold.windows(parts, 2, model=model, backward=backward):
+            loop(window, model)
+        assert calls == [3.0, 0.6, 0.4]  # the probe, then the shares
+        assert relative_error(gradients(model), expected) < 1e-12
+
+
+class TestMisuse:
+    def window(self, *sizes, **options):
+        model, parts = make(*sizes)
+        return next(iter(gradfold.windows(parts, len(parts), model=model, **options))), model
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_backward_outside_of_the_loop_is_refused_with_the_loop(self, when):
+        window, model = self.window(3, 2)
+        if when == "after":
+            loop(window, model)
+        with pytest.raises(WindowError, match=r"inside the loop.*for micro_batch in window"):
+            window.backward(torch.tensor(1.0, requires_grad=True))
+
+    def test_two_backwards_of_one_micro_batch_are_refused(self):
+        window, model = self.window(3, 2)
+        with pytest.raises(WindowError, match=r"micro-batch 1 had its window\.backward\(loss\) already; add up"):
+            for index, batch in enumerate(window):
+                for _ in range(index + 1):
+                    window.backward(loss_fn(model, batch))
+
+    def test_a_missing_backward_is_refused_with_the_ways_out(self):
+        window, model = self.window(3, 2)
+        with pytest.raises(WindowError, match=r"micro-batch 0 of 2 ended without.*weight 0"):
+            for index, batch in enumerate(window):
+                if index:
+                    window.backward(loss_fn(model, batch))
+
+    def test_the_last_backward_may_not_be_missing_either(self):
+        window, model = self.window(3, 2)
+        with pytest.raises(WindowError, match=r"micro-batch 1 of 2 ended without"):
+            for index, batch in enumerate(window):
+                if not index:
+                    window.backward(loss_fn(model, batch))
+
+    def test_a_second_pass_is_refused(self):
+        window, model = self.window(3)
+        loop(window, model)
+        with pytest.raises(WindowError, match="iterated before"):
+            loop(window, model)
+
+    @pytest.mark.parametrize("at", [0, 1])
+    def test_a_break_in_the_middle_is_told_at_the_next_window(self, at):
+        model, parts = make(3, 2, 1, 4)
+        with pytest.raises(WindowError, match=r"left before its end.*a part of the batch's gradient"):
+            for window in gradfold.windows(parts, 2, model=model):
+                for index, batch in enumerate(window):
+                    if index == at:
+                        break
+                    window.backward(loss_fn(model, batch))
+
+    def test_a_break_in_the_last_window_is_told_too(self):
+        model, parts = make(3, 2)
+        with pytest.raises(WindowError, match="left before its end"):
+            for window in gradfold.windows(parts, 2, model=model):
+                for _ in window:
+                    break
+
+    def test_leaving_both_loops_is_fine(self):
+        model, parts = make(3, 2)
+        for window in gradfold.windows(parts, 2, model=model):
+            for _ in window:
+                break
+            break
+
+    def test_a_window_may_be_left_out_as_a_whole(self):
+        model, parts = make(3, 2, 1)
+        taken = [len(window) for window in gradfold.windows(parts, 2, model=model)]
+        assert taken == [2, 1] and gradients(model) == {}
+
+    def test_backward_after_a_break_is_refused(self):
+        window, _ = self.window(3, 2)
+        for _ in window:
+            break
+        with pytest.raises(WindowError):
+            window.backward(torch.tensor(1.0, requires_grad=True))
+
+    def test_the_loss_is_not_known_before_the_end(self):
+        window, model = self.window(3, 2)
+        with pytest.raises(WindowError, match="known after the loop"):
+            _ = window.loss
+        for batch in window:
+            window.backward(loss_fn(model, batch))
+            with pytest.raises(WindowError, match="known after the loop"):
+                _ = window.loss
+        assert window.loss.dim() == 0
+
+    @pytest.mark.parametrize("loss", [torch.ones(2, requires_grad=True), 1.0, None, torch.tensor(1.0)], ids=repr)
+    def test_what_is_no_loss_is_refused_and_leaves_no_gradient(self, loss):
+        window, model = self.window(3, 2)
+        with pytest.raises(LossError):
+            for _ in window:
+                window.backward(loss)
+        assert gradients(model) == {}
+
+    def test_metrics_have_no_place_here(self):
+        window, model = self.window(3)
+        with pytest.raises(LossError):
+            for batch in window:
+                window.backward((loss_fn(model, batch), {"accuracy": torch.tensor(1.0)}))
+
+    def test_terms_have_no_place_here_either(self):
+        window, model = self.window(3)
+        with pytest.raises(LossError):
+            for batch in window:
+                window.backward({"loss": loss_fn(model, batch)})
+
+    def test_a_loss_that_is_not_finite_is_told_at_the_end_of_its_window(self):
+        window, model = self.window(3, 2)
+        with pytest.raises(NonFiniteLossError, match=r"micro-batch 1 of 2 \(rows 3 to 4\)") as caught:
+            for index, batch in enumerate(window):
+                window.backward(loss_fn(model, batch) * (math.inf if index else 1))
+        assert caught.value.micro_batch == 1
+        with pytest.raises(WindowError):
+            _ = window.loss
+
+
+class TestRefusedAtTheDoor:
+    def first(self, model, parts, **options):
+        return next(iter(gradfold.windows(parts, 2, model=model, **options)))
+
+    def test_a_model_without_trainable_parameters(self):
+        model, parts = make(3)
+        with pytest.raises(ModelError, match="no trainable parameters"):
+            self.first(model.requires_grad_(False), parts)
+        with pytest.raises(ModelError, match="no trainable parameters"):
+            self.first(nn.ReLU(), parts)
+
+    @pytest.mark.parametrize("weight", ["tokens", 3, None])
+    def test_what_is_no_weight(self, weight):
+        with pytest.raises(WeightError):
+            gradfold.windows([], 2, model=nn.Linear(1, 1), weight=weight)
+
+    def test_weights_by_name(self):
+        with pytest.raises(OptionError, match=r"one weight.*Accumulator"):
+            gradfold.windows([], 2, model=nn.Linear(1, 1), weight={"loss": "samples"})
+
+    @pytest.mark.parametrize("batch_norm", ["exact", "local"])
+    def test_what_is_no_option_for_batch_norm(self, batch_norm):
+        with pytest.raises(OptionError, match=batch_norm):
+            gradfold.windows([], 2, model=nn.Linear(1, 1), batch_norm=batch_norm)
+
+    def test_a_micro_batch_whose_rows_disagree(self):
+        model, ((inputs, targets),) = make(3)
+        with pytest.raises(WeightError, match=r"rows of a tuple cannot be counted.*weight=lambda batch"):
+            self.first(model, [(inputs, targets[:2])])
+
+    def test_a_weight_that_is_no_number_names_the_micro_batch_and_no_rows_that_are_not_there(self):
+        model, parts = make(3, 2)
+        with pytest.raises(WeightError, match="micro-batch 0") as caught:
+            self.first(model, parts, weight=lambda part: -1)
+        assert "-1)" not in str(caught.value).replace("is -1", ""), str(caught.value)
+
+    def test_hooks_after_accumulation(self):
+        """An optimizer in the backward pass would step after each micro-batch."""
+        model, parts = make(3, 2)
+        model[0].weight.register_post_accumulate_grad_hook(lambda one: None)
+        with pytest.raises(HookError, match=r"0\.weight"):
+            self.first(model, parts)
+
+
+def test_a_loss_that_is_not_finite_names_no_rows_that_are_not_there():
+    model, parts = make(3, 2)
+    (window,) = gradfold.windows(parts, 2, model=model, weight=lambda part: len(part[0]))
+    with pytest.raises(NonFiniteLossError, match="micro-batch 0 of 2") as caught:
+        loop(window, model, lambda model, batch: loss_fn(model, batch) * math.nan)
+    assert "to -1" not in str(caught.value)
+
+
+def normalised():
+    return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+class TestBatchNorm:
+    def test_is_refused_by_name_once_a_window_has_two_micro_batches(self):
+        model, parts = make(4, 3, 2, model=normalised())
+        windows = iter(gradfold.windows(parts, 2, model=model))
+        with pytest.raises(
+            BatchNormError, match=r"BatchNorm in 1 layer \(0\) would see 4 rows.*7 of the batch"
+        ) as caught:
+            next(windows)
+        assert caught.value.layers == ("0",)
+
+    def test_is_refused_without_naming_rows_that_nobody_counted(self):
+        model, parts = make(4, 3, model=normalised())
+        with pytest.raises(BatchNormError, match="per_micro_batch") as caught:
+            next(iter(gradfold.windows(parts, 2, model=model, weight=lambda part: len(part[0]))))
+        assert " 0 rows" not in str(caught.value)
+
+    def test_is_no_obstacle_in_windows_of_one(self):
+        model, parts = make(4, 3, model=normalised())
+        for window, part in zip(gradfold.windows(parts, 1, model=model), parts, strict=True):
+            expected = full_batch_gradient(model, lambda model, part=part: loss_fn(model, part))
+            loop(window, model)
+            assert relative_error(gradients(model), expected) < 1e-12
+            model.zero_grad()
+        assert model[0].num_batches_tracked.item() == 2
+
+    @pytest.mark.parametrize("momentum", [0.1, None, 1.0])
+    def test_per_micro_batch_advances_once_by_the_whole_window(self, momentum):
+        model, parts = make(4, 2, 3, model=normalised())
+        model[0].momentum = momentum
+        twin = copy.deepcopy(model)
+        for _ in range(2):
+            for window in gradfold.windows(parts, 3, model=model, batch_norm="per_micro_batch"):
+                loop(window, model)
+            twin[0](joined(parts)[0])
+        for name, value in twin[0].named_buffers():
+            torch.testing.assert_close(getattr(model[0], name), value, rtol=1e-9, atol=0)
+        assert model[0].num_batches_tracked.item() == 2 and model[0].momentum == momentum
+        assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+
+    def test_a_layer_that_runs_again_in_backward_counts_once(self):
+        """Activation checkpointing."""
+        model, parts = make(4, 2, 3, model=normalised())
+        twin = copy.deepcopy(model)
+        for window in gradfold.windows(parts, 3, model=model, batch_norm="per_micro_batch"):
+            for inputs, targets in window:
+                output = torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=False)
+                window.backward(F.mse_loss(output, targets))
+        twin[0](joined(parts)[0])
+        for name, value in twin[0].named_buffers():
+            torch.testing.assert_close(getattr(model[0], name), value, rtol=1e-9, atol=0)
+
+    @pytest.mark.parametrize("how", ["break", "error", "no backward", "close", "drop"])
+    def test_an_abandoned_loop_leaves_the_layer_as_it_was(self, how):
+        model, parts = make(4, 3, 2, model=normalised())
+        before = copy.deepcopy(model[0].state_dict())
+        (window,) = gradfold.windows(parts, 3, model=model, batch_norm="per_micro_batch")
+        self.abandon(window, model, how)
+        gc.collect()
+        assert model[0].momentum == 0.1
+        assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+        for name, value in before.items():
+            assert torch.equal(model[0].state_dict()[name], value), name
+        model[0](parts[0][0])
+        assert model[0].num_batches_tracked.item() == 1
+
+    def abandon(self, window, model, how):
+        if how == "break":
+            for index, batch in enumerate(window):
+                window.backward(loss_fn(model, batch))
+                if index == 1:
+                    break
+        elif how == "error":
+            with pytest.raises(ZeroDivisionError):
+                for batch in window:
+                    window.backward(loss_fn(model, batch))
+                    raise ZeroDivisionError
+        elif how == "no backward":
+            with pytest.raises(WindowError, match="ended without"):
+                for batch in window:
+                    loss_fn(model, batch)
+        else:
+            iterator = iter(window)
+            window.backward(loss_fn(model, next(iterator)))
+            next(iterator)
+            if how == "close":
+                iterator.close()
+
+    def test_a_loss_that_is_not_finite_leaves_the_layer_as_it_was(self):
+        model, parts = make(4, 3, model=normalised())
+        before = copy.deepcopy(model[0].state_dict())
+        (window,) = gradfold.windows(parts, 2, model=model, batch_norm="per_micro_batch")
+        with pytest.raises(NonFiniteLossError):
+            loop(window, model, lambda model, batch: loss_fn(model, batch) * math.nan)
+        for name, value in before.items():
+            assert torch.equal(model[0].state_dict()[name], value), name
+
+    def test_evaluation_mode_is_no_obstacle(self):
+        model, parts = make(4, 3, model=normalised())
+        model.eval()
+        expected = full_batch_gradient(model, lambda model: loss_fn(model, joined(parts)))
+        for window in gradfold.windows(parts, 2, model=model):
+            loop(window, model)
+        assert relative_error(gradients(model), expected) < 1e-12

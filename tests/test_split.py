@@ -1,0 +1,155 @@
+"""A split: the sizes of micro-batches, in the batch's own order, without copies."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import full_batch_gradient, gradients, relative_error
+from torch import nn
+
+import gradfold
+from gradfold.errors import BatchError, OptionError
+from gradfold.split import check_size, cut_range, join_batches, split_rows, split_samples
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(total=st.integers(1, 300), size=st.integers(1, 320))
+def test_the_parts_are_as_few_as_possible_nearly_equal_and_cover_the_rows_in_order(total, size):
+    parts = cut_range(total, size)
+    sizes = [len(part) for part in parts]
+    assert len(parts) == math.ceil(total / size)
+    assert max(sizes) <= size and max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+    assert [row for part in parts for row in part] == list(range(total))
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "total, size, sizes",
+    [(33, 5, [5, 5, 5, 5, 5, 4, 4]), (33, 32, [17, 16]), (33, 33, [33]), (33, 1, [1] * 33), (1, 1, [1]), (5, 99, [5])],
+)
+def test_some_splits_by_hand(total, size, sizes):
+    assert [len(part) for part in cut_range(total, size)] == sizes
+
+
+def test_no_size_means_no_cut():
+    assert list(cut_range(7, None)) == [range(7)]
+
+
+@pytest.mark.parametrize("size", [None, 1, 16, 10**9])
+def test_sizes_that_work(size):
+    check_size(size)
+
+
+@pytest.mark.parametrize("size, words", [(0, "=0"), (-1, "=-1"), (2.0, "float"), (True, "bool"), ("8", "str")])
+def test_sizes_that_cannot_work_say_what_was_given_and_expected(size, words):
+    with pytest.raises(OptionError, match=r"at least 1") as caught:
+        check_size(size)
+    assert words in str(caught.value) and "micro_batch_size" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_micro_batches_are_views_and_know_their_rows():
+    inputs = torch.arange(14.0).reshape(7, 2)
+    parts = split_rows({"x": inputs, "scale": 2}, 3)
+    assert [part.rows for part in parts] == [range(0, 3), range(3, 5), range(5, 7)]
+    for part in parts:
+        assert part.data["x"].data_ptr() == inputs[part.rows.start].data_ptr()
+        assert torch.equal(part.data["x"], inputs[part.rows.start : part.rows.stop]) and part.data["scale"] == 2
+
+
+def test_a_batch_that_fits_is_handed_on_itself():
+    batch = (torch.zeros(3),)
+    (part,) = split_rows(batch, 3)
+    assert part.data is batch and part.rows == range(3)
+
+
+def test_a_batch_is_checked_even_where_it_is_not_cut():
+    with pytest.raises(BatchError, match="dim 0"):
+        split_rows((torch.zeros(3), torch.zeros(2)), None)
+
+
+def test_samples_are_collated_once_per_part_in_order():
+    calls = []
+
+    def collate(samples):
+        assert type(samples) is list
+        calls.append(samples)
+        return torch.tensor(samples)
+
+    parts = split_samples(tuple(range(7)), 3, collate)
+    assert calls == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [part.data.tolist() for part in parts] == calls
+    assert [part.rows for part in parts] == [range(0, 3), range(3, 5), range(5, 7)]
+
+
+def test_samples_may_be_of_any_kind_and_size():
+    parts = split_samples([torch.zeros(n) for n in (4, 1, 2)], 2, nn.utils.rnn.pad_sequence)
+    assert [tuple(part.data.shape) for part in parts] == [(4, 2), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    "samples, words",
+    [
+        ([], "empty list of samples"),
+        ((), "Skip empty batches"),
+        ("words", "got a str"),
+        (b"words", "got a bytes"),
+        (torch.zeros(3), "got a Tensor"),
+        ({"x": 1}, "got a dict"),
+        (iter([1]), "collate_fn=list"),
+        (None, "got a NoneType"),
+    ],
+)
+def test_what_is_no_list_of_samples_is_refused(samples, words):
+    with pytest.raises(BatchError, match=words):
+        split_samples(samples, 2, list)
+
+
+def test_joined_batches_number_their_rows_on():
+    joined = join_batches([split_rows(torch.zeros(5), 3), split_rows(torch.zeros(1), 3), split_rows(torch.zeros(4), 2)])
+    assert [part.rows for part in joined] == [range(0, 3), range(3, 5), range(5, 6), range(6, 8), range(8, 10)]
+
+
+def test_joining_leaves_what_was_joined_as_it_was():
+    second = split_rows(torch.zeros(4), 2)
+    join_batches([split_rows(torch.zeros(5), 3), second])
+    assert [part.rows for part in second] == [range(0, 2), range(2, 4)]
+
+
+def collate_what_is_there(samples):
+    """The usual way to skip samples that could not be read."""
+    return torch.utils.data.default_collate([sample for sample in samples if sample is not None])
+
+
+def test_samples_that_collate_leaves_out_do_not_count_or_are_refused():
+    model = nn.Linear(2, 1).double()
+    samples = [(torch.randn(2).double(), torch.randn(1).double()) for _ in range(7)]
+    samples[1] = samples[2] = None
+
+    def loss_fn(model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    expected = full_batch_gradient(model, lambda model: loss_fn(model, collate_what_is_there(samples)))
+    try:
+        gradfold.Accumulator(model, loss_fn, micro_batch_size=3, collate=collate_what_is_there).backward(samples)
+    except BatchError:
+        return
+    assert relative_error(gradients(model), expected) < 1e-12
+
+
+def test_samples_are_split_and_weighed_as_the_batch_that_they_make():
+    model = nn.Linear(2, 1).double()
+    samples = [(torch.randn(2).double(), torch.randn(1).double() + 1e4) for _ in range(7)]
+
+    def loss_fn(model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    collate = torch.utils.data.default_collate
+    expected = full_batch_gradient(model, lambda model: loss_fn(model, collate(samples)))
+    result = gradfold.Accumulator(model, loss_fn, micro_batch_size=3, collate=collate).backward(samples)
+    assert relative_error(gradients(model), expected) < 1e-12
+    assert (result.num_micro_batches, result.num_samples) == (3, 7)
