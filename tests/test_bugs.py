@@ -199,3 +199,22 @@ def test_what_a_dict_carries_besides_its_keys_stays():
     accumulator = gradfold.Accumulator(model, tagged_loss, micro_batch_size=3)
     accumulator.backward(Tagged({"x": inputs, "y": targets}, device="there"))
     assert seen == ["there", "there"]
+
+
+def test_a_hook_that_writes_to_the_seed_is_refused():
+    """The seed is shared by all micro-batches of a weight: gradient.mul_(2) doubled it again for each of them."""
+    model, batch = make()
+
+    def hooked(model, batch):
+        loss = loss_fn(model, batch)
+        loss.register_hook(lambda gradient: gradient.mul_(2))
+        return loss
+
+    accumulator = gradfold.Accumulator(model, hooked, micro_batch_size=1)
+    with pytest.raises(gradfold.BackwardError, match="in place"):
+        accumulator.backward(batch)
+    assert model.weight.grad is None
+    (window,) = gradfold.windows([batch, batch], 2, model=model)
+    with pytest.raises(gradfold.BackwardError, match="in place"):
+        for part in window:
+            window.backward(hooked(model, part))

@@ -100,6 +100,7 @@ class Accumulator:
         self._backward = backward
         self._backward_is_probed = False
         self._hooks_warned_of: set[str] = set()
+        self._back_propagate = BackPropagation(backward)
         self._buffers = BufferKeeper()
 
     def backward(self, batch: Batch) -> WindowResult:
@@ -134,8 +135,7 @@ class Accumulator:
             micro_batches = self._cut(batch)
             schedule = self._schedule(micro_batches, modules, parameters)
             weights = weigh(self._weight, micro_batches)
-            back_propagate = BackPropagation(self._backward)
-            window = OpenWindow(self.model, self._loss_fn, micro_batches, weights, back_propagate, device)
+            window = OpenWindow(self.model, self._loss_fn, micro_batches, weights, self._back_propagate, device)
             result = window.run(schedule)
         self.num_windows += 1
         return result

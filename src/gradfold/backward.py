@@ -7,6 +7,7 @@ the gradient of `seed * loss` and adds nothing to the graph.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Protocol
@@ -26,8 +27,11 @@ class BackwardFn(Protocol):
         """Back-propagate `gradient`, the seed, from `loss`."""
 
 
+_MAX_SEEDS = 64
+
+
 class BackPropagation:
-    """Seeds loss terms and back-propagates them, for one window."""
+    """Seeds loss terms and back-propagates them. Seeds are kept: most windows need those of the one before."""
 
     def __init__(self, backward: BackwardFn | None = None) -> None:
         self._backward = backward
@@ -39,14 +43,13 @@ class BackPropagation:
         Raises:
             LossError: no term requires grad.
         """
-        losses: tuple[Tensor, ...] = ()
-        seeds: tuple[Tensor, ...] = ()
-        for term, share in terms:
-            if term.requires_grad:
-                key = (share, term.dtype, term.device)
-                seed = self._seeds.get(key)
-                losses += (term,)
-                seeds += (self._make_seed(*key) if seed is None else seed,)
+        if len(terms) == 1 and self._backward is None:
+            ((loss, share),) = terms
+            if loss.requires_grad:  # the usual case, faster
+                torch.autograd.backward((loss,), (self._seed(share, loss.dtype, loss.device),))
+                return
+        losses = [term for term, _ in terms if term.requires_grad]
+        seeds = [self._seed(share, term.dtype, term.device) for term, share in terms if term.requires_grad]
         if not losses:
             raise LossError(
                 "the loss does not require grad: nothing connects it to the model's parameters. Look for "
@@ -60,9 +63,26 @@ class BackPropagation:
             loss = torch.stack([term * seed for term, seed in zip(losses, seeds, strict=True)]).sum()
             self._backward(loss, gradient=torch.ones_like(loss))
 
+    def _seed(self, share: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+        seed = self._seeds.get((share, dtype, device))
+        return self._make_seed(share, dtype, device) if seed is None else seed
+
+    def check_seeds(self) -> None:
+        """Raise BackwardError if a hook changed a seed, which other micro-batches use too."""
+        for seed in self._seeds.values():
+            if seed._version:
+                self._seeds.clear()
+                raise BackwardError(
+                    "a hook changed the gradient of the loss in place, which is the weight of several micro-batches. "
+                    "Return a new tensor from the hook: lambda gradient: gradient * 2, not gradient.mul_(2).",
+                    math.nan,
+                )
+
     def _make_seed(self, share: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         if dtype.itemsize < 4 and torch.tensor(share, dtype=dtype).item() != share:
             _warn_of_rounding(dtype)
+        if len(self._seeds) >= _MAX_SEEDS:  # token counts hardly ever come again
+            self._seeds.clear()
         seed = self._seeds[share, dtype, device] = torch.full((), share, dtype=dtype, device=device)
         return seed
 

@@ -87,13 +87,11 @@ def _attributes(batch: Any) -> dict[str, Any]:
 def cut_rows(batch: Batch, ranges: Sequence[range]) -> list[Batch]:
     """The rows of each range, as views; a 0-d tensor is the same for all rows."""
     kind = type(batch)
-    if (kind is tuple or kind is list) and all(type(leaf) is Tensor and _has_views(leaf) for leaf in batch):
-        return [kind([leaf[rows.start : rows.stop] for leaf in batch]) for rows in ranges]  # the usual case, faster
+    if kind is tuple or kind is list:
+        plain = [leaf for leaf in batch if type(leaf) is Tensor and leaf.dim() and not leaf.is_sparse]
+        if len(plain) == len(batch):  # the usual case, faster
+            return [kind([leaf[rows.start : rows.stop] for leaf in plain]) for rows in ranges]
     return [map_tensors(partial(_take, rows), batch) for rows in ranges]
-
-
-def _has_views(tensor: Tensor) -> bool:
-    return tensor.dim() > 0 and not tensor.is_sparse
 
 
 def _take(rows: range, tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class BufferKeeper:
 
     def open(self, modules: Sequence[nn.Module]) -> None:
         """Copy the buffers of these modules that may change."""
-        if not any(module._buffers for module in modules):
+        if not [module for module in modules if module._buffers]:
             return
         places = _places(modules)
         self._missing = _missing(modules)

@@ -88,7 +88,7 @@ def check_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Non
 
 def refuse_post_accumulate_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Raise HookError where a hook would act after each micro-batch."""
-    if any(parameter._post_accumulate_grad_hooks for parameter in parameters):
+    if [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]:
         names = [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]
         raise HookError(
             f"{_some(names)}: a hook registered with register_post_accumulate_grad_hook would run after every "
@@ -100,7 +100,7 @@ def refuse_post_accumulate_hooks(model: nn.Module, parameters: Sequence[nn.Param
 
 def parameters_with_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
     """Names of the parameters whose gradient a hook sees (`Tensor.register_hook`)."""
-    if not any(parameter._backward_hooks for parameter in parameters):
+    if not [parameter for parameter in parameters if parameter._backward_hooks]:
         return []
     return [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class LossTerms:
         self._weights = weights
         self._device = device
         self._parts: dict[str, tuple[float, ...]] = {}  # term -> part of the window per micro-batch
+        self._bare: tuple[float, ...] | None = None  # the parts of a loss without other terms
         self._values: dict[tuple[str, int], Tensor] = {}  # term, micro-batch -> detached loss
         self._taken: list[int] = []  # micro-batches so far
 
@@ -81,6 +82,12 @@ class LossTerms:
         Raises:
             LossError: it is no loss, a term is not a 0-d floating point tensor, or the names differ.
         """
+        if self._bare is not None and isinstance(loss, Tensor):
+            part = self._bare[index]
+            if part and loss.dim() == 0 and loss.is_floating_point():  # the usual case, faster
+                self._taken.append(index)
+                self._values[BARE, index] = loss.detach()
+                return [(loss, part)]
         terms = {BARE: loss} if isinstance(loss, Tensor) else _read_terms(loss)
         if terms.keys() != self._parts.keys():
             self._check_names(index, terms)
@@ -110,14 +117,15 @@ class LossTerms:
         if len(self._parts) > 1:
             losses = [loss.to(self._device) for loss in losses]  # terms of a model on several devices
         values = torch.stack(losses).tolist()
-        sums: dict[str, float] = {}
+        sums = dict.fromkeys([name for name, _ in self._values], 0.0)
         for (name, index), value in zip(self._values, values, strict=True):
-            if not math.isfinite(value):
-                raise self._non_finite(name, index, value)
-            sums[name] = sums.get(name, 0.0) + self._parts[name][index] * value
+            sums[name] += self._parts[name][index] * value
+        loss = sum(sums.values())
+        if not math.isfinite(loss):
+            self._blame(values)
         dtype = losses[0].dtype
         means = {name: self._scalar(sums.get(name, math.nan), dtype) for name in self._parts if name != BARE}
-        return self._scalar(sum(sums.values()), dtype), means
+        return self._scalar(loss, dtype), means
 
     def _scalar(self, value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((), value, dtype=dtype if dtype.itemsize >= 4 else torch.float32, device=self._device)
@@ -125,22 +133,27 @@ class LossTerms:
     def _check_names(self, index: int, terms: Mapping[str, Tensor]) -> None:
         """A term may be left out of a micro-batch only where its weight is 0, in whatever order they come."""
         new = {name: self._weights.of_term(name).parts for name in terms if name not in self._parts}
-        late = [name for name, parts in new.items() if any(parts[taken] for taken in self._taken)]
-        missing = [name for name, parts in self._parts.items() if name not in terms and parts[index]]
-        if late or missing:
-            raise LossError(
-                f"micro-batch {index} returned the loss terms {sorted(terms)}, others {sorted(self._parts)}. Return "
-                "the same names every time; a term may be left out only where its weight is 0."
-            )
+        if self._taken:
+            late = [name for name, parts in new.items() if any(parts[taken] for taken in self._taken)]
+            missing = [name for name, parts in self._parts.items() if name not in terms and parts[index]]
+            if late or missing:
+                raise LossError(
+                    f"micro-batch {index} returned the loss terms {sorted(terms)}, others {sorted(self._parts)}. "
+                    "Return the same names every time; a term may be left out only where its weight is 0."
+                )
         self._parts.update(new)
+        self._bare = self._parts.get(BARE) if len(self._parts) == 1 else None
 
-    def _non_finite(self, name: str, index: int, value: float) -> NonFiniteLossError:
-        part = self._micro_batches[index]
-        return NonFiniteLossError(
-            f"the loss term {name!r} is {value} in micro-batch {index} of {len(self._micro_batches)}{part.where}. Look "
-            "for means over nothing, log(0), overflow or a learning rate too high; a weight of 0 leaves a micro-batch "
-            "out.",
-            index,
-            name,
-            value,
-        )
+    def _blame(self, values: Sequence[float]) -> NoReturn:
+        for (name, index), value in zip(self._values, values, strict=True):
+            if not math.isfinite(value):
+                part = self._micro_batches[index]
+                raise NonFiniteLossError(
+                    f"the loss term {name!r} is {value} in micro-batch {index} of {len(self._micro_batches)}"
+                    f"{part.where}. Look for means over nothing, log(0), overflow or a learning rate too high; a "
+                    "weight of 0 leaves a micro-batch out.",
+                    index,
+                    name,
+                    value,
+                )
+        raise NonFiniteLossError("the finite loss terms sum to more than a float holds.", 0, BARE, math.inf)

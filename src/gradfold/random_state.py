@@ -6,7 +6,7 @@ numpy's and Python's generators and those that a user makes are the user's.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from torch import Tensor
 __all__: list[str] = []
 
 
-@dataclass(frozen=True, slots=True)
-class RandomState:
+class RandomState(NamedTuple):
     """States of torch's default generators; restoring them makes the same numbers come again."""
 
     cpu: Tensor

@@ -209,7 +209,7 @@ def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWe
     Raises:
         WeightError: a weight is negative, not finite, or not a number.
     """
-    samples = shares_of(tuple([float(len(part.rows)) for part in micro_batches]))
+    samples = shares_of(tuple([len(part.rows) for part in micro_batches]))
     if _is_samples(weight):
         return WindowWeights(samples, samples)
     if not isinstance(weight, Mapping):

@@ -50,7 +50,7 @@ def schedule_for(
     Raises:
         BatchNormError: layers would see a micro-batch instead of the batch, and nobody said that this is meant.
     """
-    if not any(isinstance(module, _BatchNorm) for module in modules):
+    if not [module for module in modules if isinstance(module, _BatchNorm)]:
         return one_after_another
     layers = batch_statistics_layers(model)
     if not layers:
