@@ -106,6 +106,22 @@ def test_one_micro_batch_of_activations_is_alive_at_a_time():
     assert at_start == [0] * 6 and len(set(at_end)) == 1 and at_end[0] > 0
 
 
+def test_the_graph_of_a_micro_batch_is_gone_before_the_next_one_runs():
+    """A loss that is kept keeps its graph; torch frees what the graph saved, not what hangs on it."""
+    model = nn.Linear(3, 1)
+    losses: list[weakref.ref] = []
+    alive = []
+
+    def watched(model, batch):
+        alive.append(sum(ref() is not None for ref in losses))
+        loss = model(batch).mean()
+        losses.append(weakref.ref(loss))
+        return loss
+
+    gradfold.Accumulator(model, watched, micro_batch_size=2).backward(torch.randn(8, 3))
+    assert alive == [0, 0, 0, 0]
+
+
 def test_a_schedule_may_run_all_forwards_first():
     """The seam for coupled batches: another order of forwards and backwards gives the same gradient."""
     model, batch = nn.Linear(3, 1).double(), (torch.randn(5, 3).double(), torch.randn(5, 1).double())
