@@ -7,7 +7,6 @@ the gradient of `seed * loss` and adds nothing to the graph.
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Protocol
@@ -64,19 +63,12 @@ class BackPropagation:
             self._backward(loss, gradient=torch.ones_like(loss))
 
     def _seed(self, share: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+        # A copy each time: where a parameter of one element is viewed on its way to the loss, autograd makes the seed's
+        # memory its .grad, and the next micro-batch would add to both. A hook may write to it, too.
         seed = self._seeds.get((share, dtype, device))
-        return self._make_seed(share, dtype, device) if seed is None else seed
-
-    def check_seeds(self) -> None:
-        """Raise BackwardError if a hook changed a seed, which other micro-batches use too."""
-        for seed in self._seeds.values():
-            if seed._version:
-                self._seeds.clear()
-                raise BackwardError(
-                    "a hook changed the gradient of the loss in place, which is the weight of several micro-batches. "
-                    "Return a new tensor from the hook: lambda gradient: gradient * 2, not gradient.mul_(2).",
-                    math.nan,
-                )
+        if seed is None:
+            seed = self._make_seed(share, dtype, device)
+        return seed.clone()
 
     def _make_seed(self, share: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         if dtype.itemsize < 4 and torch.tensor(share, dtype=dtype).item() != share:

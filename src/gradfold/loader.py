@@ -118,7 +118,6 @@ class LoopWindow(Generic[T]):
                     self._statistics.listen()
                     yield part.data
                     self._check_backward(index)
-                self._back_propagate.check_seeds()
                 loss, _ = self._losses.close()
                 self._statistics.commit()
         finally:

@@ -149,7 +149,6 @@ class OpenWindow:
         # Idle micro-batches come last: only then is it known whether there are metrics to be had from them.
         steps += [_IdleStep(self, index) for index in sorted(idle)]
         schedule(steps)
-        self.back_propagate.check_seeds()
         self.weights.check_names(self.losses.names, self.metrics.names)
         loss, metrics = self.losses.close()
         if self.metrics.names:
