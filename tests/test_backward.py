@@ -44,12 +44,13 @@ def test_the_seed_has_the_dtype_of_the_loss(dtype):
     assert seeds[0].dtype == dtype and seeds[0].dim() == 0 and seeds[0].item() == 0.25
 
 
-def test_a_seed_is_made_once_per_distinct_share_and_dtype():
+def test_every_backward_pass_has_a_seed_with_memory_of_its_own():
     seeds = []
     back_propagate = BackPropagation(lambda loss, gradient: seeds.append(gradient))
     for share, dtype in ((0.25, torch.float64), (0.5, torch.float64), (0.25, torch.float64), (0.25, torch.float32)):
         back_propagate([(leaf(1.0, dtype) * 2, share)])
-    assert seeds[0] is seeds[2] and len({id(seed) for seed in seeds}) == 3
+    assert len({seed.data_ptr() for seed in seeds}) == 4
+    assert [seed.dtype for seed in seeds] == [torch.float64] * 3 + [torch.float32]
     assert [seed.item() for seed in seeds] == [0.25, 0.5, 0.25, 0.25]
 
 
