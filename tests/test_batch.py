@@ -22,7 +22,7 @@ from gradfold.errors import BatchError
 
 
 def take_rows(batch: Any, rows: range) -> Any:
-    return cut_rows(batch, [rows])[0]
+    return cut_rows(batch, [rows.start, len(rows), num_rows(batch) - rows.stop])[1]
 
 
 class Pair(NamedTuple):
@@ -147,7 +147,7 @@ CONTAINERS = {
 def test_every_container_is_cut_by_rows_keeps_its_kind_and_leaves_the_batch_as_it_was(make, get):
     tensor = torch.arange(14.0).reshape(7, 2)
     batch = make(tensor)
-    parts = cut_rows(batch, [range(0, 3), range(3, 5), range(5, 7)])
+    parts = cut_rows(batch, [3, 2, 2])
     assert [type(part) for part in parts] == [type(batch)] * 3
     assert torch.equal(torch.cat([get(part) for part in parts]), tensor)
     assert [len(get(part)) for part in parts] == [3, 2, 2]
@@ -212,7 +212,7 @@ def test_sequences_may_mix_rows_with_sparse_rows_and_0_d_tensors(pack):
     dense, same = torch.eye(5), torch.tensor(2.0)
     for batch in (pack([dense, dense.to_sparse()]), pack([dense, dense.to_sparse(), same]), pack([dense, dense, same])):
         assert num_rows(batch) == 5
-        first, second = cut_rows(batch, [range(0, 2), range(2, 5)])
+        first, second = cut_rows(batch, [2, 3])
         assert type(first) is pack and len(first) == len(second) == len(batch)
         assert torch.equal(torch.cat([first[0], second[0]]), dense)
         assert torch.equal(torch.cat([first[1].to_dense(), second[1].to_dense()]), dense)
@@ -221,7 +221,7 @@ def test_sequences_may_mix_rows_with_sparse_rows_and_0_d_tensors(pack):
 
 def test_sparse_rows_keep_the_repeated_entries_that_were_not_merged_yet():
     sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2, 2]]), torch.ones(3), (4,), check_invariants=True)
-    first, second = cut_rows((sparse, torch.zeros(4)), [range(0, 2), range(2, 4)])
+    first, second = cut_rows((sparse, torch.zeros(4)), [2, 2])
     assert first[0].to_dense().tolist() == [1, 0] and second[0].to_dense().tolist() == [2, 0]
 
 
@@ -292,7 +292,7 @@ def test_cut_parts_put_together_again_are_the_batch(data, rows, at):
     batch = data.draw(nestings(rows))
     assert num_rows(batch) == rows
     at = min(at, rows)
-    parts = [tensors_in(part) for part in cut_rows(batch, [range(0, at), range(at, rows)])]
+    parts = [tensors_in(part) for part in cut_rows(batch, [at, rows - at])]
     for whole, first, second in zip(tensors_in(batch), *parts, strict=True):
         together = whole if whole.dim() == 0 else torch.cat([first, second])
         assert torch.equal(together, whole)

@@ -219,6 +219,33 @@ def test_a_hook_that_writes_to_the_gradient_of_the_loss_does_so_once():
     torch.testing.assert_close(found, 2 * model.weight.grad)
 
 
+@pytest.mark.parametrize("nest", [tuple, list, lambda pair: dict(enumerate(pair))])
+def test_a_model_may_change_its_input_in_place(nest):
+    """Micro-batches were slices: the first such change made the whole batch a part of its graph, the next failed."""
+    model, (inputs, targets) = make()
+    model.register_parameter("scale", nn.Parameter(torch.tensor([2.0, 0.5, 3.0])))
+
+    def in_place(model, batch):
+        return nn.functional.mse_loss(model(batch[0].mul_(model.scale)), batch[1])
+
+    in_place(model, nest((inputs.clone(), targets))).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    gradfold.Accumulator(model, in_place, micro_batch_size=2).backward(nest((inputs, targets)))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+    assert not inputs.requires_grad
+
+
+def test_a_batch_that_requires_grad_gets_its_gradient():
+    """An attack on the input needs the gradient of the batch itself."""
+    model, (inputs, targets) = make()
+    inputs.requires_grad_()
+    (expected,) = torch.autograd.grad(loss_fn(model, (inputs, targets)), inputs)
+    gradfold.Accumulator(model, loss_fn, micro_batch_size=2).backward((inputs, targets))
+    torch.testing.assert_close(inputs.grad, expected)
+
+
 @pytest.mark.parametrize(
     "term",
     [

@@ -1,7 +1,7 @@
 """A backward pass: loss terms, each with its share of the window as the seed, through torch or a framework's own call.
 
-A seed is a tensor of the loss's dtype and device, made once per distinct share: `loss.backward(gradient=seed)` gives
-the gradient of `seed * loss` and adds nothing to the graph.
+A seed is a tensor like the loss that holds its share: `loss.backward(gradient=seed)` gives the gradient of
+`share * loss` and adds nothing to the graph.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from gradfold.errors import BackwardError, LossError
 __all__: list[str] = []
 
 
+Weighed: TypeAlias = "Sequence[tuple[Tensor, float]]"
+"""Loss terms, each with its share of the window; none where nothing weighs anything."""
+
+
 class BackwardFn(Protocol):
     """What a framework wants called instead of `loss.backward`: `accelerator.backward`, `fabric.backward`, ..."""
 
@@ -26,29 +30,27 @@ class BackwardFn(Protocol):
         """Back-propagate `gradient`, the seed, from `loss`."""
 
 
-_MAX_SEEDS = 64
-
-
 class BackPropagation:
-    """Seeds loss terms and back-propagates them. Seeds are kept: most windows need those of the one before."""
+    """Seeds loss terms and back-propagates them."""
 
     def __init__(self, backward: BackwardFn | None = None) -> None:
         self._backward = backward
-        self._seeds: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
-    def __call__(self, terms: Sequence[tuple[Tensor, float]]) -> None:
-        """Back-propagate the sum of `share * term` over the (term, share) pairs.
+    def __call__(self, terms: Weighed) -> None:
+        """Back-propagate the sum of `share * term`.
 
         Raises:
-            LossError: no term requires grad.
+            LossError: there are terms, and none requires grad.
         """
         if len(terms) == 1 and self._backward is None:
             ((loss, share),) = terms
             if loss.requires_grad:  # the usual case, faster
-                torch.autograd.backward((loss,), (self._seed(share, loss.dtype, loss.device),))
+                torch.autograd.backward((loss,), (_seed(loss, share),))
                 return
+        if not terms:
+            return
         losses = [term for term, _ in terms if term.requires_grad]
-        seeds = [self._seed(share, term.dtype, term.device) for term, share in terms if term.requires_grad]
+        seeds = [_seed(term, share) for term, share in terms if term.requires_grad]
         if not losses:
             raise LossError(
                 "the loss does not require grad: nothing connects it to the model's parameters. Look for "
@@ -62,21 +64,13 @@ class BackPropagation:
             loss = torch.stack([term * seed for term, seed in zip(losses, seeds, strict=True)]).sum()
             self._backward(loss, gradient=torch.ones_like(loss))
 
-    def _seed(self, share: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-        # A copy each time: where a parameter of one element is viewed on its way to the loss, autograd makes the seed's
-        # memory its .grad, and the next micro-batch would add to both. A hook may write to it, too.
-        seed = self._seeds.get((share, dtype, device))
-        if seed is None:
-            seed = self._make_seed(share, dtype, device)
-        return seed.clone()
 
-    def _make_seed(self, share: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if dtype.itemsize < 4 and torch.tensor(share, dtype=dtype).item() != share:
-            _warn_of_rounding(dtype)
-        if len(self._seeds) >= _MAX_SEEDS:  # token counts hardly ever come again
-            self._seeds.clear()
-        seed = self._seeds[share, dtype, device] = torch.full((), share, dtype=dtype, device=device)
-        return seed
+def _seed(loss: Tensor, share: float) -> Tensor:
+    # A new one each time: where a parameter of one element is viewed on its way to the loss, autograd makes the seed's
+    # memory its .grad, and the next micro-batch would add to both. A hook may write to it, too.
+    if loss.dtype.itemsize < 4 and torch.tensor(share, dtype=loss.dtype).item() != share:
+        _warn_of_rounding(loss.dtype)
+    return loss.new_full((), share)
 
 
 def probe(backward: BackwardFn, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -84,22 +85,30 @@ def _attributes(batch: Any) -> dict[str, Any]:
     return values | getattr(batch, "__dict__", {})
 
 
-def cut_rows(batch: Batch, ranges: Sequence[range]) -> list[Batch]:
-    """The rows of each range, as views; a 0-d tensor is the same for all rows."""
+def cut_rows(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
+    """Cut into parts of these numbers of rows, as views; a 0-d tensor is the same for all rows."""
     kind = type(batch)
-    if kind is tuple or kind is list:
-        plain = [leaf for leaf in batch if type(leaf) is Tensor and leaf.dim() and not leaf.is_sparse]
-        if len(plain) == len(batch):  # the usual case, faster
-            return [kind([leaf[rows.start : rows.stop] for leaf in plain]) for rows in ranges]
-    return [map_tensors(partial(_take, rows), batch) for rows in ranges]
+    if (kind is tuple or kind is list) and set(map(type, batch)) == {Tensor}:  # the usual case, faster
+        return [kind(leaves) for leaves in zip(*[_cut(leaf, sizes) for leaf in batch], strict=True)]
+    columns: dict[int, Sequence[Tensor]] = {}
+
+    def part(index: int, tensor: Tensor) -> Tensor:
+        if id(tensor) not in columns:
+            columns[id(tensor)] = _cut(tensor, sizes)
+        return columns[id(tensor)][index]
+
+    return [map_tensors(partial(part, index), batch) for index in range(len(sizes))]
 
 
-def _take(rows: range, tensor: Tensor) -> Tensor:
+def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     if tensor.dim() == 0:
-        return tensor
+        return [tensor] * len(sizes)
     if tensor.is_sparse:
-        return tensor.narrow_copy(0, rows.start, len(rows))
-    return tensor[rows.start : rows.stop]
+        return [tensor.narrow_copy(0, stop - size, size) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
+    # Autograd knows these parts as tensors of their own that share memory, so that a model may change its input in
+    # place, as it may with a whole batch. With slices the first such change would tie all of them to its graph.
+    parts: Sequence[Tensor] = torch.unsafe_split_with_sizes(tensor, list(sizes))
+    return parts
 
 
 def num_rows(batch: Batch) -> int:
@@ -140,7 +149,7 @@ def _count_flat(batch: Batch, counts: set[int]) -> bool:
     for leaf in batch.values() if kind is dict else batch:
         if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
             return False
-        counts.add(len(leaf))
+        counts.add(leaf.shape[0])
     return True
 
 

@@ -147,8 +147,7 @@ class LoopWindow(Generic[T]):
         weighed = self._losses.add(self._current, loss)
         self._done.add(self._current)
         self._statistics.pause()
-        if weighed:
-            self._back_propagate(weighed)
+        self._back_propagate(weighed)
 
     @property
     def loss(self) -> Tensor:

@@ -62,7 +62,7 @@ def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
     ranges = cut_range(num_rows(batch), micro_batch_size)
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
-    return list(map(MicroBatch, cut_rows(batch, ranges), ranges))
+    return list(map(MicroBatch, cut_rows(batch, [len(rows) for rows in ranges]), ranges))
 
 
 def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate: Collate) -> list[MicroBatch]:

@@ -22,12 +22,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gradfold.backward import BackPropagation
+from gradfold.backward import BackPropagation, Weighed
 from gradfold.buffers import BufferKeeper
 from gradfold.feed import feed
 from gradfold.gradients import SetAside
@@ -97,25 +97,21 @@ class Transaction:
             self._random_state.restore()
 
 
-class MicroStep(Protocol):
-    """The forward and backward pass of one micro-batch, in an order that a schedule decides."""
+Forward: TypeAlias = Callable[[int], Weighed]
+"""Runs `loss_fn` on the micro-batch of this index; gives its loss terms, with their graph."""
 
-    def forward(self) -> None:
-        """Run `loss_fn` and keep its loss, with the graph."""
+Backward: TypeAlias = Callable[[Weighed], None]
+"""Back-propagates what a forward gave."""
 
-    def backward(self) -> None:
-        """Back-propagate the loss that `forward` kept, and let the graph go."""
-
-
-Schedule: TypeAlias = Callable[[Sequence[MicroStep]], None]
-"""Runs every step's forward, then its backward, in an order of its own: the seam for coupled batches."""
+Schedule: TypeAlias = Callable[[Sequence[int], Forward, Backward], None]
+"""Runs the forward of every index, then the backward of what it gave, in an order of its own: the seam for coupled
+batches."""
 
 
-def one_after_another(steps: Sequence[MicroStep]) -> None:
+def one_after_another(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
     """The plain schedule: one micro-batch's activations are alive at a time."""
-    for step in steps:
-        step.forward()
-        step.backward()
+    for index in indices:
+        backward(forward(index))
 
 
 class OpenWindow:
@@ -134,6 +130,7 @@ class OpenWindow:
         self.loss_fn = loss_fn
         self.micro_batches = micro_batches
         self.weights = weights
+        self.idle = weights.idle()
         self.back_propagate = back_propagate
         self.take = feed(micro_batches, device)
         self.losses = LossTerms(micro_batches, weights, device)
@@ -141,63 +138,31 @@ class OpenWindow:
 
     def run(self, schedule: Schedule) -> WindowResult:
         """Steps [3] and the first half of [4]."""
-        idle = self.weights.idle()
-        steps: list[MicroStep] = [
-            _BusyStep(self, index) for index in range(len(self.micro_batches)) if index not in idle
-        ]
-        num_busy = len(steps)
+        busy = [index for index in range(len(self.micro_batches)) if index not in self.idle]
         # Idle micro-batches come last: only then is it known whether there are metrics to be had from them.
-        steps += [_IdleStep(self, index) for index in sorted(idle)]
-        schedule(steps)
+        schedule(busy + sorted(self.idle), self._forward, self.back_propagate)
         self.weights.check_names(self.losses.names, self.metrics.names)
         loss, metrics = self.losses.close()
         if self.metrics.names:
             self.metrics.check_names(self.losses.names)
             metrics.update(self.metrics.close())
         num_samples = self.micro_batches[-1].rows.stop
-        return WindowResult(loss, metrics, num_busy, num_samples, self.weights.total(self.losses.names))
+        return WindowResult(loss, metrics, len(busy), num_samples, self.weights.total(self.losses.names))
 
-
-class _BusyStep:
-    """A micro-batch that weighs something."""
-
-    __slots__ = ("_index", "_weighed", "_window")
-
-    def __init__(self, window: OpenWindow, index: int) -> None:
-        self._window = window
-        self._index = index
-        self._weighed: list[tuple[Tensor, float]] = []  # loss terms with their graph, and their parts of the window
-
-    def forward(self) -> None:
-        window = self._window
-        output = window.loss_fn(window.model, window.take(self._index))
+    def _forward(self, index: int) -> Weighed:
+        if index in self.idle:
+            return self._forward_idle(index)
+        output = self.loss_fn(self.model, self.take(index))
         if isinstance(output, tuple):
             output, metrics = read_pair(output)
-            window.metrics.add(self._index, metrics)
-        self._weighed = window.losses.add(self._index, output)
+            self.metrics.add(index, metrics)
+        return self.losses.add(index, output)
 
-    def backward(self) -> None:
-        weighed, self._weighed = self._weighed, []
-        if weighed:
-            self._window.back_propagate(weighed)
-
-
-class _IdleStep:
-    """A micro-batch that weighs nothing: looked at only where there are metrics to be had from it."""
-
-    __slots__ = ("_index", "_window")
-
-    def __init__(self, window: OpenWindow, index: int) -> None:
-        self._window = window
-        self._index = index
-
-    def forward(self) -> None:
-        window = self._window
-        if window.metrics.names:
+    def _forward_idle(self, index: int) -> Weighed:
+        """A micro-batch that weighs nothing is looked at only where there are metrics to be had from it."""
+        if self.metrics.names:
             with torch.no_grad():
-                output = window.loss_fn(window.model, window.take(self._index))
+                output = self.loss_fn(self.model, self.take(index))
             if isinstance(output, tuple):
-                window.metrics.add(self._index, read_pair(output)[1])
-
-    def backward(self) -> None:
-        pass
+                self.metrics.add(index, read_pair(output)[1])
+        return []

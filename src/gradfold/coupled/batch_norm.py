@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from gradfold.errors import BatchNormError, OptionError
-from gradfold.window import MicroStep, Schedule, one_after_another
+from gradfold.window import Backward, Forward, Schedule, one_after_another
 
 __all__: list[str] = []
 
@@ -93,14 +93,14 @@ class PerMicroBatch:
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self._layers = layers
 
-    def __call__(self, steps: Sequence[MicroStep]) -> None:
-        """Run the steps in order."""
+    def __call__(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
+        """Run the micro-batches in order."""
         with WindowStatistics(self._layers) as statistics:
-            for step in steps:
+            for index in indices:
                 statistics.listen()
-                step.forward()
+                weighed = forward(index)
                 statistics.pause()
-                step.backward()
+                backward(weighed)
             statistics.commit()
 
 
