@@ -22,7 +22,7 @@ import gradfold.__main__
 import gradfold.cli
 from gradfold.cli.compare_progress import showing_progress
 from gradfold.compare import Progress
-from gradfold.compare.arms import DEFAULT_ARMS
+from gradfold.compare.arms import ARMS
 from gradfold.workloads import registry
 
 TINY = str(Path(__file__).with_name("test_compare.py")) + ":tiny"
@@ -150,7 +150,7 @@ def test_help_and_version() -> None:
     assert top.exit_code == 0 and "compare" in top.stdout and "workloads" in top.stdout
     # Wide enough that no phrase is broken; what is looked for is what a reader should learn.
     teaching = runner.invoke(gradfold.cli.app, ["compare", "--help"], env={"COLUMNS": "200"})
-    for phrase in (*DEFAULT_ARMS, "--global-batch", "--micro-batch", "Examples", "Exit codes", "gradfold.Workload"):
+    for phrase in (*ARMS, "--global-batch", "--micro-batch", "Examples", "Exit codes", "gradfold.Workload"):
         assert phrase in teaching.stdout
 
 
@@ -175,7 +175,9 @@ def test_a_broken_import_of_ours_is_not_taken_for_a_missing_extra(monkeypatch: p
 
 def test_progress_is_a_line_per_arm_on_a_terminal_and_nothing_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     def tell(console: Console) -> str:
-        with console.capture() as captured, showing_progress(console, ["full-batch", "gradfold"]) as on_progress:
+        with console.capture() as captured, showing_progress(console) as on_progress:
+            on_progress(Progress("full-batch", 0, 10, 0, None, "waiting"))
+            on_progress(Progress("gradfold", 0, 10, 0, None, "waiting"))
             on_progress(Progress("full-batch", 0, 10, 0, None, "starting"))
             on_progress(Progress("full-batch", 5, 10, 3, 0.25, "training"))
             on_progress(Progress("full-batch", 10, 10, 6, 0.125, "finished"))

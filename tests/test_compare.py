@@ -1,6 +1,6 @@
 """The comparison: what its arms do, how far they are from the full batch, and what becomes of an arm that fails.
 
-`tiny`, `uneven` and `faulty` below are workloads that the tests name as `test_compare.py:tiny`.
+`tiny`, `normed`, `uneven` and `faulty` below are workloads that the tests name as `test_compare.py:tiny`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from torch.nn import functional as F
 
 from gradfold import Workload
 from gradfold.compare import Comparison, Progress, Settings, compare
-from gradfold.compare.arms import ARMS, DEFAULT_ARMS, Training, Update
+from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, Training, Update
 from gradfold.compare.deviation import deviations
 from gradfold.compare.machine import OtherPrograms, describe_machine
 from gradfold.compare.measure import Clock, MemoryMeter
 from gradfold.compare.results import Deviations, Measured
 from gradfold.compare.samples import cut, epoch_order, num_samples
-from gradfold.compare.settings import Sizes, check_options, complete
+from gradfold.compare.settings import Sizes, as_options, check_options, chosen_arms, complete
+from gradfold.compare.tensor_files import Tensors, difference, load, norm
 from gradfold.compare.training_run import LossLog, measure_arm
 from gradfold.compare.verdict import verdict
 from gradfold.compare.worker import describe
@@ -68,6 +69,15 @@ def tiny() -> Workload:
         evaluate=score,
         facts={"source": "drawn"},
     )
+
+
+def normed_network() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 1))
+
+
+def normed() -> Workload:
+    """BatchNorm, which sees micro-batches; the arms with GroupNorm train another model."""
+    return dataclasses.replace(tiny(), make_model=normed_network, batch_norm="per_micro_batch")
 
 
 def masked_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -146,6 +156,16 @@ def uneven_arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Mea
 
 
 @pytest.fixture(scope="module")
+def normed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("normed")
+
+
+@pytest.fixture(scope="module")
+def normed_arms(normed_folder: Path) -> dict[str, tuple[Measured, Deviations]]:
+    return train_all(normed, normed_folder)
+
+
+@pytest.fixture(scope="module")
 def events() -> list[Progress]:
     return []
 
@@ -199,6 +219,64 @@ def test_small_batch_updates_more_often_and_goes_elsewhere(arms: dict[str, tuple
     assert value(far.gradient_float64.value) > 1e-2
     assert value(far.weights.value) > 1e-2
     assert far.last_window_float64.value is None and far.last_window_float64.note == "it has no windows"
+
+
+def test_batch_norm_by_micro_batch_is_not_the_full_batch_and_group_norm_is(
+    normed_arms: dict[str, tuple[Measured, Deviations]],
+) -> None:
+    _, with_batch_norm = normed_arms["gradfold"]
+    assert value(with_batch_norm.gradient_float64.value) > 0.1
+    own, far = normed_arms["group-norm"]
+    assert value(far.gradient_float64.value) < 1e-12
+    assert value(far.last_window_float64.value) < 1e-12
+    assert value(far.gradient_float32.value) < 2e-6
+    assert value(far.weights.value) < 1e-4
+    reference, none = normed_arms["group-norm-full-batch"]
+    assert none.gradient_float64.value == none.weights.value == 0.0
+    assert own.num_updates == reference.num_updates == 6
+    assert own.final_loss == pytest.approx(reference.final_loss, rel=1e-5)
+    assert reference.final_loss != pytest.approx(normed_arms["full-batch"][0].final_loss, rel=1e-2)
+
+
+def test_the_model_with_group_norm_starts_from_the_same_weights_and_is_another(
+    normed_arms: dict[str, tuple[Measured, Deviations]], normed_folder: Path
+) -> None:
+    def apart(name: str) -> float:
+        left, right = load(normed_folder / "group-norm-full-batch", name), load(normed_folder / "full-batch", name)
+        assert left is not None and right is not None
+        return norm(difference(left, right)) / norm(right)
+
+    assert apart(Tensors.START) == 0.0
+    assert apart(Tensors.GRADIENT_FLOAT64) > 0.1
+
+
+def test_the_full_batch_with_group_norm_does_what_plain_torch_does(
+    normed_arms: dict[str, tuple[Measured, Deviations]],
+) -> None:
+    workload, losses = normed(), []
+    torch.manual_seed(0)
+    model = normed_network()
+    model[1] = nn.GroupNorm(2, 32)  # type: ignore[index, operator]
+    optimizer = workload.make_optimizer(model.parameters())
+    for epoch in range(2):
+        for rows in torch.split(epoch_order(ROWS, 0, epoch, shuffle=True), GLOBAL_BATCH):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(workload.train_data["x"][rows]), workload.train_data["y"][rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+    assert normed_arms["group-norm-full-batch"][0].curve.loss == pytest.approx(losses)
+
+
+def test_arms_with_group_norm_are_compared_with_their_own_full_batch(
+    normed_arms: dict[str, tuple[Measured, Deviations]], normed_folder: Path
+) -> None:
+    sizes = Sizes(ROWS, GLOBAL_BATCH, MICRO_BATCH, 2)
+    failed = {name: measured for name, (measured, _) in normed_arms.items() if name != "group-norm-full-batch"}
+    assert deviations("group-norm", normed_folder, failed, sizes).weights.note == "group-norm-full-batch failed"
+    assert deviations("gradfold", normed_folder, failed, sizes).weights.value is not None
+    failed = {name: measured for name, (measured, _) in normed_arms.items() if name != "full-batch"}
+    assert deviations("group-norm", normed_folder, failed, sizes).weights.value is not None
 
 
 def test_reordering_changes_rounding_alone(arms: dict[str, tuple[Measured, Deviations]]) -> None:
@@ -341,6 +419,7 @@ def test_training_data_that_disagree_are_refused() -> None:
         ({"arms": ("gradfold", "spiral")}, "unknown arms: 'spiral'"),
         ({"arms": ()}, "unknown arms: none"),
         ({"arms": ("gradfold", "gradfold")}, "named twice"),
+        ({"arms": ("gradfold", "group-norm")}, "--arms group-norm: there is no BatchNorm .* 'tiny', .* Leave it out"),
         ({"num_epochs": 0}, "--epochs 0: expected at least 1"),
         ({"global_batch_size": 0}, "--global-batch 0"),
         ({"micro_batch_size": -1}, "--micro-batch -1"),
@@ -363,6 +442,14 @@ def test_settings_are_completed_from_the_workload() -> None:
     assert complete(Settings(global_batch_size=11, num_epochs=5), tiny()) == Sizes(22, 11, 2, 5)
     assert complete(Settings(global_batch_size=11), tiny()).last_window == 0
     assert complete(Settings(global_batch_size=1), tiny()).micro_batch_size == 1
+
+
+def test_arms_are_chosen_for_the_workload_where_none_are_named() -> None:
+    assert chosen_arms(Settings(), tiny()) == DEFAULT_ARMS == ("full-batch", "gradfold", "plain-loop", "small-batch")
+    assert chosen_arms(Settings(), normed()) == (*DEFAULT_ARMS, "group-norm-full-batch", "group-norm")
+    assert chosen_arms(Settings(arms=("group-norm",)), normed()) == ("group-norm",)
+    used = as_options(Settings(), complete(Settings(), normed()), GROUP_NORM_ARMS)
+    assert used.to_json()["arms"] == ["group-norm-full-batch", "group-norm"]
 
 
 def test_an_unknown_workload_is_refused() -> None:
@@ -470,12 +557,14 @@ def test_without_a_reference_the_cells_say_so(faults: Comparison) -> None:
     row = faults.row("gradfold")
     assert row is not None
     assert row.deviations.gradient_float32.note == row.deviations.weights.note == "full-batch failed"
-    assert any("there is no reference" in sentence for sentence in verdict(faults))
+    missing = "Without full-batch there is no reference: gradients and weights of gradfold are not compared."
+    assert missing in verdict(faults)
 
 
 def test_progress_is_told_for_every_arm(faults: Comparison, events: list[Progress]) -> None:
     states = {arm: [event.state for event in events if event.arm == arm] for arm in DEFAULT_ARMS}
-    assert all(seen[0] == "starting" for seen in states.values())
+    assert all(seen[:2] == ["waiting", "starting"] for seen in states.values())
+    assert [event.state for event in events[:5]] == [*["waiting"] * 4, "starting"]  # all are known at once
     assert states["gradfold"][-1] == "finished"
     assert {states[arm][-1] for arm in ("full-batch", "plain-loop", "small-batch")} == {"failed"}
     assert [event.samples for event in events if event.arm == "gradfold"][-1] == ROWS

@@ -19,7 +19,10 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(gradfold.__path__, "gradfold.")
     if not module.name.endswith("__main__") and not module.name.startswith("gradfold.cli")
 )
-WITH_EXAMPLES = {"gradfold.accumulator", "gradfold.loader", "gradfold.split", "gradfold.train_step", "gradfold.weight"}
+WITH_EXAMPLES = {
+    *("gradfold.accumulator", "gradfold.coupled.convert", "gradfold.loader"),
+    *("gradfold.split", "gradfold.train_step", "gradfold.weight"),
+}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -15,6 +15,7 @@ PUBLIC = {
     "Window",
     "WindowResult",
     "Workload",
+    "convert_batch_norm",
     "token_count",
     "windows",
 }

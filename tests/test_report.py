@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from gradfold.cli.compare_table import print_comparison
 from gradfold.compare import readable
 from gradfold.compare.arms import ARMS, DEFAULT_ARMS
 from gradfold.compare.measure import Memory, Seconds
-from gradfold.compare.plots import COLORS, PLOTS
+from gradfold.compare.plots import COLORS, PLOTS, draw_gradient_error
 from gradfold.compare.report import make_folder, render_page, write_report
 from gradfold.compare.results import Comparison, Curve, Deviation, Deviations, Measured, Row, WorkloadFacts
 from gradfold.compare.settings import Settings, Sizes
@@ -93,6 +94,22 @@ def broken(comparison: Comparison) -> Comparison:
     )
 
 
+@pytest.fixture
+def normed(comparison: Comparison) -> Comparison:
+    """A workload with BatchNorm by micro-batch, trained with GroupNorm too."""
+    measured_otherwise = measured(metrics={"accuracy": 0.951, "loss": 0.4142}, memory=Memory(0, 96 * MIB, ""))
+    wrong = changed(comparison, "gradfold", measured(), deviations(0.39, 0.39, 0.42, 0.379))
+    return replace(
+        wrong,
+        workload=replace(comparison.workload, batch_norm="per_micro_batch"),
+        rows=(
+            *wrong.rows,
+            row("group-norm-full-batch", measured_otherwise, deviations(0.0, 0.0, 0.0, 0.0)),
+            row("group-norm", measured(), deviations(4.8e-07, 2.8e-16, 1.7e-16, 7.7e-07)),
+        ),
+    )
+
+
 class Sources(HTMLParser):
     """Collects what a page refers to, and its text."""
 
@@ -147,6 +164,37 @@ def test_the_page_needs_nothing_else_and_names_every_arm(comparison: Comparison,
         assert text in page.text
     for sentence in verdict(comparison):
         assert sentence in page.text
+
+
+def test_a_second_model_is_shown_with_its_own_reference(
+    normed: Comparison, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_report(normed, tmp_path)
+    with Image.open(folder / "gradient_error.png") as of_four, Image.open(tmp_path / "gradient_error.png") as of_six:
+        assert of_six.height > of_four.height + 100  # else the labels of an arm lie upon each other
+    page = Sources((tmp_path / "report.html").read_text("utf-8")).text
+    assert page.count("the reference\n") == 2 and "2.8e-16" in page and "95.1 %" in page
+    assert "The full batch of group-norm, which trains another model, is group-norm-full-batch." in page
+    assert "The same model (with BatchNorm, and again with GroupNorm), trained" in page
+    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    references = {one["arm"]: one["reference"] for one in results["rows"]}
+    assert references["gradfold"] == "full-batch" and references["group-norm"] == "group-norm-full-batch"
+    print_comparison(normed, [])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100 and "…" not in printed
+    assert len(re.findall(r"^(full-batch|group-norm-full-batch) +reference ", printed, re.MULTILINE)) == 2
+    assert re.search(r"^group-norm +4\.8e-07 +2\.8e-16 +1\.7e-16 +7\.7e-07 ", printed, re.MULTILINE)
+
+
+def test_the_plot_of_gradients_marks_both_references(normed: Comparison) -> None:
+    axes = Figure().subplots()
+    draw_gradient_error(axes, normed)
+    assert [text.get_text() for text in axes.texts].count("reference") == 2
+
+
+def test_a_page_of_one_model_does_not_speak_of_two(folder: Path) -> None:
+    page = Sources((folder / "report.html").read_text("utf-8")).text
+    assert "GroupNorm" not in page and "another model" not in page
 
 
 def test_a_failed_arm_is_shown_everywhere(
@@ -214,10 +262,32 @@ def test_the_words_do_not_praise_a_wrong_gradient(comparison: Comparison) -> Non
     assert "about the same memory" in said(wrong) and "at about the same speed" in said(wrong)
 
 
+def test_the_words_measure_a_second_model_against_its_own_full_batch(normed: Comparison) -> None:
+    words = said(normed)
+    assert "gradfold: the first gradient is 39.0 % off the full batch's (float64)" in words
+    assert "Held out: accuracy 95.1 % where full-batch has 97.4 %." in words  # a loss that only one has is left out
+    assert "group-norm: the first gradient is group-norm-full-batch's to rounding (2.8e-16 in float64)" in words
+    assert "end 7.7e-07 away from group-norm-full-batch's" in words
+    assert "Training took 48.0 MiB of memory where group-norm-full-batch took 96.0 MiB" in words
+    assert "So accumulation is the large batch with GroupNorm, and is not with BatchNorm." in words
+    right = changed(normed, "gradfold", measured(), deviations(0.0, 1e-16, 1e-16, 0.0))
+    assert "So accumulation" not in said(right)
+    off = changed(normed, "group-norm", measured(), deviations(0.2, 0.2, 0.2, 0.2))
+    assert "So accumulation" not in said(off)
+    assert "the first gradient is 20.0 % off group-norm-full-batch's (float64)" in said(off)
+    assert "random layers draw differently" in said(off)  # and no word of BatchNorm, which it does not have
+    lost = changed(normed, "group-norm-full-batch", None, FAILED)
+    assert "Without group-norm-full-batch there is no reference: gradients and weights of group-norm are" in said(lost)
+    assert "Without full-batch" not in said(lost)
+
+
 def test_the_words_speak_of_growing_rounding_only_where_weights_part(comparison: Comparison) -> None:
     assert "rounding grows" not in said(comparison)
     apart = changed(comparison, "gradfold", measured(), deviations(1e-7, 1e-16, 1e-16, 0.2))
     assert "rounding grows" in said(apart)
+    with_group_norm = row("group-norm", measured(), deviations(1e-7, 1e-16, 1e-16, 0.2))
+    grown = said(replace(comparison, rows=(*comparison.rows, with_group_norm)))
+    assert "rounding grows" in grown and "--arms" not in grown  # there is no control of that model
     control = row("reordered", measured(), deviations(1e-7, 1e-16, 1e-16, 0.19))
     assert "Rounding alone (reordered) carries the weights 19.0 % away" in said(
         replace(apart, rows=(*apart.rows, control))

@@ -1,6 +1,7 @@
 """gradfold: the gradient of a batch that does not fit in memory, exactly, for PyTorch."""
 
 from gradfold.accumulator import Accumulator as Accumulator
+from gradfold.coupled.convert import convert_batch_norm as convert_batch_norm
 from gradfold.errors import BackwardError as BackwardError
 from gradfold.errors import BatchError as BatchError
 from gradfold.errors import BatchNormError as BatchNormError
@@ -10,6 +11,7 @@ from gradfold.errors import HookError as HookError
 from gradfold.errors import LossError as LossError
 from gradfold.errors import ModelError as ModelError
 from gradfold.errors import NonFiniteLossError as NonFiniteLossError
+from gradfold.errors import NotDecomposableError as NotDecomposableError
 from gradfold.errors import OptionError as OptionError
 from gradfold.errors import RanksError as RanksError
 from gradfold.errors import TrainStepError as TrainStepError

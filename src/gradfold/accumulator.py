@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from gradfold.gradients import (
 )
 from gradfold.loader import LoopWindow, Window
 from gradfold.loss import LossFn
+from gradfold.self_check import SelfCheck
 from gradfold.split import Collate, MicroBatch
 from gradfold.sync import refuse_several_ranks
 from gradfold.weight import WeightOption, check_option, counts_samples, weigh
@@ -55,6 +57,9 @@ class Accumulator:
             statistics; "per_micro_batch" normalises by micro-batch and advances running statistics once per window.
         backward: what to call instead of `loss.backward(gradient=...)`: `accelerator.backward`, `fabric.backward`,
             a LightningModule's `self.manual_backward`.
+        self_check: whether the first window with several micro-batches is tried out for a gradient that is not the
+            mean of its parts'. It raises on proof, warns once where it cannot know, costs two micro-steps, once, and
+            leaves no trace.
 
     Raises:
         OptionError: an argument cannot work.
@@ -81,6 +86,7 @@ class Accumulator:
         collate: Collate | None = None,
         batch_norm: BatchNormOption = None,
         backward: BackwardFn | None = None,
+        self_check: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise OptionError(f"model is a {type(model).__name__}; expected an nn.Module.")
@@ -93,15 +99,16 @@ class Accumulator:
         self.model = model
         self.micro_batch_size = micro_batch_size
         self.num_windows = 0
-        self._loss_fn = loss_fn
-        self._weight = weight
-        self._collate = collate
-        self._batch_norm = batch_norm
+        self.loss_fn = loss_fn
+        self.weight = weight
+        self.collate = collate
+        self.batch_norm = batch_norm
         self._backward = backward
         self._backward_is_probed = False
         self._hooks_warned_of: set[str] = set()
         self._back_propagate = BackPropagation(backward)
         self._buffers = BufferKeeper()
+        self._self_check = SelfCheck(model, loss_fn, weight, self._back_propagate) if self_check else None
 
     def backward(self, batch: Batch) -> WindowResult:
         """Add the gradient of the loss of the whole batch to `.grad`.
@@ -134,11 +141,27 @@ class Accumulator:
         with Transaction(self.model, modules, parameters, self._buffers):
             micro_batches = self._cut(batch)
             schedule = self._schedule(micro_batches, modules, parameters)
-            weights = weigh(self._weight, micro_batches)
-            window = OpenWindow(self.model, self._loss_fn, micro_batches, weights, self._back_propagate, device)
+            weights = weigh(self.weight, micro_batches)
+            window = OpenWindow(self.model, self.loss_fn, micro_batches, weights, self._back_propagate, device)
+            if self._self_check is not None and len(micro_batches) > 1 and self._self_check.is_due(micro_batches):
+                self._look(self._self_check, batch, window)
             result = window.run(schedule)
+        if self._self_check is not None and len(micro_batches) > 1:
+            self._self_check.note_terms(window.losses.names)
         self.num_windows += 1
         return result
+
+    def twin(self, model: nn.Module, loss_fn: LossFn, micro_batch_size: int | None) -> Accumulator:
+        """An accumulator for another model, with the same weights, collation and BatchNorm; without a self-check."""
+        return Accumulator(
+            model,
+            loss_fn,
+            micro_batch_size=micro_batch_size,
+            weight=self.weight,
+            collate=self.collate,
+            batch_norm=self.batch_norm,
+            self_check=False,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as this one would have: the count of windows so far."""
@@ -160,12 +183,26 @@ class Accumulator:
             if not batch:
                 raise BatchError("the window holds no micro-batches. Skip empty windows.")
             return split.join_batches(self._cut(part) for part in batch)
-        if self._collate is not None:
-            micro_batches = split.split_samples(batch, self.micro_batch_size, self._collate)
-            if counts_samples(self._weight):
+        if self.collate is not None:
+            micro_batches = split.split_samples(batch, self.micro_batch_size, self.collate)
+            if counts_samples(self.weight):
                 split.check_collated(micro_batches)
             return micro_batches
         return split.split_rows(batch, self.micro_batch_size)
+
+    def _look(self, self_check: SelfCheck, batch: Batch, window: OpenWindow) -> None:
+        layers: Mapping[str, nn.Module] = {}
+        if self.batch_norm is not None:  # what is known not to fit, and was accepted
+            layers = batch_normalisation.batch_statistics_layers(self.model)
+            if any(getattr(layer, "running_mean", None) is None for layer in layers.values()):
+                return
+        collate_rows = None if self.collate is None else partial(self._collate_rows, batch)
+        self_check.look(window.micro_batches, window.weights, window.device, collate_rows, layers.values())
+
+    def _collate_rows(self, batch: Batch, rows: range) -> Batch:
+        assert self.collate is not None
+        samples = [sample for part in batch for sample in part] if isinstance(batch, Window) else batch
+        return self.collate(list(samples[rows.start : rows.stop]))
 
     def _schedule(
         self, micro_batches: list[MicroBatch], modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
@@ -174,7 +211,7 @@ class Accumulator:
             return one_after_another
         self._check_hooks(parameters)
         num_rows = micro_batches[-1].rows.stop
-        return batch_normalisation.schedule_for(self.model, modules, self._batch_norm, len(micro_batches), num_rows)
+        return batch_normalisation.schedule_for(self.model, modules, self.batch_norm, len(micro_batches), num_rows)
 
     def _probe_backward(self, device: torch.device) -> None:
         if self._backward is not None and not self._backward_is_probed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import OrderedDict, UserDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from itertools import accumulate
@@ -158,6 +158,38 @@ def rows_if_any(batch: Batch) -> int | None:
     counts: set[int] = set()
     map_tensors(lambda tensor: counts.add(len(tensor)) if tensor.dim() > 0 else None, batch)
     return counts.pop() if len(counts) == 1 else None
+
+
+def leaves_by_path(batch: Batch) -> list[tuple[str, Any]]:
+    """Whatever is no container, with the text that leads to it: `["labels"]`, `[0].mask`."""
+    return list(_leaves(batch, ""))
+
+
+def structure(batch: Batch) -> Hashable:
+    """What a batch is made of, whatever its sizes: two batches of one loader have the same."""
+    if type(batch) is Tensor:
+        return batch.dtype, batch.dim()
+    children = _children(batch)
+    if children is None:
+        return type(batch).__qualname__
+    return type(batch).__qualname__, tuple([(name, structure(part)) for name, part in children])
+
+
+def equal(batch: Batch, other: Batch) -> bool:
+    """Whether two batches hold the same values in the same places; False where that cannot be told."""
+    ours, theirs = _every_leaf(batch), _every_leaf(other)
+    return len(ours) == len(theirs) and all(
+        isinstance(a, Tensor) and a.layout is torch.strided and a.dtype == b.dtype and torch.equal(a, b)
+        if isinstance(b, Tensor) and b.layout is torch.strided
+        else a is b or (isinstance(a, _CONSTANTS) and a == b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _every_leaf(batch: Batch) -> list[Any]:
+    leaves: list[Any] = []
+    map_leaves(leaves.append, batch)
+    return leaves
 
 
 def _counts(batch: Batch) -> set[int]:

@@ -71,13 +71,26 @@ class BufferKeeper:
         }
         self._kept, self._unkept, self._missing = [], [], []
 
+    def changed(self, model: nn.Module) -> list[str]:
+        """The names of the buffers that differ from what they were when the window opened."""
+        changed = _changed(self._kept)
+        return [
+            f"{path}.{name}" if path else name
+            for path, module in model.named_modules()
+            for name in module._buffers
+            if (id(module), name) in changed
+        ]
+
     def restore(self) -> None:
         """Put back what stood in the buffers when the window opened, in the same tensors."""
+        changed = _changed(self._kept)
         with torch.no_grad():
             for place, copy in self._kept:
-                place.module._buffers[place.name] = place.tensor
-                if not _is_expanded(place.tensor):
-                    place.tensor.copy_(copy)
+                # What is as it was is not written to: its version counter would tell of a change.
+                if place.key in changed:
+                    place.module._buffers[place.name] = place.tensor
+                    if not _is_expanded(place.tensor):
+                        place.tensor.copy_(copy)
         for module, name in self._missing:
             _take_away(module, name)
         lost = [f"{type(place.module).__name__}.{place.name}" for place in self._unkept if _shows_change(place)]

@@ -11,7 +11,8 @@ GradfoldError                       1
 │   ├── HookError                   1   ... since a hook acts on every micro-batch
 │   └── RanksError                  1   ... since it is trained by several processes
 ├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
-│   └── NonFiniteLossError          1   ... since it is NaN or infinite
+│   ├── NonFiniteLossError          1   ... since it is NaN or infinite
+│   └── NotDecomposableError        1   ... since it is not the weighted mean of its parts
 ├── WeightError (ValueError)        1   a weight that is not a non-negative number, or has no loss term
 ├── BackwardError (ValueError)      1   a backward= that changes the scale of gradients
 ├── WindowError (RuntimeError)      1   a window whose loop body left something out
@@ -91,6 +92,24 @@ class NonFiniteLossError(LossError):
         self.micro_batch = micro_batch
         self.term = term
         self.value = value
+
+
+class NotDecomposableError(LossError):
+    """The gradient of a batch is not the weighted mean of the gradients of its parts, so that it cannot be accumulated.
+
+    Attributes:
+        cause: "weights" (another weighting fits), "sum" (not a mean), "seed" (the backward pass ignores its incoming
+            gradient), "empty" (a mean over nothing in a part), "batch_norm", "state" (of a layer, moved by forward
+            passes) or "coupled" (samples that depend on each other).
+        term: name of the loss term ("loss" for a bare one).
+        weight: the weight that fits, as Python, where one was found.
+    """
+
+    def __init__(self, message: str, cause: str, term: str, weight: str | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.term = term
+        self.weight = weight
 
 
 class WeightError(GradfoldError, ValueError):

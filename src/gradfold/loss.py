@@ -31,12 +31,20 @@ def read_pair(output: LossOutput) -> tuple[Loss, Mapping[str, Any]]:
     raise LossError(_not_a_loss(output))
 
 
-def _read_terms(loss: Loss) -> dict[str, Tensor]:
-    if isinstance(loss, Mapping) and loss and all(isinstance(term, Tensor) for term in loss.values()):
-        if "loss" in loss and any(term.dim() > 0 for term in loss.values()):
-            raise LossError(_not_a_loss(loss))  # a transformers ModelOutput
-        return dict(loss)
-    raise LossError(_not_a_loss(loss))
+def read_terms(loss: Loss) -> dict[str, Tensor]:
+    """The terms of a loss by name.
+
+    Raises:
+        LossError: it is no loss, or a term is not a 0-d floating point tensor.
+    """
+    terms = {BARE: loss} if isinstance(loss, Tensor) else loss
+    if not isinstance(terms, Mapping) or not terms or not all(isinstance(term, Tensor) for term in terms.values()):
+        raise LossError(_not_a_loss(loss))
+    for name, term in terms.items():
+        if term.dim() or not term.is_floating_point():
+            is_output = terms is loss and "loss" in terms  # of transformers, a mapping with the logits in it
+            raise LossError(_not_a_loss(loss) if is_output else _not_a_mean(name, term))
+    return dict(terms)
 
 
 def _not_a_loss(output: object) -> str:
@@ -88,14 +96,12 @@ class LossTerms:
                 self._taken.append(index)
                 self._values[BARE, index] = loss.detach()
                 return [(loss, part)]
-        terms = {BARE: loss} if isinstance(loss, Tensor) else _read_terms(loss)
+        terms = read_terms(loss)
         if terms.keys() != self._parts.keys():
             self._check_names(index, terms)
         self._taken.append(index)
         weighed = []
         for name, term in terms.items():
-            if term.dim() or not term.is_floating_point():
-                raise LossError(_not_a_mean(name, term))
             part = self._parts[name][index]
             if part:
                 weighed.append((term, part))

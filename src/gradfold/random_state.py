@@ -28,6 +28,13 @@ class RandomState(NamedTuple):
         states = [(device, torch.get_device_module(device).get_rng_state(*_which(device))) for device in devices]
         return cls(torch.get_rng_state(), tuple(states))
 
+    def has_moved(self) -> bool:
+        """Whether some generator is in another state now."""
+        return not torch.equal(self.cpu, torch.get_rng_state()) or any(
+            not torch.equal(state, torch.get_device_module(device).get_rng_state(*_which(device)))
+            for device, state in self.accelerators
+        )
+
     def restore(self) -> None:
         """Set the generators back."""
         torch.set_rng_state(self.cpu)

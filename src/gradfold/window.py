@@ -132,6 +132,7 @@ class OpenWindow:
         self.weights = weights
         self.idle = weights.idle()
         self.back_propagate = back_propagate
+        self.device = device
         self.take = feed(micro_batches, device)
         self.losses = LossTerms(micro_batches, weights, device)
         self.metrics = Metrics(micro_batches, weights, device)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gradfold.cli.compare_progress import showing_progress
 from gradfold.cli.compare_table import print_comparison
-from gradfold.compare.arms import DEFAULT_ARMS
+from gradfold.compare.arms import DEFAULT_ARMS, GROUP_NORM_ARMS
 from gradfold.compare.report import make_folder, write_report
 from gradfold.compare.results import Comparison
 from gradfold.compare.run import compare as run_comparison
@@ -21,6 +21,7 @@ from gradfold.compare.settings import Settings
 
 __all__: list[str] = []
 
+_DEFAULT_ARMS = f"{','.join(DEFAULT_ARMS)}; in resnet also {','.join(GROUP_NORM_ARMS)}"
 _INTERRUPTED = 130  # what shells report after Ctrl-C
 
 EPILOG = """
@@ -33,6 +34,8 @@ EPILOG = """
 `gradfold compare mnist --data DIR --epochs 2` — files that you have; without --data they are downloaded
 
 `gradfold compare encoder --arms full-batch,gradfold --json` — two of the four ways, for a program to read
+
+`gradfold compare resnet` — what micro-batches do to BatchNorm, and not to GroupNorm
 
 `gradfold compare train.py:workload` — your own model: a function that returns a gradfold.Workload
 
@@ -50,7 +53,7 @@ def compare(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: the workload's]")] = None,
     seed: Annotated[int, typer.Option(help="Draws the first weights and the order of samples.")] = 0,
-    arms: Annotated[str, typer.Option(help="Which arms, in which order.")] = ",".join(DEFAULT_ARMS),
+    arms: Annotated[str | None, typer.Option(help=f"Which arms, in which order. [default: {_DEFAULT_ARMS}]")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the workload's data files.", metavar="DIR")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write report.html, results.json and plots into this folder.", metavar="DIR")
@@ -60,7 +63,7 @@ def compare(
 ) -> None:
     """Train one model with and without gradient accumulation, and compare.
 
-    The same model is trained from the same start on the same samples in the same order by four **arms**, each in a
+    The same model is trained from the same start on the same samples in the same order by several **arms**, each in a
     process of its own:
 
     - **full-batch**: the reference, each global batch at once, in plain torch
@@ -74,6 +77,9 @@ def compare(
     - **reordered** (only when asked for): the full batch with its rows in reverse. Rounding grows while a network
       trains; this shows how far it goes by itself
 
+    - **group-norm-full-batch** and **group-norm** (where BatchNorm sees micro-batches, as in resnet): another model,
+    with GroupNorm in place of BatchNorm, in full batches and by gradfold. The second is measured against the first
+
     You see how far each arm's gradient and weights end from the full batch's, its loss and accuracy, and what it costs
     in time and memory. An arm that fails or does not fit says so, and the others still run.
     """
@@ -84,7 +90,7 @@ def compare(
         micro_batch_size=micro_batch,
         num_epochs=epochs,
         seed=seed,
-        arms=tuple(name.strip() for name in arms.split(",") if name.strip()),
+        arms=None if arms is None else tuple(name.strip() for name in arms.split(",") if name.strip()),
         num_threads=threads,
     )
     if out is not None:
@@ -102,7 +108,7 @@ def compare(
 def _run(settings: Settings) -> Comparison:
     console = Console(stderr=True)
     try:
-        with showing_progress(console, settings.arms) as on_progress:
+        with showing_progress(console) as on_progress:
             return run_comparison(
                 settings, on_progress=on_progress, command_line=shlex.join(["gradfold", *sys.argv[1:]])
             )

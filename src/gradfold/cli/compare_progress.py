@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from gradfold.compare.readable import number
@@ -16,13 +16,13 @@ __all__: list[str] = []
 
 
 @contextmanager
-def showing_progress(console: Console, arms: Sequence[str]) -> Iterator[OnProgress]:
+def showing_progress(console: Console) -> Iterator[OnProgress]:
     """Bars while the block runs; the value is what to call with each progress."""
     if not console.is_terminal:
         yield lambda progress: None
         return
     bars = Bars(
-        TextColumn("{task.description:<12}"),
+        TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -31,9 +31,11 @@ def showing_progress(console: Console, arms: Sequence[str]) -> Iterator[OnProgre
         transient=True,
     )
     with bars:
-        tasks = {arm: bars.add_task(arm, total=None, start=False, state="waiting") for arm in arms}
+        tasks: dict[str, TaskID] = {}
 
         def on_progress(progress: Progress) -> None:
+            if progress.arm not in tasks:
+                tasks[progress.arm] = bars.add_task(progress.arm, total=None, start=False, state="waiting")
             task = tasks[progress.arm]
             if progress.state == "starting":
                 bars.start_task(task)

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gradfold.compare import readable
-from gradfold.compare.arms import REFERENCE
 from gradfold.compare.report import metric_names
 from gradfold.compare.results import Comparison, Row
 from gradfold.compare.verdict import verdict
@@ -79,7 +78,7 @@ def _sameness_cells(row: Row, has_last_window: bool, metrics: Sequence[str], num
     one = row.deviations
     deviations = [one.gradient_float32, one.gradient_float64, *[one.last_window_float64] * has_last_window, one.weights]
     cells = [readable.deviation(deviation) for deviation in deviations]
-    if row.arm == REFERENCE:
+    if row.is_reference:
         cells = ["reference", *[""] * (len(deviations) - 1)]
     cells.append(readable.number(row.measured.final_loss))
     for name in metrics:
@@ -109,7 +108,9 @@ def _costs(comparison: Comparison) -> Table:
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False
+    )
     table.add_column("arm", no_wrap=True, vertical="bottom")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

@@ -1,6 +1,7 @@
-"""The arms: four ways to train the same model on the same samples, each written as one would write it.
+"""The arms: ways to train the same model on the same samples, each written as one would write it.
 
-An arm is a generator: it trains over the orders of its epochs and yields after every update of the weights.
+An arm is a generator: it trains over the orders of its epochs and yields after every update of the weights. Two arms
+train another model, with GroupNorm in place of BatchNorm: one is a full batch again, and the reference of the other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from gradfold.accumulator import Accumulator
 from gradfold.batch import Batch
 from gradfold.compare.measure import Clock
 from gradfold.compare.samples import cut, take, weight_of
+from gradfold.coupled.convert import convert_batch_norm
 from gradfold.loss import LossOutput
 from gradfold.train_step import TrainStep
 from gradfold.workloads.workload import Workload
@@ -103,6 +105,7 @@ def gradfold(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
         collate=workload.collate,
         batch_norm=workload.batch_norm,
         backward=training.backward,
+        self_check=False,  # what does not fit is shown here, not refused
     )
     step = TrainStep(accumulator, training.optimizer)
     for order in epochs:
@@ -152,6 +155,16 @@ def reordered(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
     return full_batch(training, (torch.cat([part.flip(0) for part in torch.split(order, size)]) for order in epochs))
 
 
+def as_it_is(model: nn.Module) -> nn.Module:
+    """The workload's own model."""
+    return model
+
+
+REFERENCE = "full-batch"
+GROUP_NORM_REFERENCE = "group-norm-full-batch"
+CONTROL = "reordered"
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to train.
@@ -161,16 +174,18 @@ class Arm:
         description: what it does, for tables and reports.
         train: the loop.
         accumulates: whether one update stands for a whole global batch.
+        prepare: makes the model that is trained out of the workload's.
+        reference: the arm that trains the same model on full batches; its own name, if it is that arm.
     """
 
     name: str
     description: str
     train: Callable[[Training, Iterable[Tensor]], Iterator[Update]]
     accumulates: bool = True
+    prepare: Callable[[nn.Module], nn.Module] = as_it_is
+    reference: str = REFERENCE
 
 
-REFERENCE = "full-batch"
-CONTROL = "reordered"
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -179,9 +194,29 @@ ARMS: dict[str, Arm] = {
         Arm("plain-loop", "the loop as articles print it: loss / n, a step every n micro-batches", plain_loop),
         Arm("small-batch", "no accumulation: an update for every micro-batch", small_batch, accumulates=False),
         Arm(CONTROL, "the control: the full batch with its rows in reverse, which changes rounding alone", reordered),
+        Arm(
+            GROUP_NORM_REFERENCE,
+            "the full batch of another model: gradfold.convert_batch_norm puts GroupNorm in the place of BatchNorm",
+            full_batch,
+            prepare=convert_batch_norm,
+            reference=GROUP_NORM_REFERENCE,
+        ),
+        Arm(
+            "group-norm",
+            "that other model by gradfold: each global batch in micro-batches",
+            gradfold,
+            prepare=convert_batch_norm,
+            reference=GROUP_NORM_REFERENCE,
+        ),
     )
 }
-DEFAULT_ARMS = tuple(name for name in ARMS if name != CONTROL)
+GROUP_NORM_ARMS = tuple(name for name, arm in ARMS.items() if arm.reference == GROUP_NORM_REFERENCE)
+DEFAULT_ARMS = tuple(name for name in ARMS if name not in (CONTROL, *GROUP_NORM_ARMS))
+
+
+def default_arms(workload: Workload) -> tuple[str, ...]:
+    """The arms that answer what one asks of a workload: with BatchNorm by micro-batch, also what GroupNorm would do."""
+    return DEFAULT_ARMS + (GROUP_NORM_ARMS if workload.batch_norm == "per_micro_batch" else ())
 
 
 def _joined(window: list[tuple[Tensor, float, int]]) -> Update:

@@ -1,4 +1,4 @@
-"""How far an arm is from the reference: distances between the tensors that both have left, computed in float64."""
+"""How far an arm is from its reference: distances between the tensors that both have left, computed in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gradfold.compare.arms import ARMS, REFERENCE
+from gradfold.compare.arms import ARMS
 from gradfold.compare.results import Deviation, Deviations, Measured
 from gradfold.compare.settings import Sizes
 from gradfold.compare.tensor_files import Tensors, difference, load, norm
@@ -44,29 +44,32 @@ def _none(note: str) -> Deviations:
 
 
 def _incomparable(arm: str, folder: Path, measured: dict[str, Measured]) -> str:
-    """Why nothing of an arm can be compared with the reference, or an empty text."""
+    """Why nothing of an arm can be compared with its reference, or an empty text."""
     if arm not in measured:
         return "this arm failed"
-    if not (folder / REFERENCE).exists():
-        return f"{REFERENCE} was not run"
-    if REFERENCE not in measured:
-        return f"{REFERENCE} failed"
-    start, reference = load(folder / arm, Tensors.START), load(folder / REFERENCE, Tensors.START)
-    if start is None or reference is None or norm(difference(start, reference)) != 0.0:
+    reference = ARMS[arm].reference
+    if not (folder / reference).exists():
+        return f"{reference} was not run"
+    if reference not in measured:
+        return f"{reference} failed"
+    start, expected = load(folder / arm, Tensors.START), load(folder / reference, Tensors.START)
+    if start is None or expected is None or norm(difference(start, expected)) != 0.0:
         return "it started from other weights: make_model draws random numbers that torch.manual_seed does not set"
     return ""
 
 
 def _of_tensors(arm: str, folder: Path, measured: dict[str, Measured], name: str) -> Deviation:
-    own, reference = load(folder / arm, name), load(folder / REFERENCE, name)
+    reference_arm = ARMS[arm].reference
+    own, reference = load(folder / arm, name), load(folder / reference_arm, name)
     if own is None or reference is None:
-        return Deviation(None, measured[arm].notes.get(name) or measured[REFERENCE].notes.get(name, "not measured"))
+        return Deviation(None, measured[arm].notes.get(name) or measured[reference_arm].notes.get(name, "not measured"))
     return _relative(difference(own, reference), norm(reference))
 
 
 def _of_weights(arm: str, folder: Path) -> Deviation:
-    final, reference = load(folder / arm, Tensors.FINAL), load(folder / REFERENCE, Tensors.FINAL)
-    start = load(folder / REFERENCE, Tensors.START)
+    reference_folder = folder / ARMS[arm].reference
+    final, reference = load(folder / arm, Tensors.FINAL), load(reference_folder, Tensors.FINAL)
+    start = load(reference_folder, Tensors.START)
     assert final is not None and reference is not None and start is not None  # both arms ran to their end
     return _relative(difference(final, reference), norm(difference(reference, start)))
 

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from gradfold.compare import readable
-from gradfold.compare.arms import REFERENCE
+from gradfold.compare.arms import DEFAULT_ARMS
 from gradfold.compare.results import Comparison, Deviation, Measured, Row
 from gradfold.compare.verdict import FLOAT64_ROUNDING
 
@@ -32,9 +32,14 @@ COLORS = {
     "plain-loop": "#e69f00",
     "small-batch": "#cc79a7",
     "reordered": "#009e73",
+    "group-norm-full-batch": "#f0b48a",
+    "group-norm": "#d55e00",
 }
-_WIDTHS = {"full-batch": 8.0, "plain-loop": 4.4, "gradfold": 1.6, "small-batch": 1.6, "reordered": 2.8}
-_ON_TOP = ("small-batch", "full-batch", "plain-loop", "reordered", "gradfold")
+_WIDTHS = {
+    **{"full-batch": 8.0, "plain-loop": 4.4, "gradfold": 1.6, "small-batch": 1.6, "reordered": 2.8},
+    **{"group-norm-full-batch": 8.0, "group-norm": 1.6},
+}
+_ON_TOP = ("small-batch", "group-norm-full-batch", "group-norm", "full-batch", "plain-loop", "reordered", "gradfold")
 _NUM_POINTS = 60
 _PHASES = (("forward", 1.0), ("backward", 0.68), ("update", 0.4), ("other", 0.17))
 _INK, _FAINT = "#22262b", "#6a7079"
@@ -59,8 +64,9 @@ _STYLE = {
 
 def draw_all(comparison: Comparison) -> dict[str, bytes]:
     """Every plot as PNG, by file name."""
-    plots = {name: _render(comparison, [draw], (6.8, height)) for name, (draw, height) in PLOTS.items()}
-    plots["overview.png"] = _render(comparison, [draw for draw, _ in PLOTS.values()], (14.0, 9.0))
+    more = max(len(comparison.rows) - len(DEFAULT_ARMS), 0)
+    plots = {name: _render(comparison, [draw], (6.8, high + more * by)) for name, (draw, high, by) in PLOTS.items()}
+    plots["overview.png"] = _render(comparison, [draw for draw, _, _ in PLOTS.values()], (14.0, 9.0 + more))
     return plots
 
 
@@ -132,7 +138,7 @@ def draw_gradient_error(axes: Axes, comparison: Comparison) -> None:
     axes.axvspan(1e-18, FLOAT64_ROUNDING, color="#f1f3f5", zorder=0)
     axes.text(1.6e-18, -0.62, "rounding in float64", color=_FAINT, fontsize=9, va="center")
     for position, row in enumerate(comparison.rows):
-        if row.arm == REFERENCE and row.measured is not None:
+        if row.is_reference and row.measured is not None:
             axes.text(1.6e-18, position, "reference", color=_FAINT, va="center")
             continue
         for marker, _, deviation, shift in _gradient_marks(row):
@@ -150,17 +156,18 @@ def draw_gradient_error(axes: Axes, comparison: Comparison) -> None:
     axes.legend(
         handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 0.98), handletextpad=0.2, columnspacing=1.2
     )
-    axes.set(xlabel="relative distance from the full batch's gradient")
+    axes.set(xlabel="relative distance from the gradient of the same model's full batch")
     _title(axes, "Gradient error")
     _bars(axes, comparison.rows, 0.0, room=1.0)
     axes.set_xlim(1e-18, 300.0)
 
 
-PLOTS: dict[str, tuple[Draw, float]] = {
-    "loss.png": (draw_loss, 4.6),
-    "gradient_error.png": (draw_gradient_error, 3.9),
-    "memory.png": (draw_memory, 3.4),
-    "time.png": (draw_time, 3.6),
+# How each is drawn, its height in inches, and how much higher it gets by every arm beyond the usual four.
+PLOTS: dict[str, tuple[Draw, float, float]] = {
+    "loss.png": (draw_loss, 4.6, 0.0),
+    "gradient_error.png": (draw_gradient_error, 3.9, 0.65),
+    "memory.png": (draw_memory, 3.4, 0.45),
+    "time.png": (draw_time, 3.6, 0.45),
 }
 
 

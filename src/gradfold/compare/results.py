@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from gradfold.compare.arms import ARMS
 from gradfold.compare.measure import Memory, Seconds
 from gradfold.compare.settings import Settings, Sizes
 
@@ -108,7 +109,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far something of an arm is from the full batch's, relative to its size; or why there is no such number."""
+    """How far something of an arm is from its reference's, relative to its size; or why there is no such number."""
 
     value: float | None
     note: str = ""
@@ -120,7 +121,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Deviations:
-    """How far an arm is from the full batch.
+    """How far an arm is from its reference, the full batch of the same model.
 
     Args:
         gradient_float32: the gradient of the first update, as it was run.
@@ -146,13 +147,23 @@ class Deviations:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm: what it measured and how far it is from the full batch, or why it failed."""
+    """One arm: what it measured and how far it is from its reference, or why it failed."""
 
     arm: str
     description: str
     measured: Measured | None
     deviations: Deviations
     failure: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """The arm from which the deviations of this one are measured."""
+        return ARMS[self.arm].reference
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether other arms are measured from this one."""
+        return self.arm == self.reference
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -161,6 +172,7 @@ class Row:
             "description": self.description,
             "status": "failed" if self.measured is None else "finished",
             "failure": self.failure,
+            "reference": self.reference,
             "deviation_from_full_batch": self.deviations.to_json(),
             "measured": None if self.measured is None else self.measured.to_json(),
         }

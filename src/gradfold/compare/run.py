@@ -15,7 +15,7 @@ from gradfold.compare.arms import ARMS
 from gradfold.compare.deviation import deviations
 from gradfold.compare.machine import OtherPrograms, describe_machine, versions
 from gradfold.compare.results import Comparison, Measured, Row, WorkloadFacts
-from gradfold.compare.settings import Settings, Sizes, as_options, check_options, complete
+from gradfold.compare.settings import Settings, Sizes, as_options, check_options, chosen_arms, complete
 from gradfold.compare.worker import Task
 from gradfold.workloads import registry
 
@@ -34,7 +34,7 @@ class Progress:
         total_samples: of how many.
         updates: updates so far.
         loss: the loss of the last update; None before the first one.
-        state: "starting", "training", "finished" or "failed".
+        state: "waiting" (every arm, before the first one starts), "starting", "training", "finished" or "failed".
     """
 
     arm: str
@@ -62,16 +62,19 @@ def compare(
     """
     check_options(settings)
     workload = registry.load(settings.workload, settings.data)
+    arms = chosen_arms(settings, workload)
     sizes = complete(settings, workload)
     facts = WorkloadFacts(workload.name, workload.description, workload.batch_norm, dict(workload.facts))
     del workload  # the arms load their own, and may need the memory
 
+    for arm in arms:
+        on_progress(Progress(arm, 0, _total_samples(sizes), 0, None, "waiting"))
     measured: dict[str, Measured] = {}
     failures: dict[str, str] = {}
     others: list[float] = []
     with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        for arm in settings.arms:
+        for arm in arms:
             other_programs = OtherPrograms()
             outcome = _run_arm(_task(arm, settings, sizes, folder), sizes, on_progress)
             others += filter(None, [other_programs.num_cores()])
@@ -87,10 +90,10 @@ def compare(
                 deviations=deviations(arm, folder, measured, sizes),
                 failure=failures.get(arm),
             )
-            for arm in settings.arms
+            for arm in arms
         )
     machine = {**describe_machine(), "cores_busy_with_other_programs": round(max(others, default=0.0), 2)}
-    return Comparison(as_options(settings, sizes), sizes, facts, rows, versions(), machine, command_line)
+    return Comparison(as_options(settings, sizes, arms), sizes, facts, rows, versions(), machine, command_line)
 
 
 def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path) -> Task:
@@ -110,7 +113,7 @@ def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path) -> Task:
 
 def _run_arm(task: Task, sizes: Sizes, on_progress: OnProgress) -> Measured | str:
     """Run one arm to its end: what it measured, or why it failed."""
-    total = sizes.num_samples * sizes.num_epochs
+    total = _total_samples(sizes)
     last = Progress(task.arm, 0, total, 0, None, "starting")
     on_progress(last)
     outcome: Measured | str | None = None
@@ -141,6 +144,10 @@ def _run_arm(task: Task, sizes: Sizes, on_progress: OnProgress) -> Measured | st
         outcome = _death(child.returncode, errors.read_text(encoding="utf-8", errors="replace"))
     on_progress(_last_progress(outcome, last))
     return _without_home(outcome) if isinstance(outcome, str) else outcome
+
+
+def _total_samples(sizes: Sizes) -> int:
+    return sizes.num_samples * sizes.num_epochs
 
 
 def _last_progress(outcome: Measured | str, last: Progress) -> Progress:

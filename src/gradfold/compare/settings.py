@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradfold.compare.arms import ARMS, DEFAULT_ARMS
+from gradfold.compare.arms import ARMS, GROUP_NORM_ARMS, default_arms
 from gradfold.compare.samples import num_samples
 from gradfold.errors import OptionError
 from gradfold.workloads.workload import Workload
@@ -35,7 +35,7 @@ class Settings:
     micro_batch_size: int | None = None
     num_epochs: int | None = None
     seed: int = 0
-    arms: tuple[str, ...] = DEFAULT_ARMS
+    arms: tuple[str, ...] | None = None
     num_threads: int | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Settings:
             "micro_batch_size": self.micro_batch_size,
             "num_epochs": self.num_epochs,
             "seed": self.seed,
-            "arms": list(self.arms),
+            "arms": None if self.arms is None else list(self.arms),
             "num_threads": self.num_threads,
         }
 
@@ -72,14 +72,15 @@ def check_options(settings: Settings) -> None:
     Raises:
         OptionError: an arm is unknown or named twice, or a number is out of range.
     """
-    unknown = [name for name in settings.arms if name not in ARMS]
-    if unknown or not settings.arms:
+    arms = settings.arms
+    unknown = [name for name in arms or () if name not in ARMS]
+    if unknown or arms == ():
         named = ", ".join(map(repr, unknown)) or "none"
         raise OptionError(
             f"unknown arms: {named}; the arms are {', '.join(ARMS)}, for example --arms full-batch,gradfold."
         )
-    if len(set(settings.arms)) < len(settings.arms):
-        raise OptionError(f"an arm is named twice: {', '.join(settings.arms)}.")
+    if arms is not None and len(set(arms)) < len(arms):
+        raise OptionError(f"an arm is named twice: {', '.join(arms)}.")
     for option, value, least in (
         ("--global-batch", settings.global_batch_size, 1),
         ("--micro-batch", settings.micro_batch_size, 1),
@@ -91,6 +92,23 @@ def check_options(settings: Settings) -> None:
             raise OptionError(f"{option} {value}: expected at least {least}.")
     if settings.seed >= 2**32:
         raise OptionError(f"--seed {settings.seed}: expected less than 2**32.")
+
+
+def chosen_arms(settings: Settings, workload: Workload) -> tuple[str, ...]:
+    """The arms that the settings mean for this workload.
+
+    Raises:
+        OptionError: an arm replaces BatchNorm, and the workload has none that sees micro-batches.
+    """
+    if settings.arms is None:
+        return default_arms(workload)
+    needless = [name for name in settings.arms if name in GROUP_NORM_ARMS]
+    if needless and workload.batch_norm is None:
+        raise OptionError(
+            f"--arms {','.join(needless)}: there is no BatchNorm to replace by GroupNorm in workload "
+            f"{workload.name!r}, whose batch_norm is None. Leave {'them' if len(needless) > 1 else 'it'} out."
+        )
+    return settings.arms
 
 
 def complete(settings: Settings, workload: Workload) -> Sizes:
@@ -116,10 +134,11 @@ def complete(settings: Settings, workload: Workload) -> Sizes:
     return Sizes(num, global_batch, micro_batch, settings.num_epochs or workload.num_epochs)
 
 
-def as_options(settings: Settings, sizes: Sizes) -> Settings:
-    """The settings with the sizes that were used written in."""
+def as_options(settings: Settings, sizes: Sizes, arms: tuple[str, ...]) -> Settings:
+    """The settings with the sizes and arms that were used written in."""
     return replace(
         settings,
+        arms=arms,
         global_batch_size=sizes.global_batch_size,
         micro_batch_size=sizes.micro_batch_size,
         num_epochs=sizes.num_epochs,

@@ -40,7 +40,7 @@ def measure_arm(
     The measurements of time and memory end before the model is evaluated and before gradients are computed in
     float64, so that neither touches them.
     """
-    make_model = functools.partial(_seeded_model, workload, seed)
+    make_model = functools.partial(_seeded_model, workload, arm, seed)
     _rehearse(workload, make_model())
     model = make_model()
     save_parameters(model, folder, Tensors.START)
@@ -130,9 +130,9 @@ def _mean(updates: list[Update]) -> float:
     return sum(update.loss * update.weight for update in counting) / weight if weight else float("nan")
 
 
-def _seeded_model(workload: Workload, seed: int) -> nn.Module:
+def _seeded_model(workload: Workload, arm: Arm, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return workload.make_model()
+    return arm.prepare(workload.make_model())
 
 
 def _rehearse(workload: Workload, model: nn.Module) -> None:

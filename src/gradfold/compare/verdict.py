@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gradfold.compare.arms import CONTROL, REFERENCE
-from gradfold.compare.readable import share, size
+from gradfold.compare.arms import CONTROL, GROUP_NORM_REFERENCE, REFERENCE
+from gradfold.compare.readable import metric, share, size
 from gradfold.compare.results import Comparison, Deviation, Row
 
 __all__: list[str] = []
@@ -25,21 +25,48 @@ def verdict(comparison: Comparison) -> list[str]:
         elif row.arm != REFERENCE:
             sentences.append(_WORDS.get(row.arm, _gradient)(row, comparison))
     sentences += [_growth(comparison), _contention(comparison)]
-    if comparison.measured(REFERENCE) is None:
-        sentences.append(f"Without {REFERENCE} there is no reference: gradients and weights are not compared.")
+    sentences += _missing_references(comparison)
     return [sentence for sentence in sentences if sentence]
 
 
 def _of_gradfold(row: Row, comparison: Comparison) -> str:
+    return " ".join(filter(None, [_explained_gradient(row, comparison), _cost(row, comparison)]))
+
+
+def _of_group_norm(row: Row, comparison: Comparison) -> str:
+    words = [_explained_gradient(row, comparison), _cost(row, comparison)]
+    with_batch_norm = comparison.row("gradfold")
+    if with_batch_norm is not None and is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
+        far = with_batch_norm.deviations.gradient_float64
+        if far.value is not None and not is_rounding(far, FLOAT64_ROUNDING):
+            words.insert(1, "So accumulation is the large batch with GroupNorm, and is not with BatchNorm.")
+    return " ".join(filter(None, words))
+
+
+def _explained_gradient(row: Row, comparison: Comparison) -> str:
+    """How close the first gradient of an arm that ought to be exact is, and why not, where it is not."""
     words = _gradient(row, comparison)
     if words and not is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
-        if comparison.workload.batch_norm == "per_micro_batch":
+        if comparison.workload.batch_norm == "per_micro_batch" and row.reference == REFERENCE:
             words += (
                 ' BatchNorm normalises by micro-batch here, as the workload asks for (batch_norm="per_micro_batch").'
             )
         elif row.deviations.gradient_float64.value is not None:
             words += " That is more than rounding: dropout and other random layers draw differently in micro-batches."
-    return " ".join(filter(None, [words, _cost(row, comparison)]))
+    return words
+
+
+def _of_group_norm_reference(row: Row, comparison: Comparison) -> str:
+    words = f"{row.arm} is another model, with GroupNorm in place of BatchNorm, which group-norm is measured against"
+    own, other = row.measured, comparison.measured(REFERENCE)
+    if own is None or other is None:
+        return f"{words}."
+    shared = [name for name in own.metrics if name in other.metrics]
+    scores = [
+        f"{name} {metric(name, own.metrics[name])} where {REFERENCE} has {metric(name, other.metrics[name])}"
+        for name in shared
+    ]
+    return f"{words}. Held out: {', '.join(scores)}." if scores else f"{words}."
 
 
 def _of_plain_loop(row: Row, comparison: Comparison) -> str:
@@ -78,11 +105,11 @@ def _gradient(row: Row, comparison: Comparison) -> str:
     if error.value is None:
         return ""
     if error.value == 0.0:
-        words = f"{row.arm}: the first gradient is the full batch's exactly (in {precision})"
+        words = f"{row.arm}: the first gradient is {_whose(row)} exactly (in {precision})"
     elif is_rounding(error, bound):
-        words = f"{row.arm}: the first gradient is the full batch's to rounding ({share(error.value)} in {precision})"
+        words = f"{row.arm}: the first gradient is {_whose(row)} to rounding ({share(error.value)} in {precision})"
     else:
-        words = f"{row.arm}: the first gradient is {share(error.value)} off the full batch's ({precision})"
+        words = f"{row.arm}: the first gradient is {share(error.value)} off {_whose(row)} ({precision})"
     return f"{words}; {_weights(row, 'the')}".rstrip("; ") + "."
 
 
@@ -91,21 +118,30 @@ def _weights(row: Row, article: str) -> str:
     if weights is None:
         return ""
     if weights == 0.0:
-        return f"{article} final weights are the full batch's exactly"
-    return f"{article} final weights end {share(weights)} away from the full batch's"
+        return f"{article} final weights are {_whose(row)} exactly"
+    return f"{article} final weights end {share(weights)} away from {_whose(row)}"
+
+
+def _full_batch(row: Row) -> str:
+    """What the arm is measured against, in words."""
+    return "the full batch" if row.reference == REFERENCE else row.reference
+
+
+def _whose(row: Row) -> str:
+    return f"{_full_batch(row)}'s"
 
 
 def _cost(row: Row, comparison: Comparison) -> str:
-    """Memory and time against the full batch."""
-    own, reference = row.measured, comparison.measured(REFERENCE)
+    """Memory and time against the full batch of the same model."""
+    own, reference = row.measured, comparison.measured(row.reference)
     if own is None or reference is None:
         return ""
     rise, full = own.memory.rise_bytes, reference.memory.rise_bytes
     noise = 0 if own.device == "cuda" else _PROCESS_NOISE_BYTES
     if abs(rise - full) <= max(_SAME * full, noise):
-        memory = f"about the same memory as the full batch ({size(rise)} against {size(full)})"
+        memory = f"about the same memory as {_full_batch(row)} ({size(rise)} against {size(full)})"
     else:
-        memory = f"{size(rise)} of memory where the full batch took {size(full)}"
+        memory = f"{size(rise)} of memory where {_full_batch(row)} took {size(full)}"
     pace = own.samples_per_s / reference.samples_per_s
     speed = "at about the same speed" if abs(pace - 1) <= _SAME else f"at {pace:.2f} times its speed"
     return f"Training took {memory}, {speed}."
@@ -113,20 +149,37 @@ def _cost(row: Row, comparison: Comparison) -> str:
 
 def _growth(comparison: Comparison) -> str:
     """What to make of weights that differ although gradients agree to rounding."""
-    control, row = comparison.row(CONTROL), comparison.row("gradfold")
+    control = comparison.row(CONTROL)
     if control is not None and control.deviations.weights.value is not None:
         return (
             f"Rounding alone ({CONTROL}) carries the weights {share(control.deviations.weights.value)} away: what is "
             "not farther away is the same training."
         )
-    if row is None or (row.deviations.weights.value or 0.0) < _NOTICEABLE:
+    parted = [
+        row.arm
+        for row in comparison.rows
+        if row.arm in ("gradfold", "group-norm")
+        and (row.deviations.weights.value or 0.0) >= _NOTICEABLE
+        and is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING)
+    ]
+    if not parted:
         return ""
-    if not is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
-        return ""
-    return (
-        "Weights may part although gradients agree: rounding grows from update to update. "
-        f"--arms {REFERENCE},gradfold,{CONTROL} shows how far it goes by itself."
-    )
+    words = "Weights may part although gradients agree: rounding grows from update to update."
+    if "gradfold" in parted:
+        words += f" --arms {REFERENCE},gradfold,{CONTROL} shows how far it goes by itself."
+    return words
+
+
+def _missing_references(comparison: Comparison) -> list[str]:
+    """What could not be compared since the full batch of its model is not there."""
+    compared: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        if row.measured is not None and not row.is_reference and comparison.measured(row.reference) is None:
+            compared.setdefault(row.reference, []).append(row.arm)
+    return [
+        f"Without {reference} there is no reference: gradients and weights of {', '.join(arms)} are not compared."
+        for reference, arms in compared.items()
+    ]
 
 
 def _contention(comparison: Comparison) -> str:
@@ -148,7 +201,9 @@ def is_rounding(deviation: Deviation, bound: float) -> bool:
 
 _WORDS = {
     CONTROL: lambda row, comparison: "",
+    GROUP_NORM_REFERENCE: _of_group_norm_reference,
     "gradfold": _of_gradfold,
+    "group-norm": _of_group_norm,
     "plain-loop": _of_plain_loop,
     "small-batch": _of_small_batch,
 }

@@ -59,7 +59,9 @@ class ResNet(nn.Module):
 
 
 def resnet(data: Path | None = None) -> Workload:
-    """BatchNorm by micro-batch statistics, which is not the full batch's gradient; the rows of a report show how far.
+    """BatchNorm by micro-batch statistics, which is not the full batch's gradient; a report shows how far.
+
+    A comparison trains it with GroupNorm too, of which micro-batches give the full batch's gradient.
 
     Args:
         data: the folder with the binary version of CIFAR-10; None takes the digits of scikit-learn.

@@ -1,0 +1,130 @@
+"""A mixture: the gradient of some rows as it is made of the gradients of two parts of them, each row in one part.
+
+For a loss that is a mean, whole = share * first + (1 - share) * second, with the shares that the weights give. Where
+that fails, another relation often holds, and says what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__: list[str] = []
+
+Cause = Literal["weights", "sum", "seed", "coupled"]
+
+# Parameters whose gradient is this much smaller than the largest one count as zero: what is in them is rounding.
+_NEGLIGIBLE = 1e-3
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gradients of a whole and of its two parts, per parameter the same elements of each (1-d tensors).
+
+    Attributes:
+        whole, first, second: as they were back-propagated, with seeds in the ratio of 1, `share` and `1 - share`.
+        share: what the first part makes up of the whole by its weight.
+    """
+
+    whole: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    share: float
+
+    @classmethod
+    def of(
+        cls,
+        whole: Sequence[Tensor | None],
+        first: Sequence[Tensor | None],
+        second: Sequence[Tensor | None],
+        share: float,
+    ) -> Mixture | None:
+        """From gradients of which some may be missing, which are zero; None where all are."""
+        found = [three for three in zip(whole, first, second, strict=True) if any(one is not None for one in three)]
+        if not found:
+            return None
+        filled = [_filled(three) for three in found]
+        return cls([a for a, _, _ in filled], [b for _, b, _ in filled], [c for _, _, c in filled], share)
+
+    @cached_property
+    def errors(self) -> Tensor:
+        """How far the parts are from the whole, per parameter, relative to the size of the parts."""
+        missing = [whole - first - second for whole, first, second in self._each()]
+        return _root_mean_squares(missing) / self._sizes
+
+    def separation(self) -> float:
+        """How different the means over the two parts are: where they are equal, weights cannot be told from others."""
+        if not 0 < self.share < 1:
+            return 0.0
+        gaps = [first / self.share - second / (1 - self.share) for _, first, second in self._each()]
+        return float((_root_mean_squares(gaps) / self._sizes).max())
+
+    def differences(self, other: Sequence[Tensor | None]) -> Tensor:
+        """How far another run of the whole is from this one, on the scale of `errors`."""
+        present = [gradient for gradient in other if gradient is not None]
+        if [len(gradient) for gradient in present] != [len(gradient) for gradient in self.whole]:
+            return torch.full((len(self.whole),), torch.inf)
+        return _root_mean_squares([a - b for a, b in zip(self.whole, present, strict=True)]) / self._sizes
+
+    def explain(self, tolerance: float) -> tuple[Cause, float | None]:
+        """The relation that holds instead; for "weights" with the share of the first part that fits."""
+        sizes = self._sizes
+        whole, first, second = (
+            torch.cat([part / size / len(part) ** 0.5 for part, size in zip(parts, sizes.tolist(), strict=True)])
+            for parts in (self.whole, self.first, self.second)
+        )
+        bound = tolerance * float(first.norm() + second.norm())
+        a, b = _mean(first, self.share), _mean(second, 1 - self.share)
+        if float((whole - a - b).norm()) < bound / (_nonzero(self.share) * _nonzero(1 - self.share)):
+            return "sum", None
+        if float((whole - self.share * first - (1 - self.share) * second).norm()) < bound:
+            return "seed", None
+        fitting = _fitting_share(whole, a, b)
+        if fitting is not None and len(whole) > 2:
+            rest = float((whole - fitting * a - (1 - fitting) * b).norm())
+            # It must explain nearly all, since losses that couple samples weakly are almost a mixture, too.
+            if rest < tolerance * float(a.norm() + b.norm()) and rest < 0.02 * float((whole - first - second).norm()):
+                return "weights", fitting
+        return "coupled", None
+
+    def _each(self) -> zip[tuple[Tensor, Tensor, Tensor]]:
+        return zip(self.whole, self.first, self.second, strict=True)
+
+    @cached_property
+    def _sizes(self) -> Tensor:
+        parts = _root_mean_squares(self.first) + _root_mean_squares(self.second)
+        sizes = torch.maximum(parts, _root_mean_squares(self.whole))
+        return sizes.clamp(min=max(_NEGLIGIBLE * float(sizes.max()), 1e-300))
+
+
+def _filled(three: tuple[Tensor | None, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    zero = torch.zeros_like(next(one for one in three if one is not None))
+    whole, first, second = (zero if one is None else one for one in three)
+    return whole, first, second
+
+
+def _fitting_share(whole: Tensor, a: Tensor, b: Tensor) -> float | None:
+    """The x that brings x * a + (1 - x) * b closest to the whole, where it is a share."""
+    gap = a - b
+    if not float(gap.norm()):
+        return None
+    fitting = float((whole - b).dot(gap) / gap.dot(gap))
+    return fitting if -1e-3 <= fitting <= 1 + 1e-3 else None
+
+
+def _mean(part: Tensor, share: float) -> Tensor:
+    return part / _nonzero(share)
+
+
+def _nonzero(share: float) -> float:
+    return share or 1.0  # a part that weighs nothing was not run; its gradient is zero
+
+
+def _root_mean_squares(parts: list[Tensor]) -> Tensor:
+    lengths = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(parts)).cpu().double() / lengths.sqrt()

@@ -1,0 +1,197 @@
+"""A trial: forward and backward passes that leave no trace.
+
+Whatever a trial changes is as before when it ends: `.grad` of every tensor that it reached, buffers, torch's, numpy's
+and Python's random states, and plain attributes of modules (a counter, a moving average that is rebound).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfold.backward import BackPropagation
+from gradfold.batch import Batch, map_tensors
+from gradfold.buffers import BufferKeeper
+from gradfold.loss import LossFn, read_pair, read_terms
+from gradfold.random_state import RandomState
+
+__all__: list[str] = []
+
+_MAX_ELEMENTS = 2**17  # of all gradients together that are compared
+
+Shares = Callable[[str], float]
+"""From the name of a loss term to the share with which it is back-propagated."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave: a bounded sample of the gradient, per parameter, and the loss terms by name."""
+
+    gradients: list[Tensor | None]
+    losses: Mapping[str, Tensor]
+
+
+class Trial:
+    """Runs parts of a batch on a model and takes everything back at the end of the `with` block."""
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, back_propagate: BackPropagation, frozen: Iterable[nn.Module] = ()
+    ) -> None:
+        self._frozen = frozen  # put into evaluation mode meanwhile
+        self._model = model
+        self._loss_fn = loss_fn
+        self._back_propagate = back_propagate
+        self._foreign: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __enter__(self) -> Trial:
+        self._modules = list(self._model.modules())
+        self._attributes = [(module, _plain(module)) for module in self._modules]
+        self._buffers = BufferKeeper()
+        self._buffers.open(self._modules)
+        self._random_state = RandomState.record(self._model.parameters())
+        self._host_random_state = host_random_state()
+        for module in self._frozen:
+            module.training = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._buffers.restore()
+        self._random_state.restore()
+        _restore_host(self._host_random_state)
+        for module, attributes in self._attributes:
+            _reset(module, attributes)
+        for tensor, gradient in self._foreign.values():
+            tensor.grad = gradient
+        self._empty_gradients()
+
+    def rewind(self) -> None:
+        """Set buffers and random states to where they were at the beginning."""
+        self._buffers.restore()
+        self._buffers.open(self._modules)
+        self._random_state.restore()
+        _restore_host(self._host_random_state)
+
+    def changed_buffers(self) -> list[str]:
+        """The names of the buffers that differ from those at the beginning."""
+        return self._buffers.changed(self._model)
+
+    def has_drawn(self) -> bool:
+        """Whether torch's random state has moved since the beginning."""
+        return self._random_state.has_moved()
+
+    def run(self, batch: Batch, shares: Shares, mode: AbstractContextManager[Any], only: str | None = None) -> Outcome:
+        """One forward and backward pass.
+
+        Args:
+            batch: what `loss_fn` takes, on the device.
+            shares: the seed of each loss term; a term whose share is 0 is not back-propagated.
+            mode: is on during both passes.
+            only: back-propagate this term alone.
+        """
+        batch = map_tensors(torch.clone, batch)  # a model may change its input in place
+        with mode:
+            output = self._loss_fn(self._model, batch)
+            terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
+            weighed = [(term, shares(name)) for name, term in terms.items() if only in (None, name)]
+            weighed = [(term, share) for term, share in weighed if share]
+            self._set_aside_foreign(term for term, _ in weighed)
+            self._back_propagate(weighed)
+        gradients = sample_gradients(list(self._model.parameters()))
+        self._empty_gradients()
+        return Outcome(gradients, {name: term.detach() for name, term in terms.items()})
+
+    def _empty_gradients(self) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
+
+    def _set_aside_foreign(self, terms: Iterable[Tensor]) -> None:
+        """Keep the gradients of tensors outside the model, which the backward pass adds to as well."""
+        own = {id(parameter) for parameter in self._model.parameters()}
+        for leaf in _leaves(terms):
+            if id(leaf) not in own and id(leaf) not in self._foreign:
+                self._foreign[id(leaf)] = (leaf, leaf.grad)
+                leaf.grad = None
+
+
+def sample_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Evenly spaced elements of each gradient, at most 2^17 in all, in float32 at least.
+
+    Of a sparse gradient its sum over the rows: like the elements, a linear map of the gradient.
+    """
+    quota = max(1, _MAX_ELEMENTS // max(1, len(parameters)))
+    return [_sample(parameter.grad, quota) for parameter in parameters]
+
+
+def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
+    if gradient is None or not gradient.numel():
+        return None
+    if gradient.is_sparse:
+        gradient = torch.sparse.sum(gradient.detach(), 0).to_dense()
+    values = gradient.detach().reshape(-1)
+    values = values[:: -(-len(values) // quota)]
+    values = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
+    return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+
+
+def host_random_state() -> tuple[Any, Any]:
+    """The states of Python's and numpy's global generators (None where numpy is not loaded)."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def drew_on_host(before: tuple[Any, Any]) -> str | None:
+    """The name of the global generator that has moved since `before`, if one has."""
+    python, numpy = host_random_state()
+    if python != before[0]:
+        return "random"
+    if numpy is None:
+        return None
+    # A name, the words of the state as an array, the position in them, and a cached normal number.
+    same = before[1] is not None and numpy[2:] == before[1][2:] and (numpy[1] == before[1][1]).all()
+    return None if same else "numpy.random"
+
+
+def _restore_host(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
+
+
+_PLAIN = (bool, int, float, type(None), Tensor)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+
+
+def _reset(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    for name in _plain(module).keys() - attributes.keys():
+        del vars(module)[name]
+    vars(module).update(attributes)
+
+
+def _leaves(terms: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that a backward pass from these terms accumulates into."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    ahead = [term.grad_fn for term in terms if term.grad_fn is not None]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        ahead += [following for following, _ in node.next_functions if following is not None]
+    return found

@@ -1,0 +1,64 @@
+"""A search for weights: which count in a batch gives a part of it the share that its gradient shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gradfold.batch import Batch, leaves_by_path
+
+__all__: list[str] = []
+
+_IGNORED = (-100, -1, 0, 255)  # labels that are commonly ignored; -100 is torch's own
+_LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_CLOSE = 2e-3
+
+
+def name_weight(first: Batch, second: Batch, rows: tuple[int, int], share: float) -> str | None:
+    """The `weight=` under which `first` makes up `share` of both parts together, as Python; None if nothing fits."""
+    if abs(rows[0] / sum(rows) - share) < _CLOSE:
+        return '"samples"'
+    others = dict(_candidates(second))
+    for text, count in _candidates(first):
+        total = float(count()) + float(others[text]()) if text in others else 0.0
+        if total and abs(float(count()) / total - share) < _CLOSE:
+            return text
+    return None
+
+
+def _candidates(batch: Batch) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The likeliest first: labels, then masks and other numbers per row."""
+    leaves = [
+        (path, leaf)
+        for path, leaf in leaves_by_path(batch)
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.layout is torch.strided and not leaf.is_complex()
+    ]
+    labels = [(path, leaf) for path, leaf in leaves if leaf.dtype in _LABEL_TYPES]
+    for ignored in _IGNORED:
+        for path, leaf in labels:
+            yield _token_count(path, ignored, ""), partial(_count, leaf, ignored)
+        for path, leaf in labels:
+            if leaf.dim() > 1:
+                yield _token_count(path, ignored, ", shift=True"), partial(_count, leaf[..., 1:], ignored)
+    for path, leaf in leaves:
+        yield f"lambda batch: batch{path}.sum()", leaf.sum
+        yield f"lambda batch: (batch{path} > 0).sum()", leaf.gt(0).sum
+
+
+def _count(labels: Tensor, ignored: int) -> Tensor:
+    return (labels != ignored).sum()
+
+
+def _token_count(path: str, ignored: int, shift: str) -> str:
+    ignore_index = "" if ignored == -100 else f", ignore_index={ignored}"
+    return f"gradfold.token_count({_where(path)}{ignore_index}{shift})"
+
+
+def _where(path: str) -> str:
+    """A key or index, where the path is no more than that."""
+    inside = path[1:-1]
+    is_one_step = path.startswith("[") and path.endswith("]") and "[" not in inside and "." not in inside
+    return inside.replace("'", '"') if is_one_step else f"lambda batch: batch{path}"
