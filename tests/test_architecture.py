@@ -23,8 +23,8 @@ LAYERS = [
     ["trial", "window"],
     ["loss", "metric", "feed"],
     ["weight"],
-    ["split", "backward", "gradients", "buffers", "random_state", "sync"],
-    ["draws", "mixture", "weight_search"],
+    ["split", "backward", "gradients", "buffers", "random_state", "attributes", "sync"],
+    ["draws", "mixture", "weight_search", "accusation", "jitter"],
     ["batch"],
     ["errors"],
 ]

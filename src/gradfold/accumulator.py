@@ -143,7 +143,11 @@ class Accumulator:
             schedule = self._schedule(micro_batches, modules, parameters)
             weights = weigh(self.weight, micro_batches)
             window = OpenWindow(self.model, self.loss_fn, micro_batches, weights, self._back_propagate, device)
-            if self._self_check is not None and len(micro_batches) > 1 and self._self_check.is_due(micro_batches):
+            if (
+                self._self_check is not None
+                and len(micro_batches) > 1
+                and self._self_check.is_due(micro_batches, modules)
+            ):
                 self._look(self._self_check, batch, window)
             result = window.run(schedule)
         if self._self_check is not None and len(micro_batches) > 1:

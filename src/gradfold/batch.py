@@ -162,7 +162,10 @@ def rows_if_any(batch: Batch) -> int | None:
 
 def leaves_by_path(batch: Batch) -> list[tuple[str, Any]]:
     """Whatever is no container, with the text that leads to it: `["labels"]`, `[0].mask`."""
-    return list(_leaves(batch, ""))
+    children = _children(batch)
+    if children is None:
+        return [("", batch)]
+    return [(name + path, leaf) for name, part in children for path, leaf in leaves_by_path(part)]
 
 
 def structure(batch: Batch) -> Hashable:
@@ -178,12 +181,15 @@ def structure(batch: Batch) -> Hashable:
 def equal(batch: Batch, other: Batch) -> bool:
     """Whether two batches hold the same values in the same places; False where that cannot be told."""
     ours, theirs = _every_leaf(batch), _every_leaf(other)
-    return len(ours) == len(theirs) and all(
-        isinstance(a, Tensor) and a.layout is torch.strided and a.dtype == b.dtype and torch.equal(a, b)
-        if isinstance(b, Tensor) and b.layout is torch.strided
-        else a is b or (isinstance(a, _CONSTANTS) and a == b)
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    return len(ours) == len(theirs) and all(map(_is_equal, ours, theirs))
+
+
+def _is_equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.layout is b.layout is torch.strided and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, PackedSequence) and isinstance(b, PackedSequence):
+        return torch.equal(a.data, b.data) and torch.equal(a.batch_sizes, b.batch_sizes)
+    return a is b or (isinstance(a, _CONSTANTS) and type(a) is type(b) and a == b)
 
 
 def _every_leaf(batch: Batch) -> list[Any]:

@@ -9,12 +9,13 @@ Source: `torch.utils._python_dispatch.TorchDispatchMode`, and the tag `torch.Tag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__: list[str] = []
@@ -100,6 +101,28 @@ class RecordedDraws(_Draws):  # type: ignore[no-untyped-call]
         return result
 
 
+class OwnGenerators(TorchFunctionMode):
+    """Sees the generators that a user passes as `generator=`, at less cost than a look at every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, tuple[torch.Generator, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        generator = kwargs.get("generator") if kwargs else None
+        if generator is not None and id(generator) not in self._found:
+            self._found[id(generator)] = (generator, generator.get_state())
+        return func(*args, **(kwargs or {}))
+
+    def restore(self) -> bool:
+        """Set those that were seen back; whether there were any."""
+        for generator, state in self._found.values():
+            generator.set_state(state)
+        return bool(self._found)
+
+
 class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
     """Runs some rows of a batch with their share of its draws.
 
@@ -107,6 +130,7 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
         unknown: the first operator whose draws could not be handed to these rows, if any.
         is_certain: whether all draws had one entry per row, or the same shape; not so where rows were folded into a
             longer dimension, which could have been done in two ways.
+        dims: by number of a draw, the dimension that holds its rows.
     """
 
     def __init__(self, recorded: RecordedDraws, num_rows: int, rows: range) -> None:
@@ -116,6 +140,7 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
         self._rows = rows
         self.unknown: str | None = None
         self.is_certain = True
+        self.dims: dict[int, int] = {}
 
     def go_on_with(self, rows: range) -> None:
         """Run other rows of the same batch from here on."""
@@ -133,15 +158,13 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
         values = self._recorded.values
         whole = values[number] if number < len(values) and self._recorded.names[number] == func._opname else None
         target = result[1] if isinstance(result, tuple) else result
-        own = None if whole is None else self._of_rows(whole, target.shape)
+        own = None if whole is None else self._of_rows(number, whole, target.shape)
         if own is None:
             self.unknown = self.unknown or func._opname
             return result
-        if func._opname == "native_dropout":
-            return _dropped(args[0], own, args[1])
-        return result.copy_(own)
+        return _with_values(own, func, args, result)
 
-    def _of_rows(self, whole: Tensor, shape: torch.Size) -> Tensor | None:
+    def _of_rows(self, number: int, whole: Tensor, shape: torch.Size) -> Tensor | None:
         if whole.shape == shape:
             return whole
         if whole.dim() != len(shape):
@@ -151,6 +174,7 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
         if len(differing) > 1 or rest or per_row * len(self._rows) != shape[differing[0]]:
             return None
         self.is_certain &= per_row == 1
+        self.dims[number] = differing[0]
         return whole.narrow(differing[0], self._rows.start * per_row, len(self._rows) * per_row)
 
 
@@ -173,6 +197,35 @@ def _kept(func: Any, result: Any) -> Tensor | None:
     if name.rstrip("_") not in _KEYED or not isinstance(result, Tensor):
         return None
     return result.to(torch.bool) if name.rstrip("_") == "bernoulli" else result.clone()
+
+
+class EqualDraws(_Draws):  # type: ignore[no-untyped-call]
+    """Runs a batch or some of its rows with the same draws for every row: those of the first.
+
+    A model that sorts its rows, or folds them into a longer dimension, draws for them in another order than they came,
+    and what was handed to a row need not have been its own. Here that makes no difference.
+    """
+
+    def __init__(self, recorded: RecordedDraws, dims: Mapping[int, int], num_rows: int) -> None:
+        super().__init__()
+        self._recorded = recorded
+        self._dims = dims
+        self._num_rows = num_rows
+
+    def _draw(self, number: int, func: Any, args: tuple[Any, ...], result: Any) -> Any:
+        whole = self._recorded.values[number]
+        assert whole is not None  # a part had its rows of it
+        target = result[1] if isinstance(result, tuple) else result
+        if number in self._dims:
+            dim = self._dims[number]
+            times = [1] * whole.dim()
+            times[dim] = target.shape[dim]
+            whole = whole.narrow(dim, 0, 1).repeat(times)  # one entry, as rows may be folded with others either way
+        return _with_values(whole, func, args, result)
+
+
+def _with_values(values: Tensor, func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    return _dropped(args[0], values, args[1]) if func._opname == "native_dropout" else result.copy_(values)
 
 
 def _dropped(values: Tensor, mask: Tensor, probability: float) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,9 @@ class Mixture:
         present = [gradient for gradient in other if gradient is not None]
         if [len(gradient) for gradient in present] != [len(gradient) for gradient in self.whole]:
             return torch.full((len(self.whole),), torch.inf)
-        return _root_mean_squares([a - b for a, b in zip(self.whole, present, strict=True)]) / self._sizes
+        return (
+            _root_mean_squares([a - b.cpu().double() for a, b in zip(self.whole, present, strict=True)]) / self._sizes
+        )
 
     def explain(self, tolerance: float) -> tuple[Cause, float | None]:
         """The relation that holds instead; for "weights" with the share of the first part that fits."""
@@ -104,7 +106,8 @@ class Mixture:
 
 def _filled(three: tuple[Tensor | None, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     zero = torch.zeros_like(next(one for one in three if one is not None))
-    whole, first, second = (zero if one is None else one for one in three)
+    # In float64, since squares of small float32 numbers vanish.
+    whole, first, second = ((zero if one is None else one).cpu().double() for one in three)
     return whole, first, second
 
 
@@ -127,4 +130,4 @@ def _nonzero(share: float) -> float:
 
 def _root_mean_squares(parts: list[Tensor]) -> Tensor:
     lengths = torch.tensor([len(part) for part in parts], dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(parts)).cpu().double() / lengths.sqrt()
+    return torch.stack(torch._foreach_norm(parts)) / lengths.sqrt()

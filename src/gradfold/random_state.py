@@ -1,12 +1,14 @@
-"""The random state: torch's own generators, on the CPU and on a model's devices, as one value.
+"""The random state: torch's own generators, on the CPU and on a model's devices, as one value; and the host's.
 
-numpy's and Python's generators and those that a user makes are the user's.
+In a window numpy's and Python's generators and those that a user makes are the user's; a trial puts them back, too.
 """
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,3 +46,33 @@ class RandomState(NamedTuple):
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # there is one, and its functions take no device
+
+
+class HostRandomState(NamedTuple):
+    """States of the global generators of Python and numpy (None where numpy is not loaded)."""
+
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def record(cls) -> HostRandomState:
+        """The states now."""
+        numpy = sys.modules.get("numpy")
+        return cls(random.getstate(), None if numpy is None else numpy.random.get_state())
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    def moved(self) -> str | None:
+        """The module whose generator is in another state now, if one is."""
+        now = HostRandomState.record()
+        if now.python != self.python:
+            return "random"
+        if now.numpy is None:
+            return None
+        # A name, the words of the state as an array, the position in them, and a cached normal number.
+        is_same = self.numpy is not None and now.numpy[2:] == self.numpy[2:] and (now.numpy[1] == self.numpy[1]).all()
+        return None if is_same else "numpy.random"

@@ -22,6 +22,7 @@ from gradfold.errors import BatchError, NotDecomposableError
 from gradfold.examination import CannotKnowError, Examination, Examined, UndecidedError
 from gradfold.feed import feed
 from gradfold.loss import LossFn
+from gradfold.random_state import HostRandomState, RandomState
 from gradfold.split import MicroBatch
 from gradfold.trial import Shares, Trial
 from gradfold.weight import WeightOption, WindowWeights, weigh
@@ -49,20 +50,19 @@ class SelfCheck:
         self._settled: dict[Hashable, tuple[str, ...] | None] = {}  # structure -> loss terms that were seen
         self._current: Hashable = None
 
-    def is_due(self, micro_batches: Sequence[MicroBatch]) -> bool:
-        """Whether to look at this window."""
-        self._current = (structure(micro_batches[0].data), self._model.training)
+    def is_due(self, micro_batches: Sequence[MicroBatch], modules: Sequence[nn.Module]) -> bool:
+        """Whether to look at this window; `modules` are all those of the model."""
+        self._current = (structure(micro_batches[0].data), tuple([module.training for module in modules]))
         if self._current in self._settled:
             return False
         count = self._num_windows[self._current] = self._num_windows.get(self._current, 0) + 1
         return count in _LOOKS
 
     def note_terms(self, names: Collection[str]) -> None:
-        """Look again at the next window if this one had other loss terms than those that were seen."""
+        """Look again if this window had loss terms that were not seen yet."""
         seen = self._settled.get(self._current)
-        if seen is not None and tuple(names) != seen and set(names) != set(seen):
+        if seen is not None and tuple(names) != seen and not set(names) <= set(seen):
             del self._settled[self._current]
-            self._num_windows[self._current] = 0
 
     def look(
         self,
@@ -91,10 +91,11 @@ class SelfCheck:
         part = micro_batches[index]
         shares: Shares = lambda name: weights.of_term(name).parts[index]  # noqa: E731
         examine = partial(self._examine, shares=shares, device=device, collate_rows=collate_rows, frozen=frozen)
+        random_states = RandomState.record(self._model.parameters()), HostRandomState.record()
         try:
             self._settled[self._current] = _try_half(part, collate_rows, examine) or examine(part)
         except UndecidedError:
-            return
+            pass
         except (CannotKnowError, BatchError) as reason:
             self._settled[self._current] = None
             warnings.warn(
@@ -103,6 +104,9 @@ class SelfCheck:
                 RuntimeWarning,
                 stacklevel=4,
             )
+        finally:
+            for state in random_states:  # a collate function may draw, too
+                state.restore()
 
     def _examine(
         self,
@@ -129,7 +133,8 @@ class SelfCheck:
             if recollated is None:
                 raise
             first, second = recollated
-        pair = weigh(self._weight, [MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
+        pair = self._weigh([MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
+        whole = self._weigh([part])
         pieces = [MicroBatch(data, part.rows) for data in (part.data, first, second, *(recollated or ()))]
         take = feed(pieces, device)
         return Examined(
@@ -139,8 +144,17 @@ class SelfCheck:
             rows=rows,
             shares=shares,
             part_shares=(lambda name: pair.of_term(name).parts[0], lambda name: pair.of_term(name).parts[1]),
+            weights_of=lambda name: (whole.of_term(name).total, pair.of_term(name).total),
             weight=self._weight,
         )
+
+    def _weigh(self, parts: Sequence[MicroBatch]) -> WindowWeights:
+        try:
+            return weigh(self._weight, parts)
+        except Exception as error:
+            raise CannotKnowError(
+                f"weight= fails on a part of a micro-batch ({type(error).__name__}: {error})"
+            ) from error
 
 
 def _try_half(
@@ -170,9 +184,12 @@ def _first_half(part: MicroBatch, collate_rows: CollateRows | None) -> MicroBatc
 
 def _recollate(part: MicroBatch, rows: tuple[range, range], collate_rows: CollateRows) -> tuple[Batch, Batch] | None:
     """The parts collated by themselves; None where collation does not give the same twice (it draws or counts)."""
-    if not equal(collate_rows(part.rows), part.data):
+    try:
+        if not equal(collate_rows(part.rows), part.data):
+            return None
+        first, second = (collate_rows(range(part.rows.start + own.start, part.rows.start + own.stop)) for own in rows)
+    except Exception:  # groups of samples that belong together
         return None
-    first, second = (collate_rows(range(part.rows.start + own.start, part.rows.start + own.stop)) for own in rows)
     return first, second
 
 

@@ -1,13 +1,12 @@
 """A trial: forward and backward passes that leave no trace.
 
-Whatever a trial changes is as before when it ends: `.grad` of every tensor that it reached, buffers, torch's, numpy's
-and Python's random states, and plain attributes of modules (a counter, a moving average that is rebound).
+Whatever a trial changes is as before when it ends: `.grad` of every tensor that it reached (but for those outside the
+model behind a reentrant checkpoint, whose graph hides them), buffers, plain attributes of modules, and torch's, numpy's
+and Python's random states.
 """
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradfold.attributes import Attributes
 from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, map_tensors
 from gradfold.buffers import BufferKeeper
 from gradfold.loss import LossFn, read_pair, read_terms
-from gradfold.random_state import RandomState
+from gradfold.random_state import HostRandomState, RandomState
 
 __all__: list[str] = []
 
@@ -53,11 +53,11 @@ class Trial:
 
     def __enter__(self) -> Trial:
         self._modules = list(self._model.modules())
-        self._attributes = [(module, _plain(module)) for module in self._modules]
+        self._attributes = Attributes(self._modules)
         self._buffers = BufferKeeper()
         self._buffers.open(self._modules)
         self._random_state = RandomState.record(self._model.parameters())
-        self._host_random_state = host_random_state()
+        self._host_random_state = HostRandomState.record()
         for module in self._frozen:
             module.training = False
         return self
@@ -67,9 +67,8 @@ class Trial:
     ) -> None:
         self._buffers.restore()
         self._random_state.restore()
-        _restore_host(self._host_random_state)
-        for module, attributes in self._attributes:
-            _reset(module, attributes)
+        self._host_random_state.restore()
+        self._attributes.restore()
         for tensor, gradient in self._foreign.values():
             tensor.grad = gradient
         self._empty_gradients()
@@ -79,15 +78,19 @@ class Trial:
         self._buffers.restore()
         self._buffers.open(self._modules)
         self._random_state.restore()
-        _restore_host(self._host_random_state)
+        self._host_random_state.restore()
 
     def changed_buffers(self) -> list[str]:
         """The names of the buffers that differ from those at the beginning."""
         return self._buffers.changed(self._model)
 
     def has_drawn(self) -> bool:
-        """Whether torch's random state has moved since the beginning."""
+        """Whether torch's random state has moved since the last rewind."""
         return self._random_state.has_moved()
+
+    def has_drawn_on_host(self) -> str | None:
+        """The module whose global generator has moved since the last rewind, if one has."""
+        return self._host_random_state.moved()
 
     def run(self, batch: Batch, shares: Shares, mode: AbstractContextManager[Any], only: str | None = None) -> Outcome:
         """One forward and backward pass.
@@ -141,43 +144,6 @@ def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
     values = values[:: -(-len(values) // quota)]
     values = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
     return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
-
-
-def host_random_state() -> tuple[Any, Any]:
-    """The states of Python's and numpy's global generators (None where numpy is not loaded)."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else numpy.random.get_state()
-
-
-def drew_on_host(before: tuple[Any, Any]) -> str | None:
-    """The name of the global generator that has moved since `before`, if one has."""
-    python, numpy = host_random_state()
-    if python != before[0]:
-        return "random"
-    if numpy is None:
-        return None
-    # A name, the words of the state as an array, the position in them, and a cached normal number.
-    same = before[1] is not None and numpy[2:] == before[1][2:] and (numpy[1] == before[1][1]).all()
-    return None if same else "numpy.random"
-
-
-def _restore_host(state: tuple[Any, Any]) -> None:
-    random.setstate(state[0])
-    if state[1] is not None:
-        sys.modules["numpy"].random.set_state(state[1])
-
-
-_PLAIN = (bool, int, float, type(None), Tensor)
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
-
-
-def _reset(module: nn.Module, attributes: Mapping[str, Any]) -> None:
-    for name in _plain(module).keys() - attributes.keys():
-        del vars(module)[name]
-    vars(module).update(attributes)
 
 
 def _leaves(terms: Iterable[Tensor]) -> list[Tensor]:

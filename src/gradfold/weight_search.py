@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -58,7 +59,11 @@ def _token_count(path: str, ignored: int, shift: str) -> str:
 
 
 def _where(path: str) -> str:
-    """A key or index, where the path is no more than that."""
-    inside = path[1:-1]
-    is_one_step = path.startswith("[") and path.endswith("]") and "[" not in inside and "." not in inside
-    return inside.replace("'", '"') if is_one_step else f"lambda batch: batch{path}"
+    """A key or index as the user would write it, where the path is no more than that."""
+    try:
+        key = ast.literal_eval(path[1:-1]) if path.startswith("[") and path.endswith("]") else None
+    except (ValueError, SyntaxError):
+        key = None
+    if isinstance(key, str):
+        return repr(key) if '"' in key or "\\" in key else f'"{key}"'
+    return str(key) if isinstance(key, int) else f"lambda batch: batch{path}"

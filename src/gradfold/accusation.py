@@ -1,0 +1,105 @@
+"""An accusation: what is wrong with a loss that cannot be accumulated, in words, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradfold.errors import NotDecomposableError
+
+__all__: list[str] = []
+
+
+def is_sum(term: str) -> NotDecomposableError:
+    """The parts add up to the whole without weights."""
+    return NotDecomposableError(
+        f"{_subject(term)} is a sum over the rows, not a mean, so that its size depends on how the batch is cut. "
+        "Return the mean: reduction='mean', or divide by the number of things summed and give weight= that number.",
+        "sum",
+        term,
+    )
+
+
+def ignores_seed(term: str) -> NotDecomposableError:
+    """The gradients are the same whatever seed comes in."""
+    return NotDecomposableError(
+        f"{_subject(term)} has a backward pass that ignores the gradient coming into it (grad_output), which carries "
+        "the weight of the micro-batch. Multiply by grad_output in its backward().",
+        "seed",
+        term,
+    )
+
+
+def has_other_weights(
+    term: str, rows: range, num_rows: int, declared: float, fitting: float, weight: str | None, is_by_name: bool
+) -> NotDecomposableError:
+    """Other shares fit: `fitting` for these rows, where their weight gives `declared`."""
+    if weight is None:
+        remedy = (
+            "Give weight= the denominator of the mean, as a function of the micro-batch: mask.sum(), "
+            "class_weights[labels].sum(), or the like. If the loss compares rows (a maximum, logsumexp, a scale of its "
+            "own), no weight helps: run the batch whole (micro_batch_size=None)."
+        )
+    else:
+        remedy = f"Write weight={{..., {term!r}: {weight}}}." if is_by_name else f"Write weight={weight}."
+    return NotDecomposableError(
+        f"{_subject(term)} is a mean over something else than weight= says: {name_rows(rows)} of a micro-batch of "
+        f"{num_rows} make up {fitting:.2%} of its gradient, and {declared:.2%} by their weight. {remedy}",
+        "weights",
+        term,
+        weight,
+    )
+
+
+def is_empty(term: str, rows: range, loss: float, weight: str | None) -> NotDecomposableError:
+    """A part is a mean over nothing."""
+    return NotDecomposableError(
+        f"{_subject(term)} of {name_rows(rows)} of a micro-batch is {loss}, though that of the whole is finite: a mean "
+        "over nothing. Give weight= the number of things that it averages, so that a part without any is left out: "
+        f"weight={weight or '...'}.",
+        "empty",
+        term,
+        weight,
+    )
+
+
+def moves_state(term: str, error: float, buffers: Sequence[str]) -> NotDecomposableError:
+    """The parts fit if both begin with the same buffers."""
+    return NotDecomposableError(
+        f"{_subject(term)} depends on state that forward passes move ({', '.join(buffers[:3])}), so that a part sees "
+        f"another state than the whole ({error:.1%} off). Freeze it while gradients accumulate, or move it once per "
+        "update.",
+        "state",
+        term,
+    )
+
+
+def normalises_by_batch(term: str, error: float) -> NotDecomposableError:
+    """A functional batch_norm was seen."""
+    return NotDecomposableError(
+        f"{_subject(term)} normalises by the statistics of the batch (functional batch_norm with training=True), of "
+        f"which a micro-batch has its own ({error:.1%} off). Use group_norm, training=False, or an nn.BatchNorm module "
+        "with batch_norm=.",
+        "batch_norm",
+        term,
+    )
+
+
+def couples_samples(term: str, error: float) -> NotDecomposableError:
+    """Nothing else explains the difference."""
+    return NotDecomposableError(
+        f"{_subject(term)} makes the samples of a batch depend on each other (in-batch negatives, statistics over the "
+        f"batch, rows that are mixed): no weighting of two parts gives the gradient of the whole ({error:.1%} off). "
+        "Run the batch whole (micro_batch_size=None), or take such terms out; two-phase losses are not in this version "
+        "yet.",
+        "coupled",
+        term,
+    )
+
+
+def name_rows(rows: range) -> str:
+    """Rows, for a message."""
+    return f"rows {rows.start} to {rows.stop - 1}" if len(rows) > 1 else f"row {rows.start}"
+
+
+def _subject(term: str) -> str:
+    return "the loss" if term == "loss" else f"the loss term {term!r}"
