@@ -15,6 +15,7 @@ LAYERS = [
     ["cli"],
     ["compare"],
     ["workloads"],
+    ["verification"],
     ["train_step"],
     ["accumulator"],
     ["loader"],
@@ -113,6 +114,10 @@ def test_the_library_needs_torch_alone():
             for name in names:
                 top = name.split(".")[0]
                 assert top in sys.stdlib_module_names or top in {"torch", "gradfold"}, (path, name)
+
+
+def test_the_reference_of_a_proof_imports_nothing_of_ours():
+    assert gradfold_imports(SOURCE / "verification" / "reference.py") == set()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -12,11 +12,13 @@ PUBLIC = {
     "StepResult",
     "TokenCount",
     "TrainStep",
+    "Verdict",
     "Window",
     "WindowResult",
     "Workload",
     "convert_batch_norm",
     "token_count",
+    "verify",
     "windows",
 }
 

@@ -23,6 +23,8 @@ from gradfold.loader import Window as Window
 from gradfold.loader import windows as windows
 from gradfold.train_step import StepResult as StepResult
 from gradfold.train_step import TrainStep as TrainStep
+from gradfold.verification.proof import verify as verify
+from gradfold.verification.verdict import Verdict as Verdict
 from gradfold.weight import TokenCount as TokenCount
 from gradfold.weight import token_count as token_count
 from gradfold.window import WindowResult as WindowResult

@@ -206,11 +206,10 @@ class EqualDraws(_Draws):  # type: ignore[no-untyped-call]
     and what was handed to a row need not have been its own. Here that makes no difference.
     """
 
-    def __init__(self, recorded: RecordedDraws, dims: Mapping[int, int], num_rows: int) -> None:
+    def __init__(self, recorded: RecordedDraws, dims: Mapping[int, int]) -> None:
         super().__init__()
         self._recorded = recorded
         self._dims = dims
-        self._num_rows = num_rows
 
     def _draw(self, number: int, func: Any, args: tuple[Any, ...], result: Any) -> Any:
         whole = self._recorded.values[number]

@@ -100,7 +100,8 @@ class NotDecomposableError(LossError):
     Attributes:
         cause: "weights" (another weighting fits), "sum" (not a mean), "seed" (the backward pass ignores its incoming
             gradient), "empty" (a mean over nothing in a part), "batch_norm", "state" (of a layer, moved by forward
-            passes) or "coupled" (samples that depend on each other).
+            passes) or "coupled" (samples that depend on each other); from `Verdict.raise_if_wrong` also "random",
+            "other_model", "non_finite", "fails", "rounding" and "unknown", as its text explains.
         term: name of the loss term ("loss" for a bare one).
         weight: the weight that fits, as Python, where one was found.
     """

@@ -271,7 +271,7 @@ class Examination:
         if not self._recorded.values:
             return
         dims, recorded = dict(self._dims), self._recorded
-        equal = [EqualDraws(recorded, dims, self._num_rows) for _ in range(3)]
+        equal = [EqualDraws(recorded, dims) for _ in range(3)]
         alike = self._run_whole(equal[0])
         self._trial.rewind()
         parts = [self._run_part(whole, index, equal[index + 1]) for index in (0, 1)]

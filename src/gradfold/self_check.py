@@ -99,8 +99,9 @@ class SelfCheck:
         except (CannotKnowError, BatchError) as reason:
             self._settled[self._current] = None
             warnings.warn(
-                f"the self-check cannot know whether this loss can be accumulated: {reason}. If it is a mean over what "
-                "weight= counts, and no sample sees another, all is well, and self_check=False says that you know.",
+                f"the self-check cannot know whether this loss can be accumulated: {reason}. "
+                "gradfold.verify(accumulator, batch) tries harder. If the loss is a mean over what weight= counts, and "
+                "no sample sees another, all is well, and self_check=False says that you know.",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -10,6 +10,8 @@ import typer
 from gradfold import __version__
 from gradfold.cli.compare import EPILOG as COMPARE_EPILOG
 from gradfold.cli.compare import compare
+from gradfold.cli.verify import EPILOG as VERIFY_EPILOG
+from gradfold.cli.verify import verify
 from gradfold.cli.workloads import workloads
 from gradfold.errors import GradfoldError
 
@@ -24,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=COMPARE_EPILOG)(compare)
+app.command(epilog=VERIFY_EPILOG)(verify)
 app.command()(workloads)
 
 
@@ -42,7 +45,7 @@ def gradfold(
     """The gradient of a batch that does not fit in memory, exactly, for PyTorch.
 
     Start with **gradfold compare**: it trains a small network on real data with and without accumulation, and shows
-    what stays the same and what it costs.
+    what stays the same and what it costs. **gradfold verify** proves a workload's gradient right, or names the cause.
     """
 
 

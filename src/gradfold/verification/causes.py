@@ -1,0 +1,224 @@
+"""The causes of a wrong gradient, found by experiment."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+from gradfold.backward import BackPropagation
+from gradfold.batch import Batch, cut_rows, num_rows
+from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError
+from gradfold.examination import CannotKnowError, Examination, Examined, UndecidedError
+from gradfold.split import MicroBatch, cut_range
+from gradfold.trial import Trial
+from gradfold.verification.comparison import Allowance, Comparison
+from gradfold.verification.coupling import find_coupling
+from gradfold.verification.hidden_state import find_hidden_state
+from gradfold.verification.specimen import Attempt, Specimen, WholeRun
+from gradfold.verification.verdict import Cause, listed, number
+from gradfold.weight import weigh
+
+__all__: list[str] = []
+
+_UNKNOWN = (
+    "the parts do not make up the whole, and no experiment tells why. Look for what depends on how many rows there "
+    "are, or on the order in which parts are run."
+)
+
+
+def before_comparing(specimen: Specimen, whole: WholeRun) -> Cause | None:
+    """What makes any comparison pointless."""
+    if not math.isfinite(whole.loss) or not all(bool(one.isfinite().all()) for one in whole.gradients.values()):
+        what = "loss" if not math.isfinite(whole.loss) else "gradient"
+        return Cause(
+            "non_finite",
+            f"the {what} of the whole batch is not finite, with no accumulation at all. Look for means over nothing, "
+            "log(0), overflow, or a row of the data that is not finite.",
+        )
+    if specimen.reaches_users_model:
+        return Cause(
+            "other_model",
+            "loss_fn uses a model of its own, not the one it is given: write loss_fn(model, batch) and use that model.",
+        )
+    if not whole.gradients:
+        return Cause(
+            "other_model",
+            "the loss reaches no parameter of the model that loss_fn is given, though it has a gradient. Pass the "
+            "module that loss_fn trains as the accumulator's model, and use it: loss_fn(model, batch).",
+        )
+    if whole.drew is not None:
+        return Cause("random", _NOT_OF_ROWS[whole.drew])
+    return None
+
+
+_HOST = (
+    "loss_fn draws from {}, whose numbers cannot be handed to rows, so it could not be proved. Draw with torch, or in "
+    "the loader."
+)
+_NOT_OF_ROWS = {
+    "collate": "collate draws random numbers, other ones for the whole batch than for its parts, so it could not be "
+    "proved. Draw them in the data set, or verify with a collate that draws none.",
+    "random": _HOST.format("random"),
+    "numpy.random": _HOST.format("numpy.random"),
+}
+
+
+def after_comparing(specimen: Specimen, comparison: Comparison, allowed: Allowance) -> Cause:
+    """Why the comparison failed."""
+    if not allowed.is_repeatable:
+        return Cause(
+            "random",
+            f"two runs of the whole batch, from the same weights, buffers and random state, differ by "
+            f"{number(comparison.repeat)}: loss_fn keeps state of its own (a counter, a list) or draws random numbers "
+            "from elsewhere, so it could not be proved.",
+        )
+    if comparison.unknown is not None:
+        return Cause(
+            "random",
+            f"the random numbers of {comparison.unknown} cannot be handed to rows, so it could not be proved. Draw "
+            "them in the loader, one per row; or verify with a model that draws none (model.eval()).",
+        )
+    if not comparison.compared:
+        return failing(comparison.attempts[-1])
+    worst = comparison.compared[0]
+    if allowed.may_be_noise(worst.error):
+        return Cause(
+            "rounding",
+            f"one rounding error in every parameter moves the gradient by {number(allowed.noise_floor)}, so it could "
+            "not be proved. Verify in float64, or with other weights and data.",
+        )
+    return _examine(specimen, comparison, worst)
+
+
+def batch_norm(layers: tuple[str, ...], is_accepted: bool) -> Cause:
+    """BatchNorm modules that normalise by the statistics of a micro-batch."""
+    noun = "1 layer normalises" if len(layers) == 1 else f"{len(layers)} layers normalise"
+    how = (
+        'You accepted that with batch_norm="per_micro_batch", and the errors below show how far it goes.'
+        if is_accepted
+        else 'The errors below are what batch_norm="per_micro_batch" would accept.'
+    )
+    return Cause(
+        "batch_norm",
+        f"{noun} by the mean and variance of the micro-batch, not of the batch: {listed(list(map(repr, layers)))}. "
+        f"{how} Write gradfold.convert_batch_norm(model) for GroupNorm, or layer.eval() to use the running statistics.",
+        layers=layers,
+    )
+
+
+def failing(attempt: Attempt) -> Cause:
+    """The user's own functions fail on micro-batches of this size."""
+    failure = attempt.failure
+    return Cause(
+        "fails",
+        f"loss_fn takes the whole batch, but not micro-batches of {attempt.size} rows: "
+        f"{type(failure).__name__}: {failure}",
+    )
+
+
+def _examine(specimen: Specimen, comparison: Comparison, worst: Attempt) -> Cause:
+    """Cut the batch in two in several ways, until the gradients of whole and parts say what is wrong."""
+    reason: Exception | None = None
+    for first in _cuts(specimen.num_rows, worst):
+        try:
+            _run(specimen, first, recollate=True)
+        except NotDecomposableError as error:
+            return _found(specimen, first, error)
+        except UndecidedError:
+            continue
+        except (CannotKnowError, BatchError) as error:
+            reason = reason or error
+    if isinstance(worst.failure, NonFiniteLossError):
+        return Cause(
+            "empty",
+            f"with micro-batches of {worst.size}, {worst.failure} The whole batch's loss is finite, so this is a mean "
+            "over nothing: give weight= the number of things that it averages, and a part without any is left out.",
+            term=worst.failure.term,
+        )
+    moved = find_hidden_state(specimen)
+    if moved is not None:
+        return Cause(
+            "state",
+            f"the model keeps state outside of its buffers that forward passes move{moved}, so that a part sees "
+            "another state than the whole. Move it once per update, outside of the forward pass.",
+        )
+    return Cause("unknown", _UNKNOWN if reason is None else f"{_UNKNOWN} One experiment failed: {reason}.")
+
+
+def _cuts(num_rows: int, worst: Attempt) -> Iterator[int]:
+    """Where to cut: unequal parts, which show weights that are wrong; then where micro-batches end, which do run."""
+    yield max(1, round(0.3 * num_rows))
+    ranges = cut_range(num_rows, worst.size)
+    yield ranges[0].stop
+    yield ranges[-1].start
+
+
+def _run(specimen: Specimen, first: int, recollate: bool) -> None:
+    model = specimen.fresh_model()
+    with warnings.catch_warnings(), specimen.running():
+        warnings.simplefilter("ignore")
+        examined = _prepare(specimen, first, recollate)
+        with Trial(model, specimen.loss_fn, BackPropagation()) as trial:
+            Examination(trial, model, examined).run()
+
+
+def _prepare(specimen: Specimen, first: int, recollate: bool) -> Examined:
+    whole = specimen.whole_batch()
+    rows = range(first), range(first, specimen.num_rows)
+    recollated = specimen.collated(rows) if recollate else None
+    try:
+        num_rows(whole)
+        parts = cut_rows(whole, [len(own) for own in rows])
+    except (BatchError, RuntimeError):
+        if recollated is None:
+            raise
+        parts = list(recollated)
+    pair = weigh(specimen.accumulator.weight, [MicroBatch(part, own) for part, own in zip(parts, rows, strict=True)])
+    total = weigh(specimen.accumulator.weight, [MicroBatch(whole, range(specimen.num_rows))])
+    return Examined(
+        whole=whole,
+        parts=_two(parts),
+        recollated=recollated,
+        rows=rows,
+        shares=lambda name: 1.0,
+        part_shares=(lambda name: pair.of_term(name).parts[0], lambda name: pair.of_term(name).parts[1]),
+        weights_of=lambda name: (total.of_term(name).total, pair.of_term(name).total),
+        weight=specimen.accumulator.weight,
+    )
+
+
+def _two(parts: list[Batch]) -> tuple[Batch, Batch]:
+    first, second = parts
+    return first, second
+
+
+def _found(specimen: Specimen, first: int, error: NotDecomposableError) -> Cause:
+    text = str(error).replace("of a micro-batch", "of the batch")  # the whole batch was examined as one
+    layers: tuple[str, ...] = ()
+    if error.cause in ("coupled", "batch_norm"):
+        if specimen.accumulator.collate is not None and _fits(specimen, first):
+            text = (
+                f"the padding of the batch takes part in {_subject(error.term)}: cut after padding, the parts do make "
+                "up the whole, but collate pads a micro-batch to another length than the batch. Mask the padding in "
+                "the model and in the loss, or pad every sample to one length."
+            )
+        else:
+            coupling = find_coupling(specimen)
+            if coupling is not None:
+                text = f"{text.rstrip('.')}.\n{coupling.text}"
+                layers = (coupling.layer,) if coupling.layer is not None else ()
+    return Cause(error.cause, text, error.term, error.weight, layers)
+
+
+def _fits(specimen: Specimen, first: int) -> bool:
+    """Whether parts that are cut from the padded batch make up the whole."""
+    try:
+        _run(specimen, first, recollate=False)
+    except (NotDecomposableError, UndecidedError, CannotKnowError, BatchError):
+        return False
+    return True
+
+
+def _subject(term: str) -> str:
+    return "the loss" if term == "loss" else f"the loss term {term!r}"

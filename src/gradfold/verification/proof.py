@@ -1,0 +1,258 @@
+"""A proof: accumulation tried out on a user's own model and batch, beside the whole batch in plain torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gradfold.accumulator import Accumulator
+from gradfold.batch import Batch, num_rows
+from gradfold.coupled.batch_norm import batch_statistics_layers
+from gradfold.errors import BatchError, BatchNormError, OptionError
+from gradfold.gradients import parameters_with_hooks
+from gradfold.loader import LoopWindow, Window
+from gradfold.split import split_samples
+from gradfold.verification import causes
+from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare
+from gradfold.verification.specimen import Specimen, Untouched, WholeRun, own_dtypes
+from gradfold.verification.verdict import Cause, Verdict, listed, name_of
+
+__all__ = ["verify"]
+
+
+def verify(
+    accumulator: Accumulator,
+    batch: Batch,
+    *,
+    dtype: torch.dtype = torch.float64,
+    micro_batch_sizes: Sequence[int] | None = None,
+) -> Verdict:
+    """Prove that the accumulated gradient of a batch is that of the whole batch, or name the cause by experiment.
+
+    A copy of the model runs the batch at once in plain torch, and in micro-batches of several sizes by gradfold, each
+    row with the random numbers that it had in the whole. The gradients are compared parameter by parameter. The model,
+    its gradients and buffers, and torch's, numpy's and Python's random states stay as they are. The whole batch must
+    fit; a small one proves as much. A `backward=` of the accumulator's is not called.
+
+    Args:
+        accumulator: as it is used for training.
+        batch: what `accumulator.backward(batch)` takes, of at least two rows; no window.
+        dtype: the precision of the copy. In float64 rounding cannot hide a mistake; where `loss_fn` does not run in
+            it, the model's own is used, and the verdict says so.
+        micro_batch_sizes: the sizes to try. None: a few, uneven ones and the accumulator's own among them.
+
+    Returns:
+        The verdict; print it.
+
+    Raises:
+        BatchError: the batch cannot be cut by rows, has one row only, or is a window.
+        OptionError: `dtype` or a size cannot work.
+        ModelError: the model cannot be copied, or the accumulator refuses it.
+        LossError: `loss_fn` returned no loss.
+
+    >>> import torch, gradfold
+    >>> model = torch.nn.Linear(10, 5)
+    >>> def loss_fn(model, batch):
+    ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+    >>> batch = {"x": torch.randn(33, 10), "labels": torch.randint(0, 5, (33,))}
+    >>> accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=8)
+    >>> gradfold.verify(accumulator, batch).ok
+    True
+    >>> batch["labels"][:9] = -100  # not counted by the mean, so samples are not what it is over
+    >>> verdict = gradfold.verify(accumulator, batch)
+    >>> verdict.ok, verdict.causes[0].name, verdict.causes[0].weight
+    (False, 'weights', 'gradfold.token_count("labels")')
+    """
+    if not isinstance(accumulator, Accumulator):
+        raise OptionError(f"verify got a {type(accumulator).__name__}; expected a gradfold.Accumulator and a batch.")
+    total = _count_rows(accumulator, batch)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise OptionError(f"dtype={dtype!r}; expected torch.float64, or another floating point dtype.")
+    asked = None if micro_batch_sizes is None else list(micro_batch_sizes)
+    sizes = choose_sizes(total, accumulator.micro_batch_size, asked)
+    with Untouched(accumulator) as untouched:
+        specimen, whole, notes = _first_run(accumulator, batch, total, dtype, untouched)
+        notes += _notes_on_hooks(accumulator.model)
+        cause = causes.before_comparing(specimen, whole)
+        if cause is not None:
+            return _not_compared(specimen, cause, notes)
+        needed = [accumulator.micro_batch_size] if asked is None else asked
+        return _Proof(specimen, sizes, needed, notes).run(whole)
+
+
+def _count_rows(accumulator: Accumulator, batch: Batch) -> int:
+    if isinstance(batch, (Window, LoopWindow)):
+        raise BatchError(
+            "verify got a window. Pass a batch, as one would be without accumulation: tensors with rows, or with "
+            "collate= a list of samples."
+        )
+    total = num_rows(batch) if accumulator.collate is None else len(split_samples(batch, None, list)[0].rows)
+    if total < 2:
+        raise BatchError("the batch has one row only, which cannot be cut. Pass two at least; 8 to 64 prove most.")
+    return total
+
+
+def _first_run(
+    accumulator: Accumulator, batch: Batch, total: int, dtype: torch.dtype, untouched: Untouched
+) -> tuple[Specimen, WholeRun, list[str]]:
+    """The whole batch in the precision asked for, or else in the model's own."""
+    specimen = Specimen(accumulator, batch, total, dtype, untouched)
+    own = own_dtypes(accumulator.model)
+    try:
+        return specimen, specimen.run_whole(), []
+    except Exception as error:
+        if own == {dtype}:
+            raise
+        failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    specimen = Specimen(accumulator, batch, total, None, untouched)
+    whole = specimen.run_whole()
+    names = listed(sorted(map(name_of, own)))
+    note = f"run in the model's own precision ({names}), since it fails in {name_of(dtype)} ({failure})."
+    return specimen, whole, [note]
+
+
+def _not_compared(specimen: Specimen, cause: Cause, notes: list[str]) -> Verdict:
+    dtype = _dtype_of(specimen)
+    return Verdict(
+        ok=False,
+        max_relative_error=math.nan,
+        rows=(),
+        sizes=(),
+        tolerance=0.0,
+        noise_floor=math.nan,
+        dtype=dtype,
+        precision=dtype,
+        num_rows=specimen.num_rows,
+        causes=(cause,),
+        notes=tuple(notes),
+    )
+
+
+class _Proof:
+    """The comparison at all sizes, and what follows from it."""
+
+    def __init__(self, specimen: Specimen, sizes: list[int], needed: Sequence[int | None], notes: list[str]) -> None:
+        self._specimen = specimen
+        self._sizes = sizes
+        self._needed = needed  # sizes that must run; the others are extra
+        self._notes = notes
+
+    def run(self, whole: WholeRun) -> Verdict:
+        """Compare, and explain what does not fit."""
+        comparison = self._compare(whole)
+        layers = self._batch_norm_layers(comparison)
+        if not layers:
+            return self._judge(comparison, [])
+        found = [causes.batch_norm(tuple(layers), is_accepted=self._specimen.batch_norm is not None)]
+        if self._specimen.batch_norm is None:
+            self._specimen = self._specimen.with_batch_norm("per_micro_batch")
+            comparison = compare(self._specimen, self._sizes, comparison.whole)
+        return self._judge(comparison, found + self._apart_from(layers))
+
+    def _compare(self, whole: WholeRun) -> Comparison:
+        """Compare; with dropout frozen where its random numbers cannot be handed to rows."""
+        comparison = compare(self._specimen, self._sizes, whole)
+        recorded = comparison.whole.recorded
+        if (comparison.unknown is None and not recorded.values) or self._holds(comparison):
+            return comparison
+        if comparison.unknown is None:
+            return self._compare_with_equal_draws(comparison)
+        names = _dropping_modules(self._specimen.fresh_model())
+        if not names:
+            return comparison
+        self._specimen = self._specimen.with_frozen(names)
+        self._notes.append(
+            "these modules ran in evaluation mode, since their random numbers cannot be handed to rows: "
+            f"{listed([name or 'the model itself' for name in names])}."
+        )
+        return compare(self._specimen, self._sizes)
+
+    def _compare_with_equal_draws(self, comparison: Comparison) -> Comparison:
+        """Whether it fits where it cannot matter whose random numbers are whose: a model may have sorted its rows."""
+        dims = {number: dim for attempt in comparison.attempts for number, dim in attempt.dims.items()}
+        specimen = self._specimen.with_equal_draws(comparison.whole.recorded, dims)
+        equal = compare(specimen, self._sizes)
+        if not equal.max_error <= allowance(specimen, equal).tolerance:
+            return comparison
+        self._specimen = specimen
+        self._notes.append("all rows had the same random numbers, since it does not show whose they are.")
+        return equal
+
+    def _holds(self, comparison: Comparison) -> bool:
+        return comparison.max_error <= allowance(self._specimen, comparison).tolerance
+
+    def _batch_norm_layers(self, comparison: Comparison) -> dict[str, nn.Module]:
+        """The layers that see micro-batches instead of the batch, refused or accepted."""
+        refused = any(isinstance(attempt.failure, BatchNormError) for attempt in comparison.attempts)
+        if refused or self._specimen.batch_norm is not None:
+            return dict(batch_statistics_layers(self._specimen.fresh_model()))
+        return {}
+
+    def _apart_from(self, layers: dict[str, nn.Module]) -> list[Cause]:
+        """What else is wrong when these BatchNorm layers use their running statistics."""
+        if any(getattr(layer, "running_mean", None) is None for layer in layers.values()):
+            return []
+        frozen = self._specimen.with_frozen(list(layers))
+        comparison = compare(frozen, self._sizes[-2:])  # fewest micro-batches: this is but a note
+        allowed = allowance(frozen, comparison)
+        if comparison.max_error <= allowed.tolerance:
+            self._notes.append("with those layers in evaluation mode the law holds, so nothing else is wrong.")
+            return []
+        return [causes.after_comparing(frozen, comparison, allowed)]
+
+    def _judge(self, comparison: Comparison, found: list[Cause]) -> Verdict:
+        allowed = allowance(self._specimen, comparison)
+        if not found and not (comparison.max_error <= allowed.tolerance and allowed.is_repeatable):
+            found = [causes.after_comparing(self._specimen, comparison, allowed)]
+        failed = [attempt for attempt in comparison.attempts if math.isnan(attempt.error)]
+        if not found and any(attempt.size in self._needed for attempt in failed):
+            found = [causes.failing(next(attempt for attempt in failed if attempt.size in self._needed))]
+        if not found and failed:
+            sizes = listed([str(attempt.size) for attempt in failed])
+            self._notes.append(f"micro-batches of {sizes} do not run; the others say nothing about them.")
+        if not any(bool(one.any()) for one in comparison.whole.gradients.values()):
+            self._notes.append("the gradient of this batch is zero, which proves little.")
+        return self._verdict(comparison, allowed, found)
+
+    def _verdict(self, comparison: Comparison, allowed: Allowance, found: list[Cause]) -> Verdict:
+        return Verdict(
+            ok=not found,
+            max_relative_error=comparison.max_error,
+            rows=comparison.rows(self._specimen.fresh_model()),
+            sizes=comparison.sizes(),
+            tolerance=allowed.tolerance,
+            noise_floor=allowed.noise_floor,
+            dtype=_dtype_of(self._specimen),
+            precision=allowed.precision,
+            num_rows=self._specimen.num_rows,
+            causes=tuple(found),
+            notes=tuple(self._notes),
+        )
+
+
+def _dropping_modules(model: nn.Module) -> list[str]:
+    """Modules in training mode that look like dropout, or have a rate of it (attention, recurrent layers)."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module.training
+        and (
+            any(word in type(module).__name__.lower() for word in ("dropout", "droppath", "stochasticdepth"))
+            or any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
+        )
+    ]
+
+
+def _notes_on_hooks(model: nn.Module) -> list[str]:
+    """Hooks on parameters are not copied along."""
+    names = parameters_with_hooks(model, list(model.parameters()))
+    if not names:
+        return []
+    return [f"the hooks on gradients of {listed(names)} did not run: they see the gradient of each micro-batch."]
+
+
+def _dtype_of(specimen: Specimen) -> torch.dtype:
+    return specimen.dtype or min(own_dtypes(specimen.accumulator.model), key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,0 +1,383 @@
+"""A specimen: a copy of a user's set-up, run whole or in micro-batches as often as an experiment needs.
+
+Every run starts from the same weights, buffers, attributes and random state, since it gets a copy of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
+
+from gradfold.accumulator import Accumulator
+from gradfold.backward import BackPropagation
+from gradfold.batch import Batch, map_leaves, map_tensors
+from gradfold.coupled.batch_norm import BatchNormOption
+from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
+from gradfold.errors import BatchNormError, GradfoldError, ModelError, NonFiniteLossError
+from gradfold.feed import feed
+from gradfold.gradients import check_trainable
+from gradfold.loss import LossOutput, read_pair, read_terms
+from gradfold.random_state import HostRandomState, RandomState
+from gradfold.split import MicroBatch, cut_range, split_rows, split_samples
+from gradfold.trial import Trial
+from gradfold.verification.graph import Graph
+from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
+from gradfold.weight import weigh
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """The whole batch at once, in plain torch.
+
+    Attributes:
+        gradients: by parameter.
+        loss: its value.
+        recorded: the random numbers that were drawn.
+        graph: between parameters and loss.
+        drew: what else was drawn from, which cannot be handed to rows: "collate", "random", "numpy.random".
+    """
+
+    gradients: dict[str, Tensor]
+    loss: float
+    recorded: RecordedDraws
+    graph: Graph
+    drew: str | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The batch in micro-batches, by gradfold.
+
+    Attributes:
+        size: rows of a micro-batch, at most.
+        num_micro_batches: how many there are.
+        differences: by parameter, how far its gradient is from that of the whole; None where it failed.
+        error: the same over all parameters, relative; NaN where it failed, infinite where a loss is not finite.
+        failure: what the user's own functions raised, or a loss that is not finite, or BatchNorm.
+        unknown: the operator whose random numbers could not be handed to rows, if any.
+        dims: by number of a draw, the dimension that was taken for its rows.
+    """
+
+    size: int
+    num_micro_batches: int
+    differences: dict[str, float] | None
+    error: float
+    failure: Exception | None = None
+    unknown: str | None = None
+    dims: Mapping[int, int] = field(default_factory=dict)
+
+
+class _EqualDraws(EqualDraws):  # type: ignore[no-untyped-call]
+    """The same, for several parts one after another."""
+
+    def go_on_with(self, rows: range) -> None:
+        """Begin with other rows."""
+        self._numbers.clear()
+
+
+class Untouched:
+    """A user's model, and all else that a loss reaches, is as it was when the `with` block ends."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        self._parameters = list(accumulator.model.parameters())
+        self._trial = Trial(accumulator.model, accumulator.loss_fn, BackPropagation())
+        self._found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Untouched:
+        self._stack.callback(self._put_back)
+        self.set_aside(self._parameters)
+        self._stack.enter_context(self._trial)  # buffers, attributes, random states
+        self._stack.enter_context(torch.enable_grad())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def set_aside(self, tensors: Sequence[Tensor]) -> None:
+        """Keep the gradients of tensors that backward passes are about to add to."""
+        for tensor in tensors:
+            if id(tensor) not in self._found:
+                self._found[id(tensor)] = (tensor, tensor.grad)
+                tensor.grad = None
+
+    def rewind(self) -> None:
+        """Set torch's, numpy's and Python's random states to where they were at the beginning."""
+        self._trial.rewind()
+
+    def _put_back(self) -> None:
+        for tensor, gradient in self._found.values():
+            tensor.grad = gradient
+
+
+class Specimen:
+    """A set-up in one precision.
+
+    Attributes:
+        frozen: names of the modules that run in evaluation mode.
+        batch_norm: as for `Accumulator`.
+    """
+
+    def __init__(
+        self, accumulator: Accumulator, batch: Batch, num_rows: int, dtype: torch.dtype | None, untouched: Untouched
+    ) -> None:
+        self.accumulator = accumulator
+        self.num_rows = num_rows
+        self.dtype = dtype
+        self.frozen: frozenset[str] = frozenset()
+        self.batch_norm = accumulator.batch_norm
+        self._equal: tuple[RecordedDraws, Mapping[int, int]] | None = None
+        self._untouched = untouched
+        self._model = copy_of(accumulator.model, dtype)
+        self._batch = batch if accumulator.collate is not None else self._convert(batch)
+        self._users = {id(parameter) for parameter in accumulator.model.parameters()}
+        self.reaches_users_model = False
+
+    def with_frozen(self, names: Sequence[str]) -> Specimen:
+        """The same with these modules in evaluation mode, too."""
+        other = copy.copy(self)
+        other.frozen = self.frozen | set(names)
+        return other
+
+    def with_batch_norm(self, batch_norm: BatchNormOption) -> Specimen:
+        """The same under another option for BatchNorm."""
+        other = copy.copy(self)
+        other.batch_norm = batch_norm
+        return other
+
+    def with_equal_draws(self, recorded: RecordedDraws, dims: Mapping[int, int]) -> Specimen:
+        """The same with one row's random numbers for all rows, so that it does not matter whose they are."""
+        other = copy.copy(self)
+        other._equal = recorded, dims
+        return other
+
+    def fresh_model(self) -> nn.Module:
+        """A copy of the model as it was."""
+        model = copy.deepcopy(self._model)
+        for name in self.frozen:
+            model.get_submodule(name).training = False
+        return model
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """The batch of some samples, in this precision."""
+        assert self.accumulator.collate is not None
+        return self._convert(self.accumulator.collate(samples))
+
+    def whole_batch(self) -> Batch:
+        """The whole batch as `loss_fn` takes it, on the device."""
+        return self.on_device(self._batch if self.accumulator.collate is None else self.collate(list(self._batch)))
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch where the model is; copied, since a model may change its input in place."""
+        device = next(self.accumulator.model.parameters()).device
+        return map_tensors(torch.clone, feed([MicroBatch(batch, range(self.num_rows))], device)(0))
+
+    def collated(self, rows: tuple[range, range]) -> tuple[Batch, Batch] | None:
+        """Two parts of the samples, collated by themselves; None without `collate`."""
+        if self.accumulator.collate is None:
+            return None
+        first, second = (self.on_device(self.collate(list(self._batch[own.start : own.stop]))) for own in rows)
+        return first, second
+
+    def micro_batches(self, size: int) -> list[MicroBatch]:
+        """The batch cut by gradfold."""
+        if self.accumulator.collate is None:
+            return split_rows(self._batch, size)
+        return split_samples(self._batch, size, self.collate)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Random states from the beginning; what the user's functions make without a dtype has that of the copy."""
+        self._untouched.rewind()
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64 if self.dtype == torch.float64 else default)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+    def loss_fn(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """The user's, with the gradients kept that its backward pass adds to outside of the copy."""
+        output: LossOutput = self.accumulator.loss_fn(model, batch)
+        self._graph(model, output)
+        return output
+
+    def run_jittered(self, dtype: torch.dtype) -> WholeRun:
+        """The whole batch at once, with all parameters off by a rounding error of this dtype."""
+        model = self.fresh_model()
+        _jitter(model, torch.finfo(dtype).eps)
+        return self.run_whole(model)
+
+    def run_whole(self, model: nn.Module | None = None) -> WholeRun:
+        """The whole batch at once; on a copy of the model that has run before, if it is given."""
+        model = self.fresh_model() if model is None else model
+        graphs = []
+
+        def loss_fn(model: nn.Module, batch: Batch) -> LossOutput:
+            output: LossOutput = self.accumulator.loss_fn(model, batch)
+            graphs.append(self._graph(model, output))
+            _check_grad(output)
+            return output
+
+        recorded = RecordedDraws() if self._equal is None else self._equal[0]
+        mode = recorded if self._equal is None else _EqualDraws(*self._equal)
+        with self.running():
+            torch_state, host_state = RandomState.record(model.parameters()), HostRandomState.record()
+            batch = self.whole_batch()
+            collate_drew = torch_state.has_moved() or host_state.moved() is not None
+            try:
+                with mode:
+                    found, loss = full_batch_gradient(model, loss_fn, batch)
+            finally:
+                mode.restore_generators()
+            drew = "collate" if collate_drew else host_state.moved()
+        return WholeRun(found, loss, recorded, graphs[-1], drew)
+
+    def run_in_parts(self, size: int, whole: WholeRun) -> Attempt:
+        """The batch in micro-batches of at most `size` rows, each row with the random numbers that it had."""
+        model = self.fresh_model()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            order = self._order(size)
+            mode = self._draws_of_rows(whole.recorded, order[0])
+            twin = self.accumulator.twin(model, _in_order(self.loss_fn, mode, order), size)
+            twin.collate = None if twin.collate is None else self.collate
+            twin.batch_norm = self.batch_norm
+            batch = map_tensors(torch.clone, self._batch) if twin.collate is None else self._batch
+            try:
+                with self.running(), mode:
+                    twin.backward(batch)
+            except Exception as error:
+                if isinstance(error, GradfoldError) and not isinstance(error, (NonFiniteLossError, BatchNormError)):
+                    raise  # what the user is told without a proof, too
+                distance = math.inf if isinstance(error, NonFiniteLossError) else math.nan
+                return Attempt(size, len(order), None, distance, error)
+            finally:
+                mode.restore_generators()
+        unknown, dims = None, {}
+        if isinstance(mode, DrawsOfRows):
+            mode.finish()
+            unknown, dims = mode.unknown, mode.dims
+        found = gradients(model)  # not kept: there may be many sizes
+        names = {**whole.gradients, **found}
+        differences = {name: difference_norm(found.get(name), whole.gradients.get(name)) for name in names}
+        distance = relative_error(found, whole.gradients)
+        distance = math.inf if math.isnan(distance) else distance
+        return Attempt(size, len(order), differences, distance, None, unknown, dims)
+
+    def _draws_of_rows(self, recorded: RecordedDraws, rows: range) -> DrawsOfRows | _EqualDraws:
+        if self._equal is not None:
+            return _EqualDraws(*self._equal)
+        return DrawsOfRows(recorded, self.num_rows, rows)
+
+    def _order(self, size: int) -> list[range]:
+        """The rows of micro-batches in the order in which they are run: those that weigh nothing last, if at all."""
+        with self.running():
+            parts = self.micro_batches(size)
+            idle = weigh(self.accumulator.weight, parts).idle()
+        rows = cut_range(self.num_rows, size)
+        return [rows[index] for index in range(len(rows)) if index not in idle] + [
+            rows[index] for index in sorted(idle)
+        ]
+
+    def _graph(self, model: nn.Module, output: LossOutput) -> Graph:
+        graph = Graph.of(_terms(output).values())
+        own = {id(parameter) for parameter in model.parameters()}
+        foreign = [leaf for leaf in graph.leaves if id(leaf) not in own]
+        self._untouched.set_aside(foreign)
+        self.reaches_users_model |= any(id(leaf) in self._users for leaf in foreign)
+        return graph
+
+    def _convert(self, batch: Batch) -> Batch:
+        dtype = self.dtype
+        if dtype is None:
+            return batch
+
+        def convert(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return _in_dtype(leaf, dtype)
+            return leaf.to(dtype) if isinstance(leaf, PackedSequence) and leaf.data.is_floating_point() else leaf
+
+        return map_leaves(convert, batch)
+
+
+def own_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """The floating point dtypes of a model's parameters."""
+    return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+
+
+def copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of a model, in another precision if there is one given.
+
+    Raises:
+        ModelError: it has nothing to train, has lazy layers, or cannot be copied.
+    """
+    check_trainable(model, list(model.parameters()))
+    if any(map(is_lazy, model.parameters())):
+        raise ModelError("the model has lazy layers that have not run yet: run one forward pass, then verify.")
+    # Results of an earlier forward pass (weight_norm keeps one) refuse to be copied as they are.
+    results = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in results if not value.is_leaf}
+    try:
+        other = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and a proof runs on a copy. "
+            "Let copy.deepcopy(model) work: look for locks, files, generators and tensors with a graph in attributes."
+        ) from error
+    if dtype is not None:  # not .to(dtype), which makes complex parameters real
+        other._apply(lambda tensor: _in_dtype(tensor, dtype))  # type: ignore[no-untyped-call]
+    return other
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_floating_point():
+        return tensor.to(dtype)
+    return tensor.to(dtype.to_complex()) if tensor.is_complex() else tensor
+
+
+@torch.no_grad()
+def _jitter(model: nn.Module, size: float) -> None:
+    """Move every element of every parameter by `size` of itself, up and down in turn."""
+    for number, parameter in enumerate(model.parameters()):
+        signs = torch.full((parameter.numel(),), size, dtype=torch.float64, device=parameter.device)
+        signs[number % 2 :: 2] *= -1
+        parameter.add_((parameter * signs.view(parameter.shape)).to(parameter.dtype))
+
+
+def _in_order(
+    loss_fn: Callable[[nn.Module, Batch], LossOutput], mode: DrawsOfRows | _EqualDraws, order: Sequence[range]
+) -> Callable[[nn.Module, Batch], LossOutput]:
+    ahead = iter(order[1:])
+    is_first = True
+
+    def call(model: nn.Module, batch: Batch) -> LossOutput:
+        nonlocal is_first
+        if not is_first:
+            mode.go_on_with(next(ahead))
+        is_first = False
+        return loss_fn(model, batch)
+
+    return call
+
+
+def _terms(output: LossOutput) -> dict[str, Tensor]:
+    return read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
+
+
+def _check_grad(output: LossOutput) -> None:
+    terms = _terms(output)
+    if not any(term.requires_grad for term in terms.values()):
+        BackPropagation()([(term, 1.0) for term in terms.values()])  # says what is wrong

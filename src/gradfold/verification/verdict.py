@@ -1,0 +1,248 @@
+"""A verdict: whether the accumulated gradient is the whole batch's, the figures, and the causes where it is not."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradfold.errors import NotDecomposableError
+
+__all__ = ["Verdict"]
+
+_MOST_ROWS = 10  # of the table of parameters
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why the law does not hold.
+
+    Attributes:
+        name: those of `NotDecomposableError`, or "random" (numbers that cannot be handed to rows, or two runs that
+            differ), "other_model" (`loss_fn` uses another model), "non_finite" (the whole batch's loss is NaN or
+            infinite), "fails" (micro-batches raise an error), "rounding" (it hides the answer), "unknown".
+        text: what was found, and what to write.
+        term: name of the loss term ("loss" for a bare one).
+        weight: the weight that fits, as Python, where one was found.
+        layers: names of the layers to blame, where there are.
+    """
+
+    name: str
+    text: str
+    term: str = "loss"
+    weight: str | None = None
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """The gradient with micro-batches of one size.
+
+    Attributes:
+        size: rows of a micro-batch, at most.
+        num_micro_batches: how many there were.
+        error: relative error over all parameters; NaN where there is none.
+        failure: what was raised instead.
+    """
+
+    size: int
+    num_micro_batches: int
+    error: float
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """The gradient of one parameter, at the size of micro-batches with the largest error.
+
+    Attributes:
+        name: in the model.
+        shape: of the parameter.
+        norm: of the whole batch's gradient; 0 where it has none.
+        error: relative to that norm, or to a billionth of the norm over all parameters where that is larger.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `gradfold.verify` found; `print(verdict)` says it in words.
+
+    Attributes:
+        ok: whether the law was seen to hold, at every size that ran.
+        max_relative_error: `||g - ref|| / ||ref||` over all parameters, at the worst size; NaN where nothing was
+            compared.
+        rows: one per parameter (`name`, `shape`, `norm`, `error`), in the model's order.
+        sizes: one per size of micro-batches (`size`, `num_micro_batches`, `error`, `failure`).
+        tolerance: the largest error that rounding explains.
+        noise_floor: how far the whole batch's gradient moves when every parameter is off by one rounding error.
+        dtype: the precision of the copy that was run.
+        precision: the lowest precision met between parameters and loss, which sets the tolerance.
+        num_rows: rows of the batch.
+        causes: why it does not hold (`name`, `text`); none where it does.
+        notes: what else to know: what was frozen, or fell back.
+    """
+
+    ok: bool
+    max_relative_error: float
+    rows: tuple[ParameterRow, ...]
+    sizes: tuple[SizeRow, ...]
+    tolerance: float
+    noise_floor: float
+    dtype: torch.dtype
+    precision: torch.dtype
+    num_rows: int
+    causes: tuple[Cause, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def raise_if_wrong(self) -> None:
+        """Do nothing where the law holds.
+
+        Raises:
+            NotDecomposableError: it does not, or that could not be proved; `.cause` is the name of the first cause.
+        """
+        if not self.ok:
+            first = self.causes[0]
+            raise NotDecomposableError(str(self), first.name, first.term, first.weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict in plain values, for JSON: None stands for a number that is not finite."""
+        return {
+            "ok": self.ok,
+            "max_relative_error": _finite(self.max_relative_error),
+            "tolerance": self.tolerance,
+            "noise_floor": _finite(self.noise_floor),
+            "dtype": name_of(self.dtype),
+            "precision": name_of(self.precision),
+            "num_rows": self.num_rows,
+            "causes": [
+                {"name": one.name, "text": one.text, "term": one.term, "weight": one.weight, "layers": list(one.layers)}
+                for one in self.causes
+            ],
+            "notes": list(self.notes),
+            "sizes": [
+                {
+                    "size": one.size,
+                    "num_micro_batches": one.num_micro_batches,
+                    "error": _finite(one.error),
+                    "failure": one.failure,
+                }
+                for one in self.sizes
+            ],
+            "parameters": [
+                {"name": one.name, "shape": list(one.shape), "norm": one.norm, "error": _finite(one.error)}
+                for one in self.rows
+            ],
+        }
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        off = f"{number(self.max_relative_error)} off"
+        if self.ok:
+            return f"RIGHT: the accumulated gradient is that of the whole batch ({off} at most)."
+        if math.isnan(self.max_relative_error):
+            return "NOT PROVED: nothing could be compared."
+        if self.causes[0].name in ("random", "rounding", "fails"):
+            return f"NOT PROVED: whether the accumulated gradient is that of the whole batch ({off} at worst)."
+        return f"WRONG: the accumulated gradient is not that of the whole batch ({off} at worst)."
+
+    @property
+    def precision_line(self) -> str:
+        """How exact it could be."""
+        lower = "" if self.precision == self.dtype else f", with {name_of(self.precision)} on the way"
+        return (
+            f"{self.num_rows} rows, run in {name_of(self.dtype)}{lower}. Allowed: {number(self.tolerance)}. "
+            f"Rounding of the parameters alone: {number(self.noise_floor)}."
+        )
+
+    @property
+    def worst(self) -> tuple[ParameterRow, ...]:
+        """The parameters with the largest errors, at most 10, the worst first."""
+        return tuple(sorted(self.rows, key=lambda row: row.error, reverse=True)[:_MOST_ROWS])
+
+    def size_cells(self) -> list[list[str]]:
+        """The table of sizes: micro-batch, how many, error."""
+        return [_size_cells(row) for row in self.sizes]
+
+    def parameter_cells(self) -> list[list[str]]:
+        """The table of the worst parameters: name, shape, norm, error."""
+        return [_parameter_cells(row) for row in self.worst]
+
+    @property
+    def num_hidden(self) -> int:
+        """How many parameters are not among the worst."""
+        return len(self.rows) - len(self.worst)
+
+    def __str__(self) -> str:
+        lines = [self.headline]
+        for cause in self.causes:
+            lines += ["", *_wrapped(f"Cause: {cause.name}", cause.text)]
+        for note in self.notes:
+            lines += ["", *_wrapped("Note", note)]
+        if self.sizes:
+            lines += ["", *_table(["micro-batch", "how many", "error"], self.size_cells())]
+        if not math.isnan(self.noise_floor):
+            lines += ["", *textwrap.wrap(self.precision_line, _WIDTH)]
+        if self.rows:
+            lines += ["", *_table(["parameter", "shape", "norm", "error"], self.parameter_cells())]
+            if self.num_hidden:
+                lines.append(f"  and {self.num_hidden} more with smaller errors")
+        return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """An error as people read it: 2.1e-16, or 23.4 %."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinitely"
+    if value == 0.0 or value < 1e-3:
+        return f"{value:.1e}" if value else "0"
+    return f"{value:.1%}".replace("%", " %") if value < 10 else f"{value:.3g} times"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Names in a sentence: "1, 2 and 3"."""
+    if len(names) > limit:
+        return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def _size_cells(row: SizeRow) -> list[str]:
+    failure = None if row.failure is None else textwrap.shorten(row.failure, _WIDTH - 30)
+    return [str(row.size), str(row.num_micro_batches), failure or number(row.error)]
+
+
+def _parameter_cells(row: ParameterRow) -> list[str]:
+    return [row.name, "x".join(map(str, row.shape)) or "scalar", f"{row.norm:.2e}", number(row.error)]
+
+
+def _wrapped(title: str, text: str) -> list[str]:
+    """A title, and its text below with each of its lines wrapped."""
+    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, _WIDTH - 2)]
+    return [title, *(f"  {line}" for line in lines)]
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    every = [headings, *rows]
+    widths = [max(len(row[column]) for row in every) for column in range(len(headings))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in every
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
