@@ -21,6 +21,7 @@ LAYERS = [
     ["loader"],
     ["self_check", "coupled"],
     ["examination"],
+    ["examined"],
     ["trial", "window"],
     ["loss", "metric", "feed"],
     ["weight"],

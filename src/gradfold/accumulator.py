@@ -224,4 +224,6 @@ class Accumulator:
 
     def _check_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
         refuse_post_accumulate_hooks(self.model, parameters)
-        warn_of_hooks(parameters_with_hooks(self.model, parameters), self._hooks_warned_of)
+        named = parameters_with_hooks(self.model, parameters)
+        if named:
+            warn_of_hooks(named, self._hooks_warned_of)

@@ -170,12 +170,15 @@ def leaves_by_path(batch: Batch) -> list[tuple[str, Any]]:
 
 def structure(batch: Batch) -> Hashable:
     """What a batch is made of, whatever its sizes: two batches of one loader have the same."""
-    if type(batch) is Tensor:
+    kind = type(batch)
+    if kind is Tensor:
         return batch.dtype, batch.dim()
+    if kind is tuple or kind is list:  # exact types first: this runs for every window
+        return kind, *map(structure, batch)
     children = _children(batch)
     if children is None:
-        return type(batch).__qualname__
-    return type(batch).__qualname__, tuple([(name, structure(part)) for name, part in children])
+        return kind.__qualname__
+    return kind.__qualname__, *[(name, structure(part)) for name, part in children]
 
 
 def equal(batch: Batch, other: Batch) -> bool:

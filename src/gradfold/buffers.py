@@ -62,6 +62,8 @@ class BufferKeeper:
 
     def close(self) -> None:
         """Learn from a window that succeeded, and let the copies go."""
+        if not self._kept and not self._unkept and not self._missing:
+            return
         if self._changing is None:
             self._changing = _changed(self._kept)
         self._changing |= {place.key for place in self._unkept if _shows_change(place)}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from gradfold import accusation
-from gradfold.batch import Batch
 from gradfold.draws import DrawsOfRows, EqualDraws, OwnGenerators, RecordedDraws
 from gradfold.errors import NotDecomposableError
+from gradfold.examined import CannotKnowError, Examined, UndecidedError
 from gradfold.jitter import Jitter
 from gradfold.mixture import Mixture
 from gradfold.trial import Outcome, Shares, Trial
-from gradfold.weight import WeightOption
 from gradfold.weight_search import name_weight
 
 __all__: list[str] = []
@@ -29,39 +27,6 @@ __all__: list[str] = []
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 3e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
 _PROOF = 4
 _NOISE = 30  # how many times the effect of a rounding error in every parameter a difference must be
-
-
-class CannotKnowError(Exception):
-    """Nothing can be said about this loss, for the reason in the message. Internal: it ends in a warning."""
-
-
-class UndecidedError(Exception):
-    """These rows do not tell; others may. Internal."""
-
-
-@dataclass(frozen=True)
-class Examined:
-    """A micro-batch and its two parts, on the device, with their weights.
-
-    Attributes:
-        whole, parts: what `loss_fn` takes.
-        recollated: the parts as a collate function makes them, with a padding of their own; used where no random
-            numbers are drawn, which could not be handed to rows of another length.
-        rows: of each part, counted from the start of the micro-batch.
-        shares: by loss term, what the micro-batch makes up of its window: its seed.
-        part_shares: by loss term, what each part makes up of the micro-batch.
-        weights_of: by loss term, the weight of the micro-batch and those of the parts together.
-        weight: the option as the user gave it.
-    """
-
-    whole: Batch
-    parts: tuple[Batch, Batch]
-    recollated: tuple[Batch, Batch] | None
-    rows: tuple[range, range]
-    shares: Shares
-    part_shares: tuple[Shares, Shares]
-    weights_of: Callable[[str], tuple[float, float]]
-    weight: WeightOption
 
 
 class Examination:
@@ -91,7 +56,12 @@ class Examination:
             return None
         own = OwnGenerators()
         try:
-            whole = self._run_whole(own)
+            # What is compiled would be compiled again under a mode, and has taken its generators in anyway.
+            whole = self._run_whole(nullcontext() if _is_compiled(self._model) else own)
+        except (UndecidedError, CannotKnowError):
+            raise
+        except Exception:  # of the user, then it comes again, or of a mode where none may be
+            return None
         finally:
             has_own = own.restore()
         if has_own or self._trial.has_drawn():
@@ -316,6 +286,13 @@ class Examination:
             if alone is not None and float(alone.errors.max()) < tolerance:
                 return accusation.moves_state(term, error, buffers)
         return accusation.couples_samples(term, error)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 def _are_finite(outcome: Outcome) -> bool:

@@ -47,6 +47,21 @@ def read_terms(loss: Loss) -> dict[str, Tensor]:
     return dict(terms)
 
 
+def keep(loss: Tensor) -> Tensor | float:
+    """The value of a loss; where reading it would wait for a device, a tensor without the graph."""
+    return loss.item() if loss.is_cpu else loss.detach()
+
+
+def _read(values: list[Tensor | float], device: torch.device) -> list[float]:
+    """Kept values as numbers, in one transfer."""
+    # A model on several devices may have its terms on them.
+    waiting = [value.to(device) for value in values if isinstance(value, Tensor)]
+    if not waiting:
+        return values  # type: ignore[return-value]
+    read = iter(torch.stack(waiting).tolist())
+    return [next(read) if isinstance(value, Tensor) else value for value in values]
+
+
 def _not_a_loss(output: object) -> str:
     has_loss = hasattr(output, "loss") or (isinstance(output, Mapping) and "loss" in output)
     hint = " Return output.loss (or output['loss'])." if has_loss else ""
@@ -72,7 +87,8 @@ class LossTerms:
         self._device = device
         self._parts: dict[str, tuple[float, ...]] = {}  # term -> part of the window per micro-batch
         self._bare: tuple[float, ...] | None = None  # the parts of a loss without other terms
-        self._values: dict[tuple[str, int], Tensor] = {}  # term, micro-batch -> detached loss
+        self._values: dict[tuple[str, int], Tensor | float] = {}  # term, micro-batch -> what keep() made of the loss
+        self._dtype = torch.float32  # of the first loss
         self._taken: list[int] = []  # micro-batches so far
 
     @property
@@ -94,7 +110,7 @@ class LossTerms:
             part = self._bare[index]
             if part and loss.dim() == 0 and loss.is_floating_point():  # the usual case, faster
                 self._taken.append(index)
-                self._values[BARE, index] = loss.detach()
+                self._values[BARE, index] = keep(loss)
                 return [(loss, part)]
         terms = read_terms(loss)
         if terms.keys() != self._parts.keys():
@@ -105,7 +121,9 @@ class LossTerms:
             part = self._parts[name][index]
             if part:
                 weighed.append((term, part))
-                self._values[name, index] = term.detach()
+                if not self._values:
+                    self._dtype = term.dtype
+                self._values[name, index] = keep(term)
         return weighed
 
     def close(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -119,19 +137,15 @@ class LossTerms:
         """
         if not self._values:
             return self._scalar(math.nan, torch.float32), {}
-        losses = list(self._values.values())
-        if len(self._parts) > 1:
-            losses = [loss.to(self._device) for loss in losses]  # terms of a model on several devices
-        values = torch.stack(losses).tolist()
+        values = _read(list(self._values.values()), self._device)
         sums = dict.fromkeys([name for name, _ in self._values], 0.0)
         for (name, index), value in zip(self._values, values, strict=True):
             sums[name] += self._parts[name][index] * value
         loss = sum(sums.values())
         if not math.isfinite(loss):
             self._blame(values)
-        dtype = losses[0].dtype
-        means = {name: self._scalar(sums.get(name, math.nan), dtype) for name in self._parts if name != BARE}
-        return self._scalar(loss, dtype), means
+        means = {name: self._scalar(sums.get(name, math.nan), self._dtype) for name in self._parts if name != BARE}
+        return self._scalar(loss, self._dtype), means
 
     def _scalar(self, value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((), value, dtype=dtype if dtype.itemsize >= 4 else torch.float32, device=self._device)

@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, cut_rows, equal, num_rows, structure
 from gradfold.errors import BatchError, NotDecomposableError
-from gradfold.examination import CannotKnowError, Examination, Examined, UndecidedError
+from gradfold.examination import Examination
+from gradfold.examined import CannotKnowError, Examined, UndecidedError
 from gradfold.feed import feed
 from gradfold.loss import LossFn
 from gradfold.random_state import HostRandomState, RandomState
@@ -49,11 +50,17 @@ class SelfCheck:
         self._num_windows: dict[Hashable, int] = {}  # by structure, of those not settled
         self._settled: dict[Hashable, tuple[str, ...] | None] = {}  # structure -> loss terms that were seen
         self._current: Hashable = None
+        self._last_settled: tuple[Hashable, list[bool]] | None = None  # of the last window, if it was settled before
 
     def is_due(self, micro_batches: Sequence[MicroBatch], modules: Sequence[nn.Module]) -> bool:
         """Whether to look at this window; `modules` are all those of the model."""
-        self._current = (structure(micro_batches[0].data), tuple([module.training for module in modules]))
+        current = (structure(micro_batches[0].data), [module.training for module in modules])
+        if current == self._last_settled:
+            return False  # the usual case, without a hash
+        self._last_settled = None
+        self._current = (current[0], tuple(current[1]))
         if self._current in self._settled:
+            self._last_settled = current
             return False
         count = self._num_windows[self._current] = self._num_windows.get(self._current, 0) + 1
         return count in _LOOKS
@@ -63,6 +70,7 @@ class SelfCheck:
         seen = self._settled.get(self._current)
         if seen is not None and tuple(names) != seen and not set(names) <= set(seen):
             del self._settled[self._current]
+            self._last_settled = None
 
     def look(
         self,

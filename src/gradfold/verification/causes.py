@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, cut_rows, num_rows
 from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError
-from gradfold.examination import CannotKnowError, Examination, Examined, UndecidedError
+from gradfold.examination import Examination
+from gradfold.examined import CannotKnowError, Examined, UndecidedError
 from gradfold.split import MicroBatch, cut_range
 from gradfold.trial import Trial
 from gradfold.verification.comparison import Allowance, Comparison
