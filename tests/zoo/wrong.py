@@ -306,7 +306,7 @@ WRONG += COUPLED
 
 # --- BatchNorm
 
-NORMS = 'GroupNorm, the layer in evaluation mode, or `batch_norm="per_micro_batch"`'
+NORMS = '`gradfold.convert_batch_norm(model)`, `layer.eval()`, or `batch_norm="per_micro_batch"` to accept it'
 
 
 def batch_norm(model, batch, name, **rest):
