@@ -446,7 +446,9 @@ def test_settings_are_completed_from_the_workload() -> None:
 
 def test_arms_are_chosen_for_the_workload_where_none_are_named() -> None:
     assert chosen_arms(Settings(), tiny()) == DEFAULT_ARMS == ("full-batch", "gradfold", "plain-loop", "small-batch")
-    assert chosen_arms(Settings(), normed()) == (*DEFAULT_ARMS, "group-norm-full-batch", "group-norm")
+    by_default = chosen_arms(Settings(), normed())
+    assert by_default[1] == "batch-norm-per-micro" and "gradfold" not in by_default
+    assert by_default[-2:] == ("group-norm-full-batch", "group-norm") and len(by_default) == len(DEFAULT_ARMS) + 2
     assert chosen_arms(Settings(arms=("group-norm",)), normed()) == ("group-norm",)
     used = as_options(Settings(), complete(Settings(), normed()), GROUP_NORM_ARMS)
     assert used.to_json()["arms"] == ["group-norm-full-batch", "group-norm"]

@@ -77,6 +77,9 @@ def compare(
     - **reordered** (only when asked for): the full batch with its rows in reverse. Rounding grows while a network
       trains; this shows how far it goes by itself
 
+    - **batch-norm-per-micro** (in the place of gradfold where BatchNorm sees micro-batches, as in resnet): the
+      workload's own model by gradfold, which is not the full batch
+
     - **group-norm-full-batch** and **group-norm** (where BatchNorm sees micro-batches, as in resnet): another model,
     with GroupNorm in place of BatchNorm, in full batches and by gradfold. The second is measured against the first
 

@@ -162,6 +162,7 @@ def as_it_is(model: nn.Module) -> nn.Module:
 
 REFERENCE = "full-batch"
 GROUP_NORM_REFERENCE = "group-norm-full-batch"
+BATCH_NORM = "batch-norm-per-micro"
 CONTROL = "reordered"
 
 
@@ -194,6 +195,7 @@ ARMS: dict[str, Arm] = {
         Arm("plain-loop", "the loop as articles print it: loss / n, a step every n micro-batches", plain_loop),
         Arm("small-batch", "no accumulation: an update for every micro-batch", small_batch, accumulates=False),
         Arm(CONTROL, "the control: the full batch with its rows in reverse, which changes rounding alone", reordered),
+        Arm(BATCH_NORM, "each global batch by gradfold, BatchNorm normalised by micro-batch", gradfold),
         Arm(
             GROUP_NORM_REFERENCE,
             "the full batch of another model: gradfold.convert_batch_norm puts GroupNorm in the place of BatchNorm",
@@ -211,12 +213,14 @@ ARMS: dict[str, Arm] = {
     )
 }
 GROUP_NORM_ARMS = tuple(name for name, arm in ARMS.items() if arm.reference == GROUP_NORM_REFERENCE)
-DEFAULT_ARMS = tuple(name for name in ARMS if name not in (CONTROL, *GROUP_NORM_ARMS))
+DEFAULT_ARMS = tuple(name for name in ARMS if name not in (CONTROL, BATCH_NORM, *GROUP_NORM_ARMS))
 
 
 def default_arms(workload: Workload) -> tuple[str, ...]:
     """The arms that answer what one asks of a workload: with BatchNorm by micro-batch, also what GroupNorm would do."""
-    return DEFAULT_ARMS + (GROUP_NORM_ARMS if workload.batch_norm == "per_micro_batch" else ())
+    if workload.batch_norm != "per_micro_batch":
+        return DEFAULT_ARMS
+    return (*(BATCH_NORM if name == "gradfold" else name for name in DEFAULT_ARMS), *GROUP_NORM_ARMS)
 
 
 def _joined(window: list[tuple[Tensor, float, int]]) -> Update:

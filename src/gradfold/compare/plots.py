@@ -29,6 +29,7 @@ Draw = Callable[[Axes, Comparison], None]
 COLORS = {
     "full-batch": "#8a8f98",
     "gradfold": "#0072b2",
+    "batch-norm-per-micro": "#56b4e9",
     "plain-loop": "#e69f00",
     "small-batch": "#cc79a7",
     "reordered": "#009e73",
@@ -37,9 +38,12 @@ COLORS = {
 }
 _WIDTHS = {
     **{"full-batch": 8.0, "plain-loop": 4.4, "gradfold": 1.6, "small-batch": 1.6, "reordered": 2.8},
-    **{"group-norm-full-batch": 8.0, "group-norm": 1.6},
+    **{"batch-norm-per-micro": 1.6, "group-norm-full-batch": 8.0, "group-norm": 1.6},
 }
-_ON_TOP = ("small-batch", "group-norm-full-batch", "group-norm", "full-batch", "plain-loop", "reordered", "gradfold")
+_ON_TOP = (
+    *("small-batch", "group-norm-full-batch", "group-norm", "full-batch", "plain-loop", "reordered", "gradfold"),
+    "batch-norm-per-micro",
+)
 _NUM_POINTS = 60
 _PHASES = (("forward", 1.0), ("backward", 0.68), ("update", 0.4), ("other", 0.17))
 _INK, _FAINT = "#22262b", "#6a7079"

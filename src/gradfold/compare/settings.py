@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradfold.compare.arms import ARMS, GROUP_NORM_ARMS, default_arms
+from gradfold.compare.arms import ARMS, BATCH_NORM, GROUP_NORM_ARMS, default_arms
 from gradfold.compare.samples import num_samples
 from gradfold.errors import OptionError
 from gradfold.workloads.workload import Workload
@@ -102,10 +102,10 @@ def chosen_arms(settings: Settings, workload: Workload) -> tuple[str, ...]:
     """
     if settings.arms is None:
         return default_arms(workload)
-    needless = [name for name in settings.arms if name in GROUP_NORM_ARMS]
+    needless = [name for name in settings.arms if name in (BATCH_NORM, *GROUP_NORM_ARMS)]
     if needless and workload.batch_norm is None:
         raise OptionError(
-            f"--arms {','.join(needless)}: there is no BatchNorm to replace by GroupNorm in workload "
+            f"--arms {','.join(needless)}: there is no BatchNorm by micro-batch in workload "
             f"{workload.name!r}, whose batch_norm is None. Leave {'them' if len(needless) > 1 else 'it'} out."
         )
     return settings.arms

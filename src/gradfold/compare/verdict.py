@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradfold.compare.arms import CONTROL, GROUP_NORM_REFERENCE, REFERENCE
+from gradfold.compare.arms import BATCH_NORM, CONTROL, GROUP_NORM_REFERENCE, REFERENCE
 from gradfold.compare.readable import metric, share, size
 from gradfold.compare.results import Comparison, Deviation, Row
 
@@ -35,7 +35,7 @@ def _of_gradfold(row: Row, comparison: Comparison) -> str:
 
 def _of_group_norm(row: Row, comparison: Comparison) -> str:
     words = [_explained_gradient(row, comparison), _cost(row, comparison)]
-    with_batch_norm = comparison.row("gradfold")
+    with_batch_norm = comparison.row(BATCH_NORM) or comparison.row("gradfold")
     if with_batch_norm is not None and is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
         far = with_batch_norm.deviations.gradient_float64
         if far.value is not None and not is_rounding(far, FLOAT64_ROUNDING):
@@ -203,6 +203,7 @@ _WORDS = {
     CONTROL: lambda row, comparison: "",
     GROUP_NORM_REFERENCE: _of_group_norm_reference,
     "gradfold": _of_gradfold,
+    BATCH_NORM: _of_gradfold,
     "group-norm": _of_group_norm,
     "plain-loop": _of_plain_loop,
     "small-batch": _of_small_batch,
