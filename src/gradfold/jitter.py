@@ -13,11 +13,18 @@ _STEPS = 4.0  # at most, in units of the last place
 
 
 class Jitter:
-    """Moves floating point parameters while the `with` block runs, by a random number of rounding errors each."""
+    """Moves floating point parameters while the `with` block runs, by a random number of rounding errors each.
 
-    def __init__(self, parameters: Iterable[nn.Parameter], seed: int) -> None:
+    Args:
+        parameters: those to move.
+        seed: other seeds move them otherwise. One may move nothing that counts, by luck.
+        precision: whose rounding errors; None: those of each parameter's own dtype.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], seed: int, precision: torch.dtype | None = None) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.is_floating_point()]
         self._seed = seed
+        self._precision = precision
 
     @torch.no_grad()
     def __enter__(self) -> None:
@@ -26,7 +33,7 @@ class Jitter:
             generator = torch.Generator().manual_seed(1000 * self._seed + number)
             steps = torch.rand(parameter.shape, generator=generator).mul_(2 * _STEPS).sub_(_STEPS)
             steps = steps.to(parameter.device, parameter.dtype)
-            parameter.add_(parameter * steps, alpha=torch.finfo(parameter.dtype).eps)
+            parameter.add_(parameter * steps, alpha=torch.finfo(self._precision or parameter.dtype).eps)
 
     @torch.no_grad()
     def __exit__(self, *_: object) -> None:

@@ -57,7 +57,7 @@ def _read(values: list[Tensor | float], device: torch.device) -> list[float]:
     # A model on several devices may have its terms on them.
     waiting = [value.to(device) for value in values if isinstance(value, Tensor)]
     if not waiting:
-        return values  # type: ignore[return-value]
+        return values  # type: ignore[return-value]  # none is a tensor
     read = iter(torch.stack(waiting).tolist())
     return [next(read) if isinstance(value, Tensor) else value for value in values]
 

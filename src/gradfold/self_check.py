@@ -97,7 +97,10 @@ class SelfCheck:
         if index is None or any(map(is_lazy, self._model.parameters())):  # the first window makes lazy layers
             return
         part = micro_batches[index]
-        shares: Shares = lambda name: weights.of_term(name).parts[index]  # noqa: E731
+
+        def shares(name: str) -> float:
+            return weights.of_term(name).parts[index]
+
         examine = partial(self._examine, shares=shares, device=device, collate_rows=collate_rows, frozen=frozen)
         random_states = RandomState.record(self._model.parameters()), HostRandomState.record()
         try:

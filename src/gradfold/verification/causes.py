@@ -86,7 +86,7 @@ def after_comparing(specimen: Specimen, comparison: Comparison, allowed: Allowan
     if allowed.may_be_noise(worst.error):
         return Cause(
             "rounding",
-            f"one rounding error in every parameter moves the gradient by {number(allowed.noise_floor)}, so it could "
+            f"a few rounding errors in every parameter move the gradient by {number(allowed.noise_floor)}, so it could "
             "not be proved. Verify in float64, or with other weights and data.",
         )
     return _examine(specimen, comparison, worst)

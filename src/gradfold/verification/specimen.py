@@ -26,6 +26,7 @@ from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
 from gradfold.errors import BatchNormError, GradfoldError, ModelError, NonFiniteLossError
 from gradfold.feed import feed
 from gradfold.gradients import check_trainable
+from gradfold.jitter import Jitter
 from gradfold.loss import LossOutput, read_pair, read_terms
 from gradfold.random_state import HostRandomState, RandomState
 from gradfold.split import MicroBatch, cut_range, split_rows, split_samples
@@ -214,11 +215,11 @@ class Specimen:
         self._graph(model, output)
         return output
 
-    def run_jittered(self, dtype: torch.dtype) -> WholeRun:
-        """The whole batch at once, with all parameters off by a rounding error of this dtype."""
+    def run_jittered(self, precision: torch.dtype, seed: int) -> WholeRun:
+        """The whole batch at once, with all parameters off by some rounding errors of this precision."""
         model = self.fresh_model()
-        _jitter(model, torch.finfo(dtype).eps)
-        return self.run_whole(model)
+        with Jitter(model.parameters(), seed, precision):
+            return self.run_whole(model)
 
     def run_whole(self, model: nn.Module | None = None) -> WholeRun:
         """The whole batch at once; on a copy of the model that has run before, if it is given."""
@@ -346,15 +347,6 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.is_floating_point():
         return tensor.to(dtype)
     return tensor.to(dtype.to_complex()) if tensor.is_complex() else tensor
-
-
-@torch.no_grad()
-def _jitter(model: nn.Module, size: float) -> None:
-    """Move every element of every parameter by `size` of itself, up and down in turn."""
-    for number, parameter in enumerate(model.parameters()):
-        signs = torch.full((parameter.numel(),), size, dtype=torch.float64, device=parameter.device)
-        signs[number % 2 :: 2] *= -1
-        parameter.add_((parameter * signs.view(parameter.shape)).to(parameter.dtype))
 
 
 def _in_order(

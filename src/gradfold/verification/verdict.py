@@ -84,7 +84,7 @@ class Verdict:
         rows: one per parameter (`name`, `shape`, `norm`, `error`), in the model's order.
         sizes: one per size of micro-batches (`size`, `num_micro_batches`, `error`, `failure`).
         tolerance: the largest error that rounding explains.
-        noise_floor: how far the whole batch's gradient moves when every parameter is off by one rounding error.
+        noise_floor: how far the whole batch's gradient moves when every parameter is off by a few rounding errors.
         dtype: the precision of the copy that was run.
         precision: the lowest precision met between parameters and loss, which sets the tolerance.
         num_rows: rows of the batch.
