@@ -22,13 +22,17 @@ LAYERS = [
     ["self_check", "coupled"],
     ["examination"],
     ["examined"],
-    ["trial", "window"],
-    ["loss", "metric", "feed"],
+    ["trial", "replay"],
+    ["inspection"],
+    ["transaction", "window"],
+    ["precision", "metric", "feed"],
+    ["loss"],
     ["weight"],
-    ["split", "backward", "gradients", "buffers", "random_state", "attributes", "sync"],
+    ["split", "backward", "gradients", "hooks", "buffers", "random_state", "attributes", "sync"],
+    ["recovery", "fitting_size", "out_of_memory"],
     ["draws", "mixture", "weight_search", "accusation", "jitter"],
     ["batch"],
-    ["errors"],
+    ["errors", "warning"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

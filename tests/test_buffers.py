@@ -23,6 +23,7 @@ def learned(model: nn.Module, run) -> BufferKeeper:
     """A keeper that has seen one window succeed."""
     keeper = opened(model)
     run()
+    keeper.learn()
     keeper.close()
     return keeper
 
@@ -85,6 +86,7 @@ def test_running_statistics_are_put_back_though_their_versions_stay(layer, shape
     for _ in range(windows_before):
         opened(layer, keeper)
         layer(torch.randn(shape) + 1e4)
+        keeper.learn()
         keeper.close()
     before, held = copies(layer), dict(layer.named_buffers())
     opened(layer, keeper)
@@ -183,6 +185,7 @@ def test_a_buffer_registered_by_a_forward_pass_is_no_obstacle():
     model = Holder(lambda self: "late" in self._buffers or self.register_buffer("late", torch.zeros(1)))
     keeper = opened(model)
     model(INPUTS)
+    keeper.learn()
     keeper.close()
     opened(model, keeper)
     model(INPUTS)
@@ -199,6 +202,7 @@ def test_a_large_constant_is_copied_in_the_first_window_only():
             opened(model, keeper)
         sizes.append(copied.num_elements)
         model(INPUTS)
+        keeper.learn()
         keeper.close()
     assert sizes == [10_003, 3, 3]  # mean, variance and count of the BatchNorm
 
@@ -254,6 +258,7 @@ def test_a_later_change_in_a_window_that_succeeds_is_learned_in_silence():
     for _ in range(2):
         opened(model, keeper)
         model(INPUTS)
+        keeper.learn()
         keeper.close()
     opened(model, keeper)
     model(INPUTS)
@@ -331,6 +336,7 @@ def test_a_constant_of_any_kind_is_no_obstacle(make, end):
 def test_a_model_without_buffers_costs_nothing():
     with Copied() as copied:
         keeper = opened(nn.Linear(2, 1))
+        keeper.learn()
         keeper.close()
     assert copied.num_elements == 0
     keeper.restore()

@@ -9,6 +9,8 @@ import gradfold
 PUBLIC = {
     "Accumulator",
     "LoopWindow",
+    "Precision",
+    "Recovery",
     "StepResult",
     "TokenCount",
     "TrainStep",

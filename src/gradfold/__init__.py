@@ -6,10 +6,12 @@ from gradfold.errors import BackwardError as BackwardError
 from gradfold.errors import BatchError as BatchError
 from gradfold.errors import BatchNormError as BatchNormError
 from gradfold.errors import DataError as DataError
+from gradfold.errors import DoesNotFitError as DoesNotFitError
 from gradfold.errors import GradfoldError as GradfoldError
 from gradfold.errors import HookError as HookError
 from gradfold.errors import LossError as LossError
 from gradfold.errors import ModelError as ModelError
+from gradfold.errors import NonFiniteGradientError as NonFiniteGradientError
 from gradfold.errors import NonFiniteLossError as NonFiniteLossError
 from gradfold.errors import NotDecomposableError as NotDecomposableError
 from gradfold.errors import OptionError as OptionError
@@ -21,6 +23,8 @@ from gradfold.errors import WorkloadError as WorkloadError
 from gradfold.loader import LoopWindow as LoopWindow
 from gradfold.loader import Window as Window
 from gradfold.loader import windows as windows
+from gradfold.precision import Precision as Precision
+from gradfold.recovery import Recovery as Recovery
 from gradfold.train_step import StepResult as StepResult
 from gradfold.train_step import TrainStep as TrainStep
 from gradfold.verification.proof import verify as verify

@@ -16,20 +16,19 @@ from gradfold.buffers import BufferKeeper
 from gradfold.coupled import batch_norm as batch_normalisation
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.errors import BatchError, OptionError, WindowError
-from gradfold.gradients import (
-    check_trainable,
-    parameters_of,
-    parameters_with_hooks,
-    refuse_post_accumulate_hooks,
-    warn_of_hooks,
-)
+from gradfold.fitting_size import FittingSize
+from gradfold.gradients import SetAside, check_trainable, parameters_of
+from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.loader import LoopWindow, Window
 from gradfold.loss import LossFn
+from gradfold.precision import PrecisionOption, read_option
+from gradfold.replay import Cautious, OnNonFinite, Replay, check_on_non_finite
 from gradfold.self_check import SelfCheck
-from gradfold.split import Collate, MicroBatch
+from gradfold.split import Collate, CollateRows, MicroBatch
 from gradfold.sync import refuse_several_ranks
+from gradfold.transaction import Transaction
 from gradfold.weight import WeightOption, check_option, counts_samples, weigh
-from gradfold.window import OpenWindow, Schedule, Transaction, WindowResult, one_after_another
+from gradfold.window import OpenWindow, Schedule, WindowResult, one_after_another
 
 __all__ = ["Accumulator"]
 
@@ -49,17 +48,28 @@ class Accumulator:
             terms, whose plain sum is the loss. `metrics` is a dict; 0-d values are combined as weighted means, values
             with one entry per row are concatenated in the batch's own order.
         micro_batch_size: rows to run at once, at most; the batch is cut into nearly equal parts. None: as it is given.
+            Where memory runs out, half as many are run from there on (see `WindowResult.recoveries`), so that with None
+            a batch of any size trains; after some hundred quiet windows more are tried again.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
             the host, collated) and gives a number; or a dict of these by the name of the loss term or metric (a bare
             loss is called "loss"). A metric without a weight of its own takes that of a bare loss, else samples.
         collate: given, a batch is a list of samples, and each micro-batch is `collate(samples)`.
+        precision: None leaves autocast and loss scaling to you; "bf16" and "fp16" run `loss_fn` under autocast, "fp16"
+            with a loss scaler (`grad_scaler`); a `Precision` sets each part. Parameters in float16 or bfloat16 get
+            gradients that were summed in float32, unless a `Precision` says otherwise.
         batch_norm: None refuses windows of several micro-batches where BatchNorm layers normalise by batch
             statistics; "per_micro_batch" normalises by micro-batch and advances running statistics once per window.
+        on_non_finite: where a gradient is NaN or infinite: "raise" names the first micro-batch to blame;
+            "skip_update" leaves no gradient at all, so that `optimizer.step()` does nothing; "skip_micro_batch" leaves
+            out the micro-batches to blame, and their weight. A loss scaler decides instead, where there is one.
         backward: what to call instead of `loss.backward(gradient=...)`: `accelerator.backward`, `fabric.backward`,
             a LightningModule's `self.manual_backward`.
         self_check: whether the first window with several micro-batches is tried out for a gradient that is not the
             mean of its parts'. It raises on proof, warns once where it cannot know, costs two micro-steps, once, and
             leaves no trace.
+
+    Attributes:
+        num_windows: batches so far.
 
     Raises:
         OptionError: an argument cannot work.
@@ -84,7 +94,9 @@ class Accumulator:
         micro_batch_size: int | None = None,
         weight: WeightOption = "samples",
         collate: Collate | None = None,
+        precision: PrecisionOption = None,
         batch_norm: BatchNormOption = None,
+        on_non_finite: OnNonFinite = "raise",
         backward: BackwardFn | None = None,
         self_check: bool = True,
     ) -> None:
@@ -96,6 +108,7 @@ class Accumulator:
         split.check_size(micro_batch_size)
         check_option(weight)
         batch_normalisation.check_option(batch_norm)
+        check_on_non_finite(on_non_finite)
         self.model = model
         self.micro_batch_size = micro_batch_size
         self.num_windows = 0
@@ -103,19 +116,36 @@ class Accumulator:
         self.weight = weight
         self.collate = collate
         self.batch_norm = batch_norm
+        self.on_non_finite = on_non_finite
+        self.precision = read_option(precision, model)
+        if self.grad_scaler is not None and backward is not None:
+            raise OptionError(
+                "a loss scaler and backward= are both given: what backward= calls scales the loss by itself where its "
+                "framework is set to float16. Leave the scaler out."
+            )
         self._backward = backward
         self._backward_is_probed = False
         self._hooks_warned_of: set[str] = set()
-        self._back_propagate = BackPropagation(backward)
+        self._back_propagate = BackPropagation(backward, self.grad_scaler)
+        self._run = self.precision.around(loss_fn)
+        self._weigh = partial(weigh, weight)
+        self._set_aside = partial(
+            SetAside,
+            accumulate_dtype=self.precision.accumulate_dtype,
+            keep_dtype=self.precision.keep_accumulate_dtype,
+        )
         self._buffers = BufferKeeper()
-        self._self_check = SelfCheck(model, loss_fn, weight, self._back_propagate) if self_check else None
+        self._fitting_size = FittingSize()
+        self._self_check = SelfCheck(model, self._run, weight, self._back_propagate) if self_check else None
+        self._is_looked_at = False  # in the window that is running
 
     def backward(self, batch: Batch) -> WindowResult:
         """Add the gradient of the loss of the whole batch to `.grad`.
 
         Gradients found in `.grad` are kept and added to, as by `loss.backward()`. If anything fails, the user's own
         functions and an interrupt included, `.grad`, the buffers that forward passes change and torch's random state
-        are as they were.
+        are as they were. Out-of-memory errors of accelerators, of torch's CPU allocator and of Python are survived;
+        the kernel's out-of-memory killer cannot be.
 
         Args:
             batch: tensors that agree in dim 0 (rows), in any nesting of tuples, lists, dicts, dataclasses and named
@@ -124,12 +154,15 @@ class Accumulator:
                 Rows go to the device of the model's first parameter.
 
         Returns:
-            The loss, metrics and counts of the whole batch; the device is read once, to see that the losses are finite.
+            The loss, metrics and counts of the whole batch; the device is read once, to see that loss and gradient are
+            finite.
 
         Raises:
             BatchError: the batch cannot be cut by rows.
             ModelError: nothing to train, BatchNorm, hooks, or several processes: the message names the cause.
             LossError: `loss_fn` returned no loss, or one that is NaN or infinite.
+            NonFiniteGradientError: the gradient is NaN or infinite, though the losses are finite.
+            DoesNotFitError: one row does not fit in memory, or fewer rows than do not fit cannot be run.
             WeightError: a weight is negative, not finite or not a number, or fits no loss term.
         """
         refuse_several_ranks()
@@ -138,22 +171,26 @@ class Accumulator:
         check_trainable(self.model, parameters)
         device = parameters[0].device
         self._probe_backward(device)
-        with Transaction(self.model, modules, parameters, self._buffers):
+        self._is_looked_at = False
+        with Transaction(self.model, modules, parameters, self._buffers, self._set_aside) as transaction:
             micro_batches = self._cut(batch)
-            schedule = self._schedule(micro_batches, modules, parameters)
-            weights = weigh(self.weight, micro_batches)
-            window = OpenWindow(self.model, self.loss_fn, micro_batches, weights, self._back_propagate, device)
-            if (
-                self._self_check is not None
-                and len(micro_batches) > 1
-                and self._self_check.is_due(micro_batches, modules)
-            ):
-                self._look(self._self_check, batch, window)
-            result = window.run(schedule)
+            window = OpenWindow(self.model, self._run, micro_batches, self._weigh, self._back_propagate, device)
+            prepare = partial(self._prepare, transaction, batch, modules, parameters)
+            recut = partial(split.recut, collate_rows=self._collate_rows(batch))
+            normalises = self.batch_norm is not None and bool(batch_normalisation.batch_statistics_layers(self.model))
+            replay = Replay(transaction, prepare, recut, self._fitting_size, normalises)
+            result = replay.run(window, None if self.precision.is_scaled else self.on_non_finite)
         if self._self_check is not None and len(micro_batches) > 1:
-            self._self_check.note_terms(window.losses.names)
+            self._self_check.note_terms(replay.terms)
+        if not result.recoveries:
+            self._fitting_size.note_quiet(len(micro_batches[0].rows), self.micro_batch_size)
         self.num_windows += 1
         return result
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler. In a loop of your own: `unscale_(optimizer)`, clip, `step(optimizer)`, `update()`."""
+        return self.precision.grad_scaler
 
     def twin(self, model: nn.Module, loss_fn: LossFn, micro_batch_size: int | None) -> Accumulator:
         """An accumulator for another model, with the same weights, collation and BatchNorm; without a self-check."""
@@ -168,14 +205,38 @@ class Accumulator:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as this one would have: the count of windows so far."""
-        return {"num_windows": self.num_windows}
+        """What a resumed run needs to go on as this one would have: the count of windows, sizes learned, the scaler."""
+        return {
+            "num_windows": self.num_windows,
+            "fitting_size": self._fitting_size.state_dict(),
+            "self_check": None if self._self_check is None else self._self_check.state_dict(),
+            "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        if "num_windows" not in state:
-            raise OptionError(f"this is no state of an Accumulator: it has {sorted(state)}, expected 'num_windows'.")
+        """Take over what `state_dict` gave.
+
+        Raises:
+            OptionError: this is no such state, or it has a loss scaler and this accumulator has none, or the other way
+                round.
+        """
+        missing = {"num_windows", "fitting_size", "self_check", "grad_scaler"} - state.keys()
+        if missing:
+            raise OptionError(
+                f"this is no state of an Accumulator: it has {sorted(state)}, {sorted(missing)} are missing."
+            )
+        if (state["grad_scaler"] is None) != (self.grad_scaler is None):
+            there, here = ("no", "one") if state["grad_scaler"] is None else ("a", "none")
+            raise OptionError(
+                f"the saved state has {there} loss scaler, and this Accumulator has {here}: give it the precision= of "
+                "the one saved."
+            )
         self.num_windows = int(state["num_windows"])
+        self._fitting_size.load_state_dict(state["fitting_size"])
+        if self._self_check is not None and state["self_check"] is not None:
+            self._self_check.load_state_dict(state["self_check"])
+        if self.grad_scaler is not None:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
 
     def _cut(self, batch: Batch) -> list[MicroBatch]:
         if isinstance(batch, LoopWindow):
@@ -187,12 +248,37 @@ class Accumulator:
             if not batch:
                 raise BatchError("the window holds no micro-batches. Skip empty windows.")
             return split.join_batches(self._cut(part) for part in batch)
+        size = self._fitting_size.limit(self.micro_batch_size)
         if self.collate is not None:
-            micro_batches = split.split_samples(batch, self.micro_batch_size, self.collate)
+            micro_batches = split.split_samples(batch, size, self.collate)
             if counts_samples(self.weight):
                 split.check_collated(micro_batches)
             return micro_batches
-        return split.split_rows(batch, self.micro_batch_size)
+        return split.split_rows(batch, size)
+
+    def _prepare(
+        self,
+        transaction: Transaction,
+        batch: Batch,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
+        window: OpenWindow,
+    ) -> Schedule:
+        """How to run a window that begins, after a look at it."""
+        is_new_size = len(window.micro_batches[0].rows) > self._fitting_size.proven
+        plain = Cautious(transaction) if is_new_size else one_after_another
+        num_micro_batches = len(window.micro_batches)
+        if num_micro_batches == 1:
+            return plain
+        self._check_hooks(parameters)
+        schedule = batch_normalisation.schedule_for(
+            self.model, modules, self.batch_norm, num_micro_batches, window.num_samples, plain
+        )
+        if self._self_check is not None and not self._is_looked_at:
+            self._is_looked_at = True
+            if self._self_check.is_due(window.micro_batches, modules):
+                self._look(self._self_check, batch, window)
+        return schedule
 
     def _look(self, self_check: SelfCheck, batch: Batch, window: OpenWindow) -> None:
         layers: Mapping[str, nn.Module] = {}
@@ -200,22 +286,13 @@ class Accumulator:
             layers = batch_normalisation.batch_statistics_layers(self.model)
             if any(getattr(layer, "running_mean", None) is None for layer in layers.values()):
                 return
-        collate_rows = None if self.collate is None else partial(self._collate_rows, batch)
+        collate_rows = self._collate_rows(batch)
         self_check.look(window.micro_batches, window.weights, window.device, collate_rows, layers.values())
 
-    def _collate_rows(self, batch: Batch, rows: range) -> Batch:
-        assert self.collate is not None
-        samples = [sample for part in batch for sample in part] if isinstance(batch, Window) else batch
-        return self.collate(list(samples[rows.start : rows.stop]))
-
-    def _schedule(
-        self, micro_batches: list[MicroBatch], modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
-    ) -> Schedule:
-        if len(micro_batches) == 1:
-            return one_after_another
-        self._check_hooks(parameters)
-        num_rows = micro_batches[-1].rows.stop
-        return batch_normalisation.schedule_for(self.model, modules, self.batch_norm, len(micro_batches), num_rows)
+    def _collate_rows(self, batch: Batch) -> CollateRows | None:
+        if self.collate is None:
+            return None
+        return partial(_collate_rows, self.collate, batch)
 
     def _probe_backward(self, device: torch.device) -> None:
         if self._backward is not None and not self._backward_is_probed:
@@ -227,3 +304,8 @@ class Accumulator:
         named = parameters_with_hooks(self.model, parameters)
         if named:
             warn_of_hooks(named, self._hooks_warned_of)
+
+
+def _collate_rows(collate: Collate, batch: Batch, rows: range) -> Batch:
+    samples = [sample for part in batch for sample in part] if isinstance(batch, Window) else batch
+    return collate(list(samples[rows.start : rows.stop]))

@@ -7,14 +7,16 @@ A seed is a tensor like the loss that holds its share: `loss.backward(gradient=s
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from gradfold.errors import BackwardError, LossError
+from gradfold.warning import warn
 
 __all__: list[str] = []
 
@@ -31,10 +33,16 @@ class BackwardFn(Protocol):
 
 
 class BackPropagation:
-    """Seeds loss terms and back-propagates them."""
+    """Seeds loss terms and back-propagates them.
 
-    def __init__(self, backward: BackwardFn | None = None) -> None:
+    Args:
+        backward: what to call instead of torch's own.
+        grad_scaler: scales the seeds.
+    """
+
+    def __init__(self, backward: BackwardFn | None = None, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         self._backward = backward
+        self._seed = _seed if grad_scaler is None else partial(_scaled_seed, grad_scaler)
 
     def __call__(self, terms: Weighed) -> None:
         """Back-propagate the sum of `share * term`.
@@ -44,13 +52,17 @@ class BackPropagation:
         """
         if len(terms) == 1 and self._backward is None:
             ((loss, share),) = terms
-            if loss.requires_grad:  # the usual case, faster
-                torch.autograd.backward((loss,), (_seed(loss, share),))
+            if type(loss) is Tensor and loss.requires_grad:  # the usual case, faster
+                # What torch.autograd.backward does once it has looked at its arguments, which takes it as long as a
+                # small layer: with the plain loss and seed that stand here there is nothing to look for.
+                _engine_run_backward(
+                    (loss,), (self._seed(loss, share),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
                 return
         if not terms:
             return
         losses = [term for term, _ in terms if term.requires_grad]
-        seeds = [_seed(term, share) for term, share in terms if term.requires_grad]
+        seeds = [self._seed(term, share) for term, share in terms if term.requires_grad]
         if not losses:
             raise LossError(
                 "the loss does not require grad: nothing connects it to the model's parameters. Look for "
@@ -71,6 +83,13 @@ def _seed(loss: Tensor, share: float) -> Tensor:
     if loss.dtype.itemsize < 4 and torch.tensor(share, dtype=loss.dtype).item() != share:
         _warn_of_rounding(loss.dtype)
     return loss.new_full((), share)
+
+
+def _scaled_seed(grad_scaler: torch.amp.GradScaler, loss: Tensor, share: float) -> Tensor:
+    # The scale is on the device, and float32; in a float16 loss a scale of 65536 is infinite, as without gradfold, and
+    # the scaler backs off.
+    scaled: Tensor = grad_scaler.scale(_seed(loss, share))
+    return scaled.to(loss.dtype)
 
 
 def probe(backward: BackwardFn, device: torch.device) -> None:
@@ -115,9 +134,7 @@ def _check_signature(backward: BackwardFn, scalar: Tensor) -> None:
 
 def _warn_of_rounding(dtype: torch.dtype) -> None:
     # Python shows a warning once per place, which is what is wanted here.
-    warnings.warn(
+    warn(
         f"the loss is {dtype}, so the weight of a micro-batch is rounded to it (by up to 2e-3 in bfloat16). Let "
         "loss_fn take the mean in float32: losses.float().mean().",
-        RuntimeWarning,
-        stacklevel=2,
     )

@@ -183,7 +183,7 @@ def structure(batch: Batch) -> Hashable:
 
 def equal(batch: Batch, other: Batch) -> bool:
     """Whether two batches hold the same values in the same places; False where that cannot be told."""
-    ours, theirs = _every_leaf(batch), _every_leaf(other)
+    ours, theirs = every_leaf(batch), every_leaf(other)
     return len(ours) == len(theirs) and all(map(_is_equal, ours, theirs))
 
 
@@ -195,7 +195,8 @@ def _is_equal(a: object, b: object) -> bool:
     return a is b or (isinstance(a, _CONSTANTS) and type(a) is type(b) and a == b)
 
 
-def _every_leaf(batch: Batch) -> list[Any]:
+def every_leaf(batch: Batch) -> list[Any]:
+    """The tensors of a nesting, and whatever else is no container."""
     leaves: list[Any] = []
     map_leaves(leaves.append, batch)
     return leaves

@@ -8,7 +8,6 @@ that had changed, all running statistics in training mode, and what a version co
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+
+from gradfold.warning import warn
 
 __all__: list[str] = []
 
@@ -60,8 +61,8 @@ class BufferKeeper:
         self._kept = [(place, copy) for place, copy in zip(keep, _copies(keep), strict=True)]
         self._unkept = [place for place in places if not self._may_change(place)]
 
-    def close(self) -> None:
-        """Learn from a window that succeeded, and let the copies go."""
+    def learn(self) -> None:
+        """Note what this window has changed; the copies stay."""
         if not self._kept and not self._unkept and not self._missing:
             return
         if self._changing is None:
@@ -71,7 +72,18 @@ class BufferKeeper:
         self._changing |= {
             (id(module), name) for module, name in self._missing if module._buffers.get(name) is not None
         }
+
+    def close(self) -> None:
+        """Let the copies go."""
         self._kept, self._unkept, self._missing = [], [], []
+
+    def have_changed(self) -> bool:
+        """Whether some buffer differs from what it was when the window opened."""
+        return bool(
+            _changed(self._kept)
+            or any(map(_shows_change, self._unkept))
+            or any(module._buffers.get(name) is not None for module, name in self._missing)
+        )
 
     def changed(self, model: nn.Module) -> list[str]:
         """The names of the buffers that differ from what they were when the window opened."""
@@ -99,11 +111,9 @@ class BufferKeeper:
         self._changing = None
         self._kept, self._unkept, self._missing = [], [], []
         if lost:
-            warnings.warn(
+            warn(
                 f"a failed window changed buffers that no window had changed before: {', '.join(lost)}. They keep "
                 "their new values; everything else was restored.",
-                RuntimeWarning,
-                stacklevel=2,
             )
 
     def _may_change(self, place: _Place) -> bool:

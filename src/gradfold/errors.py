@@ -14,6 +14,8 @@ GradfoldError                       1
 │   ├── NonFiniteLossError          1   ... since it is NaN or infinite
 │   └── NotDecomposableError        1   ... since it is not the weighted mean of its parts
 ├── WeightError (ValueError)        1   a weight that is not a non-negative number, or has no loss term
+├── NonFiniteGradientError (ValueError) 1  a gradient that is NaN or infinite though the losses are finite
+├── DoesNotFitError (RuntimeError)  1   rows for which memory does not suffice, however few at once
 ├── BackwardError (ValueError)      1   a backward= that changes the scale of gradients
 ├── WindowError (RuntimeError)      1   a window whose loop body left something out
 ├── TrainStepError (TypeError)      1   an optimizer or scheduler that TrainStep cannot drive
@@ -115,6 +117,34 @@ class NotDecomposableError(LossError):
 
 class WeightError(GradfoldError, ValueError):
     """A weight is negative, not finite or not a number, or its name fits no loss term or metric."""
+
+
+class NonFiniteGradientError(GradfoldError, ValueError):
+    """The gradient of a micro-batch is NaN or infinite, though its loss is finite.
+
+    Attributes:
+        micro_batch: index of the first such micro-batch in the window; None where only the sum of all is.
+        rows: its rows in the batch; all of them where there is no such micro-batch.
+        parameters: names of the parameters with such a gradient.
+    """
+
+    def __init__(self, message: str, micro_batch: int | None, rows: range, parameters: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.micro_batch = micro_batch
+        self.rows = rows
+        self.parameters = parameters
+
+
+class DoesNotFitError(GradfoldError, RuntimeError):
+    """Memory ran out, and running fewer rows at once cannot help.
+
+    Attributes:
+        sizes: the numbers of rows that were tried at once, in order.
+    """
+
+    def __init__(self, message: str, sizes: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.sizes = sizes
 
 
 class BackwardError(GradfoldError, ValueError):

@@ -18,6 +18,7 @@ from gradfold.errors import NotDecomposableError
 from gradfold.examined import CannotKnowError, Examined, UndecidedError
 from gradfold.jitter import Jitter
 from gradfold.mixture import Mixture
+from gradfold.out_of_memory import is_out_of_memory
 from gradfold.trial import Outcome, Shares, Trial
 from gradfold.weight_search import name_weight
 
@@ -60,8 +61,10 @@ class Examination:
             whole = self._run_whole(nullcontext() if _is_compiled(self._model) else own)
         except (UndecidedError, CannotKnowError):
             raise
-        except Exception:  # of the user, then it comes again, or of a mode where none may be
-            return None
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None  # the user's, then it comes again, or of a mode where none may be
         finally:
             has_own = own.restore()
         if has_own or self._trial.has_drawn():
@@ -153,6 +156,8 @@ class Examination:
                 warnings.simplefilter("ignore")  # the window itself will say them
                 outcome = self._trial.run(self._parts[index], shares, mode, only)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             rows = accusation.name_rows(self._examined.rows[index])
             raise CannotKnowError(
                 f"loss_fn fails on {rows} of a micro-batch that it takes as a whole "

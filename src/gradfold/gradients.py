@@ -3,65 +3,159 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from gradfold.errors import HookError, ModelError
+from gradfold.errors import ModelError
 
 __all__: list[str] = []
 
 
 class SetAside:
-    """The gradients that stood in `.grad` when a window opened; meanwhile the fields are empty.
+    """The gradients that stood in `.grad` when a window opened; meanwhile the fields are empty, for the window's own.
 
     Users who back-propagate several losses into one `.grad` find the sum there when the window closes, in the *same*
     tensors as before, since flat buffers and optimizers may hold on to them.
+
+    Args:
+        parameters: whose fields these are.
+        accumulate_dtype: what gradients of parameters of a smaller dtype are summed in (`Tensor.grad_dtype`); None: in
+            that of each parameter, where a sum over many micro-batches loses what is small.
+        keep_dtype: leave the sums in that dtype; else they are rounded once, to the dtype of each parameter.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        accumulate_dtype: torch.dtype | None = None,
+        keep_dtype: bool = False,
+    ) -> None:
         self._parameters = parameters
         self._found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         for parameter, _ in self._found:
             parameter.grad = None
+        self._keep_dtype = keep_dtype
+        self._accumulate_dtype = accumulate_dtype
+        self._narrow = [] if accumulate_dtype is None else _narrow(parameters, accumulate_dtype)
+        self._widen()
 
-    def add_back(self) -> None:
-        """Close: add the new gradients to those found, and merge the repeated entries of sparse ones."""
+    def settle(self) -> None:
+        """The last micro-batch is done: round sums to the parameters' dtype, and merge repeated entries of sparse ones.
+
+        One gradient after another, so that no two copies of all are alive.
+        """
         for parameter in self._parameters:
             new = parameter.grad
             if new is not None and new.is_sparse:
                 parameter.grad = new.coalesce()  # accumulation only concatenates
+        if not self._keep_dtype:
+            self._round()
+
+    def add_back(self) -> None:
+        """Close: add what was found to the new gradients."""
         if self._found:
             self._add_found()
 
     @torch.no_grad()
     def _add_found(self) -> None:
+        """Whatever may fail comes first, so that a failure finds nothing half added."""
         dense: list[tuple[Tensor, Tensor]] = []
-        for parameter, found in self._found:
+        sums: list[tuple[nn.Parameter, Tensor]] = []
+        for index, (parameter, found) in enumerate(self._found):
             new = parameter.grad
             if new is None:
-                parameter.grad = found
-            elif found.is_sparse and not new.is_sparse:
-                parameter.grad = new.add_(found)  # a sparse tensor cannot take in a dense one
+                sums.append((parameter, found))
+            elif found.dtype != new.dtype or (found.is_sparse and not new.is_sparse):
+                sums.append((parameter, new.add_(found)))  # a sparse tensor cannot take in a dense one
             elif not found.is_sparse and 0 in found.stride():
-                parameter.grad = found + new  # an expanded one cannot be written to
+                sums.append((parameter, found + new))  # an expanded one cannot be written to
+            elif new.is_sparse:
+                self._found[index] = parameter, found.clone()  # for the roll-back
+                sums.append((parameter, found.add_(new)))
             else:
-                parameter.grad = found
-                if new.is_sparse:
-                    found.add_(new)
-                else:
-                    dense.append((found, new))
+                dense.append((found, new))
+                sums.append((parameter, found))
         if dense:
             torch._foreach_add_([found for found, _ in dense], [new for _, new in dense])
+        for parameter, total in sums:
+            parameter.grad = total
 
-    def put_back(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Roll back: drop the new gradients of `parameters` (there may be more by now) and leave those found."""
+    def empty(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drop the new gradients of `parameters` (there may be more by now), to begin again."""
         for parameter in parameters:
             parameter.grad = None
+        self._widen()
+
+    def put_back(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Roll back: drop the new gradients of `parameters` and leave those found."""
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in self._narrow:
+            parameter.grad_dtype = parameter.dtype
         for parameter, found in self._found:
             parameter.grad = found
+
+    def _widen(self) -> None:
+        for parameter in self._narrow:
+            parameter.grad_dtype = self._accumulate_dtype
+
+    def _round(self) -> None:
+        for parameter in self._narrow:
+            new, parameter.grad = parameter.grad, None
+            parameter.grad_dtype = parameter.dtype
+            if new is not None:
+                parameter.grad = new.to(parameter.dtype)
+
+
+def _narrow(parameters: Iterable[nn.Parameter], accumulate_dtype: torch.dtype) -> list[nn.Parameter]:
+    """Parameters of a smaller floating point dtype; not those whose `grad_dtype` their owner has set."""
+    return [
+        parameter
+        for parameter in parameters
+        if parameter.dtype.itemsize < accumulate_dtype.itemsize
+        and parameter.is_floating_point()
+        and not is_lazy(parameter)
+        and parameter.grad_dtype == parameter.dtype
+    ]
+
+
+def non_finite_flags(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """0-d tensors of which one is not 0 where some gradient holds NaN or infinity; the host reads nothing here."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return []
+    device = gradients[0].device
+    flag = torch.zeros((), device=device)
+    try:
+        # The kernel of torch.amp.GradScaler.unscale_, with a scale of 1: one launch for all gradients, and a tenth of
+        # the time that norms take on a CPU.
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, _one(device))
+        return [flag]
+    except RuntimeError:  # sparse or complex ones, or several devices
+        return [_is_non_finite(gradient).float() for gradient in gradients]
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def non_finite_names(model: nn.Module) -> tuple[str, ...]:
+    """The parameters whose gradient holds NaN or infinity, by name."""
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and bool(_is_non_finite(parameter.grad))
+    )
+
+
+def _is_non_finite(gradient: Tensor) -> Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return ~values.isfinite().all()
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -84,38 +178,6 @@ def check_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Non
         "there is no gradient to accumulate. Unfreeze some with parameter.requires_grad_(), or pass the module that "
         "holds them."
     )
-
-
-def refuse_post_accumulate_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Raise HookError where a hook would act after each micro-batch."""
-    if [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]:
-        names = [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]
-        raise HookError(
-            f"{_some(names)}: a hook registered with register_post_accumulate_grad_hook would run after every "
-            "micro-batch, on a part of the gradient (an optimizer in the backward pass steps many times). Remove the "
-            "hook and act once after accumulator.backward(batch).",
-            tuple(names),
-        )
-
-
-def parameters_with_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
-    """Names of the parameters whose gradient a hook sees (`Tensor.register_hook`)."""
-    if not [parameter for parameter in parameters if parameter._backward_hooks]:
-        return []
-    return [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
-
-
-def warn_of_hooks(names: Sequence[str], known: set[str]) -> None:
-    """Warn of hooks on gradients, once per parameter; `known` are those warned of, and grows."""
-    new = [name for name in names if name not in known]
-    if new:
-        known.update(new)
-        warnings.warn(
-            f"hooks on {_some(new)} (Tensor.register_hook) run on the gradient of each micro-batch, not of the batch: "
-            "linear ones (scaling, masking, logging) are fine, clipping is not the same.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
 
 
 def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -144,7 +206,3 @@ def _values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         else:
             values.append(parameter.grad)
     return values
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

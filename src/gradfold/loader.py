@@ -18,12 +18,8 @@ from gradfold.coupled.batch_norm import (
     refuse,
 )
 from gradfold.errors import LossError, OptionError, WeightError, WindowError
-from gradfold.gradients import (
-    check_trainable,
-    parameters_with_hooks,
-    refuse_post_accumulate_hooks,
-    warn_of_hooks,
-)
+from gradfold.gradients import check_trainable
+from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.loss import LossTerms
 from gradfold.split import MicroBatch
 from gradfold.sync import refuse_several_ranks
@@ -118,6 +114,8 @@ class LoopWindow(Generic[T]):
                     self._statistics.listen()
                     yield part.data
                     self._check_backward(index)
+                if not self._losses.settle():
+                    self._losses.refuse_non_finite()
                 loss, _ = self._losses.close()
                 self._statistics.commit()
         finally:

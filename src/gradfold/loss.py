@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def _read(values: list[Tensor | float], device: torch.device) -> list[float]:
     waiting = [value.to(device) for value in values if isinstance(value, Tensor)]
     if not waiting:
         return values  # type: ignore[return-value]  # none is a tensor
-    read = iter(torch.stack(waiting).tolist())
+    read = iter(torch.stack(waiting).tolist() if len(waiting) > 1 else [waiting[0].item()])
     return [next(read) if isinstance(value, Tensor) else value for value in values]
 
 
@@ -90,6 +90,7 @@ class LossTerms:
         self._values: dict[tuple[str, int], Tensor | float] = {}  # term, micro-batch -> what keep() made of the loss
         self._dtype = torch.float32  # of the first loss
         self._taken: list[int] = []  # micro-batches so far
+        self._sums: dict[str, float] = {}  # by term, once settled
 
     @property
     def names(self) -> Collection[str]:
@@ -126,26 +127,63 @@ class LossTerms:
                 self._values[name, index] = keep(term)
         return weighed
 
+    def carry_over(self, earlier: LossTerms, places: Mapping[int, int]) -> None:
+        """Take the losses of micro-batches that were done under an earlier split; `places`: their indices there, here.
+
+        The names of the terms are known from there, too.
+        """
+        self._parts = {name: self._weights.of_term(name).parts for name in earlier.names}
+        self._bare = self._parts.get(BARE) if len(self._parts) == 1 else None
+        self._dtype = earlier._dtype
+        self._taken = [places[index] for index in earlier._taken if index in places]
+        self._values = {
+            (name, places[index]): value for (name, index), value in earlier._values.items() if index in places
+        }
+
+    def settle(self, flags: Sequence[Tensor] = ()) -> bool:
+        """Every micro-batch is done: read the losses from the device, and these flags, in one transfer.
+
+        Returns:
+            Whether the loss is finite and every flag is 0.
+        """
+        values = _read([*self._values.values(), *flags], self._device)
+        self._values = dict(zip(self._values, values, strict=False))
+        self._sums = dict.fromkeys([name for name, _ in self._values], 0.0)
+        for (name, index), value in zip(self._values, values, strict=False):
+            self._sums[name] += self._parts[name][index] * value
+        return math.isfinite(sum(self._sums.values())) and not any(values[len(self._values) :])
+
     def close(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the window and the mean of each named term; 0-d, detached, on the device.
+        """The loss of the settled window and the mean of each named term; 0-d, detached, on the device.
 
-        The losses are read from the device in one transfer, to see that they are finite, and averaged in float64. NaN
-        where nothing weighs anything; a term that weighs nothing adds nothing to the loss.
-
-        Raises:
-            NonFiniteLossError: a loss is not finite; names the first micro-batch to blame.
+        Averaged in float64. NaN where nothing weighs anything; a term that weighs nothing adds nothing to the loss.
         """
         if not self._values:
             return self._scalar(math.nan, torch.float32), {}
-        values = _read(list(self._values.values()), self._device)
-        sums = dict.fromkeys([name for name, _ in self._values], 0.0)
-        for (name, index), value in zip(self._values, values, strict=True):
-            sums[name] += self._parts[name][index] * value
-        loss = sum(sums.values())
-        if not math.isfinite(loss):
-            self._blame(values)
-        means = {name: self._scalar(sums.get(name, math.nan), self._dtype) for name in self._parts if name != BARE}
-        return self._scalar(loss, self._dtype), means
+        means = {
+            name: self._scalar(self._sums.get(name, math.nan), self._dtype) for name in self._parts if name != BARE
+        }
+        return self._scalar(sum(self._sums.values()), self._dtype), means
+
+    def non_finite(self) -> set[int]:
+        """The micro-batches of a settled window whose loss is NaN or infinite."""
+        return {index for (_, index), value in self._values.items() if not math.isfinite(value)}
+
+    def refuse_non_finite(self) -> None:
+        """Raise NonFiniteLossError where the loss of a settled window is not finite; names the first to blame."""
+        for (name, index), value in self._values.items():
+            if not math.isfinite(value):
+                part = self._micro_batches[index]
+                raise NonFiniteLossError(
+                    f"the loss term {name!r} is {float(value)} in micro-batch {index} of {len(self._micro_batches)}"
+                    f"{part.where}. Look for means over nothing, log(0), overflow or a learning rate too high; a "
+                    "weight of 0 leaves a micro-batch out.",
+                    index,
+                    name,
+                    float(value),
+                )
+        if not math.isfinite(sum(self._sums.values())):
+            raise NonFiniteLossError("the finite loss terms sum to more than a float holds.", 0, BARE, math.inf)
 
     def _scalar(self, value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((), value, dtype=dtype if dtype.itemsize >= 4 else torch.float32, device=self._device)
@@ -163,17 +201,3 @@ class LossTerms:
                 )
         self._parts.update(new)
         self._bare = self._parts.get(BARE) if len(self._parts) == 1 else None
-
-    def _blame(self, values: Sequence[float]) -> NoReturn:
-        for (name, index), value in zip(self._values, values, strict=True):
-            if not math.isfinite(value):
-                part = self._micro_batches[index]
-                raise NonFiniteLossError(
-                    f"the loss term {name!r} is {value} in micro-batch {index} of {len(self._micro_batches)}"
-                    f"{part.where}. Look for means over nothing, log(0), overflow or a learning rate too high; a "
-                    "weight of 0 leaves a micro-batch out.",
-                    index,
-                    name,
-                    value,
-                )
-        raise NonFiniteLossError("the finite loss terms sum to more than a float holds.", 0, BARE, math.inf)

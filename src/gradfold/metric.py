@@ -43,6 +43,13 @@ class Metrics:
                     f"{tuple(first.shape)} in another; expected the same but for the number of rows."
                 )
 
+    def carry_over(self, earlier: Metrics, places: Mapping[int, int]) -> None:
+        """Take the metrics of micro-batches that were done under an earlier split; `places`: indices there, here."""
+        for name, values in earlier._values.items():
+            taken = {places[index]: value for index, value in values.items() if index in places}
+            if taken:
+                self._values[name] = taken
+
     def check_names(self, terms: Collection[str]) -> None:
         """Raise LossError where a loss term has the name of a metric."""
         for name in self._values:

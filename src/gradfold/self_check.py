@@ -8,9 +8,9 @@ and 16. It costs about two micro-steps, once per structure of batches and loss t
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,18 +23,17 @@ from gradfold.examination import Examination
 from gradfold.examined import CannotKnowError, Examined, UndecidedError
 from gradfold.feed import feed
 from gradfold.loss import LossFn
+from gradfold.out_of_memory import is_out_of_memory
 from gradfold.random_state import HostRandomState, RandomState
-from gradfold.split import MicroBatch
+from gradfold.split import CollateRows, MicroBatch
 from gradfold.trial import Shares, Trial
+from gradfold.warning import warn
 from gradfold.weight import WeightOption, WindowWeights, weigh
 
 __all__: list[str] = []
 
 _ENOUGH_ROWS = 8
 _LOOKS = (1, 2, 4, 8, 16)  # windows of one structure at which undecided ones are looked at
-
-CollateRows = Callable[[range], Batch]
-"""Collates these rows of the global batch, which is a list of samples."""
 
 
 class SelfCheck:
@@ -49,6 +48,7 @@ class SelfCheck:
         self._back_propagate = back_propagate
         self._num_windows: dict[Hashable, int] = {}  # by structure, of those not settled
         self._settled: dict[Hashable, tuple[str, ...] | None] = {}  # structure -> loss terms that were seen
+        self._restored: dict[str, tuple[str, ...] | None] = {}  # the same, of the run that this one resumes
         self._current: Hashable = None
         self._last_settled: tuple[Hashable, list[bool]] | None = None  # of the last window, if it was settled before
 
@@ -59,11 +59,23 @@ class SelfCheck:
             return False  # the usual case, without a hash
         self._last_settled = None
         self._current = (current[0], tuple(current[1]))
+        if repr(self._current) in self._restored:
+            self._settled[self._current] = self._restored.pop(repr(self._current))
         if self._current in self._settled:
             self._last_settled = current
             return False
         count = self._num_windows[self._current] = self._num_windows.get(self._current, 0) + 1
         return count in _LOOKS
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was looked at, so that a resumed run does not look, and warn, again."""
+        settled = {repr(structure): seen for structure, seen in self._settled.items()}
+        return {"settled": self._restored | settled}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._restored = {key: None if seen is None else tuple(seen) for key, seen in state["settled"].items()}
+        self._settled, self._last_settled = {}, None
 
     def note_terms(self, names: Collection[str]) -> None:
         """Look again if this window had loss terms that were not seen yet."""
@@ -109,13 +121,14 @@ class SelfCheck:
             pass
         except (CannotKnowError, BatchError) as reason:
             self._settled[self._current] = None
-            warnings.warn(
+            warn(
                 f"the self-check cannot know whether this loss can be accumulated: {reason}. "
                 "gradfold.verify(accumulator, batch) tries harder. If the loss is a mean over what weight= counts, and "
                 "no sample sees another, all is well, and self_check=False says that you know.",
-                RuntimeWarning,
-                stacklevel=4,
             )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise  # else it is undecided: the window itself will find out what fits
         finally:
             for state in random_states:  # a collate function may draw, too
                 state.restore()
@@ -178,8 +191,10 @@ def _try_half(
         return None if half is None else examine(half)
     except (NotDecomposableError, UndecidedError):
         raise
-    except Exception:  # a loss for batches of one size, groups of rows that belong together, ...
-        return None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return None  # a loss for batches of one size, groups of rows that belong together, ...
 
 
 def _first_half(part: MicroBatch, collate_rows: CollateRows | None) -> MicroBatch | None:

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
-from gradfold.batch import Batch, cut_rows, num_rows, rows_if_any
+from torch import Tensor
+
+from gradfold.batch import Batch, cut_rows, every_leaf, num_rows, rows_if_any
 from gradfold.errors import BatchError, OptionError
 
 __all__: list[str] = []
 
 Collate = Callable[[list[Any]], Batch]
 
+CollateRows = Callable[[range], Batch]
+"""Collates these rows of the global batch, which is a list of samples."""
+
 
 class MicroBatch(NamedTuple):
-    """What is run at once: some rows of the global batch (views, on the host), and which."""
+    """What is run at once: some rows of the global batch (on the host), and which.
+
+    Attributes:
+        data: what `loss_fn` takes.
+        rows: where they are in the batch; empty where nobody has counted.
+        is_cut: whether every tensor with rows is a view that was made for this micro-batch.
+    """
 
     data: Batch
-    rows: range  # empty where nobody has counted
+    rows: range
+    is_cut: bool = False
 
     @property
     def where(self) -> str:
         """The rows, for a message."""
         return f" (rows {self.rows.start} to {self.rows.stop - 1})" if self.rows else ""
+
+
+def versions(part: MicroBatch) -> list[int]:
+    """The version counters of the tensors with rows, which tell whether somebody has written to them."""
+    leaves = [leaf for leaf in every_leaf(part.data) if isinstance(leaf, Tensor) and leaf.dim()]
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
 
 
 def check_size(micro_batch_size: int | None) -> None:
@@ -62,7 +80,7 @@ def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
     ranges = cut_range(num_rows(batch), micro_batch_size)
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
-    return list(map(MicroBatch, cut_rows(batch, [len(rows) for rows in ranges]), ranges))
+    return list(map(MicroBatch, cut_rows(batch, [len(rows) for rows in ranges]), ranges, repeat(True)))
 
 
 def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate: Collate) -> list[MicroBatch]:
@@ -92,6 +110,21 @@ def check_collated(micro_batches: Iterable[MicroBatch]) -> None:
                 'is unclear what weight="samples" should count. Give weight= what the loss is a mean over: '
                 "gradfold.token_count(...), or a callable such as lambda batch: len(batch[0])."
             )
+
+
+def recut(part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | None) -> list[MicroBatch]:
+    """Cut a micro-batch further. The rows stay as they were collated, unless only collation can cut them.
+
+    Raises:
+        BatchError: it cannot be cut.
+    """
+    ranges = cut_range(len(part.rows), micro_batch_size)
+    if len(ranges) == 1:
+        return [part]
+    rows = [part.rows[own.start : own.stop] for own in ranges]
+    if rows_if_any(part.data) == len(part.rows) or collate_rows is None:
+        return list(map(MicroBatch, cut_rows(part.data, [len(own) for own in rows]), rows, repeat(True)))
+    return [MicroBatch(collate_rows(own), own) for own in rows]
 
 
 def join_batches(batches: Iterable[list[MicroBatch]]) -> list[MicroBatch]:

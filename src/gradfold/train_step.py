@@ -15,6 +15,7 @@ from gradfold.accumulator import Accumulator
 from gradfold.batch import Batch
 from gradfold.errors import OptionError, TrainStepError
 from gradfold.gradients import clip_norm
+from gradfold.recovery import Recovery
 from gradfold.window import WindowResult
 
 __all__ = ["StepResult", "TrainStep"]
@@ -41,10 +42,12 @@ class StepResult:
         loss: the loss of the whole batch before the update, 0-d, detached.
         metrics: as in `WindowResult`.
         grad_norm: 2-norm of the gradient before clipping, 0-d; None without `max_grad_norm`.
-        applied: whether the parameters were updated; a batch that weighs nothing is not applied.
+        applied: whether the parameters were updated; not so for a batch that weighs nothing, one that was skipped
+            since its gradient was not finite, and one whose scaled gradient overflowed.
         num_micro_batches: how many micro-batches were run.
         num_samples: rows of the batch.
         weight: the denominator of the loss, as in `WindowResult`.
+        recoveries: the faults survived, as in `WindowResult`.
     """
 
     loss: Tensor
@@ -54,10 +57,11 @@ class StepResult:
     num_micro_batches: int
     num_samples: int
     weight: float | Mapping[str, float]
+    recoveries: tuple[Recovery, ...]
 
 
 class TrainStep:
-    """Zero, backward, clip, step, schedule: one update per global batch.
+    """Zero, backward, unscale, clip, step, update the loss scale, schedule: one update per global batch.
 
     Gradients are zeroed *first*, those of the accumulator's model and of the optimizer's parameters: what another loss
     left there (a GAN's generator in its discriminator) does not leak in, and gradients can be looked at afterwards.
@@ -118,11 +122,18 @@ class TrainStep:
         self.accumulator.model.zero_grad()
         window = self.accumulator.backward(batch)
         self.samples += window.num_samples
-        if window.is_empty:
+        if window.is_empty or window.is_skipped:
             self.skipped += 1
             return _result(window, None, applied=False)
+        scaler = self.accumulator.grad_scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
         grad_norm = None if self.max_grad_norm is None else clip_norm(self._parameters(), self.max_grad_norm)
-        self.optimizer.step()
+        if scaler is None:
+            self.optimizer.step()
+        elif not _step_scaled(scaler, self.optimizer):
+            self.skipped += 1
+            return _result(window, grad_norm, applied=False)
         if self.scheduler is not None:
             self.scheduler.step()
         self.updates += 1
@@ -167,8 +178,24 @@ class TrainStep:
 
 def _result(window: WindowResult, grad_norm: Tensor | None, *, applied: bool) -> StepResult:
     return StepResult(
-        window.loss, window.metrics, grad_norm, applied, window.num_micro_batches, window.num_samples, window.weight
+        window.loss,
+        window.metrics,
+        grad_norm,
+        applied,
+        window.num_micro_batches,
+        window.num_samples,
+        window.weight,
+        window.recoveries,
     )
+
+
+def _step_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Step with unscaled gradients and update the scale; whether the step was made."""
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    # What torch documents nowhere: step() says nothing of a step that it left out, but then the scale falls.
+    return scaler.get_scale() >= scale
 
 
 def _check_parts(accumulator: object, optimizer: object) -> None:

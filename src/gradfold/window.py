@@ -12,29 +12,30 @@ The weight enters as the seed of the backward pass, so that no operation is adde
     [2] cut        split, collate, weigh: w[0] ... w[K-1] and W are known
     [3] run        forward 0, backward 0, forward 1, backward 1, ...   (or another schedule)
     [4] close      loss and metrics of the window; add to .grad what was set aside
-    [5] roll back  on any exception after [1]: everything as it was at [1]
+    [5] replay     where memory runs out or a gradient is not finite: undo the micro-batch, or all of [3], and run again
+    [6] roll back  on any other exception after [1]: everything as it was at [1]
 
-Losses that couple the samples of a batch need another order of forwards and backwards. They plug in as a `Schedule`.
+[1], the end of [4], and [6] are `transaction.py`; [2] is `split.py` and `weight.py`; [5] is `replay.py`. Losses that
+couple the samples of a batch need another order of forwards and backwards. They plug in as a `Schedule`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gradfold.backward import BackPropagation, Weighed
-from gradfold.buffers import BufferKeeper
+from gradfold.errors import BatchError
 from gradfold.feed import feed
-from gradfold.gradients import SetAside
 from gradfold.loss import LossFn, LossTerms, read_pair
 from gradfold.metric import Metrics
-from gradfold.random_state import RandomState
-from gradfold.split import MicroBatch
+from gradfold.recovery import Recovery
+from gradfold.split import MicroBatch, versions
 from gradfold.weight import WindowWeights
 
 __all__ = ["WindowResult"]
@@ -51,6 +52,8 @@ class WindowResult:
         num_micro_batches: how many micro-batches were run.
         num_samples: rows of the batch.
         weight: the denominator of the loss, or one per term where weights were given by name.
+        recoveries: the faults that the window survived, in order.
+        is_skipped: whether no gradient was left since it was not finite (`on_non_finite=`).
     """
 
     loss: Tensor
@@ -58,43 +61,14 @@ class WindowResult:
     num_micro_batches: int
     num_samples: int
     weight: float | Mapping[str, float]
+    recoveries: tuple[Recovery, ...] = ()
+    is_skipped: bool = False
 
     @property
     def is_empty(self) -> bool:
         """Whether the window weighed nothing, and so left no gradient."""
         weights = self.weight.values() if isinstance(self.weight, Mapping) else [self.weight]
         return not any(weights)
-
-
-class Transaction:
-    """Steps [1], [4] and [5]: on success the new gradients join the old, on any exception nothing has happened."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        modules: Sequence[nn.Module],
-        parameters: Sequence[nn.Parameter],
-        buffers: BufferKeeper,
-    ) -> None:
-        self._model = model
-        self._buffers = buffers
-        self._random_state = RandomState.record(parameters)
-        self._buffers.open(modules)
-        self._gradients = SetAside(parameters)
-
-    def __enter__(self) -> Transaction:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._gradients.add_back()
-            self._buffers.close()
-        else:
-            self._gradients.put_back(self._model.parameters())
-            self._buffers.restore()
-            self._random_state.restore()
 
 
 Forward: TypeAlias = Callable[[int], Weighed]
@@ -115,42 +89,79 @@ def one_after_another(indices: Sequence[int], forward: Forward, backward: Backwa
 
 
 class OpenWindow:
-    """A window being run: what its steps share."""
+    """A window being run: its micro-batches, and what those that are done gave.
+
+    Attributes:
+        current: the micro-batch that was begun last.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: LossFn,
-        micro_batches: list[MicroBatch],
-        weights: WindowWeights,
+        micro_batches: Sequence[MicroBatch],
+        weigh: Callable[[Sequence[MicroBatch]], WindowWeights],
         back_propagate: BackPropagation,
         device: torch.device,
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
         self.micro_batches = micro_batches
-        self.weights = weights
-        self.idle = weights.idle()
+        self.weigh = weigh
+        self.weights = weigh(micro_batches)
+        self.idle = self.weights.idle()
         self.back_propagate = back_propagate
         self.device = device
         self.take = feed(micro_batches, device)
-        self.losses = LossTerms(micro_batches, weights, device)
-        self.metrics = Metrics(micro_batches, weights, device)
+        self.losses = LossTerms(micro_batches, self.weights, device)
+        self.metrics = Metrics(micro_batches, self.weights, device)
+        self.num_samples = micro_batches[-1].rows.stop
+        self.done: frozenset[int] = frozenset()  # before it was cut anew
+        self.current = 0
+        # What was cut has begun at version 0.
+        self._versions = [None if part.is_cut else versions(part) for part in micro_batches]
 
-    def run(self, schedule: Schedule) -> WindowResult:
-        """Steps [3] and the first half of [4]."""
-        busy = [index for index in range(len(self.micro_batches)) if index not in self.idle]
+    def again(self, micro_batches: Sequence[MicroBatch], done: Mapping[int, int] = MappingProxyType({})) -> OpenWindow:
+        """The window with other micro-batches; those that are done keep their place: their indices here, there."""
+        window = OpenWindow(self.model, self.loss_fn, micro_batches, self.weigh, self.back_propagate, self.device)
+        window.num_samples = self.num_samples
+        if done:
+            window.done = frozenset(done.values())
+            window.losses.carry_over(self.losses, done)
+            window.metrics.carry_over(self.metrics, done)
+        return window
+
+    def check_unchanged(self, index: int) -> None:
+        """Raise BatchError where `loss_fn` has written to a micro-batch, which then cannot run again.
+
+        Where rows are copied to a device it writes to the copy.
+        """
+        now, before = versions(self.micro_batches[index]), self._versions[index]
+        if any(now) if before is None else now != before:
+            raise BatchError(
+                f"loss_fn has changed micro-batch {index}{self.micro_batches[index].where} in place, so that it would "
+                "not run on the same rows again. Let it work on a copy: inputs = inputs.clone()."
+            )
+
+    def run(self, schedule: Schedule) -> None:
+        """Step [3]: every micro-batch that is not done yet."""
         # Idle micro-batches come last: only then is it known whether there are metrics to be had from them.
-        schedule(busy + sorted(self.idle), self._forward, self.back_propagate)
+        order = [index for index in range(len(self.micro_batches)) if index not in self.idle] + sorted(self.idle)
+        schedule([index for index in order if index not in self.done], self.forward, self.back_propagate)
         self.weights.check_names(self.losses.names, self.metrics.names)
+
+    def result(self) -> WindowResult:
+        """The first half of step [4], once the losses are settled."""
         loss, metrics = self.losses.close()
         if self.metrics.names:
             self.metrics.check_names(self.losses.names)
             metrics.update(self.metrics.close())
-        num_samples = self.micro_batches[-1].rows.stop
-        return WindowResult(loss, metrics, len(busy), num_samples, self.weights.total(self.losses.names))
+        num_run = len(self.micro_batches) - len(self.idle)
+        return WindowResult(loss, metrics, num_run, self.num_samples, self.weights.total(self.losses.names))
 
-    def _forward(self, index: int) -> Weighed:
+    def forward(self, index: int) -> Weighed:
+        """The loss terms of a micro-batch, with their graph."""
+        self.current = index
         if index in self.idle:
             return self._forward_idle(index)
         output = self.loss_fn(self.model, self.take(index))

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from gradfold.errors import BatchNormError, OptionError
-from gradfold.window import Backward, Forward, Schedule, one_after_another
+from gradfold.window import Backward, Forward, Schedule
 
 __all__: list[str] = []
 
@@ -44,17 +44,18 @@ def schedule_for(
     batch_norm: BatchNormOption,
     num_micro_batches: int,
     num_rows: int,
+    plain: Schedule,
 ) -> Schedule:
-    """How to run a window of several micro-batches; `modules` are all those of the model.
+    """How to run a window of several micro-batches; `modules` are all those of the model, `plain` does without them.
 
     Raises:
         BatchNormError: layers would see a micro-batch instead of the batch, and nobody said that this is meant.
     """
     if not [module for module in modules if isinstance(module, _BatchNorm)]:
-        return one_after_another
+        return plain
     layers = batch_statistics_layers(model)
     if not layers:
-        return one_after_another
+        return plain
     if batch_norm is None:
         refuse(layers, num_micro_batches, num_rows)
     return PerMicroBatch(layers)

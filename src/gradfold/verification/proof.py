@@ -12,7 +12,7 @@ from gradfold.accumulator import Accumulator
 from gradfold.batch import Batch, num_rows
 from gradfold.coupled.batch_norm import batch_statistics_layers
 from gradfold.errors import BatchError, BatchNormError, OptionError
-from gradfold.gradients import parameters_with_hooks
+from gradfold.hooks import parameters_with_hooks
 from gradfold.loader import LoopWindow, Window
 from gradfold.split import split_samples
 from gradfold.verification import causes

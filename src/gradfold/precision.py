@@ -1,0 +1,103 @@
+"""A precision: the dtype that forward passes compute in, the loss scaler, and the dtype that gradients are summed in.
+
+Sources: Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740, section 3.2 on loss scaling;
+`torch.autocast` and `torch.amp.GradScaler`, https://docs.pytorch.org/docs/stable/amp.html; `torch.Tensor.grad_dtype`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from gradfold.errors import OptionError
+from gradfold.loss import LossFn, LossOutput
+
+__all__ = ["Precision"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What is computed in which precision.
+
+    Attributes:
+        compute: autocast's dtype around `loss_fn` (the model and the loss; batch and parameters stay as they are); None
+            leaves autocast to the user.
+        grad_scaler: scales the loss, so that small gradients survive in float16. It goes into the seed of the backward
+            pass; `.grad` is scaled until `grad_scaler.unscale_(optimizer)`.
+        accumulate_dtype: what gradients of parameters in a smaller dtype are summed in, at the cost of a gradient of
+            that size: for bfloat16 parameters 4 bytes for each instead of 2, until the window closes. None: in the
+            parameter's own dtype, where a sum over 128 micro-batches is off by 1 %.
+        keep_accumulate_dtype: leave `.grad` in that dtype, for optimizers that take it (SGD does, Adam does not; it
+            refuses other gradients than its parameters'). Else the sum is rounded once to the parameter's dtype.
+
+    >>> import torch, gradfold
+    >>> model = torch.nn.Linear(10, 1, dtype=torch.bfloat16)
+    >>> def loss_fn(model, batch):
+    ...     return model(batch).float().square().mean()
+    >>> keep = gradfold.Precision(keep_accumulate_dtype=True)
+    >>> accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=8, precision=keep)
+    >>> _ = accumulator.backward(torch.randn(32, 10, dtype=torch.bfloat16))
+    >>> model.weight.grad.dtype
+    torch.float32
+    """
+
+    compute: torch.dtype | None = None
+    grad_scaler: torch.amp.GradScaler | None = None
+    accumulate_dtype: torch.dtype | None = torch.float32
+    keep_accumulate_dtype: bool = False
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("compute", self.compute), ("accumulate_dtype", self.accumulate_dtype)):
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise OptionError(f"{name}={dtype!r}; expected a floating point dtype such as torch.bfloat16, or None.")
+        if self.compute not in (None, torch.bfloat16, torch.float16):
+            raise OptionError(f"compute={self.compute}; autocast takes torch.bfloat16 or torch.float16.")
+        if self.grad_scaler is not None and not isinstance(self.grad_scaler, torch.amp.GradScaler):
+            raise OptionError(
+                f"grad_scaler is a {type(self.grad_scaler).__name__}; expected a torch.amp.GradScaler(device)."
+            )
+        if self.keep_accumulate_dtype and self.accumulate_dtype is None:
+            raise OptionError("keep_accumulate_dtype=True needs an accumulate_dtype to keep, such as torch.float32.")
+
+    def around(self, loss_fn: LossFn) -> LossFn:
+        """`loss_fn` under autocast, on the device of the model's first parameter; itself where `compute` is None."""
+        if self.compute is None:
+            return loss_fn
+        dtype = self.compute
+
+        def run(model: nn.Module, batch: Any) -> LossOutput:
+            with torch.autocast(next(model.parameters()).device.type, dtype):
+                return loss_fn(model, batch)
+
+        return run
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a loss scaler is at work, which decides about gradients that are not finite."""
+        return self.grad_scaler is not None and self.grad_scaler.is_enabled()
+
+
+PrecisionOption: TypeAlias = Precision | Literal["bf16", "fp16"] | None
+
+
+def read_option(option: PrecisionOption, model: nn.Module) -> Precision:
+    """The precision that an option means; "fp16" makes a scaler for the device of the model's first parameter.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if isinstance(option, Precision):
+        return option
+    if option is None:
+        return Precision()
+    if option == "bf16":
+        return Precision(compute=torch.bfloat16)
+    if option == "fp16":
+        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        return Precision(compute=torch.float16, grad_scaler=torch.amp.GradScaler(device))
+    raise OptionError(
+        f'precision={option!r}; expected None (autocast is yours), "bf16", "fp16" or a gradfold.Precision.'
+    )

@@ -1,0 +1,265 @@
+"""A replay: a window run again, in part or whole, after a fault, until it goes through or cannot.
+
+Out of memory: the failed micro-batch is halved, and with it all that are as large and not done yet. Where it has left
+no trace the micro-batches that are done are kept; else the window begins again. The batch, its denominator and the
+number of updates stay the same.
+
+Not finite: the micro-batches run again, one gradient at a time, to see whose it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+from gradfold.errors import BatchError, DoesNotFitError, GradfoldError, ModelError, NonFiniteGradientError, OptionError
+from gradfold.fitting_size import FittingSize
+from gradfold.inspection import Inspection, accuse
+from gradfold.out_of_memory import give_back, is_out_of_memory
+from gradfold.recovery import Recovery
+from gradfold.split import MicroBatch
+from gradfold.transaction import Transaction
+from gradfold.weight import WindowWeights
+from gradfold.window import Backward, Forward, OpenWindow, Schedule, WindowResult
+
+__all__: list[str] = []
+
+OnNonFinite: TypeAlias = Literal["raise", "skip_update", "skip_micro_batch"]
+
+Recut: TypeAlias = Callable[[MicroBatch, int], list[MicroBatch]]
+"""Cuts a micro-batch into parts of at most so many rows."""
+
+
+def check_on_non_finite(on_non_finite: str) -> None:
+    """Raise OptionError unless the option is one of the three."""
+    if on_non_finite not in ("raise", "skip_update", "skip_micro_batch"):
+        raise OptionError(
+            f'on_non_finite={on_non_finite!r}; expected "raise", "skip_update" (no gradient is left) or '
+            '"skip_micro_batch" (the micro-batch and its weight are left out).'
+        )
+
+
+class Cautious:
+    """The plain schedule, which remembers where each micro-batch began: for sizes that have not gone through yet."""
+
+    def __init__(self, transaction: Transaction) -> None:
+        self._transaction = transaction
+        self.savepoint = transaction.savepoint()
+        self.done: set[int] = set()
+
+    def __call__(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
+        """Run the micro-batches in order."""
+        self.done = set()
+        for index in indices:
+            self.savepoint = self._transaction.savepoint()
+            backward(forward(index))
+            self.done.add(index)
+
+
+class Replay:
+    """Runs one window to its end.
+
+    Args:
+        transaction: what the window leaves its gradient in.
+        prepare: gives the schedule for a window that begins; it may look at the window first, or refuse it.
+        recut: for micro-batches that do not fit.
+        fitting_size: learns from those.
+        normalises: whether layers normalise by micro-batch, so that a halved one has other statistics.
+
+    Attributes:
+        terms: the names of the loss terms, once it has run.
+    """
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        prepare: Callable[[OpenWindow], Schedule],
+        recut: Recut,
+        fitting_size: FittingSize,
+        normalises: bool,
+    ) -> None:
+        self._transaction = transaction
+        self._prepare = prepare
+        self._recut = recut
+        self._fitting_size = fitting_size
+        self._normalises = normalises
+        self._sizes: list[int] = []  # that did not fit
+        self._recoveries: list[Recovery] = []
+        self.terms: Collection[str] = ()
+
+    def run(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> WindowResult:
+        """Run a window; None leaves gradients that are not finite to a loss scaler.
+
+        Raises:
+            DoesNotFitError: one row does not fit, or the batch cannot be cut.
+            NonFiniteLossError, NonFiniteGradientError: something is not finite, and that was to be raised.
+        """
+        try:
+            return self._run(window, on_non_finite)
+        except ModelError as error:
+            if not self._sizes:
+                raise
+            raise DoesNotFitError(
+                f"{_listed(self._sizes)} do not fit in memory at once, and fewer cannot be run: {error}",
+                tuple(self._sizes),
+            ) from error
+
+    def _run(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> WindowResult:
+        window = self._run_through(window)
+        while not self._settle(window, on_non_finite) and on_non_finite is not None:
+            if on_non_finite == "raise":
+                window.losses.refuse_non_finite()
+                raise self._accuse(window)
+            rest = None if on_non_finite == "skip_update" else self._leave_out(window)
+            if rest is None:
+                return self._skip(window)
+            window = rest
+        self.terms = window.losses.names
+        return replace(window.result(), recoveries=self._report()) if self._recoveries else window.result()
+
+    def _settle(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> bool:
+        flags = self._transaction.settle()
+        return window.losses.settle(flags if on_non_finite is not None else [])
+
+    def _run_through(self, window: OpenWindow, around: Callable[[Schedule], Schedule] | None = None) -> OpenWindow:
+        """Run a window, halving what does not fit; `around` goes around its schedule."""
+        schedule = self._prepare(window)
+        if around is not None:
+            schedule = around(schedule)
+        while (message := _attempt(window, schedule)) is not None:
+            window = self._halve(window, schedule, message)
+            give_back(window.device)
+            if not window.done:
+                return self._run_through(window, around)
+        return window
+
+    def _halve(self, window: OpenWindow, schedule: Schedule, message: str) -> OpenWindow:
+        """Undo the micro-batch that failed, or the whole window, and cut what is not done into smaller ones."""
+        failed = window.micro_batches[window.current]
+        self._sizes.append(len(failed.rows))
+        if len(failed.rows) < 2:
+            raise DoesNotFitError(
+                f"one row does not fit in memory{failed.where}: tried {_listed(self._sizes)} at once. The last error "
+                f"was: {message}",
+                tuple(self._sizes),
+            )
+        done = self._undo(window, schedule)
+        size = -(-len(failed.rows) // 2)
+        try:
+            smaller = self._cut_anew(window, size, done or frozenset())
+        except GradfoldError as error:
+            raise DoesNotFitError(
+                f"{len(failed.rows)} rows{failed.where} do not fit in memory at once, and they cannot be run as "
+                f"fewer: {error}",
+                tuple(self._sizes),
+            ) from error
+        self._recoveries.append(Recovery("out_of_memory", "halved", failed.rows, size, replayed=done is None))
+        self._fitting_size.shrink(size)
+        return smaller
+
+    def _undo(self, window: OpenWindow, schedule: Schedule) -> frozenset[int] | None:
+        """Undo the micro-batch that failed and say which are done; None where the window has to begin again."""
+        if isinstance(schedule, Cautious) and self._transaction.go_back_to(schedule.savepoint):
+            return window.done | schedule.done
+        self._transaction.rewind()
+        return None
+
+    def _cut_anew(self, window: OpenWindow, size: int, done: frozenset[int]) -> OpenWindow:
+        parts: list[MicroBatch] = []
+        places: dict[int, int] = {}
+        for index, part in enumerate(window.micro_batches):
+            if index in done:
+                places[index] = len(parts)
+                parts.append(part)
+                continue
+            window.check_unchanged(index)
+            parts += self._recut(part, size)
+        smaller = window.again(parts, places)
+        _check_totals(window.weights, smaller.weights)
+        return smaller
+
+    def _inspect(self, window: OpenWindow) -> tuple[OpenWindow, Mapping[int, tuple[str, ...]]]:
+        """Run the window again, one gradient at a time; gives the micro-batches to blame, with their parameters."""
+        for index in range(len(window.micro_batches)):
+            window.check_unchanged(index)
+        self._transaction.rewind()
+        inspection = Inspection(window.model, self._transaction)
+        window = self._run_through(window.again(window.micro_batches), inspection.around)
+        window.losses.settle()
+        return window, dict.fromkeys(window.losses.non_finite(), ()) | inspection.bad
+
+    def _accuse(self, window: OpenWindow) -> NonFiniteGradientError:
+        """The error that names the first micro-batch to blame."""
+        try:
+            window, bad = self._inspect(window)
+        except BatchError:  # it cannot run again
+            bad = {}
+        return accuse(window, bad)
+
+    def _leave_out(self, window: OpenWindow) -> OpenWindow | None:
+        """Run the window without the micro-batches whose gradient is not finite; None where that leaves nothing."""
+        inspected, bad = self._inspect(window)
+        if not bad:
+            raise accuse(window, bad)
+        for index in sorted(bad):
+            rows = inspected.micro_batches[index].rows
+            self._recoveries.append(Recovery("non_finite", "skipped_micro_batch", rows, 0, replayed=True))
+        rest = [part for index, part in enumerate(inspected.micro_batches) if index not in bad]
+        self._transaction.rewind()
+        return self._run_through(inspected.again(rest)) if rest else None
+
+    def _skip(self, window: OpenWindow) -> WindowResult:
+        result = window.result()
+        self._transaction.give_up()
+        rows = range(window.num_samples)
+        self._recoveries.append(Recovery("non_finite", "skipped_update", rows, 0, replayed=False))
+        return replace(result, recoveries=self._report(), is_skipped=True)
+
+    def _report(self) -> tuple[Recovery, ...]:
+        """The recoveries, with what the end of the window shows of their effect."""
+        draws = self._transaction.has_drawn()
+        return tuple(
+            replace(
+                recovery,
+                changes_randomness=draws and recovery.action != "skipped_update",
+                changes_batch_statistics=self._normalises and recovery.action == "halved",
+            )
+            for recovery in self._recoveries
+        )
+
+
+def _attempt(window: OpenWindow, schedule: Schedule) -> str | None:
+    """Run a window; gives the message where memory runs out.
+
+    A function of its own, since the traceback holds the tensors of the frames that failed until it is left.
+    """
+    try:
+        window.run(schedule)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return str(error) or type(error).__name__
+    return None
+
+
+def _check_totals(whole: WindowWeights, parts: WindowWeights) -> None:
+    before, after = _by_name(whole), _by_name(parts)
+    for name, weight in before.items():
+        if not math.isclose(weight, after[name], rel_tol=1e-9):
+            raise GradfoldError(
+                f"weight= gives {weight:g} for the batch and {after[name]:g} for the same rows in smaller "
+                "micro-batches, so it is no count of what the loss is a mean over."
+            )
+
+
+def _by_name(weights: WindowWeights) -> Mapping[str, float]:
+    total = weights.total()
+    return total if isinstance(total, dict) else {"": total}
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    names = [str(size) for size in sizes]
+    text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{text} row{'s' if sizes[0] > 1 else ''}"
