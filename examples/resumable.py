@@ -10,7 +10,8 @@
 
 `step.state_dict()` holds the counters, the scheduler and the accumulator. A checkpoint falls between updates, where no
 gradient is half accumulated, and `step.samples` is the position in the data. It is written to a new file, which then
-takes the old one's name: a run killed while it writes leaves the old checkpoint whole.
+takes the old one's name: a run killed while it writes leaves the old checkpoint whole. Killed by whom does not matter,
+be it the kernel, whose out-of-memory killer no program can catch.
 """
 
 import contextlib
@@ -22,20 +23,27 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import gradfold
 
 NUM_UPDATES, UPDATES_PER_CHECKPOINT, BATCH_SIZE = 40, 10, 100
 
 
-def batches(inputs, labels, start):
-    """Global batches without end, from sample number `start` on: the position in the data is one number."""
+def rows_from(start, num_samples):
+    """The rows of global batches without end, from sample number `start` on: the position in the data is one number."""
     while True:
-        epoch, first = divmod(start, len(inputs))
-        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(epoch))
-        rows = order[first : first + BATCH_SIZE]  # fewer at the end of an epoch
-        yield inputs[rows], labels[rows]
+        epoch, first = divmod(start, num_samples)
+        order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(epoch))
+        rows = order[first : first + BATCH_SIZE].tolist()  # fewer at the end of an epoch
+        yield rows
         start += len(rows)
+
+
+def batches(inputs, labels, start):
+    data = TensorDataset(inputs, labels)
+    own = torch.Generator()  # else every new iterator of the loader takes a number from torch's generator
+    return DataLoader(data, batch_sampler=rows_from(start, len(data)), generator=own)
 
 
 def save(path, checkpoint):
@@ -62,7 +70,7 @@ def train(path, log, killed_at=None):
     accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=32)
     step = gradfold.TrainStep(accumulator, optimizer, scheduler, max_grad_norm=1.0)
     if path.exists():
-        checkpoint = torch.load(path)
+        checkpoint = torch.load(path, weights_only=True)  # no code is run, whoever wrote it
         for name, part in (("model", model), ("optimizer", optimizer), ("step", step)):
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["random"])  # for dropout

@@ -46,21 +46,19 @@ class SelfCheck:
         self._loss_fn = loss_fn
         self._weight = weight
         self._back_propagate = back_propagate
-        self._num_windows: dict[Hashable, int] = {}  # by structure, of those not settled
-        self._settled: dict[Hashable, tuple[str, ...] | None] = {}  # structure -> loss terms that were seen
-        self._restored: dict[str, tuple[str, ...] | None] = {}  # the same, of the run that this one resumes
-        self._current: Hashable = None
+        # By structure, as text, which a resumed run can compare with that of another process.
+        self._num_windows: dict[str, int] = {}  # of those not settled
+        self._settled: dict[str, tuple[str, ...] | None] = {}  # the loss terms that were seen
+        self._current = ""
         self._last_settled: tuple[Hashable, list[bool]] | None = None  # of the last window, if it was settled before
 
     def is_due(self, micro_batches: Sequence[MicroBatch], modules: Sequence[nn.Module]) -> bool:
         """Whether to look at this window; `modules` are all those of the model."""
         current = (structure(micro_batches[0].data), [module.training for module in modules])
         if current == self._last_settled:
-            return False  # the usual case, without a hash
+            return False  # the usual case, without the text
         self._last_settled = None
-        self._current = (current[0], tuple(current[1]))
-        if repr(self._current) in self._restored:
-            self._settled[self._current] = self._restored.pop(repr(self._current))
+        self._current = repr(current)
         if self._current in self._settled:
             self._last_settled = current
             return False
@@ -68,14 +66,13 @@ class SelfCheck:
         return count in _LOOKS
 
     def state_dict(self) -> dict[str, Any]:
-        """What was looked at, so that a resumed run does not look, and warn, again."""
-        settled = {repr(structure): seen for structure, seen in self._settled.items()}
-        return {"settled": self._restored | settled}
+        """What was looked at, so that a resumed run does not look, and warn, again; and when to look at the rest."""
+        return {"settled": dict(self._settled), "num_windows": dict(self._num_windows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self._restored = {key: None if seen is None else tuple(seen) for key, seen in state["settled"].items()}
-        self._settled, self._last_settled = {}, None
+        self._settled, self._num_windows = dict(state["settled"]), dict(state["num_windows"])
+        self._last_settled = None
 
     def note_terms(self, names: Collection[str]) -> None:
         """Look again if this window had loss terms that were not seen yet."""
