@@ -87,8 +87,21 @@ def read_option(option: PrecisionOption, model: nn.Module) -> Precision:
     """The precision that an option means; "fp16" makes a scaler for the device of the model's first parameter.
 
     Raises:
-        OptionError: it is none.
+        OptionError: it is none, or torch's scaler would refuse the gradients that it makes.
     """
+    precision = _read(option, model)
+    half = [name for name, one in model.named_parameters() if one.requires_grad and one.dtype == torch.float16]
+    is_torch_s = precision.is_scaled and type(precision.grad_scaler) is torch.amp.GradScaler  # others may take float16
+    if half and is_torch_s and not precision.keep_accumulate_dtype:
+        raise OptionError(
+            f"{half[0]} is float16, and GradScaler.unscale_ refuses float16 gradients. Leave the parameters in float32 "
+            '(model.float()), which precision="fp16" computes in float16 anyway, or keep the sums in float32: '
+            "Precision(..., keep_accumulate_dtype=True)."
+        )
+    return precision
+
+
+def _read(option: PrecisionOption, model: nn.Module) -> Precision:
     if isinstance(option, Precision):
         return option
     if option is None:

@@ -153,7 +153,7 @@ class TrainStep:
         """Take over what `state_dict` gave.
 
         Raises:
-            OptionError: the state has a scheduler and this step has none, or the other way round.
+            OptionError: the state has a scheduler or a loss scaler and this step has none, or the other way round.
         """
         missing = {"updates", "skipped", "samples", "scheduler", "accumulator"} - state.keys()
         if missing:
@@ -165,12 +165,12 @@ class TrainStep:
             raise OptionError(
                 f"the saved state has {there} scheduler, and this TrainStep has {here}: build it as the one saved."
             )
+        self.accumulator.load_state_dict(state["accumulator"])  # first, since it may refuse
         self.updates = int(state["updates"])
         self.skipped = int(state["skipped"])
         self.samples = int(state["samples"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.accumulator.load_state_dict(state["accumulator"])
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -194,8 +194,9 @@ def _step_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer)
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    # What torch documents nowhere: step() says nothing of a step that it left out, but then the scale falls.
-    return scaler.get_scale() >= scale
+    # What torch documents nowhere: step() says nothing of a step that it left out, but then the scale falls; to 0 where
+    # every gradient is NaN, and no step is made from there.
+    return 0 < scale <= scaler.get_scale()
 
 
 def _check_parts(accumulator: object, optimizer: object) -> None:
