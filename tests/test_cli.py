@@ -58,19 +58,24 @@ def test_compare_from_start_to_end(tmp_path: Path) -> None:
     out = tmp_path / "a new folder" / "out"
     arms = ["full-batch", "gradfold"]  # all four cost seconds to start; test_compare.py has them in one process
     options = ["--out", str(out), "--threads", "1", "--seed", "3", "--epochs", "1", "--arms", ",".join(arms)]
-    ended = program("compare", TINY, "--json", *options)
+    ended = program("compare", TINY, "--json", "--precision", "bf16", *options)
     assert (ended.returncode, ended.stderr) == (0, "")
     results = json.loads(ended.stdout)
     assert results == json.loads((out / "results.json").read_text("utf-8"))
+    lower = ["full-batch-bf16", "gradfold-bf16"]
+    assert results["settings"]["precision"] == "bf16" and results["settings"]["arms"] == [*arms, *lower]
     assert results["settings"]["seed"] == 3 and results["sizes"]["num_epochs"] == 1
     assert results["command_line"].startswith("gradfold compare ") and "--seed 3" in results["command_line"]
     assert results["versions"]["torch"] and results["machine"]["cores"] == os.cpu_count()
 
     rows = {row["arm"]: row for row in results["rows"]}
-    assert list(rows) == arms
+    assert list(rows) == [*arms, *lower]
     assert {row["status"] for row in rows.values()} == {"finished"}
     error = {arm: row["deviation_from_full_batch"]["gradient_float64"]["value"] for arm, row in rows.items()}
     assert error["full-batch"] == 0.0 and error["gradfold"] < 1e-12
+    for arm in lower:
+        assert rows[arm]["deviation_from_full_batch"]["gradient_float32"]["value"] > 1e-5 and error[arm] < 1e-12
+        assert rows[arm]["measured"]["seconds"]["forward"] > 0 and rows[arm]["measured"]["seconds"]["backward"] > 0
     assert {row["measured"]["num_threads"] for row in rows.values()} == {1}
     assert rows["gradfold"]["measured"]["metrics"] == {"accuracy": 0.5}
     names = {path.name for path in out.iterdir()}
@@ -92,6 +97,7 @@ def test_a_failed_arm_ends_with_one(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["compare", TINY, "--global-batch", "99"], "a global batch of 99 is larger than the data"),
         (["compare", TINY, "--micro-batch", "9"], "a micro-batch of 9 is larger than the global batch of 8"),
         (["compare", TINY, "--epochs", "0"], "--epochs 0: expected at least 1"),
+        (["compare", TINY, "--precision", "fp8"], "--precision fp8: expected bf16 or fp16"),
         (["compare", "digitz"], "Did you mean 'digits'?"),
         (["compare", TINY, "--out", __file__], "--out"),
         (["compare", TINY, "--epochs", "many"], "--epochs"),
@@ -150,7 +156,16 @@ def test_help_and_version() -> None:
     assert top.exit_code == 0 and "compare" in top.stdout and "workloads" in top.stdout
     # Wide enough that no phrase is broken; what is looked for is what a reader should learn.
     teaching = runner.invoke(gradfold.cli.app, ["compare", "--help"], env={"COLUMNS": "200"})
-    for phrase in (*ARMS, "--global-batch", "--micro-batch", "Examples", "Exit codes", "gradfold.Workload"):
+    for phrase in (
+        *ARMS,
+        "--precision",
+        "matrix units",
+        "--global-batch",
+        "--micro-batch",
+        "Examples",
+        "Exit codes",
+        "gradfold.Workload",
+    ):
         assert phrase in teaching.stdout
 
 

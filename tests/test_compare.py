@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -22,13 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradfold import Workload
+from gradfold import Accumulator, TrainStep, Workload
+from gradfold.cli.compare_table import print_comparison
 from gradfold.compare import Comparison, Progress, Settings, compare
-from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, Training, Update
+from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, Training, Update, arms_in
 from gradfold.compare.deviation import deviations
 from gradfold.compare.machine import OtherPrograms, describe_machine
-from gradfold.compare.measure import Clock, MemoryMeter
-from gradfold.compare.results import Deviations, Measured
+from gradfold.compare.measure import Clock, MemoryMeter, Seconds
+from gradfold.compare.plots import PLOTS, draw_all
+from gradfold.compare.report import render_page
+from gradfold.compare.results import Deviation, Deviations, Measured, Row, WorkloadFacts
 from gradfold.compare.samples import cut, epoch_order, num_samples
 from gradfold.compare.settings import Sizes, as_options, check_options, chosen_arms, complete
 from gradfold.compare.tensor_files import Tensors, difference, load, norm
@@ -175,6 +179,18 @@ def faults(events: list[Progress]) -> Comparison:
     return compare(Settings(f"{HERE}:faulty", num_threads=1, num_epochs=1), on_progress=events.append)
 
 
+@pytest.fixture(scope="module")
+def mild_arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Measured, Deviations]]:
+    """The same training, with gradients that float16 holds though they are scaled by 65536; those of `tiny` it does
+    not."""
+    mild = dataclasses.replace(
+        tiny(),
+        loss_fn=lambda model, batch: squared_error(model, batch) / 128,
+        make_optimizer=partial(torch.optim.SGD, lr=0.05 * 128, momentum=0.9, nesterov=True),
+    )
+    return train_all(lambda: mild, tmp_path_factory.mktemp("mild"))
+
+
 def value(number: float | None) -> float:
     assert number is not None
     return number
@@ -285,6 +301,71 @@ def test_reordering_changes_rounding_alone(arms: dict[str, tuple[Measured, Devia
     assert value(far.weights.value) < 1e-4
 
 
+@pytest.mark.parametrize("arm", ["full-batch-bf16", "gradfold-bf16", "full-batch-fp16", "gradfold-fp16"])
+def test_lower_precision_is_off_by_its_rounding_and_right_in_float64(
+    arm: str, mild_arms: dict[str, tuple[Measured, Deviations]]
+) -> None:
+    own, far = mild_arms[arm]
+    assert 1e-5 < value(far.gradient_float32.value) < 0.05
+    assert value(far.gradient_float64.value) < 1e-12  # which autocast leaves alone
+    assert value(far.last_window_float64.value) < 1e-12
+    assert 1e-5 < value(far.weights.value) < 0.1
+    assert (own.num_updates, own.num_skipped) == (6, 0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_full_batch_in_lower_precision_does_what_plain_torch_does(
+    precision: str, arms: dict[str, tuple[Measured, Deviations]]
+) -> None:
+    workload, losses = tiny(), []
+    torch.manual_seed(0)
+    model = network()
+    optimizer = workload.make_optimizer(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+    for epoch in range(2):
+        for rows in torch.split(epoch_order(ROWS, 0, epoch, shuffle=True), GLOBAL_BATCH):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16 if precision == "bf16" else torch.float16):
+                loss = F.mse_loss(model(workload.train_data["x"][rows]), workload.train_data["y"][rows])
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    measured = arms[f"full-batch-{precision}"][0]
+    assert measured.curve.loss == pytest.approx(losses, rel=1e-6)
+    num_skipped = round(math.log2(65536 / scaler.get_scale())) if precision == "fp16" else 0
+    assert (measured.num_updates, measured.num_skipped) == (6 - num_skipped, num_skipped)
+    assert (num_skipped > 0) == (precision == "fp16")
+
+
+@pytest.mark.parametrize("arm", ["full-batch-fp16", "gradfold-fp16"])
+def test_updates_that_overflow_are_counted_and_their_gradient_is_not_compared(
+    arm: str, arms: dict[str, tuple[Measured, Deviations]]
+) -> None:
+    own, far = arms[arm]
+    assert own.num_skipped >= 1 and own.num_updates + own.num_skipped == 6
+    assert far.gradient_float32 == Deviation(
+        None, "its loss scaler skipped the first update, whose scaled gradient overflowed"
+    )
+    assert value(far.gradient_float64.value) < 1e-12
+    assert own.num_samples == 2 * ROWS and math.isfinite(own.final_loss)
+
+
+def test_gradfold_in_lower_precision_trains_as_its_accumulator_does(
+    arms: dict[str, tuple[Measured, Deviations]],
+) -> None:
+    workload, losses = tiny(), []
+    torch.manual_seed(0)
+    model = network()
+    accumulator = Accumulator(model, squared_error, micro_batch_size=MICRO_BATCH, precision="bf16")
+    step = TrainStep(accumulator, workload.make_optimizer(model.parameters()))
+    for epoch in range(2):
+        for rows in torch.split(epoch_order(ROWS, 0, epoch, shuffle=True), GLOBAL_BATCH):
+            losses.append(step({name: one[rows] for name, one in workload.train_data.items()}).loss.item())
+    assert arms["gradfold-bf16"][0].curve.loss == pytest.approx(losses, rel=1e-6)
+    assert arms["gradfold"][0].curve.loss != pytest.approx(losses, rel=1e-6)
+
+
 def test_the_full_batch_does_what_plain_torch_does(arms: dict[str, tuple[Measured, Deviations]]) -> None:
     workload, losses = tiny(), []
     torch.manual_seed(0)
@@ -322,7 +403,7 @@ def test_a_loss_that_cannot_run_in_float64_is_a_note(tmp_path: Path) -> None:
 
     def loss_fn(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         # Hard-wired to float32, as class weights and look-up tables of losses often are.
-        return torch.addmm(target, model(batch["x"]), target).mean()
+        return torch.addmm(target, model(batch["x"]), target).float().mean()
 
     found = train_all(lambda: dataclasses.replace(tiny(), loss_fn=loss_fn), tmp_path)
     far = found["gradfold"][1].gradient_float64
@@ -425,6 +506,7 @@ def test_training_data_that_disagree_are_refused() -> None:
         ({"micro_batch_size": -1}, "--micro-batch -1"),
         ({"num_threads": 0}, "--threads 0"),
         ({"seed": -1}, "--seed -1"),
+        ({"precision": "half"}, "--precision half: expected bf16 or fp16"),
         ({"seed": 2**32}, "less than"),
         ({"global_batch_size": 23}, "a global batch of 23 is larger than the data: .* 22 training samples"),
         ({"micro_batch_size": 9}, "a micro-batch of 9 is larger than the global batch of 8"),
@@ -450,6 +532,16 @@ def test_arms_are_chosen_for_the_workload_where_none_are_named() -> None:
     assert by_default[1] == "batch-norm-per-micro" and "gradfold" not in by_default
     assert by_default[-2:] == ("group-norm-full-batch", "group-norm") and len(by_default) == len(DEFAULT_ARMS) + 2
     assert chosen_arms(Settings(arms=("group-norm",)), normed()) == ("group-norm",)
+    lower = ("full-batch-fp16", "gradfold-fp16")
+    assert chosen_arms(Settings(precision="fp16"), tiny()) == (*DEFAULT_ARMS, *lower)
+    assert chosen_arms(Settings(precision="fp16"), normed()) == (*by_default, *lower)
+    assert chosen_arms(Settings(arms=("gradfold-fp16", "gradfold"), precision="fp16"), tiny()) == (
+        "gradfold-fp16",
+        "gradfold",
+        "full-batch-fp16",  # no arm twice
+    )
+    assert chosen_arms(Settings(arms=("gradfold-bf16",)), tiny()) == ("gradfold-bf16",)
+    assert arms_in(None) == ()
     used = as_options(Settings(), complete(Settings(), normed()), GROUP_NORM_ARMS)
     assert used.to_json()["arms"] == ["group-norm-full-batch", "group-norm"]
 
@@ -462,7 +554,7 @@ def test_an_unknown_workload_is_refused() -> None:
 # Measurement
 
 
-def test_the_clock_leaves_out_what_is_excluded_and_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_leaves_out_what_is_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 
     def run(clock: Clock, phase: str, seconds: float) -> None:
@@ -473,7 +565,6 @@ def test_the_clock_leaves_out_what_is_excluded_and_probes(monkeypatch: pytest.Mo
     monkeypatch.setattr("time.perf_counter", lambda: now)
     clock = Clock(torch.device("cpu"))
     clock.start()
-    run(clock, "backward", 1.0)  # no forward came before: a probe, which is no training
     run(clock, "forward", 2.0)
     run(clock, "backward", 4.0)
     run(clock, "excluded", 8.0)
@@ -483,8 +574,8 @@ def test_the_clock_leaves_out_what_is_excluded_and_probes(monkeypatch: pytest.Mo
     now += 32.0
     clock.stop()
     spent = clock.seconds()
-    assert (spent.forward, spent.backward, spent.update, spent.other) == (2.0, 4.0, 16.0, 33.0)
-    assert spent.total == 55.0
+    assert (spent.forward, spent.backward, spent.update, spent.other) == (2.0, 4.0, 16.0, 32.0)
+    assert spent.total == 54.0
 
 
 def test_the_memory_meter_sees_what_is_allocated() -> None:
@@ -577,3 +668,111 @@ def test_errors_are_described_in_one_line() -> None:
     assert describe(KeyError()) == "KeyError"
     assert describe(MemoryError()) == "out of memory: MemoryError"
     assert describe(torch.OutOfMemoryError("CUDA out of memory")).startswith("out of memory: OutOfMemoryError")
+
+
+# The words about lower precision
+
+
+@pytest.fixture
+def precisions(arms: dict[str, tuple[Measured, Deviations]]) -> Callable[..., Comparison]:
+    """A comparison of full-batch, gradfold and the two in bf16, which took so many seconds, half of them backward."""
+
+    def make(gradfold: float | None, lower: float, both: float | None, busy: float = 0.0, **changes: Any) -> Comparison:
+        spent = {"full-batch": 1.0, "gradfold": gradfold, "full-batch-bf16": lower, "gradfold-bf16": both}
+        rows = tuple(
+            Row(
+                name,
+                ARMS[name].description,
+                dataclasses.replace(arms[name][0], seconds=Seconds(s / 2, s / 2, 0.0, 0.0), **changes),
+                arms[name][1],
+            )
+            for name, s in spent.items()
+            if s is not None
+        )
+        machine = {"cores": 2, "cores_busy_with_other_programs": busy}
+        facts = WorkloadFacts("tiny", "a tiny network", None, {})
+        return Comparison(Settings("tiny"), Sizes(ROWS, GLOBAL_BATCH, MICRO_BATCH, 2), facts, rows, {}, machine, "")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        ((1.1, 2.0, 2.2), ["accumulation takes 1.10 times as long as full-batch (its backward 1.10 times), bf16 2.00 "
+                           "(2.00), both 2.20 (2.20): none is faster by more than noise (10 %)."]),
+        ((1.1, 0.5, 0.6), ["bf16 0.50 (0.50), both 0.60 (0.60): what pays is bf16."]),
+        ((0.5, 2.0, 0.52), ["what pays is accumulation or both."]),
+        ((0.95, 0.91, 0.97), ["none is faster by more than noise (10 %)."]),
+        ((0.8, 0.6, 0.7, 1.9), ["none is faster by more than noise (50 %).", "Do not trust the times"]),
+        ((0.8, 0.3, 0.7, 1.9), ["what pays is bf16."]),
+        ((None, 0.5, 0.4), ["On this machine bf16 takes 0.50 times as long as full-batch (its backward 0.50 times), "
+                            "both 0.40 (0.40): what pays is both."]),
+        ((None, 2.0, None), ["On this machine bf16 takes 2.00 times as long"]),
+    ],
+)  # fmt: skip
+def test_the_words_say_what_pays(
+    seconds: tuple[Any, ...], told: list[str], precisions: Callable[..., Comparison]
+) -> None:
+    words = " ".join(verdict(precisions(*seconds)))
+    assert all(one in words for one in told), words
+    assert words.count("On this machine") == 1
+
+
+def test_nothing_is_said_of_what_pays_without_a_lower_precision_or_a_reference(
+    precisions: Callable[..., Comparison],
+) -> None:
+    comparison = precisions(1.0, 1.0, 1.0)
+    assert "On this machine" not in " ".join(verdict(dataclasses.replace(comparison, rows=comparison.rows[:2])))
+    without = dataclasses.replace(comparison, rows=comparison.rows[1:])
+    words = " ".join(verdict(without))
+    assert "On this machine" not in words and "Without full-batch there is no reference" in words
+
+
+def test_the_words_say_what_lower_precision_does(precisions: Callable[..., Comparison]) -> None:
+    comparison = precisions(1.0, 1.0, 1.0)
+    gradient, weights = Deviation(0.0123), Deviation(0.045)
+    far = dataclasses.replace(comparison.rows[3].deviations, gradient_float32=gradient, weights=weights)
+
+    def said(**changes: Any) -> str:
+        row = dataclasses.replace(comparison.rows[3], **changes)
+        return " ".join(verdict(dataclasses.replace(comparison, rows=(*comparison.rows[:3], row))))
+
+    expected = "gradfold-bf16: the first gradient, in bf16, is 1.2 % off the full batch's in float32; the final weights"
+    words = said(deviations=far)
+    assert f"{expected} end 4.5 % away from the full batch's. Held out: accuracy 50.0 % where full-batch has" in words
+    assert "loss scaler" not in words and "Not all of it" not in words
+    coupled = dataclasses.replace(far, gradient_float64=Deviation(0.3))
+    assert "Not all of it is precision: in float64 it is 30.0 % off." in said(deviations=coupled)
+    measured = dataclasses.replace(value_of(comparison.rows[3].measured), num_updates=190, num_skipped=5, metrics={})
+    skipped = dataclasses.replace(far, gradient_float32=Deviation(None, "skipped"))
+    words = said(measured=measured, deviations=skipped)
+    assert (
+        "gradfold-bf16: the final weights end 4.5 % away from the full batch's. Its loss scaler skipped 5 of" in words
+    )
+    assert "skipped 5 of 195 updates." in words
+
+
+def value_of(measured: Measured | None) -> Measured:
+    assert measured is not None
+    return measured
+
+
+def test_lower_precision_is_shown_beside_the_others(
+    precisions: Callable[..., Comparison], capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparison = precisions(1.1, 2.0, 2.2)
+    usual = dataclasses.replace(comparison, rows=comparison.rows[:2])
+    assert comparison.first_gradients_in == "as run" and usual.first_gradients_in == "float32"
+    page = render_page(comparison, dict.fromkeys(PLOTS, b""))
+    assert "first gradient,<br>as run" in page and "Autocast leaves float64" in page
+    assert "Autocast" not in render_page(usual, dict.fromkeys(PLOTS, b""))
+    images = draw_all(comparison)
+    assert all(image.startswith(b"\x89PNG") for image in images.values())
+    print_comparison(comparison, [])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100 and "as run" in printed
+    assert re.search(r"^full-batch-bf16 +22 +2\.00 s +1\.00 s +1\.00 s ", printed, re.MULTILINE)
+    results = json.loads(json.dumps(comparison.to_json()))
+    assert [one["measured"]["num_skipped"] for one in results["rows"]] == [0] * 4
+    assert results["settings"]["precision"] is None

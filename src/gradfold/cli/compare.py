@@ -37,6 +37,8 @@ EPILOG = """
 
 `gradfold compare resnet` — what micro-batches do to BatchNorm, and not to GroupNorm
 
+`gradfold compare cifar10 --data DIR --precision bf16` — is accumulation faster here, or bfloat16, or both?
+
 `gradfold compare train.py:workload` — your own model: a function that returns a gradfold.Workload
 
 Exit codes: 0 fine, 1 an arm failed, 2 wrong usage.
@@ -54,6 +56,13 @@ def compare(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: the workload's]")] = None,
     seed: Annotated[int, typer.Option(help="Draws the first weights and the order of samples.")] = 0,
     arms: Annotated[str | None, typer.Option(help=f"Which arms, in which order. [default: {_DEFAULT_ARMS}]")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Add the full batch and gradfold in a lower precision: bf16 (autocast) or fp16 (and a loss scaler).",
+            metavar="[bf16|fp16]",
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the workload's data files.", metavar="DIR")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write report.html, results.json and plots into this folder.", metavar="DIR")
@@ -83,6 +92,11 @@ def compare(
     - **group-norm-full-batch** and **group-norm** (where BatchNorm sees micro-batches, as in resnet): another model,
     with GroupNorm in place of BatchNorm, in full batches and by gradfold. The second is measured against the first
 
+    - **full-batch-bf16** and **gradfold-bf16**, **full-batch-fp16** and **gradfold-fp16** (with --precision): the full
+    batch in the mixed-precision recipe of plain torch, and both: accumulation and lower precision, by gradfold. With
+    forward and backward seconds side by side you see which of accumulation, lower precision or both is faster on this
+    machine. A processor without matrix units for bfloat16 or float16 takes longer with them, and that is the finding
+
     You see how far each arm's gradient and weights end from the full batch's, its loss and accuracy, and what it costs
     in time and memory. An arm that fails or does not fit says so, and the others still run.
     """
@@ -95,6 +109,7 @@ def compare(
         seed=seed,
         arms=None if arms is None else tuple(name.strip() for name in arms.split(",") if name.strip()),
         num_threads=threads,
+        precision=precision,
     )
     if out is not None:
         make_folder(out)

@@ -63,7 +63,7 @@ def _sameness(comparison: Comparison) -> Table:
     """How far each arm is from the full batch."""
     metrics = metric_names(comparison)[:_NUM_METRICS]
     has_last_window = bool(comparison.sizes.last_window)
-    headings = ["first\ngradient\nfloat32", "first\ngradient\nfloat64"]
+    headings = [f"first\ngradient\n{comparison.first_gradients_in}", "first\ngradient\nfloat64"]
     headings += ["last\nwindow\nfloat64"] * has_last_window + ["final\nweights", "training\nloss"]
     headings += [f"held-out\n{name.replace('_', ' ')}" for name in metrics] + ["updates"]
     table = _table("Distance from the full batch", headings)

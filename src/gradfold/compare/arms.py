@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gradfold.accumulator import Accumulator
+from gradfold.backward import BackPropagation, Weighed
 from gradfold.batch import Batch
 from gradfold.compare.measure import Clock
 from gradfold.compare.samples import cut, take, weight_of
@@ -24,6 +26,9 @@ from gradfold.workloads.workload import Workload
 
 __all__: list[str] = []
 
+LowerPrecision: TypeAlias = Literal["bf16", "fp16"]
+LOWER_PRECISIONS: tuple[LowerPrecision, ...] = get_args(LowerPrecision)
+
 
 @dataclass(frozen=True)
 class Update:
@@ -33,11 +38,13 @@ class Update:
         num_samples: samples that it consumed.
         loss: their mean loss before the update.
         weight: what that mean counts in the mean over many updates.
+        applied: whether the weights were updated; not so where a loss scaler found that the gradient overflowed.
     """
 
     num_samples: int
     loss: float
     weight: float
+    applied: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,23 @@ class Training:
         total: Tensor = torch.stack(list(terms.values())).sum() if isinstance(terms, Mapping) else terms
         return total
 
-    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+    def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, timed."""
         with self.clock.phase("backward"):
-            loss.backward(gradient=gradient)  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+class TimedBackPropagation(BackPropagation):
+    """The library's own backward pass, timed; `backward=` of the accumulator would not go with a loss scaler."""
+
+    def __init__(self, clock: Clock, grad_scaler: torch.amp.GradScaler | None) -> None:
+        super().__init__(grad_scaler=grad_scaler)
+        self._clock = clock
+
+    def __call__(self, terms: Weighed) -> None:
+        """Back-propagate the terms."""
+        with self._clock.phase("backward"):
+            super().__call__(terms)
 
 
 def full_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
@@ -94,7 +114,26 @@ def full_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]
             yield Update(rows, loss.item(), weight_of(training.workload, batch, rows))
 
 
-def gradfold(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+def mixed_precision(
+    training: Training, epochs: Iterable[Tensor], precision: LowerPrecision = "bf16"
+) -> Iterator[Update]:
+    """Each global batch at once, in the recipe of torch's documentation: autocast, and a loss scaler for float16."""
+    device, dtype = training.device.type, torch.bfloat16 if precision == "bf16" else torch.float16
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    for order in epochs:
+        for batch, rows in training.global_batches(order):
+            training.optimizer.zero_grad()
+            with torch.autocast(device, dtype):
+                loss = training.loss(batch)
+            training.backward(scaler.scale(loss))
+            scale = scaler.get_scale()
+            scaler.step(training.optimizer)
+            scaler.update()
+            is_applied = scaler.get_scale() >= scale  # it falls where the step was left out
+            yield Update(rows, loss.item(), weight_of(training.workload, batch, rows), is_applied)
+
+
+def gradfold(training: Training, epochs: Iterable[Tensor], precision: LowerPrecision | None = None) -> Iterator[Update]:
     """The library: each global batch in micro-batches, one update."""
     workload = training.workload
     accumulator = Accumulator(
@@ -103,16 +142,18 @@ def gradfold(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
         micro_batch_size=training.micro_batch_size,
         weight=workload.weight,
         collate=workload.collate,
+        precision=precision,
         batch_norm=workload.batch_norm,
-        backward=training.backward,
         self_check=False,  # what does not fit is shown here, not refused
     )
+    accumulator._back_propagate = TimedBackPropagation(training.clock, accumulator.grad_scaler)
     step = TrainStep(accumulator, training.optimizer)
     for order in epochs:
         for indices in torch.split(order, training.global_batch_size):
             result = step(take(workload, indices))
             weight = float(len(indices)) if isinstance(result.weight, Mapping) else result.weight
-            yield Update(len(indices), result.loss.item(), weight)
+            is_applied = result.applied or accumulator.grad_scaler is None
+            yield Update(len(indices), result.loss.item(), weight, is_applied)
 
 
 def plain_loop(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
@@ -177,6 +218,7 @@ class Arm:
         accumulates: whether one update stands for a whole global batch.
         prepare: makes the model that is trained out of the workload's.
         reference: the arm that trains the same model on full batches; its own name, if it is that arm.
+        precision: what forward and loss are computed in by autocast; None: as the workload has it.
     """
 
     name: str
@@ -185,6 +227,26 @@ class Arm:
     accumulates: bool = True
     prepare: Callable[[nn.Module], nn.Module] = as_it_is
     reference: str = REFERENCE
+    precision: LowerPrecision | None = None
+
+
+def _in_lower_precision(precision: LowerPrecision) -> tuple[Arm, Arm]:
+    """The full batch and the library once more, under autocast; measured against the full batch in float32."""
+    scaled = "autocast and a loss scaler" if precision == "fp16" else "autocast"
+    return (
+        Arm(
+            f"{REFERENCE}-{precision}",
+            f"lower precision without accumulation: each global batch at once, in plain torch with {scaled}",
+            partial(mixed_precision, precision=precision),
+            precision=precision,
+        ),
+        Arm(
+            f"gradfold-{precision}",
+            f'both: each global batch in micro-batches, by gradfold with precision="{precision}"',
+            partial(gradfold, precision=precision),
+            precision=precision,
+        ),
+    )
 
 
 ARMS: dict[str, Arm] = {
@@ -210,10 +272,13 @@ ARMS: dict[str, Arm] = {
             prepare=convert_batch_norm,
             reference=GROUP_NORM_REFERENCE,
         ),
+        *_in_lower_precision("bf16"),
+        *_in_lower_precision("fp16"),
     )
 }
 GROUP_NORM_ARMS = tuple(name for name, arm in ARMS.items() if arm.reference == GROUP_NORM_REFERENCE)
-DEFAULT_ARMS = tuple(name for name in ARMS if name not in (CONTROL, BATCH_NORM, *GROUP_NORM_ARMS))
+_ON_REQUEST = (CONTROL, BATCH_NORM, *GROUP_NORM_ARMS)
+DEFAULT_ARMS = tuple(name for name, arm in ARMS.items() if name not in _ON_REQUEST and arm.precision is None)
 
 
 def default_arms(workload: Workload) -> tuple[str, ...]:
@@ -221,6 +286,11 @@ def default_arms(workload: Workload) -> tuple[str, ...]:
     if workload.batch_norm != "per_micro_batch":
         return DEFAULT_ARMS
     return (*(BATCH_NORM if name == "gradfold" else name for name in DEFAULT_ARMS), *GROUP_NORM_ARMS)
+
+
+def arms_in(precision: str | None) -> tuple[str, ...]:
+    """The arms that compute in a lower precision; none for None."""
+    return tuple(name for name, arm in ARMS.items() if precision is not None and arm.precision == precision)
 
 
 def _joined(window: list[tuple[Tensor, float, int]]) -> Update:

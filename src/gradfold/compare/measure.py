@@ -23,7 +23,6 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._spent = dict.fromkeys((*PHASES, "excluded"), 0.0)
-        self._forwards_open = 0
         self._since = 0.0
         self._update_since = 0.0
         self.total_s = 0.0
@@ -38,14 +37,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block as part of a phase; "excluded" takes it out of the total.
-
-        A backward that follows no forward is a probe of the library's own and stays in "other".
-        """
-        if name == "backward" and not self._forwards_open:
-            yield
-            return
-        self._forwards_open += {"forward": 1, "backward": -1}.get(name, 0)
+        """Time a block as part of a phase; "excluded" takes it out of the total."""
         since = self._now()
         yield
         self._spent[name] += self._now() - since

@@ -35,14 +35,19 @@ COLORS = {
     "reordered": "#009e73",
     "group-norm-full-batch": "#f0b48a",
     "group-norm": "#d55e00",
+    "full-batch-bf16": "#3f444b",
+    "gradfold-bf16": "#7a4fa3",
+    "full-batch-fp16": "#8c6d46",
+    "gradfold-fp16": "#13807c",
 }
 _WIDTHS = {
     **{"full-batch": 8.0, "plain-loop": 4.4, "gradfold": 1.6, "small-batch": 1.6, "reordered": 2.8},
     **{"batch-norm-per-micro": 1.6, "group-norm-full-batch": 8.0, "group-norm": 1.6},
+    **{"full-batch-bf16": 6.2, "gradfold-bf16": 3.0, "full-batch-fp16": 6.2, "gradfold-fp16": 3.0},
 }
 _ON_TOP = (
-    *("small-batch", "group-norm-full-batch", "group-norm", "full-batch", "plain-loop", "reordered", "gradfold"),
-    "batch-norm-per-micro",
+    *("small-batch", "group-norm-full-batch", "group-norm", "full-batch", "full-batch-bf16", "full-batch-fp16"),
+    *("plain-loop", "gradfold-bf16", "gradfold-fp16", "reordered", "gradfold", "batch-norm-per-micro"),
 )
 _NUM_POINTS = 60
 _PHASES = (("forward", 1.0), ("backward", 0.68), ("update", 0.4), ("other", 0.17))
@@ -94,7 +99,7 @@ def draw_loss(axes: Axes, comparison: Comparison) -> None:
         axes.set_yscale("log")
     handles = [Line2D([], [], color=COLORS[row.arm], linewidth=_WIDTHS[row.arm], label=row.arm) for row in finished]
     if handles:
-        axes.legend(handles=handles)
+        axes.legend(handles=handles, frameon=True, framealpha=0.9, edgecolor="none")  # it may have to lie on curves
     _title(axes, "Loss", "coinciding curves are drawn from wide to narrow")
     axes.set(xlabel="samples seen", ylabel="training loss")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -145,7 +150,7 @@ def draw_gradient_error(axes: Axes, comparison: Comparison) -> None:
         if row.is_reference and row.measured is not None:
             axes.text(1.6e-18, position, "reference", color=_FAINT, va="center")
             continue
-        for marker, _, deviation, shift in _gradient_marks(row):
+        for marker, _, deviation, shift in _gradient_marks(row, comparison):
             if deviation.value is not None:
                 at = min(max(deviation.value, 1e-17), 10.0)
                 axes.plot(at, position + shift, marker, color=COLORS[row.arm], markersize=9, clip_on=False)
@@ -155,7 +160,7 @@ def draw_gradient_error(axes: Axes, comparison: Comparison) -> None:
                 )
         if row.measured is not None and row.deviations.gradient_float32.value is None:
             axes.text(1.6e-18, position, row.deviations.gradient_float32.note, color=_FAINT, va="center")
-    marks = _gradient_marks(comparison.rows[0])[: 3 if comparison.sizes.last_window else 2]
+    marks = _gradient_marks(comparison.rows[0], comparison)[: 3 if comparison.sizes.last_window else 2]
     handles = [Line2D([], [], color=_FAINT, marker=mark, linestyle="", label=label) for mark, label, _, _ in marks]
     axes.legend(
         handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 0.98), handletextpad=0.2, columnspacing=1.2
@@ -175,11 +180,11 @@ PLOTS: dict[str, tuple[Draw, float, float]] = {
 }
 
 
-def _gradient_marks(row: Row) -> list[tuple[str, str, Deviation, float]]:
+def _gradient_marks(row: Row, comparison: Comparison) -> list[tuple[str, str, Deviation, float]]:
     """Marker, label, value and shift from the middle of the row."""
     deviations = row.deviations
     return [
-        ("o", "first update, float32", deviations.gradient_float32, -0.26),
+        ("o", f"first update, {comparison.first_gradients_in}", deviations.gradient_float32, -0.26),
         ("s", "float64", deviations.gradient_float64, 0.0),
         ("D", "last window, float64", deviations.last_window_float64, 0.26),
     ]

@@ -22,8 +22,8 @@ __all__: list[str] = []
 _CAPTIONS = {
     "loss.png": "Each point is a mean over a stretch of samples. A thin line on a wide one means the same loss.",
     "gradient_error.png": "How far an arm's gradient is from that of the full batch of the same model, relative to its "
-    "length. The first update is measured as it ran (float32) and again in float64; the last, partial window of an "
-    "epoch in float64.",
+    "length. The first update is measured as it ran and again in float64; the last, partial window of an epoch in "
+    "float64.",
     "memory.png": "Peak memory of the process while it trained, above what it held with model and data loaded.",
     "time.png": "Seconds of training by phase. “Other” is the rest: cutting batches, zeroing gradients, bookkeeping.",
 }

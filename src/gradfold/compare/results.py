@@ -46,6 +46,7 @@ class Measured:
 
     Args:
         num_updates: updates of the weights.
+        num_skipped: updates that a loss scaler left out, since the scaled gradient had overflowed.
         num_samples: samples trained on, over all epochs.
         num_threads: threads of torch.
         device: "cpu" or "cuda".
@@ -67,6 +68,7 @@ class Measured:
     metrics: Mapping[str, float]
     curve: Curve
     notes: Mapping[str, str] = field(default_factory=dict)
+    num_skipped: int = 0
 
     @property
     def samples_per_s(self) -> float:
@@ -77,6 +79,7 @@ class Measured:
         """As plain values; numbers that are not finite are null."""
         return {
             "num_updates": self.num_updates,
+            "num_skipped": self.num_skipped,
             "num_samples": self.num_samples,
             "num_threads": self.num_threads,
             "device": self.device,
@@ -104,6 +107,7 @@ class Measured:
             metrics={name: _number(value) for name, value in data["metrics"].items()},
             curve=Curve.from_json(data["curve"]),
             notes=data["notes"],
+            num_skipped=data["num_skipped"],
         )
 
 
@@ -203,6 +207,11 @@ class Comparison:
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     command_line: str
+
+    @property
+    def first_gradients_in(self) -> str:
+        """What the gradients of first updates were computed in: not always float32 where precisions are compared."""
+        return "as run" if any(ARMS[row.arm].precision for row in self.rows) else "float32"
 
     @property
     def has_failures(self) -> bool:

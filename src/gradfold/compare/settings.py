@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradfold.compare.arms import ARMS, BATCH_NORM, GROUP_NORM_ARMS, default_arms
+from gradfold.compare.arms import ARMS, BATCH_NORM, GROUP_NORM_ARMS, LOWER_PRECISIONS, arms_in, default_arms
 from gradfold.compare.samples import num_samples
 from gradfold.errors import OptionError
 from gradfold.workloads.workload import Workload
@@ -27,6 +27,7 @@ class Settings:
         seed: draws the first weights and the order of samples.
         arms: names of arms, in the order in which they run.
         num_threads: threads of torch in each arm.
+        precision: "bf16" or "fp16" adds the arms that compute in it.
     """
 
     workload: str = "digits"
@@ -37,6 +38,7 @@ class Settings:
     seed: int = 0
     arms: tuple[str, ...] | None = None
     num_threads: int | None = None
+    precision: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The settings without the data folder, which is a path of this machine."""
@@ -48,6 +50,7 @@ class Settings:
             "seed": self.seed,
             "arms": None if self.arms is None else list(self.arms),
             "num_threads": self.num_threads,
+            "precision": self.precision,
         }
 
 
@@ -70,7 +73,7 @@ def check_options(settings: Settings) -> None:
     """Check what can be checked before the workload is built.
 
     Raises:
-        OptionError: an arm is unknown or named twice, or a number is out of range.
+        OptionError: an arm or precision is unknown, an arm is named twice, or a number is out of range.
     """
     arms = settings.arms
     unknown = [name for name in arms or () if name not in ARMS]
@@ -81,6 +84,8 @@ def check_options(settings: Settings) -> None:
         )
     if arms is not None and len(set(arms)) < len(arms):
         raise OptionError(f"an arm is named twice: {', '.join(arms)}.")
+    if settings.precision not in (None, *LOWER_PRECISIONS):
+        raise OptionError(f"--precision {settings.precision}: expected {' or '.join(LOWER_PRECISIONS)}.")
     for option, value, least in (
         ("--global-batch", settings.global_batch_size, 1),
         ("--micro-batch", settings.micro_batch_size, 1),
@@ -100,15 +105,14 @@ def chosen_arms(settings: Settings, workload: Workload) -> tuple[str, ...]:
     Raises:
         OptionError: an arm replaces BatchNorm, and the workload has none that sees micro-batches.
     """
-    if settings.arms is None:
-        return default_arms(workload)
-    needless = [name for name in settings.arms if name in (BATCH_NORM, *GROUP_NORM_ARMS)]
+    arms = default_arms(workload) if settings.arms is None else settings.arms
+    needless = [name for name in arms if name in (BATCH_NORM, *GROUP_NORM_ARMS)]
     if needless and workload.batch_norm is None:
         raise OptionError(
             f"--arms {','.join(needless)}: there is no BatchNorm by micro-batch in workload "
             f"{workload.name!r}, whose batch_norm is None. Leave {'them' if len(needless) > 1 else 'it'} out."
         )
-    return settings.arms
+    return (*arms, *(name for name in arms_in(settings.precision) if name not in arms))
 
 
 def complete(settings: Settings, workload: Workload) -> Sizes:

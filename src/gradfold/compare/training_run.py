@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradfold.compare.arms import Arm, Training, Update
 from gradfold.compare.measure import Clock, MemoryMeter
 from gradfold.compare.results import Curve, Measured
-from gradfold.compare.samples import collated, epoch_order, in_float64, num_samples, take, to_device
+from gradfold.compare.samples import epoch_order, in_float64, num_samples
 from gradfold.compare.tensor_files import Tensors, save_gradients, save_parameters
 from gradfold.workloads.workload import Workload
 
@@ -41,7 +41,7 @@ def measure_arm(
     float64, so that neither touches them.
     """
     make_model = functools.partial(_seeded_model, workload, arm, seed)
-    _rehearse(workload, make_model())
+    _rehearse(workload, arm, make_model())
     model = make_model()
     save_parameters(model, folder, Tensors.START)
     training = Training(
@@ -52,11 +52,12 @@ def measure_arm(
         micro_batch_size,
         Clock(next(model.parameters()).device),
     )
-    _watch_updates(training, folder)
     num = num_samples(workload)
     orders = [epoch_order(num, seed, epoch, workload.shuffle) for epoch in range(num_epochs)]
+    log = LossLog(num * num_epochs)
+    _watch_updates(training, folder, log)
 
-    log, meter = LossLog(num * num_epochs), MemoryMeter(training.device)
+    meter = MemoryMeter(training.device)
     torch.manual_seed(seed)
     training.clock.start()
     for update in arm.train(training, _in_training_mode(model, orders)):
@@ -69,6 +70,8 @@ def measure_arm(
     save_parameters(model, folder, Tensors.FINAL)
     metrics = {} if workload.evaluate is None else {name: float(v) for name, v in workload.evaluate(model).items()}
     notes = _measure_float64(training, arm, make_model, orders[0], seed, folder)
+    if not log.is_first_applied:
+        notes[Tensors.GRADIENT_FLOAT32] = "its loss scaler skipped the first update, whose scaled gradient overflowed"
     return Measured(
         num_updates=log.num_updates,
         num_samples=log.num_samples,
@@ -80,26 +83,34 @@ def measure_arm(
         metrics=metrics,
         curve=log.curve(_NUM_CURVE_POINTS),
         notes=notes,
+        num_skipped=log.num_skipped,
     )
 
 
 class LossLog:
-    """The loss of every update."""
+    """The loss of every update, those left out by a loss scaler included."""
 
     def __init__(self, total_samples: int) -> None:
         self._updates: list[Update] = []
         self._total_samples = total_samples
         self.num_samples = 0
+        self.num_skipped = 0
 
     @property
     def num_updates(self) -> int:
-        """Updates so far."""
-        return len(self._updates)
+        """Updates of the weights so far."""
+        return len(self._updates) - self.num_skipped
+
+    @property
+    def is_first_applied(self) -> bool:
+        """Whether the first update was made, and its gradient seen."""
+        return self._updates[0].applied
 
     def add(self, update: Update) -> None:
         """Note an update."""
         self._updates.append(update)
         self.num_samples += update.num_samples
+        self.num_skipped += not update.applied
 
     def mean_since(self, sample: int) -> float:
         """The weighted mean loss of the updates that came after this many samples."""
@@ -135,29 +146,24 @@ def _seeded_model(workload: Workload, arm: Arm, seed: int) -> nn.Module:
     return arm.prepare(workload.make_model())
 
 
-def _rehearse(workload: Workload, model: nn.Module) -> None:
-    """Run one tiny update on a model to be thrown away.
+def _rehearse(workload: Workload, arm: Arm, model: nn.Module) -> None:
+    """Run one tiny update of an arm on a model to be thrown away.
 
     The first forward, backward and step of a process import modules, start threads and allocate workspaces, which
     would count as time and memory of whichever arm is measured. What fails here fails again in training, audibly.
     """
     with contextlib.suppress(Exception):
-        device = next(model.parameters()).device
-        samples = take(workload, torch.arange(min(_REHEARSAL_SAMPLES, num_samples(workload))))
-        optimizer = workload.make_optimizer(model.parameters())
-        training = Training(workload, model, optimizer, 1, 1, Clock(device))
-        training.backward(training.loss(to_device(collated(workload, samples), device)))
-        optimizer.step()
+        num = min(_REHEARSAL_SAMPLES, num_samples(workload))
+        clock = Clock(next(model.parameters()).device)
+        training = Training(workload, model, workload.make_optimizer(model.parameters()), num, num, clock)
+        next(arm.train(training, [torch.arange(num)]))
 
 
-def _watch_updates(training: Training, folder: Path) -> None:
+def _watch_updates(training: Training, folder: Path, log: LossLog) -> None:
     """Time every `optimizer.step()`, and save the gradient that the first one finds: the same way for all arms."""
-    is_first = True
 
     def before(*_: object) -> None:
-        nonlocal is_first
-        if is_first:
-            is_first = False
+        if not log.num_samples:  # else a loss scaler has left out the first, and this gradient is of other samples
             with training.clock.phase("excluded"):
                 save_gradients(training.model, folder, Tensors.GRADIENT_FLOAT32)
         training.clock.begin_update()

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from gradfold.compare.arms import BATCH_NORM, CONTROL, GROUP_NORM_REFERENCE, REFERENCE
+from gradfold.compare.arms import (
+    ARMS,
+    BATCH_NORM,
+    CONTROL,
+    GROUP_NORM_REFERENCE,
+    LOWER_PRECISIONS,
+    REFERENCE,
+    LowerPrecision,
+)
 from gradfold.compare.readable import metric, share, size
 from gradfold.compare.results import Comparison, Deviation, Row
 
@@ -14,6 +22,7 @@ _NOTICEABLE = 1e-3
 _PROCESS_NOISE_BYTES = 10 * 2**20  # how far high-water marks of equal runs were seen apart
 _BUSY = 0.25
 _SAME = 0.1  # costs closer than this are called about the same
+_SAME_WHERE_BUSY = 0.5  # equal runs were seen 40 % apart while other programs ran
 
 
 def verdict(comparison: Comparison) -> list[str]:
@@ -24,6 +33,7 @@ def verdict(comparison: Comparison) -> list[str]:
             sentences.append(f"{row.arm} failed: {row.failure}.")
         elif row.arm != REFERENCE:
             sentences.append(_WORDS.get(row.arm, _gradient)(row, comparison))
+    sentences += [_what_pays(comparison, precision) for precision in LOWER_PRECISIONS]
     sentences += [_growth(comparison), _contention(comparison)]
     sentences += _missing_references(comparison)
     return [sentence for sentence in sentences if sentence]
@@ -57,16 +67,68 @@ def _explained_gradient(row: Row, comparison: Comparison) -> str:
 
 
 def _of_group_norm_reference(row: Row, comparison: Comparison) -> str:
-    words = f"{row.arm} is another model, with GroupNorm in place of BatchNorm, which group-norm is measured against"
+    words = f"{row.arm} is another model, with GroupNorm in place of BatchNorm, which group-norm is measured against."
+    return " ".join(filter(None, [words, _held_out(row, comparison)]))
+
+
+def _of_lower_precision(row: Row, comparison: Comparison) -> str:
+    """What the lower precision does to the first gradient, to the weights and to what is held out."""
+    precision, far = ARMS[row.arm].precision, row.deviations
+    words = []
+    if far.gradient_float32.value is not None:
+        words.append(f"{row.arm}: the first gradient, in {precision}, is {share(far.gradient_float32.value)} off")
+        words[0] += f" {_whose(row)} in float32; {_weights(row, 'the')}".rstrip("; ") + "."
+    elif far.weights.value is not None:
+        words.append(f"{row.arm}: {_weights(row, 'the')}.")
+    if not is_rounding(far.gradient_float64, FLOAT64_ROUNDING) and far.gradient_float64.value is not None:
+        words.append(f"Not all of it is precision: in float64 it is {share(far.gradient_float64.value)} off.")
+    if row.measured is not None and row.measured.num_skipped:
+        num = row.measured.num_skipped + row.measured.num_updates
+        words.append(f"Its loss scaler skipped {row.measured.num_skipped:,} of {num:,} updates.")
+    return " ".join(filter(None, [*words, _held_out(row, comparison)]))
+
+
+def _what_pays(comparison: Comparison, precision: LowerPrecision) -> str:
+    """Which of accumulation, a lower precision and both is faster than the full batch on this machine."""
+    reference = comparison.measured(REFERENCE)
+    lower = comparison.measured(f"{REFERENCE}-{precision}")
+    if reference is None or lower is None:
+        return ""
+    ways = {
+        "accumulation": comparison.measured("gradfold") or comparison.measured(BATCH_NORM),
+        precision: lower,
+        "both": comparison.measured(f"gradfold-{precision}"),
+    }
+    # Times as long as the full batch, whole and backward alone.
+    longer = {
+        way: (reference.samples_per_s / own.samples_per_s, own.seconds.backward / reference.seconds.backward)
+        for way, own in ways.items()
+        if own is not None
+    }
+    (first, (whole, backward)), *others = longer.items()
+    words = (
+        f"On this machine {first} takes {whole:.2f} times as long as {REFERENCE} (its backward {backward:.2f} times)"
+    )
+    words += "".join(f", {way} {whole:.2f} ({backward:.2f})" for way, (whole, backward) in others)
+    noise = _SAME_WHERE_BUSY if _contention(comparison) else _SAME
+    best = min(whole for whole, _ in longer.values())
+    if best >= 1 - noise:
+        return f"{words}: none is faster by more than noise ({100 * noise:.0f} %)."
+    alike = [way for way, (whole, _) in longer.items() if whole <= best / (1 - noise)]
+    return f"{words}: what pays is {' or '.join(alike)}."
+
+
+def _held_out(row: Row, comparison: Comparison) -> str:
+    """The metrics of an arm beside those of the full batch."""
     own, other = row.measured, comparison.measured(REFERENCE)
     if own is None or other is None:
-        return f"{words}."
-    shared = [name for name in own.metrics if name in other.metrics]
+        return ""
     scores = [
-        f"{name} {metric(name, own.metrics[name])} where {REFERENCE} has {metric(name, other.metrics[name])}"
-        for name in shared
+        f"{name} {metric(name, value)} where {REFERENCE} has {metric(name, other.metrics[name])}"
+        for name, value in own.metrics.items()
+        if name in other.metrics
     ]
-    return f"{words}. Held out: {', '.join(scores)}." if scores else f"{words}."
+    return f"Held out: {', '.join(scores)}." if scores else ""
 
 
 def _of_plain_loop(row: Row, comparison: Comparison) -> str:
@@ -205,6 +267,7 @@ _WORDS = {
     "gradfold": _of_gradfold,
     BATCH_NORM: _of_gradfold,
     "group-norm": _of_group_norm,
+    **{name: _of_lower_precision for name, arm in ARMS.items() if arm.precision is not None},
     "plain-loop": _of_plain_loop,
     "small-batch": _of_small_batch,
 }
