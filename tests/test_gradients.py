@@ -1,4 +1,4 @@
-"""The gradients as one value: set aside, added back into the same tensors, put back, clipped, and their hooks."""
+"""The gradients as one value: set aside, added back into the same tensors, put back, and clipped."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from reference import full_batch_gradient, gradients, relative_error
 from torch import nn
 
 import gradfold
-from gradfold.errors import HookError, ModelError
+from gradfold.errors import ModelError
 from gradfold.gradients import (
     SetAside,
     check_trainable,
     clip_norm,
+    non_finite_flags,
+    non_finite_names,
 )
-from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks
 
 F = nn.functional
 
@@ -85,6 +86,16 @@ def test_gradients_that_are_views_of_one_flat_buffer_stay_so():
     aside.add_back()
     assert torch.equal(flat, torch.arange(16.0).double() + 1)
     assert model[1].grad.data_ptr() == flat[8:].data_ptr()
+
+
+def test_a_view_of_a_flat_buffer_takes_in_a_sparse_gradient():
+    flat = torch.zeros(8).double()
+    one = parameter(flat.view(4, 2))
+    aside = SetAside([one])
+    one.grad = sparse(4)
+    aside.settle()
+    aside.add_back()
+    assert torch.equal(flat.view(4, 2), sparse(4).to_dense())
 
 
 def test_all_of_a_mixed_model_is_added_back():
@@ -250,38 +261,146 @@ def test_nothing_to_train_is_refused_with_the_count_and_what_to_write():
         check(nn.ReLU())
 
 
-def test_hooks_after_accumulation_are_refused_by_name():
-    model = nn.ModuleList([nn.Linear(1, 1) for _ in range(3)])
-    refuse_post_accumulate_hooks(model, list(model.parameters()))
-    for layer in model:
-        layer.weight.register_post_accumulate_grad_hook(lambda one: None)
-        layer.bias.register_post_accumulate_grad_hook(lambda one: None)
-    with pytest.raises(
-        HookError, match=r"0\.weight, 0\.bias, 1\.weight and 3 more.*after accumulator\.backward"
-    ) as caught:
-        refuse_post_accumulate_hooks(model, list(model.parameters()))
-    assert caught.value.parameters == tuple(name for name, _ in model.named_parameters())
-    assert isinstance(caught.value, ModelError)
+class TestFoundSparseGradients:
+    """They are tensors that somebody may hold, as dense ones are."""
+
+    def made(self):
+        model = [parameter(sparse(1)), parameter(sparse(2, rows=(0, 0, 2))), parameter(dense(3))]
+        return model, [one.grad for one in model], [one.grad.to_dense().clone() for one in model]
+
+    def test_keep_their_tensor_and_hold_the_sum(self):
+        model, held, before = self.made()
+        aside = SetAside(model)
+        for one in model:
+            one.grad = sparse(4)
+        aside.settle()
+        aside.add_back()
+        for one, tensor, value in zip(model, held, before, strict=True):
+            assert one.grad is tensor
+            torch.testing.assert_close(tensor.to_dense(), value + sparse(4).to_dense(), rtol=1e-14, atol=0)
+
+    def test_are_as_they_were_where_adding_fails(self, monkeypatch):
+        model, held, before = self.made()
+        aside = SetAside(model)
+        for one in model:
+            one.grad = sparse(4)
+        aside.settle()
+
+        def fail(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(torch, "_foreach_add_", fail)
+        with pytest.raises(MemoryError):
+            aside.add_back()
+        aside.put_back(model)
+        for one, tensor, value in zip(model, held, before, strict=True):
+            assert one.grad is tensor and torch.equal(tensor.to_dense(), value)
 
 
-def test_three_names_are_named_in_full():
-    model = nn.ParameterDict({name: torch.zeros(1) for name in "abc"})
-    for one in model.values():
-        one.register_post_accumulate_grad_hook(lambda one: None)
-    with pytest.raises(HookError, match=r"^a, b, c: a hook"):
-        refuse_post_accumulate_hooks(model, list(model.parameters()))
+def test_an_expanded_gradient_is_replaced_since_it_cannot_be_written_to():
+    one = parameter(torch.ones(()).double().expand(4, 2))
+    aside = SetAside([one])
+    one.grad = dense(1)
+    aside.settle()
+    aside.add_back()
+    assert torch.equal(one.grad, dense(1) + 1)
 
 
-def test_a_hook_that_was_removed_is_no_obstacle():
-    model = nn.Linear(1, 1)
-    model.weight.register_post_accumulate_grad_hook(lambda one: None).remove()
-    model.weight.register_hook(lambda gradient: None).remove()
-    refuse_post_accumulate_hooks(model, list(model.parameters()))
-    assert parameters_with_hooks(model, list(model.parameters())) == []
+def test_an_interrupt_while_gradients_are_set_aside_leaves_them(monkeypatch):
+    model = [parameter(dense(1)), parameter(sparse(2))]
+    held = [one.grad for one in model]
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SetAside, "_widen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SetAside(model)
+    assert all(one.grad is gradient for one, gradient in zip(model, held, strict=True))
 
 
-def test_hooks_on_gradients_are_found_by_name():
-    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    assert parameters_with_hooks(model, list(model.parameters())) == []
-    model[1].bias.register_hook(lambda gradient: gradient)
-    assert parameters_with_hooks(model, list(model.parameters())) == ["1.bias"]
+class TestNarrowParameters:
+    """Their gradients are summed in float32 while a window is open, and only then."""
+
+    def made(self, **options):
+        one = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+        one.grad = torch.ones(4, dtype=torch.bfloat16)
+        return one, SetAside([one], accumulate_dtype=torch.float32, **options)
+
+    def add(self, one, value):
+        (one * value).float().sum().backward()
+
+    def test_sums_are_rounded_once(self):
+        one, aside = self.made()
+        for _ in range(258):
+            self.add(one, 1.0)  # in bfloat16, 256 + 1 is 256
+        assert one.grad.dtype == torch.float32
+        aside.settle()
+        assert (one.grad.dtype, one.grad_dtype) == (torch.bfloat16, torch.bfloat16)
+        assert one.grad.tolist() == [258.0] * 4
+
+    @pytest.mark.parametrize("is_settled", [False, True])
+    def test_a_window_that_begins_again_sums_in_float32_again(self, is_settled):
+        one, aside = self.made()
+        self.add(one, 1.0)
+        if is_settled:
+            aside.settle()
+        aside.empty([one])
+        assert one.grad is None and one.grad_dtype == torch.float32
+
+    @pytest.mark.parametrize("is_settled", [False, True])
+    def test_a_roll_back_leaves_the_dtype_as_it_was(self, is_settled):
+        one, aside = self.made()
+        self.add(one, 1.0)
+        if is_settled:
+            aside.settle()
+        aside.put_back([one])
+        assert one.grad_dtype == torch.bfloat16 and one.grad.tolist() == [1.0] * 4
+
+    def test_giving_up_leaves_no_gradient_and_the_dtype_as_it_was(self):
+        one, aside = self.made()
+        self.add(one, 1.0)
+        aside.give_up([one])
+        assert one.grad is None and one.grad_dtype == torch.bfloat16
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("kind", ["dense", "sparse", "complex", "imaginary", "float16", "bfloat16"])
+    def test_a_value_that_is_not_finite_is_flagged_and_named(self, kind, value):
+        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(kind, torch.float64)
+        bad = torch.tensor([[0.0, 1.0], [value, 2.0]], dtype=dtype)
+        if kind == "complex":
+            bad = torch.complex(bad, torch.zeros_like(bad))
+        if kind == "imaginary":
+            bad = torch.complex(torch.zeros_like(bad), bad)
+        good = torch.ones_like(bad)
+        if kind == "sparse":
+            bad, good = bad.to_sparse(1), good.to_sparse(1)
+        model = nn.ParameterDict({name: nn.Parameter(torch.zeros(2, 2, dtype=bad.dtype)) for name in ("a", "b", "c")})
+        for one in model.values():
+            one.grad = good
+        flags = non_finite_flags(model.values())
+        assert flags and not any(flag.item() for flag in flags)
+        assert non_finite_names(model) == ()
+        model["b"].grad = bad
+        assert any(flag.item() for flag in non_finite_flags(model.values()))
+        assert non_finite_names(model) == ("b",)
+
+    def test_entries_of_a_sparse_gradient_count_together(self):
+        """Each is finite; the gradient that an optimizer sees is their sum."""
+        model = nn.ParameterList([nn.Parameter(torch.zeros(2, 1))])
+        big = torch.tensor([[3e38], [3e38]])
+        model[0].grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), big, (2, 1), check_invariants=True)
+        assert non_finite_names(model) == ("0",)
+        assert any(flag.item() for flag in non_finite_flags(model))
+
+    def test_looking_changes_no_gradient(self):
+        values = torch.tensor([-0.0, 0.0, 1e-45, 1e-38, -3e38, math.pi])
+        one = nn.Parameter(torch.zeros(6))
+        one.grad = values.clone()
+        non_finite_flags([one])
+        assert torch.equal(one.grad.view(torch.int32), values.view(torch.int32))
+
+    def test_no_gradients_are_finite(self):
+        assert non_finite_flags([parameter()]) == []

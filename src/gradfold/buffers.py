@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from gradfold.out_of_memory import is_out_of_memory
 from gradfold.warning import warn
 
 __all__: list[str] = []
@@ -97,7 +98,7 @@ class BufferKeeper:
 
     def restore(self) -> None:
         """Put back what stood in the buffers when the window opened, in the same tensors."""
-        changed = _changed(self._kept)
+        changed = _changed_if_known(self._kept)
         with torch.no_grad():
             for place, copy in self._kept:
                 # What is as it was is not written to: its version counter would tell of a change.
@@ -185,3 +186,13 @@ def _changed(kept: list[tuple[_Place, Tensor]]) -> set[tuple[int, str]]:
             if flag:
                 changed.add(place.key)
     return changed
+
+
+def _changed_if_known(kept: list[tuple[_Place, Tensor]]) -> set[tuple[int, str]]:
+    """The places that differ from their copies; all of them where memory does not suffice to compare."""
+    try:
+        return _changed(kept)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return {place.key for place, _ in kept}

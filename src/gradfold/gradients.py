@@ -36,12 +36,17 @@ class SetAside:
     ) -> None:
         self._parameters = parameters
         self._found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-        for parameter, _ in self._found:
-            parameter.grad = None
+        self._replaced: list[tuple[Tensor, Tensor]] = []  # sparse ones that were found, and what they held
         self._keep_dtype = keep_dtype
         self._accumulate_dtype = accumulate_dtype
         self._narrow = [] if accumulate_dtype is None else _narrow(parameters, accumulate_dtype)
-        self._widen()
+        try:
+            for parameter, _ in self._found:
+                parameter.grad = None
+            self._widen()
+        except BaseException:  # an interrupt
+            self.put_back(())
+            raise
 
     def settle(self) -> None:
         """The last micro-batch is done: round sums to the parameters' dtype, and merge repeated entries of sparse ones.
@@ -64,8 +69,9 @@ class SetAside:
     def _add_found(self) -> None:
         """Whatever may fail comes first, so that a failure finds nothing half added."""
         dense: list[tuple[Tensor, Tensor]] = []
+        sparse: list[tuple[Tensor, Tensor]] = []
         sums: list[tuple[nn.Parameter, Tensor]] = []
-        for index, (parameter, found) in enumerate(self._found):
+        for parameter, found in self._found:
             new = parameter.grad
             if new is None:
                 sums.append((parameter, found))
@@ -73,16 +79,19 @@ class SetAside:
                 sums.append((parameter, new.add_(found)))  # a sparse tensor cannot take in a dense one
             elif not found.is_sparse and 0 in found.stride():
                 sums.append((parameter, found + new))  # an expanded one cannot be written to
-            elif new.is_sparse:
-                self._found[index] = parameter, found.clone()  # for the roll-back
-                sums.append((parameter, found.add_(new)))
-            else:
-                dense.append((found, new))
+            elif found.is_sparse:
+                sparse.append((found, found + new))
                 sums.append((parameter, found))
-        if dense:
-            torch._foreach_add_([found for found, _ in dense], [new for _, new in dense])
+            else:
+                dense.append((found, new.to_dense() if new.is_sparse else new))
+                sums.append((parameter, found))
         for parameter, total in sums:
             parameter.grad = total
+        self._replaced = [(found, found.data) for found, _ in sparse]
+        for found, total in sparse:
+            found.data = total
+        if dense:  # last, since it cannot be undone
+            torch._foreach_add_([found for found, _ in dense], [new for _, new in dense])
 
     def empty(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop the new gradients of `parameters` (there may be more by now), to begin again."""
@@ -96,8 +105,16 @@ class SetAside:
             parameter.grad = None
         for parameter in self._narrow:
             parameter.grad_dtype = parameter.dtype
+        for found, held in self._replaced:
+            found.data = held
         for parameter, found in self._found:
             parameter.grad = found
+
+    def give_up(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave no gradient, neither the new ones of `parameters` nor those found."""
+        self.put_back(parameters)
+        for parameter, _ in self._found:
+            parameter.grad = None
 
     def _widen(self) -> None:
         for parameter in self._narrow:

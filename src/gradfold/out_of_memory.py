@@ -12,14 +12,14 @@ import torch
 
 __all__: list[str] = []
 
-_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+_CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, so that the same on fewer rows may work."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_ALLOCATOR)
 
 
 def give_back(device: torch.device) -> None:

@@ -20,7 +20,7 @@ __all__: list[str] = []
 
 
 class Transaction:
-    """Opened when it is made; closed at the end of its `with` block."""
+    """Opened and closed by a `with` block."""
 
     def __init__(
         self,
@@ -34,12 +34,13 @@ class Transaction:
         self._modules = modules
         self._parameters = parameters
         self._buffers = buffers
-        self._random_state = RandomState.record(parameters)
-        self._buffers.open(modules)
-        self._gradients = set_aside(parameters)
+        self._set_aside = set_aside
         self._is_given_up = False
 
     def __enter__(self) -> Transaction:
+        self._random_state = self._beginning = RandomState.record(self._parameters)
+        self._buffers.open(self._modules)
+        self._gradients = self._set_aside(self._parameters)
         return self
 
     def __exit__(
@@ -49,6 +50,10 @@ class Transaction:
             self._roll_back()
         elif not self._is_given_up:
             self._commit()
+
+    def begin(self) -> None:
+        """The batch is cut and weighed, for which random numbers may have been drawn: a rewind goes back to here."""
+        self._beginning = RandomState.record(self._parameters)
 
     def settle(self) -> list[Tensor]:
         """The last micro-batch is done: bring the new gradients into the form in which they are handed over.
@@ -60,11 +65,11 @@ class Transaction:
         return non_finite_flags(self._parameters)
 
     def rewind(self) -> None:
-        """Set everything to where it was at the opening, with empty gradients: the window begins again."""
+        """Set everything to where it was at the beginning, with empty gradients: the window begins again."""
         self._gradients.empty(self._model.parameters())
         self._buffers.restore()
         self._buffers.open(self._modules)
-        self._random_state.restore()
+        self._beginning.restore()
 
     def empty_gradients(self) -> None:
         """Drop the new gradients."""
@@ -72,14 +77,13 @@ class Transaction:
 
     def give_up(self) -> None:
         """Leave no gradient, neither a new one nor those found, and buffers as they were; random state has moved on."""
-        self._gradients.put_back(self._model.parameters())
-        self._gradients.empty(self._model.parameters())
+        self._gradients.give_up(self._model.parameters())
         self._buffers.restore()
         self._is_given_up = True
 
     def has_drawn(self) -> bool:
-        """Whether torch's random state has moved since the opening."""
-        return self._random_state.has_moved()
+        """Whether torch's random state has moved since the beginning."""
+        return self._beginning.has_moved()
 
     def savepoint(self) -> Savepoint:
         """Where a micro-batch begins."""
@@ -107,8 +111,8 @@ class Transaction:
 
     def _roll_back(self) -> None:
         self._gradients.put_back(self._model.parameters())
-        self._buffers.restore()
         self._random_state.restore()
+        self._buffers.restore()  # last, since it may warn
 
 
 class Savepoint:

@@ -21,8 +21,10 @@ couple the samples of a batch need another order of forwards and backwards. They
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.backward import BackPropagation, Weighed
+from gradfold.batch import Batch
 from gradfold.errors import BatchError
 from gradfold.feed import feed
 from gradfold.loss import LossFn, LossTerms, read_pair
@@ -125,10 +128,11 @@ class OpenWindow:
         """The window with other micro-batches; those that are done keep their place: their indices here, there."""
         window = OpenWindow(self.model, self.loss_fn, micro_batches, self.weigh, self.back_propagate, self.device)
         window.num_samples = self.num_samples
-        if done:
-            window.done = frozenset(done.values())
-            window.losses.carry_over(self.losses, done)
-            window.metrics.carry_over(self.metrics, done)
+        window.done = frozenset(done.values())
+        for before, now in done.items():
+            window._versions[now] = self._versions[before]
+        window.losses.carry_over(self.losses, done)
+        window.metrics.carry_over(self.metrics, done)
         return window
 
     def check_unchanged(self, index: int) -> None:
@@ -164,7 +168,7 @@ class OpenWindow:
         self.current = index
         if index in self.idle:
             return self._forward_idle(index)
-        output = self.loss_fn(self.model, self.take(index))
+        output = self.loss_fn(self.model, _to_write_to(self.take(index)))
         if isinstance(output, tuple):
             output, metrics = read_pair(output)
             self.metrics.add(index, metrics)
@@ -174,7 +178,19 @@ class OpenWindow:
         """A micro-batch that weighs nothing is looked at only where there are metrics to be had from it."""
         if self.metrics.names:
             with torch.no_grad():
-                output = self.loss_fn(self.model, self.take(index))
+                output = self.loss_fn(self.model, _to_write_to(self.take(index)))
             if isinstance(output, tuple):
                 self.metrics.add(index, read_pair(output)[1])
         return []
+
+
+def _to_write_to(batch: Batch) -> Batch:
+    """The same tensors in other containers, so that `batch["x"] = batch["x"] / 255` can run again on the same rows."""
+    kind = type(batch)
+    if kind is Tensor or (kind is tuple and set(map(type, batch)) == {Tensor}):
+        return batch  # the usual case, faster
+    if kind is dict:
+        return {key: _to_write_to(value) for key, value in batch.items()}
+    if kind is tuple or kind is list:
+        return kind(map(_to_write_to, batch))
+    return copy.copy(batch) if isinstance(batch, (dict, UserDict)) or is_dataclass(batch) else batch
