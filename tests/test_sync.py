@@ -1,4 +1,4 @@
-"""Several processes are refused by name; a process group of one is no obstacle."""
+"""Which processes train together; what is refused by name. Real processes are in `distributed/`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from reference import full_batch_gradient, gradients, relative_error
 from torch import nn
 
 import gradfold
-import gradfold.sync
-from gradfold.errors import ModelError, RanksError
-from gradfold.sync import refuse_several_ranks
+from gradfold import sync
+from gradfold.errors import ModelError, OptionError, RanksError
 
 
 def loss_fn(model, batch):
@@ -25,20 +24,42 @@ def two_ranks(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
 
+def find(option=None, model=None):
+    return sync.find_ranks(list((model or nn.Linear(2, 1)).modules()), torch.device("cpu"), option)
+
+
 def test_no_process_group_is_the_usual_case():
-    refuse_several_ranks()
+    assert find() is None
 
 
 def test_a_torch_without_distributed_is_no_obstacle(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
     monkeypatch.delattr(torch.distributed, "is_initialized")
-    runpy.run_path(gradfold.sync.__file__)["refuse_several_ranks"]()  # as imported on such a machine
+    functions = runpy.run_path(sync.__file__)  # as imported on such a machine
+    assert functions["find_ranks"]([nn.Linear(2, 1)], torch.device("cpu"), None) is None
+    assert functions["sharded_modules"]([nn.Linear(2, 1)]) == []
 
 
-def test_several_ranks_are_refused_with_their_number_and_what_to_write(two_ranks):
-    with pytest.raises(RanksError, match=r"2 processes.*no_sync\(\).*all-reduced count") as caught:
-        refuse_several_ranks()
+def test_several_processes_without_a_wrapped_model_are_refused_with_what_to_write(two_ranks):
+    with pytest.raises(RanksError, match=r"2 processes.*DistributedDataParallel\(model\).*ranks=\"alone\"") as caught:
+        find()
     assert isinstance(caught.value, ModelError)
+    assert find("alone") is None
+
+
+@pytest.mark.parametrize("ranks", ["all", 2, True])
+def test_an_unknown_option_is_refused(ranks):
+    with pytest.raises(OptionError, match="alone"):
+        gradfold.Accumulator(nn.Linear(2, 1), loss_fn, ranks=ranks)
+    with pytest.raises(OptionError, match="alone"):
+        gradfold.windows([], 2, model=nn.Linear(2, 1), ranks=ranks)
+
+
+def test_engines_that_own_their_steps_and_fsdp1_are_refused_by_name(two_ranks):
+    for name, module in (("DeepSpeedEngine", "deepspeed.runtime.engine"), ("FullyShardedDataParallel", "torch.fsdp")):
+        made = type(name, (nn.Linear,), {"__module__": module})(2, 1)
+        with pytest.raises(RanksError, match=name.removesuffix("Engine")):
+            find(model=made)
 
 
 def test_several_ranks_are_refused_at_both_doors_before_anything_runs(two_ranks):

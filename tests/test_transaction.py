@@ -77,16 +77,17 @@ def test_it_rolls_back_where_the_close_fails(model, method, monkeypatch):
     before, tensors = state(model), held(model)
     with pytest.raises(Failed), opened(model) as transaction:
         model.run()
-        owner = transaction._buffers if method == "learn" else transaction._gradients
+        owner = transaction._buffers if method == "learn" else transaction.gradients
         monkeypatch.setattr(type(owner), method, fail)
+        transaction.settle()
     assert_same_state(state(model), before)
     assert all(ours is theirs for ours, theirs in zip(held(model), tensors, strict=True))
 
 
 def test_the_random_state_is_restored_though_a_warning_about_buffers_is_an_error(model):
     buffers = BufferKeeper()
-    with opened(model, buffers):
-        pass  # nothing has changed, so that nothing is kept from now on
+    with opened(model, buffers) as transaction:
+        transaction.settle()  # nothing has changed, so that nothing is kept from now on
     before = state(model)
     with pytest.raises(RuntimeWarning, match=r"Model\.passes"), opened(model, buffers):
         model.run()

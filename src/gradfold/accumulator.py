@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradfold import split
+from gradfold import split, sync
+from gradfold.agreement import Alone, Sharded, Together
 from gradfold.backward import BackPropagation, BackwardFn, probe
 from gradfold.batch import Batch
 from gradfold.buffers import BufferKeeper
@@ -22,10 +24,11 @@ from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, 
 from gradfold.loader import LoopWindow, Window
 from gradfold.loss import LossFn
 from gradfold.precision import PrecisionOption, read_option
+from gradfold.ranks import Ranks
 from gradfold.replay import Cautious, OnNonFinite, Replay, check_on_non_finite
 from gradfold.self_check import SelfCheck
 from gradfold.split import Collate, CollateRows, MicroBatch
-from gradfold.sync import refuse_several_ranks
+from gradfold.sync import RanksOption, find_ranks, without_reductions
 from gradfold.transaction import Transaction
 from gradfold.weight import WeightOption, check_option, counts_samples, weigh
 from gradfold.window import OpenWindow, Schedule, WindowResult, one_after_another
@@ -98,6 +101,7 @@ class Accumulator:
         batch_norm: BatchNormOption = None,
         on_non_finite: OnNonFinite = "raise",
         backward: BackwardFn | None = None,
+        ranks: RanksOption = None,
         self_check: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -116,6 +120,9 @@ class Accumulator:
         self.weight = weight
         self.collate = collate
         self.batch_norm = batch_norm
+        sync.check_option(ranks)
+        self.ranks = ranks
+        self._num_weights = len(weight) if isinstance(weight, Mapping) else 1
         self.on_non_finite = on_non_finite
         self.precision = read_option(precision, model)
         if self.grad_scaler is not None and backward is not None:
@@ -165,21 +172,27 @@ class Accumulator:
             DoesNotFitError: one row does not fit in memory, or fewer rows than do not fit cannot be run.
             WeightError: a weight is negative, not finite or not a number, or fits no loss term.
         """
-        refuse_several_ranks()
         modules = list(self.model.modules())
         parameters = parameters_of(modules)
         check_trainable(self.model, parameters)
         device = parameters[0].device
         self._probe_backward(device)
         self._is_looked_at = False
-        with Transaction(self.model, modules, parameters, self._buffers, self._set_aside) as transaction:
+        ranks = find_ranks(modules, device, self.ranks)
+        agreement = self._agree(ranks, modules)
+        with (
+            agreement,
+            nullcontext() if ranks is None else without_reductions(modules),
+            Transaction(self.model, modules, parameters, self._buffers, self._set_aside) as transaction,
+        ):
             micro_batches = self._cut(batch)
-            window = OpenWindow(self.model, self._run, micro_batches, self._weigh, self._back_propagate, device)
-            prepare = partial(self._prepare, transaction, batch, modules, parameters)
+            window = OpenWindow(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
+            prepare = partial(self._prepare, transaction, agreement, batch, modules, parameters)
             recut = partial(split.recut, collate_rows=self._collate_rows(batch))
             normalises = self.batch_norm is not None and bool(batch_normalisation.batch_statistics_layers(self.model))
-            replay = Replay(transaction, prepare, recut, self._fitting_size, normalises)
+            replay = Replay(transaction, agreement, prepare, recut, self._fitting_size, normalises)
             result = replay.run(window, None if self.precision.is_scaled else self.on_non_finite)
+            agreement.conclude()
         if self._self_check is not None and len(micro_batches) > 1:
             self._self_check.note_terms(replay.terms)
         if not result.recoveries:
@@ -259,6 +272,7 @@ class Accumulator:
     def _prepare(
         self,
         transaction: Transaction,
+        agreement: Alone,
         batch: Batch,
         modules: Sequence[nn.Module],
         parameters: Sequence[nn.Parameter],
@@ -269,18 +283,40 @@ class Accumulator:
         plain = Cautious(transaction) if is_new_size else one_after_another
         num_micro_batches = len(window.micro_batches)
         if num_micro_batches == 1:
-            return plain
+            return agreement.around(plain, window)
         self._check_hooks(parameters)
         schedule = batch_normalisation.schedule_for(
             self.model, modules, self.batch_norm, num_micro_batches, window.num_samples, plain
         )
-        if self._self_check is not None and not self._is_looked_at:
+        if self._self_check is not None and not self._is_looked_at and agreement.can_replay:
             self._is_looked_at = True
             if self._self_check.is_due(window.micro_batches, modules):
                 self._look(self._self_check, batch, window)
-        return schedule
+        return agreement.around(schedule, window)
+
+    def _agree(self, ranks: Ranks | None, modules: Sequence[nn.Module]) -> Alone:
+        """What this window has to agree on with other processes."""
+        if ranks is None:
+            return Alone(self._weigh)
+        sharded = sync.sharded_modules(modules)
+        if not sharded:
+            return Together(ranks, self._weigh, self._num_weights + 1)
+        if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
+            raise OptionError(
+                'fully_shard does not go with on_non_finite="skip_micro_batch", since no rank can run alone again, nor '
+                "with backward=."
+            )
+        self._back_propagate.factor = sync.divide_factor(sharded, ranks.size)
+        reduces_once = self.ranks == "reduce_once"
+        return Sharded(
+            ranks,
+            self._weigh,
+            self._num_weights + 1,
+            lambda is_last: sync.set_reducing(sharded, is_last or not reduces_once),
+        )
 
     def _look(self, self_check: SelfCheck, batch: Batch, window: OpenWindow) -> None:
+        window.weights.arrive()  # another rank may have failed, which is not for the self-check to see
         layers: Mapping[str, nn.Module] = {}
         if self.batch_norm is not None:  # what is known not to fit, and was accepted
             layers = batch_normalisation.batch_statistics_layers(self.model)

@@ -38,10 +38,14 @@ class BackPropagation:
     Args:
         backward: what to call instead of torch's own.
         grad_scaler: scales the seeds.
+
+    Attributes:
+        factor: by which seeds are multiplied, to undo a division by the number of ranks.
     """
 
     def __init__(self, backward: BackwardFn | None = None, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         self._backward = backward
+        self.factor = 1.0
         self._seed = _seed if grad_scaler is None else partial(_scaled_seed, grad_scaler)
 
     def __call__(self, terms: Weighed) -> None:
@@ -56,13 +60,19 @@ class BackPropagation:
                 # What torch.autograd.backward does once it has looked at its arguments, which takes it as long as a
                 # small layer: with the plain loss and seed that stand here there is nothing to look for.
                 _engine_run_backward(
-                    (loss,), (self._seed(loss, share),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                    (loss,),
+                    (self._seed(loss, share * self.factor),),
+                    False,
+                    False,
+                    (),
+                    allow_unreachable=True,
+                    accumulate_grad=True,
                 )
                 return
         if not terms:
             return
         losses = [term for term, _ in terms if term.requires_grad]
-        seeds = [self._seed(term, share) for term, share in terms if term.requires_grad]
+        seeds = [self._seed(term, share * self.factor) for term, share in terms if term.requires_grad]
         if not losses:
             raise LossError(
                 "the loss does not require grad: nothing connects it to the model's parameters. Look for "

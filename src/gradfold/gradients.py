@@ -34,7 +34,7 @@ class SetAside:
         accumulate_dtype: torch.dtype | None = None,
         keep_dtype: bool = False,
     ) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         self._found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         self._replaced: list[tuple[Tensor, Tensor]] = []  # sparse ones that were found, and what they held
         self._keep_dtype = keep_dtype
@@ -48,12 +48,44 @@ class SetAside:
             self.put_back(())
             raise
 
+    def layouts(self) -> list[str | None]:
+        """Of each parameter: whether its new gradient is "dense", "sparse", or not there."""
+        return [
+            None if parameter.grad is None else "sparse" if parameter.grad.is_sparse else "dense"
+            for parameter in self.parameters
+        ]
+
+    def zeros(self) -> list[Tensor | None]:
+        """Of each parameter that has no new gradient: zeros, for the case that another process has one."""
+        return [
+            torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            if parameter.grad is None and parameter.requires_grad
+            else None
+            for parameter in self.parameters
+        ]
+
+    def in_layouts(self, layouts: Sequence[str | None], zeros: Sequence[Tensor | None]) -> list[Tensor]:
+        """The new gradients, dense or sparse as said, with zeros where other processes have one."""
+        found = []
+        for parameter, layout, zero in zip(self.parameters, layouts, zeros, strict=True):
+            if layout is None:
+                continue
+            gradient = zero if parameter.grad is None else parameter.grad
+            assert gradient is not None
+            if layout == "sparse":
+                gradient = gradient.coalesce() if gradient.is_sparse else gradient.to_sparse(1)  # as an embedding's
+            elif gradient.is_sparse:
+                gradient = gradient.to_dense()
+            parameter.grad = gradient
+            found.append(gradient)
+        return found
+
     def settle(self) -> None:
         """The last micro-batch is done: round sums to the parameters' dtype, and merge repeated entries of sparse ones.
 
         One gradient after another, so that no two copies of all are alive.
         """
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             new = parameter.grad
             if new is not None and new.is_sparse:
                 parameter.grad = new.coalesce()  # accumulation only concatenates
@@ -136,6 +168,7 @@ def _narrow(parameters: Iterable[nn.Parameter], accumulate_dtype: torch.dtype) -
         if parameter.dtype.itemsize < accumulate_dtype.itemsize
         and parameter.is_floating_point()
         and not is_lazy(parameter)
+        and not hasattr(parameter, "full_tensor")  # a shard, whose gradient fully_shard puts there
         and parameter.grad_dtype == parameter.dtype
     ]
 
@@ -204,6 +237,8 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """
     values = _values(parameters)
     norm = torch.nn.utils.get_total_norm(values)
+    if hasattr(norm, "full_tensor"):  # of shards: over all ranks
+        norm = norm.full_tensor()
     if math.isinf(max_norm):
         return norm
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Generic, NoReturn, TypeVar, overload
 
 from torch import Tensor, nn
 
+from gradfold.agreement import Alone, Together
 from gradfold.backward import BackPropagation, BackwardFn, probe
 from gradfold.batch import rows_if_any
 from gradfold.coupled.batch_norm import (
@@ -18,11 +21,14 @@ from gradfold.coupled.batch_norm import (
     refuse,
 )
 from gradfold.errors import LossError, OptionError, WeightError, WindowError
-from gradfold.gradients import check_trainable
+from gradfold.gradients import SetAside, check_trainable
 from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.loss import LossTerms
+from gradfold.metric import Metrics
+from gradfold.ranks import Ranks
 from gradfold.split import MicroBatch
-from gradfold.sync import refuse_several_ranks
+from gradfold.sync import RanksOption, find_ranks, without_reductions
+from gradfold.sync import check_option as check_ranks
 from gradfold.weight import BARE, Weight, WindowWeights, weigh
 from gradfold.weight import check_option as check_weight
 
@@ -76,6 +82,7 @@ class LoopWindow(Generic[T]):
         weight: Weight,
         batch_norm: BatchNormOption,
         backward: BackwardFn | None,
+        ranks: Ranks | None,
     ) -> None:
         rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
         stops = [sum(rows[: index + 1]) for index in range(len(rows))]
@@ -83,8 +90,14 @@ class LoopWindow(Generic[T]):
             MicroBatch(data, range(stop - count, stop))
             for data, count, stop in zip(micro_batches, rows, stops, strict=True)
         ]
-        self._weights: WindowWeights = weigh(weight, self._parts)
-        self._losses = LossTerms(self._parts, self._weights, next(model.parameters()).device)
+        own_weights = partial(weigh, weight)
+        self._ranks = ranks
+        self._agreement = Alone(own_weights) if ranks is None else Together(ranks, own_weights, num_totals=2)
+        self._model = model
+        self._weights: WindowWeights = self._agreement.weigh(self._parts)
+        device = next(model.parameters()).device
+        self._losses = LossTerms(self._parts, self._weights, device)
+        self._metrics = Metrics(self._parts, self._weights, device)
         self._back_propagate = BackPropagation(backward)
         layers = batch_statistics_layers(model) if len(micro_batches) > 1 else {}
         if layers and batch_norm is None:
@@ -109,11 +122,12 @@ class LoopWindow(Generic[T]):
         self._is_started = True
         try:
             with self._statistics:
-                for index, part in enumerate(self._parts):
-                    self._current = index
-                    self._statistics.listen()
-                    yield part.data
-                    self._check_backward(index)
+                with self._as_one():
+                    for index, part in enumerate(self._parts):
+                        self._current = index
+                        self._statistics.listen()
+                        yield part.data
+                        self._check_backward(index)
                 if not self._losses.settle():
                     self._losses.refuse_non_finite()
                 loss, _ = self._losses.close()
@@ -168,6 +182,21 @@ class LoopWindow(Generic[T]):
         """Whether a loop over the window began and did not reach its end."""
         return self._is_started and self._loss is None
 
+    @contextmanager
+    def _as_one(self) -> Iterator[None]:
+        """Several processes accumulate by themselves, and sum their gradients at the end."""
+        if self._ranks is None:
+            yield
+            return
+        modules = list(self._model.modules())
+        with self._agreement, without_reductions(modules):
+            gradients = SetAside(list(self._model.parameters()))
+            yield
+            self._agreement.end(self._losses, self._metrics, gradients)
+            gradients.settle()
+            self._agreement.conclude()
+            gradients.add_back()
+
     def _check_backward(self, index: int) -> None:
         if index not in self._done and self._weights.of_term(BARE).parts[index] > 0:
             raise WindowError(
@@ -197,6 +226,7 @@ def windows(
     weight: Weight = "samples",
     batch_norm: BatchNormOption = None,
     backward: BackwardFn | None = None,
+    ranks: RanksOption = None,
 ) -> Iterator[LoopWindow[T]]: ...
 def windows(
     loader: Iterable[T],
@@ -206,6 +236,7 @@ def windows(
     weight: Weight = "samples",
     batch_norm: BatchNormOption = None,
     backward: BackwardFn | None = None,
+    ranks: RanksOption = None,
 ) -> Iterator[Window[T]] | Iterator[LoopWindow[T]]:
     """Group a loader of micro-batches into windows, one per update; the last may be shorter. No `len()` is needed.
 
@@ -225,6 +256,7 @@ def windows(
         weight: with `model`: what the loss is a mean over, as for `Accumulator`.
         batch_norm: with `model`: as for `Accumulator`.
         backward: with `model`: as for `Accumulator`.
+        ranks: with `model`: as for `Accumulator`.
 
     Raises:
         OptionError: an argument cannot work.
@@ -240,17 +272,18 @@ def windows(
     if not isinstance(loader, Iterable):
         raise OptionError(f"loader is {type(loader).__name__}; expected an iterable of micro-batches.")
     if model is None:
-        if weight != "samples" or batch_norm is not None or backward is not None:
+        if weight != "samples" or batch_norm is not None or backward is not None or ranks is not None:
             raise OptionError(
-                "weight=, batch_norm= and backward= belong to windows(..., model=model), whose windows have their own "
-                "backward; without model=, give them to the Accumulator."
+                "weight=, batch_norm=, backward= and ranks= belong to windows(..., model=model), whose windows have "
+                "their own backward; without model=, give them to the Accumulator."
             )
         return _plain_windows(loader, num_micro_batches)
     check_weight(weight)
     if isinstance(weight, Mapping):
         raise OptionError("windows(..., model=) takes one weight; loss terms with their own need an Accumulator.")
     check_option(batch_norm)
-    return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward)
+    check_ranks(ranks)
+    return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward, ranks)
 
 
 def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[Window[T]]:
@@ -266,18 +299,20 @@ def _loop_windows(
     weight: Weight,
     batch_norm: BatchNormOption,
     backward: BackwardFn | None,
+    option: RanksOption,
 ) -> Iterator[LoopWindow[T]]:
-    refuse_several_ranks()
+
     parameters = list(model.parameters())
     check_trainable(model, parameters)
     if backward is not None:
         probe(backward, parameters[0].device)
     warned_of: set[str] = set()
+    ranks = find_ranks(list(model.modules()), parameters[0].device, option)
     for group in _plain_windows(loader, num_micro_batches):
         if len(group) > 1:
             refuse_post_accumulate_hooks(model, parameters)
             warn_of_hooks(parameters_with_hooks(model, parameters), warned_of)
-        window = LoopWindow(model, list(group), weight, batch_norm, backward)
+        window = LoopWindow(model, list(group), weight, batch_norm, backward, ranks)
         yield window
         if window.is_unfinished:
             raise WindowError(

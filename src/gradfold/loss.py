@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -78,6 +79,14 @@ def _not_a_mean(name: str, term: Tensor) -> str:
     )
 
 
+@dataclass(frozen=True)
+class TermSums:
+    """By term, the sum of losses times their parts of the window; and their dtype, None where there are none."""
+
+    values: Mapping[str, float]
+    dtype: torch.dtype | None
+
+
 class LossTerms:
     """The loss terms of a window's micro-batches, and what each makes up of the window."""
 
@@ -88,9 +97,10 @@ class LossTerms:
         self._parts: dict[str, tuple[float, ...]] = {}  # term -> part of the window per micro-batch
         self._bare: tuple[float, ...] | None = None  # the parts of a loss without other terms
         self._values: dict[tuple[str, int], Tensor | float] = {}  # term, micro-batch -> what keep() made of the loss
-        self._dtype = torch.float32  # of the first loss
+        self._dtype: torch.dtype | None = None  # of the first loss
         self._taken: list[int] = []  # micro-batches so far
-        self._sums: dict[str, float] = {}  # by term, once settled
+        self.sums: dict[str, float] = {}  # by term, once settled
+        self._of_all: Sequence[TermSums] = ()  # where several processes train together: of all, in one order
 
     @property
     def names(self) -> Collection[str]:
@@ -117,13 +127,12 @@ class LossTerms:
         if terms.keys() != self._parts.keys():
             self._check_names(index, terms)
         self._taken.append(index)
+        self._dtype = self._dtype or next(iter(terms.values())).dtype
         weighed = []
         for name, term in terms.items():
             part = self._parts[name][index]
             if part:
                 weighed.append((term, part))
-                if not self._values:
-                    self._dtype = term.dtype
                 self._values[name, index] = keep(term)
         return weighed
 
@@ -148,22 +157,35 @@ class LossTerms:
         """
         values = _read([*self._values.values(), *flags], self._device)
         self._values = dict(zip(self._values, values, strict=False))
-        self._sums = dict.fromkeys([name for name, _ in self._values], 0.0)
+        self.sums = dict.fromkeys([name for name, _ in self._values], 0.0)
         for (name, index), value in zip(self._values, values, strict=False):
-            self._sums[name] += self._parts[name][index] * value
-        return math.isfinite(sum(self._sums.values())) and not any(values[len(self._values) :])
+            self.sums[name] += self._parts[name][index] * value
+        if self._of_all:
+            self.sums = {}
+            for sums in self._of_all:
+                for name, value in sums.values.items():
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+        return math.isfinite(sum(self.sums.values())) and not any(values[len(self._values) :])
+
+    def own_sums(self) -> TermSums:
+        """What these micro-batches, once settled, make up of the loss."""
+        return TermSums(self.sums, self._dtype)
+
+    def join(self, of_all: Sequence[TermSums]) -> None:
+        """Take the sums of all processes, in one order, to be the loss when it is settled again."""
+        self._of_all = of_all
+        self._dtype = next((sums.dtype for sums in of_all if sums.dtype is not None), self._dtype)
 
     def close(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the settled window and the mean of each named term; 0-d, detached, on the device.
 
         Averaged in float64. NaN where nothing weighs anything; a term that weighs nothing adds nothing to the loss.
         """
-        if not self._values:
+        if not self.sums:
             return self._scalar(math.nan, torch.float32), {}
-        means = {
-            name: self._scalar(self._sums.get(name, math.nan), self._dtype) for name in self._parts if name != BARE
-        }
-        return self._scalar(sum(self._sums.values()), self._dtype), means
+        names = [name for name in dict.fromkeys([*self._parts, *self.sums]) if name != BARE]
+        means = {name: self._scalar(self.sums.get(name, math.nan), self._dtype) for name in names}
+        return self._scalar(sum(self.sums.values()), self._dtype), means
 
     def non_finite(self) -> set[int]:
         """The micro-batches of a settled window whose loss is NaN or infinite."""
@@ -182,10 +204,11 @@ class LossTerms:
                     name,
                     float(value),
                 )
-        if not math.isfinite(sum(self._sums.values())):
+        if not math.isfinite(sum(self.sums.values())):
             raise NonFiniteLossError("the finite loss terms sum to more than a float holds.", 0, BARE, math.inf)
 
-    def _scalar(self, value: float, dtype: torch.dtype) -> Tensor:
+    def _scalar(self, value: float, dtype: torch.dtype | None) -> Tensor:
+        dtype = dtype or torch.float32
         return torch.full((), value, dtype=dtype if dtype.itemsize >= 4 else torch.float32, device=self._device)
 
     def _check_names(self, index: int, terms: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ class Metrics:
         self._weights = weights
         self._device = device
         self._values: dict[str, dict[int, Tensor]] = {}
+        self._of_all: Sequence[Mapping[str, tuple[float, float]]] = ()
 
     @property
     def names(self) -> Collection[str]:
@@ -58,7 +59,8 @@ class Metrics:
 
     def close(self) -> dict[str, Tensor]:
         """Scalars as weighted means (NaN over nothing), rows in the batch's own order; detached, on their device."""
-        return {name: self._combine(name, values) for name, values in self._values.items()}
+        combined = {name: self._combine(name, values) for name, values in self._values.items()}
+        return combined | {name: self._mean_of_all(name) for one in self._of_all for name in one}
 
     def _read(self, name: str, value: Any, index: int) -> Tensor:
         if isinstance(value, Real):
@@ -74,8 +76,26 @@ class Metrics:
             )
         return value.detach()
 
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """By scalar metric, the sum of its values times their parts of the window, and that of the parts."""
+        return {name: self._sum(name, values) for name, values in self._values.items() if _is_scalar(values)}
+
+    def join(self, of_all: Sequence[Mapping[str, tuple[float, float]]]) -> None:
+        """Take the sums of all processes, in one order; rows stay with the process that has them."""
+        self._of_all = of_all
+
+    def _sum(self, name: str, values: Mapping[int, Tensor]) -> tuple[float, float]:
+        parts = self._weights.of_metric(name).parts
+        counted = [(value, parts[index]) for index, value in values.items() if parts[index]]
+        return math.fsum(float(value) * part for value, part in counted), math.fsum(part for _, part in counted)
+
+    def _mean_of_all(self, name: str) -> Tensor:
+        sums = [one[name] for one in self._of_all if name in one]
+        value, total = (math.fsum(column) for column in zip(*sums, strict=True))
+        return torch.tensor(value / total if total else math.nan, device=self._device)
+
     def _combine(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
-        if next(iter(values.values())).dim() == 0:
+        if _is_scalar(values):
             return self._mean(name, values)
         if len(values) != len(self._micro_batches):
             raise LossError(f"the metric {name!r} has rows, but only {len(values)} of the micro-batches gave it.")
@@ -92,3 +112,7 @@ class Metrics:
         total = math.fsum(parts[index] for index in counted)  # below 1 where a micro-batch did not give the metric
         factors = [parts[index] / total for index in counted]
         return torch.dot(stack, torch.tensor(factors, dtype=stack.dtype, device=stack.device))
+
+
+def _is_scalar(values: Mapping[int, Tensor]) -> bool:
+    return next(iter(values.values())).dim() == 0

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
+from gradfold.agreement import Alone
 from gradfold.errors import BatchError, DoesNotFitError, GradfoldError, ModelError, NonFiniteGradientError, OptionError
 from gradfold.fitting_size import FittingSize
 from gradfold.inspection import Inspection, accuse
@@ -63,6 +64,7 @@ class Replay:
 
     Args:
         transaction: what the window leaves its gradient in.
+        agreement: with other processes, if there are any.
         prepare: gives the schedule for a window that begins; it may look at the window first, or refuse it.
         recut: for micro-batches that do not fit.
         fitting_size: learns from those.
@@ -75,12 +77,14 @@ class Replay:
     def __init__(
         self,
         transaction: Transaction,
+        agreement: Alone,
         prepare: Callable[[OpenWindow], Schedule],
         recut: Recut,
         fitting_size: FittingSize,
         normalises: bool,
     ) -> None:
         self._transaction = transaction
+        self._agreement = agreement
         self._prepare = prepare
         self._recut = recut
         self._fitting_size = fitting_size
@@ -98,7 +102,7 @@ class Replay:
         """
         self._transaction.begin()
         try:
-            return self._run(window, on_non_finite)
+            result = self._run(window, on_non_finite)
         except ModelError as error:
             if not self._sizes:
                 raise
@@ -106,6 +110,10 @@ class Replay:
                 f"{_listed(self._sizes)} do not fit in memory at once, and fewer cannot be run: {error}",
                 tuple(self._sizes),
             ) from error
+        for recovery in self._recoveries:
+            if recovery.action == "halved":
+                self._fitting_size.shrink(recovery.micro_batch_size)
+        return result
 
     def _run(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> WindowResult:
         window = self._run_through(window)
@@ -121,8 +129,9 @@ class Replay:
         return replace(window.result(), recoveries=self._report()) if self._recoveries else window.result()
 
     def _settle(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> bool:
+        self._agreement.end(window.losses, window.metrics, self._transaction.gradients)
         flags = self._transaction.settle()
-        return window.losses.settle(flags if on_non_finite is not None else [])
+        return self._agreement.all_finite(window.losses.settle(flags if on_non_finite is not None else []))
 
     def _run_through(self, window: OpenWindow, around: Callable[[Schedule], Schedule] | None = None) -> OpenWindow:
         """Run a window, halving what does not fit; `around` goes around its schedule."""
@@ -130,7 +139,7 @@ class Replay:
         while True:
             if schedule is None:
                 schedule = self._prepare(window) if around is None else around(self._prepare(window))
-            message = _attempt(window, schedule)
+            message = _attempt(window, schedule, self._agreement.can_replay)
             if message is None:
                 return window
             give_back(window.device)
@@ -159,7 +168,6 @@ class Replay:
                 tuple(self._sizes),
             ) from error
         self._recoveries.append(Recovery("out_of_memory", "halved", failed.rows, size, replayed=done is None))
-        self._fitting_size.shrink(size)
         return smaller
 
     def _undo(self, window: OpenWindow, schedule: Schedule) -> frozenset[int] | None:
@@ -196,23 +204,34 @@ class Replay:
 
     def _accuse(self, window: OpenWindow) -> NonFiniteGradientError:
         """The error that names the first micro-batch to blame."""
+        if not self._agreement.can_replay:
+            return accuse(window, {})
+        self._agreement.reopen()
         try:
             window, bad = self._inspect(window)
         except BatchError:  # it cannot run again
             bad = {}
-        return accuse(window, bad)
+        error = accuse(window, bad)
+        found = self._agreement.share(str(error) if bad else None)
+        if not bad and any(found):
+            rank, text = next((rank, text) for rank, text in enumerate(found) if text)
+            return NonFiniteGradientError(f"rank {rank}: {text}", None, range(0), ())
+        return error
 
     def _leave_out(self, window: OpenWindow) -> OpenWindow | None:
         """Run the window without the micro-batches whose gradient is not finite; None where that leaves nothing."""
+        self._agreement.reopen()
         inspected, bad = self._inspect(window)
-        if not bad:
+        rest = [part for index, part in enumerate(inspected.micro_batches) if index not in bad]
+        found = self._agreement.share((bool(bad), bool(rest)))
+        if not any(is_bad for is_bad, _ in found):
             raise accuse(window, bad)
         for index in sorted(bad):
             rows = inspected.micro_batches[index].rows
             self._recoveries.append(Recovery("non_finite", "skipped_micro_batch", rows, 0, replayed=True))
-        rest = [part for index, part in enumerate(inspected.micro_batches) if index not in bad]
-        if not rest:
+        if not any(has_rest for _, has_rest in found):
             return None
+        self._agreement.begin_again()
         window = inspected.again(rest)
         self._transaction.rewind()
         return self._run_through(window)
@@ -237,7 +256,7 @@ class Replay:
         )
 
 
-def _attempt(window: OpenWindow, schedule: Schedule) -> str | None:
+def _attempt(window: OpenWindow, schedule: Schedule, can_replay: bool) -> str | None:
     """Run a window; gives the message where memory runs out.
 
     A function of its own, since the traceback holds the tensors of the frames that failed until it is left.
@@ -245,7 +264,7 @@ def _attempt(window: OpenWindow, schedule: Schedule) -> str | None:
     try:
         window.run(schedule)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not can_replay or not is_out_of_memory(error):
             raise
         return str(error) or type(error).__name__
     return None
@@ -253,18 +272,12 @@ def _attempt(window: OpenWindow, schedule: Schedule) -> str | None:
 
 def _check_totals(whole: WindowWeights, parts: WindowWeights) -> None:
     """Raise GradfoldError where the denominator is another; sums of weights in float32 may differ by rounding."""
-    before, after = _by_name(whole), _by_name(parts)
-    for name, weight in before.items():
-        if not math.isclose(weight, after[name], rel_tol=1e-6):
+    for before, after in zip(whole.own_totals(), parts.own_totals(), strict=True):
+        if not math.isclose(before, after, rel_tol=1e-6):
             raise GradfoldError(
-                f"weight= gives {weight:g} for the batch and {after[name]:g} for the same rows in smaller "
+                f"weight= gives {before:g} for the batch and {after:g} for the same rows in smaller "
                 "micro-batches, so it is no count of what the loss is a mean over."
             )
-
-
-def _by_name(weights: WindowWeights) -> Mapping[str, float]:
-    total = weights.total()
-    return total if isinstance(total, dict) else {"": total}
 
 
 def _listed(sizes: Sequence[int]) -> str:

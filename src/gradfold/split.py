@@ -122,9 +122,17 @@ def recut(part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | N
     if len(ranges) == 1:
         return [part]
     rows = [part.rows[own.start : own.stop] for own in ranges]
-    if rows_if_any(part.data) == len(part.rows) or collate_rows is None:
-        return list(map(MicroBatch, cut_rows(part.data, [len(own) for own in rows]), rows, repeat(True)))
-    return [MicroBatch(collate_rows(own), own) for own in rows]
+    if collate_rows is not None and not _is_cut_by_rows(part):
+        return [MicroBatch(collate_rows(own), own) for own in rows]
+    return list(map(MicroBatch, cut_rows(part.data, [len(own) for own in rows]), rows, repeat(True)))
+
+
+def _is_cut_by_rows(part: MicroBatch) -> bool:
+    """Whether all of it has one entry per row: a list of names beside the tensors would be passed on whole."""
+    try:
+        return num_rows(part.data) == len(part.rows)
+    except BatchError:
+        return False
 
 
 def join_batches(batches: Iterable[list[MicroBatch]]) -> list[MicroBatch]:

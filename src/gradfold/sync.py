@@ -1,26 +1,178 @@
-"""Synchronisation of gradients between processes: this version trains in one process and refuses several by name."""
+"""Synchronisation: which processes train a model together, found in the model, and its own reductions kept quiet.
+
+gradfold reduces gradients once per window, after its last backward pass. So forward *and* backward passes of
+DistributedDataParallel modules run under `no_sync`, wherever in the model they are.
+
+Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html (`no_sync`: "the
+forward pass should be included inside the context manager").
+"""
 
 from __future__ import annotations
 
-import torch.distributed
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from gradfold.errors import RanksError
+import torch
+import torch.distributed
+from torch import nn
+
+from gradfold.errors import OptionError, RanksError
+from gradfold.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 __all__: list[str] = []
+
+RanksOption: TypeAlias = Literal["alone", "reduce_once"] | None
 
 _IS_AVAILABLE = torch.distributed.is_available()
 
 
-def refuse_several_ranks() -> None:
-    """Raise RanksError if more than one process trains together.
+def check_option(ranks: str | None) -> None:
+    """Raise OptionError unless the option is known."""
+    if ranks not in (None, "alone", "reduce_once"):
+        raise OptionError(
+            f"ranks={ranks!r}; expected None (the processes of the DistributedDataParallel or fully_shard modules in "
+            'the model), "alone" (this process trains by itself) or "reduce_once" (fully_shard modules sum gradients '
+            "once per window, and keep them whole until then)."
+        )
 
-    The denominators of a window would have to be summed over all ranks, and gradients reduced once per window.
+
+def find_ranks(modules: Sequence[nn.Module], device: torch.device, option: RanksOption) -> Ranks | None:
+    """The processes that train these modules together; None where there is no such thing.
+
+    Raises:
+        RanksError: there are several, and it is unclear or unsupported how they do it.
     """
-    if _IS_AVAILABLE and torch.distributed.is_initialized():
-        world_size = torch.distributed.get_world_size()
-        if world_size > 1:
-            raise RanksError(
-                f"{world_size} processes train together, and this version of gradfold accumulates in one process "
-                "only: the weights would have to be summed over all ranks. Accumulate by hand under no_sync(), with "
-                "loss sums divided by the all-reduced count and multiplied by the number of ranks."
-            )
+    if not _IS_AVAILABLE or not torch.distributed.is_initialized() or option == "alone":
+        return None
+    for module in modules:
+        _refuse_foreign(module)
+    wrapped = parallel_modules(modules)
+    sharded = sharded_modules(modules)
+    if sharded:
+        if wrapped:
+            raise RanksError("the model has both DistributedDataParallel and fully_shard modules; use one of them.")
+        return Ranks(_group_of(sharded), device)
+    if not wrapped:
+        _refuse_unwrapped()
+        return None
+    groups = {id(module.process_group): module.process_group for module in wrapped}
+    if len(groups) > 1:
+        raise RanksError("the model's DistributedDataParallel modules have different process groups; give them one.")
+    for module in wrapped:
+        _refuse_options(module)
+    if torch.distributed.get_world_size(wrapped[0].process_group) > 1:
+        _refuse_sync_batch_norm(modules)
+    (group,) = groups.values()
+    return Ranks(group, device)
+
+
+def parallel_modules(modules: Sequence[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
+    """The DistributedDataParallel modules among these."""
+    return [module for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
+
+
+def sharded_modules(modules: Sequence[nn.Module]) -> list[FSDPModule]:
+    """Those to which `torch.distributed.fsdp.fully_shard` was applied."""
+    if not _IS_AVAILABLE or not torch.distributed.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule  # which takes long to import, and only several ranks need
+
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def divide_factor(sharded: Sequence[FSDPModule], size: int) -> float:
+    """What fully_shard modules divide gradients by when they sum them over ranks, to be undone in the seeds."""
+    groups = [group for module in sharded for group in _parameter_groups(module)]
+    factors = {
+        float(size if group.gradient_divide_factor is None else group.gradient_divide_factor) for group in groups
+    }
+    if len(factors) > 1:
+        raise RanksError(f"fully_shard modules divide gradients by different factors: {sorted(factors)}.")
+    return factors.pop() if factors else 1.0
+
+
+def set_reducing(sharded: Sequence[FSDPModule], is_last: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks."""
+    for module in sharded:
+        module.set_requires_gradient_sync(is_last, recurse=False)
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
+    return groups
+
+
+def _group_of(sharded: Sequence[FSDPModule]) -> torch.distributed.ProcessGroup:
+    """All data-parallel ranks: those of the mesh, of both its dimensions where shards are replicated (HSDP)."""
+    meshes = {group.mesh_info.mesh for module in sharded for group in _parameter_groups(module)}
+    if len(meshes) != 1:
+        raise RanksError("the model's fully_shard modules have different device meshes; give them one.")
+    (mesh,) = meshes
+    group: torch.distributed.ProcessGroup = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+    return group
+
+
+@contextmanager
+def without_reductions(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No collective operations in forward and backward passes of these modules; buffers are rank 0's at the start.
+
+    That is what a DistributedDataParallel does once per update, too, where it broadcasts buffers.
+    """
+    with ExitStack() as stack:
+        for module in parallel_modules(modules):
+            if module.broadcast_buffers and list(module.module.buffers()):
+                module._sync_buffers()  # type: ignore[no-untyped-call]
+            stack.enter_context(module.no_sync())
+            stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
+            module.require_forward_param_sync = False
+        yield
+
+
+def _refuse_unwrapped() -> None:
+    size = torch.distributed.get_world_size()
+    if size > 1:
+        raise RanksError(
+            f"{size} processes are initialised, but no DistributedDataParallel is found in the model, so that each "
+            "would train a model of its own. Wrap it: DistributedDataParallel(model); or say that this is meant: "
+            'ranks="alone".'
+        )
+
+
+def _refuse_options(module: nn.parallel.DistributedDataParallel) -> None:
+    if getattr(module, "static_graph", False):
+        raise RanksError(
+            "DistributedDataParallel(static_graph=True) does not go with no_sync(), under which gradients accumulate: "
+            "it can stop reducing them in silence. Leave static_graph out."
+        )
+    if getattr(module, "_comm_hooks", None):
+        raise RanksError(
+            "the DistributedDataParallel has a communication hook, which gradfold's one reduction per window would "
+            "pass over. Leave the hook out."
+        )
+
+
+def _refuse_sync_batch_norm(modules: Sequence[nn.Module]) -> None:
+    if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules):
+        raise RanksError(
+            "SyncBatchNorm normalises by one micro-batch of every rank, which is not the batch, and waits for ranks "
+            "that have fewer micro-batches. Use GroupNorm: gradfold.convert_batch_norm(model), before wrapping it; or "
+            'BatchNorm with batch_norm="per_micro_batch".'
+        )
+
+
+def _refuse_foreign(module: nn.Module) -> None:
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name.startswith("deepspeed."):
+        raise RanksError(
+            "a DeepSpeed engine counts micro-batches and steps by itself. Use its own "
+            "gradient_accumulation_steps, or train the bare module under DistributedDataParallel."
+        )
+    if name.endswith("FullyShardedDataParallel"):
+        raise RanksError(
+            "FullyShardedDataParallel (FSDP1) is not supported. Use torch.distributed.fsdp.fully_shard (FSDP2), or "
+            "DistributedDataParallel."
+        )

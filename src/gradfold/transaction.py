@@ -20,7 +20,11 @@ __all__: list[str] = []
 
 
 class Transaction:
-    """Opened and closed by a `with` block."""
+    """Opened and closed by a `with` block.
+
+    Attributes:
+        gradients: the `.grad` fields, with those found at the opening set aside.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,7 @@ class Transaction:
     def __enter__(self) -> Transaction:
         self._random_state = self._beginning = RandomState.record(self._parameters)
         self._buffers.open(self._modules)
-        self._gradients = self._set_aside(self._parameters)
+        self.gradients = self._set_aside(self._parameters)
         return self
 
     def __exit__(
@@ -61,23 +65,24 @@ class Transaction:
         Returns:
             Flags, 0-d on the device, of which one is not 0 where a gradient is not finite.
         """
-        self._gradients.settle()
+        self.gradients.settle()
+        self._buffers.learn()
         return non_finite_flags(self._parameters)
 
     def rewind(self) -> None:
         """Set everything to where it was at the beginning, with empty gradients: the window begins again."""
-        self._gradients.empty(self._model.parameters())
+        self.gradients.empty(self._model.parameters())
         self._buffers.restore()
         self._buffers.open(self._modules)
         self._beginning.restore()
 
     def empty_gradients(self) -> None:
         """Drop the new gradients."""
-        self._gradients.empty(self._model.parameters())
+        self.gradients.empty(self._model.parameters())
 
     def give_up(self) -> None:
         """Leave no gradient, neither a new one nor those found, and buffers as they were; random state has moved on."""
-        self._gradients.give_up(self._model.parameters())
+        self.gradients.give_up(self._model.parameters())
         self._buffers.restore()
         self._is_given_up = True
 
@@ -102,15 +107,14 @@ class Transaction:
 
     def _commit(self) -> None:
         try:
-            self._buffers.learn()
-            self._gradients.add_back()
+            self.gradients.add_back()
         except BaseException:
             self._roll_back()
             raise
         self._buffers.close()
 
     def _roll_back(self) -> None:
-        self._gradients.put_back(self._model.parameters())
+        self.gradients.put_back(self._model.parameters())
         self._random_state.restore()
         self._buffers.restore()  # last, since it may warn
 

@@ -108,30 +108,49 @@ class Shares:
         total: the sum of the weights, the denominator.
         parts: what each micro-batch makes up of the window's mean; all 0 in a window that weighs nothing.
         idle: the micro-batches that weigh nothing.
+        weights: of the micro-batches.
     """
 
     total: float
     parts: tuple[float, ...]
     idle: frozenset[int]
+    weights: tuple[float, ...]
 
 
 @lru_cache(maxsize=64)  # windows of equal shape have equal shares
-def shares_of(weights: tuple[float, ...]) -> Shares:
-    """The shares that these weights, one per micro-batch, give."""
+def shares_of(weights: tuple[float, ...], of_total: float | None = None) -> Shares:
+    """The shares that these weights, one per micro-batch, give; of their own sum, or of a larger total."""
     try:
-        total = math.fsum(weights)
+        total = math.fsum(weights) if of_total is None else of_total
     except OverflowError:
         raise WeightError(f"the weights of the window sum to more than a float holds: {list(weights)}.") from None
     parts = tuple(weight / total if total else 0.0 for weight in weights)
-    return Shares(total, parts, frozenset(index for index, weight in enumerate(weights) if weight == 0))
+    return Shares(total, parts, frozenset(index for index, weight in enumerate(weights) if weight == 0), weights)
 
 
 class WindowWeights:
     """The shares of one window for every loss term and metric."""
 
     def __init__(self, shares: Shares | dict[str, Shares], samples: Shares) -> None:
-        self._shares = shares
-        self._samples = samples
+        self.shares = shares
+        self.samples = samples
+
+    def arrive(self) -> None:
+        """Wait for denominators that are summed over several processes; here they are known."""
+
+    def own_totals(self) -> list[float]:
+        """What these micro-batches weigh together under every name, and their samples."""
+        named = self.shares.values() if isinstance(self.shares, dict) else [self.shares]
+        return [math.fsum(shares.weights) for shares in (*named, self.samples)]
+
+    def of_totals(self, totals: Sequence[float]) -> WindowWeights:
+        """These weights as shares of larger totals, in the order of `own_totals()`."""
+        *named, samples = totals
+        own = self.shares if isinstance(self.shares, dict) else {"": self.shares}
+        larger = {name: shares_of(one.weights, total) for (name, one), total in zip(own.items(), named, strict=True)}
+        return WindowWeights(
+            larger if isinstance(self.shares, dict) else larger[""], shares_of(self.samples.weights, samples)
+        )
 
     def of_term(self, name: str) -> Shares:
         """The shares of a loss term.
@@ -139,41 +158,44 @@ class WindowWeights:
         Raises:
             WeightError: weights were given by name, and none for this one.
         """
-        if not isinstance(self._shares, dict):
-            return self._shares
-        if name not in self._shares:
+        self.arrive()
+        if not isinstance(self.shares, dict):
+            return self.shares
+        if name not in self.shares:
             raise WeightError(
-                f"weight= names {sorted(self._shares)}, but loss_fn returned the loss term {name!r}, which has no "
+                f"weight= names {sorted(self.shares)}, but loss_fn returned the loss term {name!r}, which has no "
                 'weight. Give one per loss term (a bare loss is called "loss").'
             )
-        return self._shares[name]
+        return self.shares[name]
 
     def of_metric(self, name: str) -> Shares:
         """The shares of a metric: its own, else those of a bare loss, else samples."""
-        if not isinstance(self._shares, dict):
-            return self._shares
-        return self._shares.get(name) or self._shares.get(BARE) or self._samples
+        self.arrive()
+        if not isinstance(self.shares, dict):
+            return self.shares
+        return self.shares.get(name) or self.shares.get(BARE) or self.samples
 
     def total(self, terms: Collection[str] = ()) -> float | dict[str, float]:
         """The denominator, or one per loss term where weights were given by name."""
-        if not isinstance(self._shares, dict):
-            return self._shares.total
-        return {name: shares.total for name, shares in self._shares.items() if name in terms or not terms}
+        self.arrive()
+        if not isinstance(self.shares, dict):
+            return self.shares.total
+        return {name: shares.total for name, shares in self.shares.items() if name in terms or not terms}
 
     def idle(self) -> frozenset[int]:
         """The micro-batches that weigh nothing under every name."""
-        if isinstance(self._shares, dict):
-            return frozenset.intersection(*(shares.idle for shares in self._shares.values()))
-        return self._shares.idle
+        if isinstance(self.shares, dict):
+            return frozenset.intersection(*(shares.idle for shares in self.shares.values()))
+        return self.shares.idle
 
     def check_names(self, terms: Collection[str], metrics: Collection[str]) -> None:
         """Raise WeightError where a weight was given for something that loss_fn did not return."""
-        if not isinstance(self._shares, dict) or not terms:
+        if not isinstance(self.shares, dict) or not terms:
             return
-        unknown = [name for name in self._shares if name not in terms and name not in metrics]
+        unknown = [name for name in self.shares if name not in terms and name not in metrics]
         if unknown:
             raise WeightError(
-                f"weight= names {sorted(self._shares)}, but loss_fn returned the loss terms {sorted(terms)} and the "
+                f"weight= names {sorted(self.shares)}, but loss_fn returned the loss terms {sorted(terms)} and the "
                 f"metrics {sorted(metrics)}: the weight {unknown[0]!r} has no term or metric. Give one weight per loss "
                 'term (a bare loss is called "loss").'
             )

@@ -118,7 +118,7 @@ class OpenWindow:
         self.take = feed(micro_batches, device)
         self.losses = LossTerms(micro_batches, self.weights, device)
         self.metrics = Metrics(micro_batches, self.weights, device)
-        self.num_samples = micro_batches[-1].rows.stop
+        self.num_samples = micro_batches[-1].rows.stop if micro_batches else 0
         self.done: frozenset[int] = frozenset()  # before it was cut anew
         self.current = 0
         # What was cut has begun at version 0.
@@ -157,9 +157,8 @@ class OpenWindow:
     def result(self) -> WindowResult:
         """The first half of step [4], once the losses are settled."""
         loss, metrics = self.losses.close()
-        if self.metrics.names:
-            self.metrics.check_names(self.losses.names)
-            metrics.update(self.metrics.close())
+        self.metrics.check_names(self.losses.names)
+        metrics.update(self.metrics.close())
         num_run = len(self.micro_batches) - len(self.idle)
         return WindowResult(loss, metrics, num_run, self.num_samples, self.weights.total(self.losses.names))
 

@@ -156,7 +156,8 @@ class WindowStatistics:
             handle.remove()
         for record in self._records.values():
             record.layer.momentum = record.momentum
-            if error is not None:
+        if error is not None:
+            for record in self._records.values():
                 _reset(record)
 
     def listen(self) -> None:

@@ -1,0 +1,111 @@
+"""The ranks: the processes that train together. Sums over them, and what each has to tell the others.
+
+`torch.distributed` does the work: https://docs.pytorch.org/docs/stable/distributed.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__: list[str] = []
+
+_BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of one group, each with rows of its own.
+
+    Args:
+        group: a process group of torch.distributed.
+        device: where collectives of this group take tensors from: that of the model.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self._device = device
+
+    def begin_gather(self, numbers: Sequence[float]) -> Callable[[], list[list[float]]]:
+        """Begin to collect these numbers from every rank; the function that comes back waits for them, by rank."""
+        own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        of_all = [torch.empty_like(own) for _ in range(self.size)]
+        work = dist.all_gather(of_all, own, group=self.group, async_op=True)
+
+        def wait() -> list[list[float]]:
+            work.wait()
+            rows: list[list[float]] = torch.stack(of_all).tolist()
+            return rows
+
+        return wait
+
+    def exchange(self, value: T) -> list[T]:
+        """What every rank has to tell, in the order of ranks; anything that can be pickled."""
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def all_well(self, is_well: bool) -> bool:
+        """Whether all ranks are."""
+        return not any(failed for (failed,) in self.begin_gather([0.0 if is_well else 1.0])())
+
+
+class Reduction:
+    """Sums gradients over ranks, a bucket at a time, in memory that it has before it begins.
+
+    So that memory cannot run out on one rank while the others wait for it.
+    """
+
+    def __init__(self, ranks: Ranks, parameters: Iterable[Tensor]) -> None:
+        self._group = ranks.group
+        self.num_reductions = 0
+        num_elements: dict[tuple[torch.dtype, torch.device], int] = {}
+        for parameter in parameters:
+            if parameter.requires_grad:
+                key = parameter.grad_dtype or parameter.dtype, parameter.device
+                num_elements[key] = num_elements.get(key, 0) + parameter.numel()
+        self._buckets = {
+            (dtype, device): torch.empty(min(count, _BUCKET_BYTES // dtype.itemsize), dtype=dtype, device=device)
+            for (dtype, device), count in num_elements.items()
+        }
+
+    @torch.no_grad()
+    def run(self, gradients: Iterable[Tensor]) -> None:
+        """Sum in place. Every rank must come with the same shapes in the same order, and gets the same bits."""
+        waiting: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for gradient in gradients:
+            key = gradient.dtype, gradient.device
+            bucket = self._buckets.get(key)
+            if gradient.is_sparse or bucket is None or gradient.numel() > bucket.numel():
+                self._sum_alone(gradient)
+                continue
+            together = waiting.setdefault(key, [])
+            if sum(one.numel() for one in together) + gradient.numel() > bucket.numel():
+                self._sum_together(bucket, together)
+                together.clear()
+            together.append(gradient)
+        for key, together in waiting.items():
+            self._sum_together(self._buckets[key], together)
+
+    def _sum_alone(self, gradient: Tensor) -> None:
+        whole = gradient if gradient.is_sparse else gradient.contiguous()
+        dist.all_reduce(whole, group=self._group)
+        self.num_reductions += 1
+        if whole is not gradient:
+            gradient.copy_(whole)
+
+    def _sum_together(self, bucket: Tensor, gradients: Sequence[Tensor]) -> None:
+        sizes = [gradient.numel() for gradient in gradients]
+        flat = bucket[: sum(sizes)]
+        parts = [part.view(one.shape) for part, one in zip(torch.split(flat, sizes), gradients, strict=True)]
+        torch._foreach_copy_(parts, list(gradients))
+        dist.all_reduce(flat, group=self._group)
+        torch._foreach_copy_(list(gradients), parts)
+        self.num_reductions += 1
