@@ -31,7 +31,7 @@ from gradfold.split import Collate, CollateRows, MicroBatch
 from gradfold.sync import RanksOption, find_ranks, without_reductions
 from gradfold.transaction import Transaction
 from gradfold.weight import WeightOption, check_option, counts_samples, weigh
-from gradfold.window import OpenWindow, Schedule, WindowResult, one_after_another
+from gradfold.window import AfterFirst, OpenWindow, Schedule, WindowResult, one_after_another
 
 __all__ = ["Accumulator"]
 
@@ -291,7 +291,7 @@ class Accumulator:
         if self._self_check is not None and not self._is_looked_at and agreement.can_replay:
             self._is_looked_at = True
             if self._self_check.is_due(window.micro_batches, modules):
-                self._look(self._self_check, batch, window)
+                window.after_first = self._look(self._self_check, batch, window, schedule is plain)
         return agreement.around(schedule, window)
 
     def _agree(self, ranks: Ranks | None, modules: Sequence[nn.Module]) -> Alone:
@@ -315,15 +315,16 @@ class Accumulator:
             lambda is_last: sync.set_reducing(sharded, is_last or not reduces_once),
         )
 
-    def _look(self, self_check: SelfCheck, batch: Batch, window: OpenWindow) -> None:
+    def _look(self, self_check: SelfCheck, batch: Batch, window: OpenWindow, is_plain: bool) -> AfterFirst | None:
         window.weights.arrive()  # another rank may have failed, which is not for the self-check to see
         layers: Mapping[str, nn.Module] = {}
         if self.batch_norm is not None:  # what is known not to fit, and was accepted
             layers = batch_normalisation.batch_statistics_layers(self.model)
             if any(getattr(layer, "running_mean", None) is None for layer in layers.values()):
-                return
+                return None
         collate_rows = self._collate_rows(batch)
-        self_check.look(window.micro_batches, window.weights, window.device, collate_rows, layers.values())
+        frozen = layers.values()
+        return self_check.look(window.micro_batches, window.weights, window.device, is_plain, collate_rows, frozen)
 
     def _collate_rows(self, batch: Batch) -> CollateRows | None:
         if self.collate is None:

@@ -34,6 +34,18 @@ def map_tensors(fn: Callable[[Tensor], Any], batch: Batch) -> Batch:
     return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
+def in_own_containers(batch: Batch) -> Batch:
+    """The same tensors in other containers, so that `batch["x"] = batch["x"] / 255` can run again on the same rows."""
+    kind = type(batch)
+    if kind is Tensor or (kind is tuple and set(map(type, batch)) == {Tensor}):
+        return batch  # the usual case, faster
+    if kind is dict:
+        return {key: in_own_containers(value) for key, value in batch.items()}
+    if kind is tuple or kind is list:
+        return kind(map(in_own_containers, batch))
+    return copy.copy(batch) if isinstance(batch, (dict, UserDict)) or _is_dataclass(batch) else batch
+
+
 def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
     """Rebuild a nesting with `fn(leaf)` in the place of each tensor and of whatever else is no container."""
     kind = type(batch)

@@ -30,38 +30,50 @@ _KEYED = frozenset(
 )
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operator; calls `_draw` for those that took numbers from a generator."""
+class RandomOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator, and knows those that may take numbers from a generator."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._numbers: dict[tuple[int, int], int] = {}  # generator and its state -> number of the draw
         self._own_generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+
+    def _generator_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
+        generator: torch.Generator | None = kwargs.get("generator")
+        if generator is None:
+            return _default_generator(args, kwargs)
+        if id(generator) not in self._own_generators:
+            self._own_generators[id(generator)] = (generator, generator.get_state())
+        return generator
+
+    def restore_generators(self) -> bool:
+        """Set the user's own generators back to where they were when first seen; whether there were any."""
+        for generator, state in self._own_generators.values():
+            generator.set_state(state)
+        return bool(self._own_generators)
+
+
+class _Draws(RandomOperators):  # type: ignore[no-untyped-call]
+    """Calls `_draw` for the operators that took numbers from a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers: dict[tuple[int, int], int] = {}  # generator and its state -> number of the draw
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not _is_random(func):
+        if not is_random(func):
             result = func(*args, **kwargs)
             self._see(func, args, result)
             return result
-        generator = kwargs.get("generator")
-        if generator is None:
-            generator = _default_generator(args, kwargs)
-        elif id(generator) not in self._own_generators:
-            self._own_generators[id(generator)] = (generator, generator.get_state())
+        generator = self._generator_of(args, kwargs)
         before = _state(generator)
         result = func(*args, **kwargs)
         if _state(generator) == before:  # a dropout of 0, for example
             return result
         number = self._numbers.setdefault((id(generator), before), len(self._numbers))
         return self._draw(number, func, args, result)
-
-    def restore_generators(self) -> None:
-        """Set the user's own generators back to where they were when first seen."""
-        for generator, state in self._own_generators.values():
-            generator.set_state(state)
 
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         pass
@@ -96,16 +108,21 @@ class RecordedDraws(_Draws):  # type: ignore[no-untyped-call]
 
     def _draw(self, number: int, func: Any, args: tuple[Any, ...], result: Any) -> Any:
         if number == len(self.values):  # else it is drawn again, by a checkpoint
-            self.values.append(_kept(func, result))
+            self.values.append(kept(func, result))
             self.names.append(func._opname)
         return result
 
 
 class OwnGenerators(TorchFunctionMode):
-    """Sees the generators that a user passes as `generator=`, at less cost than a look at every operator."""
+    """Sees the generators that a user passes as `generator=`, at less cost than a look at every operator.
+
+    Attributes:
+        dtypes: of the floating point results, as of `RecordedDraws`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.dtypes: set[torch.dtype] = set()
         self._found: dict[int, tuple[torch.Generator, Tensor]] = {}
 
     def __torch_function__(
@@ -114,9 +131,12 @@ class OwnGenerators(TorchFunctionMode):
         generator = kwargs.get("generator") if kwargs else None
         if generator is not None and id(generator) not in self._found:
             self._found[id(generator)] = (generator, generator.get_state())
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.dtypes.add(result.dtype)
+        return result
 
-    def restore(self) -> bool:
+    def restore_generators(self) -> bool:
         """Set those that were seen back; whether there were any."""
         for generator, state in self._found.values():
             generator.set_state(state)
@@ -162,7 +182,7 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
         if own is None:
             self.unknown = self.unknown or func._opname
             return result
-        return _with_values(own, func, args, result)
+        return with_values(own, func, args, result)
 
     def _of_rows(self, number: int, whole: Tensor, shape: torch.Size) -> Tensor | None:
         if whole.shape == shape:
@@ -179,7 +199,7 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
 
 
 @cache
-def _is_random(func: Any) -> bool:
+def is_random(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
@@ -188,7 +208,7 @@ def _is_batch_norm(func: Any) -> bool:
     return "batch_norm" in func._opname and "backward" not in func._opname
 
 
-def _kept(func: Any, result: Any) -> Tensor | None:
+def kept(func: Any, result: Any) -> Tensor | None:
     """A copy of the draw, since dropout scales its mask in place; masks as bytes."""
     name: str = func._opname
     if name == "native_dropout":
@@ -220,10 +240,11 @@ class EqualDraws(_Draws):  # type: ignore[no-untyped-call]
             times = [1] * whole.dim()
             times[dim] = target.shape[dim]
             whole = whole.narrow(dim, 0, 1).repeat(times)  # one entry, as rows may be folded with others either way
-        return _with_values(whole, func, args, result)
+        return with_values(whole, func, args, result)
 
 
-def _with_values(values: Tensor, func: Any, args: tuple[Any, ...], result: Any) -> Any:
+def with_values(values: Tensor, func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """What `func` gives with these draws in the place of its own."""
     return _dropped(args[0], values, args[1]) if func._opname == "native_dropout" else result.copy_(values)
 
 

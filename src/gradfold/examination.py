@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from gradfold import accusation
-from gradfold.draws import DrawsOfRows, EqualDraws, OwnGenerators, RecordedDraws
+from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
 from gradfold.errors import NotDecomposableError
 from gradfold.examined import CannotKnowError, Examined, UndecidedError
+from gradfold.glance import Glance
 from gradfold.jitter import Jitter
-from gradfold.mixture import Mixture
+from gradfold.mixture import Mixture, tolerance_of
 from gradfold.out_of_memory import is_out_of_memory
 from gradfold.trial import Outcome, Shares, Trial
 from gradfold.weight_search import name_weight
 
 __all__: list[str] = []
 
-# Relative differences that rounding explains, by the lowest precision met; proof is four times as much.
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 3e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
-_PROOF = 4
+_PROOF = 4  # how many times what rounding explains a difference must be
 _NOISE = 30  # how many times the effect of a rounding error in every parameter a difference must be
 
 
@@ -41,69 +39,37 @@ class Examination:
         self._parts = examined.parts
         self._dims: dict[int, int] = {}  # by draw, the dimension that holds its rows
 
-    def run(self) -> tuple[str, ...]:
+    def run(self, glance: Glance | None = None) -> tuple[str, ...]:
         """Return the names of the loss terms that could be seen, if the parts fit the whole.
+
+        Args:
+            glance: at the same, whose parts may have been run.
 
         Raises:
             NotDecomposableError: they do not, which is proved.
             UndecidedError: these rows do not tell.
             CannotKnowError: no rows will tell.
         """
-        return self._glance() or self._look_closely()
+        return (glance or Glance(self._trial, self._examined)).run() or self.look_closely()
 
-    def _glance(self) -> tuple[str, ...] | None:
-        """Compare without an eye on every operator, which takes time: enough where nothing is drawn and parts fit."""
-        if any(isinstance(module, _DropoutNd) and module.training and module.p for module in self._model.modules()):
-            return None
-        own = OwnGenerators()
-        try:
-            # What is compiled would be compiled again under a mode, and has taken its generators in anyway.
-            whole = self._run_whole(nullcontext() if _is_compiled(self._model) else own)
-        except (UndecidedError, CannotKnowError):
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return None  # the user's, then it comes again, or of a mode where none may be
-        finally:
-            has_own = own.restore()
-        if has_own or self._trial.has_drawn():
-            return None
-        self._trial.rewind()
-        self._parts = self._examined.recollated or self._examined.parts
-        try:
-            parts = [self._run_part(whole, index, nullcontext()) for index in (0, 1)]
-        except (CannotKnowError, NotDecomposableError):
-            return None
-        mixture = self._mix(whole, parts, self._telling(whole))
-        dtypes = {parameter.dtype for parameter in self._model.parameters()}
-        tolerance = self._tolerance(dtypes)
-        if mixture is None or not float(mixture.errors.max()) <= tolerance:
-            return None
-        self._check_separation(mixture, tolerance)
-        return self._seen(whole)
-
-    def _look_closely(self) -> tuple[str, ...]:
+    def look_closely(self) -> tuple[str, ...]:
+        """As `run`, with an eye on every operator."""
         whole = self._record_whole()
         self._parts = self._examined.parts
         if self._examined.recollated is not None and not self._recorded.values:
             self._parts = self._examined.recollated
         parts = self._run_parts(whole)
-        mixture = self._mix(whole, parts, self._telling(whole))
+        mixture = self._mix(whole, parts, self._examined.telling(whole.losses))
         if mixture is None or not bool(mixture.errors.isfinite().all()):
             raise UndecidedError
-        tolerance = self._tolerance(self._recorded.dtypes)
+        tolerance = tolerance_of(self._recorded.dtypes)
         if float(mixture.errors.max()) > _PROOF * tolerance:
             self._convict(whole, mixture, tolerance)
         if float(mixture.errors.max()) > tolerance:
             raise UndecidedError
-        self._check_separation(mixture, tolerance)
-        return self._seen(whole)
-
-    def _check_separation(self, mixture: Mixture, tolerance: float) -> None:
-        """Raise UndecidedError where the parts are so alike that any weights would fit."""
-        if mixture.separation() < min(100 * tolerance, 0.3):
+        if not mixture.is_telling(tolerance):
             raise UndecidedError
+        return self._examined.seen(whole.losses)
 
     def _run_whole(
         self, mode: AbstractContextManager[Any], only: str | None = None, shares: Shares | None = None
@@ -138,7 +104,7 @@ class Examination:
                 outcomes.append(self._run_part(whole, index, draws, only))
             finally:
                 draws.restore_generators()
-            if any(map(self._seeds_of(index), whole.losses)):
+            if any(map(self._examined.seeds_of(index), whole.losses)):
                 draws.finish()
             if draws.unknown is not None:
                 raise CannotKnowError(f"the random numbers of {draws.unknown} cannot be handed to rows")
@@ -148,7 +114,7 @@ class Examination:
     def _run_part(
         self, whole: Outcome, index: int, mode: AbstractContextManager[Any], only: str | None = None
     ) -> Outcome:
-        shares = self._seeds_of(index)
+        shares = self._examined.seeds_of(index)
         if not any(map(shares, whole.losses)):  # the engine would not run it either
             return Outcome([None] * len(whole.gradients), {})
         try:
@@ -174,29 +140,13 @@ class Examination:
     def _sizes(self) -> tuple[int, int]:
         return len(self._examined.rows[0]), len(self._examined.rows[1])
 
-    def _seeds_of(self, index: int) -> Shares:
-        shares, part_shares = self._examined.shares, self._examined.part_shares[index]
-        return lambda name: shares(name) * part_shares(name)
-
-    def _seen(self, whole: Outcome) -> tuple[str, ...]:
-        """The loss terms that weighed something in both parts."""
-        seeds = self._seeds_of(0), self._seeds_of(1)
-        return tuple(name for name in whole.losses if all(seed(name) for seed in seeds))
-
-    def _telling(self, whole: Outcome) -> str:
-        """A loss term that weighs something in both parts, if there is one."""
-        return next(iter(self._seen(whole) or whole.losses))
-
     def _mix(self, whole: Outcome, parts: list[Outcome], term: str) -> Mixture | None:
         share = self._examined.part_shares[0](term)
         return Mixture.of(whole.gradients, parts[0].gradients, parts[1].gradients, share)
 
-    def _tolerance(self, dtypes: Iterable[torch.dtype]) -> float:
-        return max(_TOLERANCES.get(dtype, 0.0) for dtype in {torch.float64, *dtypes})
-
     def _check_empty(self, outcome: Outcome, index: int) -> None:
         for name, loss in outcome.losses.items():
-            if self._seeds_of(index)(name) and not math.isfinite(float(loss)):
+            if self._examined.seeds_of(index)(name) and not math.isfinite(float(loss)):
                 weight = name_weight(*self._examined.parts, self._sizes, float(index))
                 raise accusation.is_empty(name, self._examined.rows[index], float(loss), weight)
 
@@ -214,7 +164,7 @@ class Examination:
             of_term = mixture if len(whole.losses) == 1 else self._mix_alone(name)
             if of_term is not None and float(of_term.errors.max()) > _PROOF * tolerance:
                 raise self._accuse(of_term, name, tolerance)
-        raise self._accuse(mixture, self._telling(whole), tolerance)
+        raise self._accuse(mixture, self._examined.telling(whole.losses), tolerance)
 
     def _check_reproducible(self, mixture: Mixture, suspicious: Tensor) -> None:
         again = self._record_whole()
@@ -252,7 +202,7 @@ class Examination:
         parts = [self._run_part(whole, index, equal[index + 1]) for index in (0, 1)]
         for draws in equal:
             draws.restore_generators()
-        mixture = self._mix(alike, parts, self._telling(whole))
+        mixture = self._mix(alike, parts, self._examined.telling(whole.losses))
         if mixture is None or not float(mixture.errors.max()) > _PROOF * tolerance:
             raise CannotKnowError("random numbers are drawn for rows in another order than they came")
 
@@ -291,13 +241,6 @@ class Examination:
             if alone is not None and float(alone.errors.max()) < tolerance:
                 return accusation.moves_state(term, error, buffers)
         return accusation.couples_samples(term, error)
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
 
 
 def _are_finite(outcome: Outcome) -> bool:

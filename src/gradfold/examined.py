@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from gradfold.batch import Batch
@@ -43,3 +43,16 @@ class Examined:
     part_shares: tuple[Shares, Shares]
     weights_of: Callable[[str], tuple[float, float]]
     weight: WeightOption
+
+    def seeds_of(self, index: int) -> Shares:
+        """By loss term, the seed of part `index`: what it makes up of the window."""
+        return lambda name: self.shares(name) * self.part_shares[index](name)
+
+    def seen(self, names: Collection[str]) -> tuple[str, ...]:
+        """The loss terms of these that weigh something in both parts."""
+        seeds = self.seeds_of(0), self.seeds_of(1)
+        return tuple(name for name in names if all(seed(name) for seed in seeds))
+
+    def telling(self, names: Collection[str]) -> str:
+        """A loss term that weighs something in both parts, if there is one."""
+        return next(iter(self.seen(names) or names))

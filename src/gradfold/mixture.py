@@ -6,7 +6,7 @@ that fails, another relation often holds, and says what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,6 +17,9 @@ from torch import Tensor
 __all__: list[str] = []
 
 Cause = Literal["weights", "sum", "seed", "coupled"]
+
+# Relative differences that rounding explains, by the lowest precision met.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 3e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
 
 # Parameters whose gradient is this much smaller than the largest one count as zero: what is in them is rounding.
 _NEGLIGIBLE = 1e-3
@@ -48,21 +51,25 @@ class Mixture:
         found = [three for three in zip(whole, first, second, strict=True) if any(one is not None for one in three)]
         if not found:
             return None
-        filled = [_filled(three) for three in found]
-        return cls([a for a, _, _ in filled], [b for _, b, _ in filled], [c for _, _, c in filled], share)
+        whole, first, second = map(_in_float64, zip(*map(_filled, found), strict=True))
+        return cls(whole, first, second, share)
 
     @cached_property
     def errors(self) -> Tensor:
         """How far the parts are from the whole, per parameter, relative to the size of the parts."""
-        missing = [whole - first - second for whole, first, second in self._each()]
-        return _root_mean_squares(missing) / self._sizes
+        missing = torch._foreach_sub(torch._foreach_sub(self.whole, self.first), self.second)
+        return _root_mean_squares(list(missing)) / self._sizes
+
+    def is_telling(self, tolerance: float) -> bool:
+        """Whether the parts differ enough to tell weights from others."""
+        return self.separation() >= min(100 * tolerance, 0.3)
 
     def separation(self) -> float:
         """How different the means over the two parts are: where they are equal, weights cannot be told from others."""
         if not 0 < self.share < 1:
             return 0.0
-        gaps = [first / self.share - second / (1 - self.share) for _, first, second in self._each()]
-        return float((_root_mean_squares(gaps) / self._sizes).max())
+        first, second = torch._foreach_div(self.first, self.share), torch._foreach_div(self.second, 1 - self.share)
+        return float((_root_mean_squares(list(torch._foreach_sub(first, second))) / self._sizes).max())
 
     def differences(self, other: Sequence[Tensor | None]) -> Tensor:
         """How far another run of the whole is from this one, on the scale of `errors`."""
@@ -94,9 +101,6 @@ class Mixture:
                 return "weights", fitting
         return "coupled", None
 
-    def _each(self) -> zip[tuple[Tensor, Tensor, Tensor]]:
-        return zip(self.whole, self.first, self.second, strict=True)
-
     @cached_property
     def _sizes(self) -> Tensor:
         parts = _root_mean_squares(self.first) + _root_mean_squares(self.second)
@@ -104,11 +108,22 @@ class Mixture:
         return sizes.clamp(min=max(_NEGLIGIBLE * float(sizes.max()), 1e-300))
 
 
-def _filled(three: tuple[Tensor | None, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    zero = torch.zeros_like(next(one for one in three if one is not None))
-    # In float64, since squares of small float32 numbers vanish.
-    whole, first, second = ((zero if one is None else one).cpu().double() for one in three)
-    return whole, first, second
+def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
+    """The relative difference that computing in these may make."""
+    return max(_TOLERANCES.get(dtype, 0.0) for dtype in {torch.float64, *dtypes})
+
+
+def _filled(three: tuple[Tensor | None, Tensor | None, Tensor | None]) -> list[Tensor]:
+    present = next(one for one in three if one is not None)
+    return [torch.zeros_like(present) if one is None else one for one in three]
+
+
+def _in_float64(parts: Sequence[Tensor]) -> list[Tensor]:
+    """On the host, in one transfer; in float64 since squares of small float32 numbers vanish."""
+    if len({part.device for part in parts}) > 1:
+        parts = [part.cpu() for part in parts]
+    lengths = [part.numel() for part in parts]
+    return list(torch.cat(tuple(parts)).cpu().double().split_with_sizes(lengths))
 
 
 def _fitting_share(whole: Tensor, a: Tensor, b: Tensor) -> float | None:
@@ -129,5 +144,5 @@ def _nonzero(share: float) -> float:
 
 
 def _root_mean_squares(parts: list[Tensor]) -> Tensor:
-    lengths = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    lengths = torch.tensor([part.numel() for part in parts], dtype=torch.float64)
     return torch.stack(torch._foreach_norm(parts)) / lengths.sqrt()

@@ -1,9 +1,10 @@
 """The self-check: the guard of the first window, which tries out whether this loss can be accumulated at all.
 
 The first micro-batch runs whole and in two parts of unequal size, in the model's own mode, with the seeds of the
-engine, each row with the random numbers that it had in the whole; of 16 rows or more half are enough. The guard raises
-only on proof. Where it cannot know it says so once, and where these rows do not tell it looks again at windows 2, 4, 8
-and 16. It costs about two micro-steps, once per structure of batches and loss terms, and leaves no trace.
+engine, each row with the random numbers that it had in the whole; of 16 rows or more half are enough. With fewer rows
+the parts run first, and the whole is the window's own run of its first micro-batch. The guard raises only on proof.
+Where it cannot know it says so once, and where these rows do not tell it looks again at windows 2, 4, 8 and 16. It
+costs about two micro-steps, once per structure of batches and loss terms, and leaves no trace.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from gradfold.errors import BatchError, NotDecomposableError
 from gradfold.examination import Examination
 from gradfold.examined import CannotKnowError, Examined, UndecidedError
 from gradfold.feed import feed
+from gradfold.glance import Glance
 from gradfold.loss import LossFn
 from gradfold.out_of_memory import is_out_of_memory
-from gradfold.random_state import HostRandomState, RandomState
 from gradfold.split import CollateRows, MicroBatch
-from gradfold.trial import Shares, Trial
+from gradfold.trial import Shares, Trial, sample_gradients
 from gradfold.warning import warn
 from gradfold.weight import WeightOption, WindowWeights, weigh
+from gradfold.window import AfterFirst, RunAgain
 
 __all__: list[str] = []
 
@@ -86,34 +88,85 @@ class SelfCheck:
         micro_batches: Sequence[MicroBatch],
         weights: WindowWeights,
         device: torch.device,
+        is_plain: bool,
         collate_rows: CollateRows | None = None,
         frozen: Iterable[nn.Module] = (),
-    ) -> None:
+    ) -> AfterFirst | None:
         """Examine the first micro-batch that has rows enough.
 
         Args:
             micro_batches: of the window.
             weights: of the window.
             device: that of the model.
+            is_plain: whether the window runs one micro-batch after another.
             collate_rows: where samples are collated.
             frozen: modules that are looked at in evaluation mode, since they are known not to fit.
+
+        Returns:
+            What ends the look after the window's own run of that micro-batch; None where nothing is left to see.
 
         Raises:
             NotDecomposableError: the parts do not make up the whole.
         """
         idle = weights.idle()
-        index = next((i for i, part in enumerate(micro_batches) if len(part.rows) > 1 and i not in idle), None)
-        if index is None or any(map(is_lazy, self._model.parameters())):  # the first window makes lazy layers
-            return
+        busy = [index for index in range(len(micro_batches)) if index not in idle]
+        index = next((index for index in busy if len(micro_batches[index].rows) > 1), None)
+        trial = Trial(self._model, self._loss_fn, self._back_propagate, frozen)
+        if index is None or any(map(is_lazy, trial.parameters)):  # the first window makes lazy layers
+            return None
         part = micro_batches[index]
 
         def shares(name: str) -> float:
             return weights.of_term(name).parts[index]
 
-        examine = partial(self._examine, shares=shares, device=device, collate_rows=collate_rows, frozen=frozen)
-        random_states = RandomState.record(self._model.parameters()), HostRandomState.record()
+        prepare = partial(self._prepare, trial, shares, device, collate_rows)
+        is_large = len(part.rows) >= 2 * _ENOUGH_ROWS
+        # The first run of the window shows the whole, if it can be taken back for a closer look.
+        may_wait = not is_large and index == busy[0] and is_plain
+
+        def examine() -> tuple[str, ...] | AfterFirst:
+            if is_large:
+                seen = _try_half(part, collate_rows, lambda half: Examination(trial, self._model, prepare(half)).run())
+                if seen is not None:
+                    return seen
+                trial.rewind()
+            examined = prepare(part)
+            glance = Glance(trial, examined)
+            if may_wait and glance.run_parts() and trial.can_undo_others:
+                glance.let_go()
+                return partial(self._finish, trial, glance, partial(prepare, part))
+            return Examination(trial, self._model, examined).run(glance)
+
+        with trial:
+            return self._conclude(examine)
+
+    def _finish(self, trial: Trial, glance: Glance, prepare: Callable[[], Examined], run_again: RunAgain) -> None:
+        """Compare the window's own run of its first micro-batch with the parts that have been run of it."""
+        is_undone = False
+
+        def compare() -> tuple[str, ...]:
+            nonlocal is_undone
+            seen = glance.compare(sample_gradients(trial.parameters))
+            if seen is not None:
+                return seen
+            is_undone = True
+            trial.undo()
+            try:
+                return Examination(trial, self._model, prepare()).look_closely()
+            finally:
+                trial.undo()
+
+        self._conclude(compare)
+        if is_undone:
+            run_again()
+
+    def _conclude(self, examine: Callable[[], tuple[str, ...] | AfterFirst]) -> AfterFirst | None:
+        """Note what an examination found, or that it found nothing; give back what is to end it later."""
         try:
-            self._settled[self._current] = _try_half(part, collate_rows, examine) or examine(part)
+            found = examine()
+            if callable(found):
+                return found
+            self._settled[self._current] = found
         except UndecidedError:
             pass
         except (CannotKnowError, BatchError) as reason:
@@ -121,29 +174,20 @@ class SelfCheck:
             warn(
                 f"the self-check cannot know whether this loss can be accumulated: {reason}. "
                 "gradfold.verify(accumulator, batch) tries harder. If the loss is a mean over what weight= counts, and "
-                "no sample sees another, all is well, and self_check=False says that you know.",
+                "no sample sees another, all is well, and self_check=False says that you know."
             )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise  # else it is undecided: the window itself will find out what fits
-        finally:
-            for state in random_states:  # a collate function may draw, too
-                state.restore()
+        return None
 
-    def _examine(
+    def _prepare(
         self,
-        part: MicroBatch,
+        trial: Trial,
         shares: Shares,
         device: torch.device,
         collate_rows: CollateRows | None,
-        frozen: Iterable[nn.Module],
-    ) -> tuple[str, ...]:
-        examined = self._prepare(part, shares, device, collate_rows)
-        with Trial(self._model, self._loss_fn, self._back_propagate, frozen) as trial:
-            return Examination(trial, self._model, examined).run()
-
-    def _prepare(
-        self, part: MicroBatch, shares: Shares, device: torch.device, collate_rows: CollateRows | None
+        part: MicroBatch,
     ) -> Examined:
         sizes = _unequal(len(part.rows))
         rows = range(sizes[0]), range(sizes[0], sum(sizes))
@@ -156,9 +200,10 @@ class SelfCheck:
                 raise
             first, second = recollated
         pair = self._weigh([MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
-        whole = self._weigh([part])
         pieces = [MicroBatch(data, part.rows) for data in (part.data, first, second, *(recollated or ()))]
         take = feed(pieces, device)
+        if collate_rows is not None:
+            trial.rewind()  # it may have drawn
         return Examined(
             whole=take(0),
             parts=(take(1), take(2)),
@@ -166,7 +211,7 @@ class SelfCheck:
             rows=rows,
             shares=shares,
             part_shares=(lambda name: pair.of_term(name).parts[0], lambda name: pair.of_term(name).parts[1]),
-            weights_of=lambda name: (whole.of_term(name).total, pair.of_term(name).total),
+            weights_of=lambda name: (self._weigh([part]).of_term(name).total, pair.of_term(name).total),
             weight=self._weight,
         )
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from gradfold.attributes import Attributes
 from gradfold.backward import BackPropagation
-from gradfold.batch import Batch, map_tensors
+from gradfold.batch import Batch, map_leaves, map_tensors
 from gradfold.buffers import BufferKeeper
+from gradfold.gradients import parameters_of
 from gradfold.loss import LossFn, read_pair, read_terms
 from gradfold.random_state import HostRandomState, RandomState
 
@@ -40,7 +41,12 @@ class Outcome:
 
 
 class Trial:
-    """Runs parts of a batch on a model and takes everything back at the end of the `with` block."""
+    """Runs parts of a batch on a model and takes everything back at the end of the `with` block.
+
+    Attributes:
+        modules, parameters: of the model.
+        changes_inputs: whether a run has changed what it was given, in place.
+    """
 
     def __init__(
         self, model: nn.Module, loss_fn: LossFn, back_propagate: BackPropagation, frozen: Iterable[nn.Module] = ()
@@ -50,13 +56,16 @@ class Trial:
         self._loss_fn = loss_fn
         self._back_propagate = back_propagate
         self._foreign: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.modules = list(model.modules())
+        self.parameters = parameters_of(self.modules)
+        self._own = set(map(id, self.parameters))
+        self.changes_inputs = False
 
     def __enter__(self) -> Trial:
-        self._modules = list(self._model.modules())
-        self._attributes = Attributes(self._modules)
+        self._attributes = Attributes(self.modules)
         self._buffers = BufferKeeper()
-        self._buffers.open(self._modules)
-        self._random_state = RandomState.record(self._model.parameters())
+        self._buffers.open(self.modules)
+        self._random_state = RandomState.record(self.parameters)
         self._host_random_state = HostRandomState.record()
         for module in self._frozen:
             module.training = False
@@ -65,20 +74,27 @@ class Trial:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._buffers.restore()
-        self._random_state.restore()
-        self._host_random_state.restore()
+        self.undo()
+
+    def undo(self) -> None:
+        """Make everything as it was at the beginning; also after the `with` block, if more has been run since."""
+        self.rewind()
         self._attributes.restore()
         for tensor, gradient in self._foreign.values():
             tensor.grad = gradient
-        self._empty_gradients()
+        self._empty_gradients(self._model.parameters())  # a run may have made some
 
     def rewind(self) -> None:
         """Set buffers and random states to where they were at the beginning."""
         self._buffers.restore()
-        self._buffers.open(self._modules)
+        self._buffers.open(self.modules)
         self._random_state.restore()
         self._host_random_state.restore()
+
+    @property
+    def can_undo_others(self) -> bool:
+        """Whether `undo` would take back a run by others, too: what a trial sets aside or copies, others reach."""
+        return not self._foreign and not self.changes_inputs
 
     def changed_buffers(self) -> list[str]:
         """The names of the buffers that differ from those at the beginning."""
@@ -102,6 +118,7 @@ class Trial:
             only: back-propagate this term alone.
         """
         batch = map_tensors(torch.clone, batch)  # a model may change its input in place
+        marks = _marks(batch)
         with mode:
             output = self._loss_fn(self._model, batch)
             terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
@@ -109,19 +126,19 @@ class Trial:
             weighed = [(term, share) for term, share in weighed if share]
             self._set_aside_foreign(term for term, _ in weighed)
             self._back_propagate(weighed)
-        gradients = sample_gradients(list(self._model.parameters()))
-        self._empty_gradients()
+        self.changes_inputs |= _marks(batch) != marks
+        gradients = sample_gradients(self.parameters)
+        self._empty_gradients(self.parameters)
         return Outcome(gradients, {name: term.detach() for name, term in terms.items()})
 
-    def _empty_gradients(self) -> None:
-        for parameter in self._model.parameters():
+    def _empty_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
             parameter.grad = None
 
     def _set_aside_foreign(self, terms: Iterable[Tensor]) -> None:
         """Keep the gradients of tensors outside the model, which the backward pass adds to as well."""
-        own = {id(parameter) for parameter in self._model.parameters()}
         for leaf in _leaves(terms):
-            if id(leaf) not in own and id(leaf) not in self._foreign:
+            if id(leaf) not in self._own and id(leaf) not in self._foreign:
                 self._foreign[id(leaf)] = (leaf, leaf.grad)
                 leaf.grad = None
 
@@ -144,6 +161,13 @@ def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
     values = values[:: -(-len(values) // quota)]
     values = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
     return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+
+
+def _marks(batch: Batch) -> list[tuple[int, int]]:
+    """What stands in a batch, such that a change in place makes a difference."""
+    found: list[tuple[int, int]] = []
+    map_leaves(lambda leaf: found.append((id(leaf), leaf._version if isinstance(leaf, Tensor) else 0)), batch)
+    return found
 
 
 def _leaves(terms: Iterable[Tensor]) -> list[Tensor]:

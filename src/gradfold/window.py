@@ -21,10 +21,9 @@ couple the samples of a batch need another order of forwards and backwards. They
 
 from __future__ import annotations
 
-import copy
-from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.backward import BackPropagation, Weighed
-from gradfold.batch import Batch
+from gradfold.batch import in_own_containers
 from gradfold.errors import BatchError
 from gradfold.feed import feed
 from gradfold.loss import LossFn, LossTerms, read_pair
@@ -85,6 +84,13 @@ Schedule: TypeAlias = Callable[[Sequence[int], Forward, Backward], None]
 batches."""
 
 
+RunAgain: TypeAlias = Callable[[], None]
+"""Runs the forward and the backward of a micro-batch once more."""
+
+AfterFirst: TypeAlias = Callable[[RunAgain], None]
+"""Called when the first micro-batch has been back-propagated, whose gradient stands in `.grad`."""
+
+
 def one_after_another(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
     """The plain schedule: one micro-batch's activations are alive at a time."""
     for index in indices:
@@ -96,6 +102,7 @@ class OpenWindow:
 
     Attributes:
         current: the micro-batch that was begun last.
+        after_first: who waits for the gradient of the first micro-batch; whoever undoes it must run it again.
     """
 
     def __init__(
@@ -121,6 +128,7 @@ class OpenWindow:
         self.num_samples = micro_batches[-1].rows.stop if micro_batches else 0
         self.done: frozenset[int] = frozenset()  # before it was cut anew
         self.current = 0
+        self.after_first: AfterFirst | None = None
         # What was cut has begun at version 0.
         self._versions = [None if part.is_cut else versions(part) for part in micro_batches]
 
@@ -151,7 +159,8 @@ class OpenWindow:
         """Step [3]: every micro-batch that is not done yet."""
         # Idle micro-batches come last: only then is it known whether there are metrics to be had from them.
         order = [index for index in range(len(self.micro_batches)) if index not in self.idle] + sorted(self.idle)
-        schedule([index for index in order if index not in self.done], self.forward, self.back_propagate)
+        backward = self.back_propagate if self.after_first is None else self._backward
+        schedule([index for index in order if index not in self.done], self.forward, backward)
         self.weights.check_names(self.losses.names, self.metrics.names)
 
     def result(self) -> WindowResult:
@@ -167,29 +176,26 @@ class OpenWindow:
         self.current = index
         if index in self.idle:
             return self._forward_idle(index)
-        output = self.loss_fn(self.model, _to_write_to(self.take(index)))
+        output = self.loss_fn(self.model, in_own_containers(self.take(index)))
         if isinstance(output, tuple):
             output, metrics = read_pair(output)
             self.metrics.add(index, metrics)
         return self.losses.add(index, output)
 
+    def _backward(self, weighed: Weighed) -> None:
+        self.back_propagate(weighed)
+        if self.after_first is not None:
+            after_first, self.after_first = self.after_first, None
+            after_first(partial(self._run_again, self.current))
+
+    def _run_again(self, index: int) -> None:
+        self.back_propagate(self.forward(index))
+
     def _forward_idle(self, index: int) -> Weighed:
         """A micro-batch that weighs nothing is looked at only where there are metrics to be had from it."""
         if self.metrics.names:
             with torch.no_grad():
-                output = self.loss_fn(self.model, _to_write_to(self.take(index)))
+                output = self.loss_fn(self.model, in_own_containers(self.take(index)))
             if isinstance(output, tuple):
                 self.metrics.add(index, read_pair(output)[1])
         return []
-
-
-def _to_write_to(batch: Batch) -> Batch:
-    """The same tensors in other containers, so that `batch["x"] = batch["x"] / 255` can run again on the same rows."""
-    kind = type(batch)
-    if kind is Tensor or (kind is tuple and set(map(type, batch)) == {Tensor}):
-        return batch  # the usual case, faster
-    if kind is dict:
-        return {key: _to_write_to(value) for key, value in batch.items()}
-    if kind is tuple or kind is list:
-        return kind(map(_to_write_to, batch))
-    return copy.copy(batch) if isinstance(batch, (dict, UserDict)) or is_dataclass(batch) else batch
