@@ -24,7 +24,7 @@ one scalar before the first batch, and refuses.
     +    scheduler.step()
     +    optimizer.zero_grad()
 
-One process, without fp16: loss scaling and several ranks are not in this version.
+One process, without fp16: a framework that scales the loss does so in its own backward, which is not supported.
 """
 
 import torch

@@ -24,6 +24,8 @@ CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't 
         MemoryError("Unable to allocate 7.28 TiB for an array"),
         RuntimeError(f"{CPU}8000000000000 bytes. Error code 12 (Cannot allocate memory)"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8000000000000 bytes."),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("std::bad_alloc"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -67,6 +67,9 @@ class Accumulator:
             out the micro-batches to blame, and their weight. A loss scaler decides instead, where there is one.
         backward: what to call instead of `loss.backward(gradient=...)`: `accelerator.backward`, `fabric.backward`,
             a LightningModule's `self.manual_backward`.
+        ranks: None finds the processes that train together in the model: DistributedDataParallel (gradients are summed
+            once per window) or `fully_shard` (once per micro-batch; "reduce_once": once per window, at the cost of
+            whole gradients until then). "alone": this process trains by itself. Weights are summed over all ranks.
         self_check: whether the first window with several micro-batches is tried out for a gradient that is not the
             mean of its parts'. It raises on proof, warns once where it cannot know, costs two micro-steps, once, and
             leaves no trace.
@@ -125,7 +128,7 @@ class Accumulator:
         self._num_weights = len(weight) if isinstance(weight, Mapping) else 1
         self.on_non_finite = on_non_finite
         self.precision = read_option(precision, model)
-        if self.grad_scaler is not None and backward is not None:
+        if self.precision.is_scaled and backward is not None:
             raise OptionError(
                 "a loss scaler and backward= are both given: what backward= calls scales the loss by itself where its "
                 "framework is set to float16. Leave the scaler out."
@@ -166,7 +169,8 @@ class Accumulator:
 
         Raises:
             BatchError: the batch cannot be cut by rows.
-            ModelError: nothing to train, BatchNorm, hooks, or several processes: the message names the cause.
+            ModelError: nothing to train, BatchNorm, hooks, or processes that cannot train together: the message names
+                the cause. RanksError also where another rank has failed in this window.
             LossError: `loss_fn` returned no loss, or one that is NaN or infinite.
             NonFiniteGradientError: the gradient is NaN or infinite, though the losses are finite.
             DoesNotFitError: one row does not fit in memory, or fewer rows than do not fit cannot be run.

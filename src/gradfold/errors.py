@@ -9,7 +9,7 @@ GradfoldError                       1
 ├── ModelError (ValueError)         1   a model that gradfold cannot accumulate for
 │   ├── BatchNormError              1   ... since its samples see each other
 │   ├── HookError                   1   ... since a hook acts on every micro-batch
-│   └── RanksError                  1   ... since it is trained by several processes
+│   └── RanksError                  1   ... since of several processes one has failed, or trains it in another way
 ├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
 │   ├── NonFiniteLossError          1   ... since it is NaN or infinite
 │   └── NotDecomposableError        1   ... since it is not the weighted mean of its parts
@@ -73,7 +73,7 @@ class HookError(ModelError):
 
 
 class RanksError(ModelError):
-    """Several processes train together, which this version does not accumulate for."""
+    """Several processes train together in a way that is not supported, or another one of them has failed."""
 
 
 class LossError(GradfoldError, ValueError):

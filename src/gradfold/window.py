@@ -48,12 +48,13 @@ class WindowResult:
     """What a window gave besides the gradient.
 
     Attributes:
-        loss: the loss of the whole batch (the sum of its terms' means), 0-d, detached, on the device; NaN where the
-            window weighs nothing.
-        metrics: by name: weighted means (0-d), rows in the batch's own order, and the means of named loss terms.
-        num_micro_batches: how many micro-batches were run.
-        num_samples: rows of the batch.
-        weight: the denominator of the loss, or one per term where weights were given by name.
+        loss: the loss of the whole batch, of all ranks (the sum of its terms' means), 0-d, detached, on the device; NaN
+            where the window weighs nothing.
+        metrics: by name: weighted means over all ranks (0-d), rows of this rank in the batch's own order, and the means
+            of named loss terms.
+        num_micro_batches: how many micro-batches were run on this rank.
+        num_samples: rows of the batch of this rank.
+        weight: the denominator of the loss, over all ranks, or one per term where weights were given by name.
         recoveries: the faults that the window survived, in order.
         is_skipped: whether no gradient was left since it was not finite (`on_non_finite=`).
     """

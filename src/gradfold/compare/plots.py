@@ -99,7 +99,7 @@ def draw_loss(axes: Axes, comparison: Comparison) -> None:
         axes.set_yscale("log")
     handles = [Line2D([], [], color=COLORS[row.arm], linewidth=_WIDTHS[row.arm], label=row.arm) for row in finished]
     if handles:
-        axes.legend(handles=handles, frameon=True, framealpha=0.9, edgecolor="none")  # it may have to lie on curves
+        axes.legend(handles=handles, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16), columnspacing=1.2)
     _title(axes, "Loss", "coinciding curves are drawn from wide to narrow")
     axes.set(xlabel="samples seen", ylabel="training loss")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
