@@ -210,7 +210,7 @@ class Accumulator:
         return self.precision.grad_scaler
 
     def twin(self, model: nn.Module, loss_fn: LossFn, micro_batch_size: int | None) -> Accumulator:
-        """An accumulator for another model, with the same weights, collation and BatchNorm; without a self-check."""
+        """An accumulator for another model in this process alone, with the same weights, collation and BatchNorm."""
         return Accumulator(
             model,
             loss_fn,
@@ -218,6 +218,7 @@ class Accumulator:
             weight=self.weight,
             collate=self.collate,
             batch_norm=self.batch_norm,
+            ranks="alone",
             self_check=False,
         )
 
