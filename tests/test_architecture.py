@@ -23,7 +23,7 @@ LAYERS = [
     ["examination"],
     ["glance"],
     ["examined"],
-    ["trial", "replay"],
+    ["trial", "replay", "sharded"],
     ["inspection", "agreement"],
     ["transaction", "window"],
     ["precision", "metric", "feed"],

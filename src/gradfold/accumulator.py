@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradfold import split, sync
-from gradfold.agreement import Alone, Sharded, Together
+from gradfold.agreement import Alone, Together
 from gradfold.backward import BackPropagation, BackwardFn, probe
 from gradfold.batch import Batch
 from gradfold.buffers import BufferKeeper
@@ -27,6 +27,7 @@ from gradfold.precision import PrecisionOption, read_option
 from gradfold.ranks import Ranks
 from gradfold.replay import Cautious, OnNonFinite, Replay, check_on_non_finite
 from gradfold.self_check import SelfCheck
+from gradfold.sharded import Sharded
 from gradfold.split import Collate, CollateRows, MicroBatch
 from gradfold.sync import RanksOption, find_ranks, without_reductions
 from gradfold.transaction import Transaction

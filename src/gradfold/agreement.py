@@ -19,18 +19,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypeVar
 
-from torch import Tensor
-
-from gradfold.batch import Batch
 from gradfold.errors import RanksError
-from gradfold.feed import feed
 from gradfold.gradients import SetAside
-from gradfold.loss import LossTerms, TermSums, read_pair, read_terms
+from gradfold.loss import LossTerms, TermSums
 from gradfold.metric import Metrics
 from gradfold.ranks import Ranks, Reduction
 from gradfold.split import MicroBatch
 from gradfold.weight import WindowWeights
-from gradfold.window import Backward, Forward, OpenWindow, Schedule
+from gradfold.window import OpenWindow, Schedule
 
 __all__: list[str] = []
 
@@ -90,7 +86,7 @@ class _Failure:
 
 
 @dataclass(frozen=True)
-class _Report:
+class Report:
     """What a rank tells the others at the end of its micro-batches."""
 
     losses: TermSums
@@ -105,151 +101,95 @@ class Together(Alone):
         ranks: these.
         weigh: weighs the micro-batches of this rank.
         num_totals: how many denominators that gives.
+
+    Attributes:
+        ranks: as given.
+        num_busy: micro-batches that weigh something, by rank; known with the denominators.
+        next: the meeting at which others would wait; None where there is none.
     """
 
     def __init__(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> None:
         super().__init__(self._weigh_together)
-        self._ranks = ranks
+        self.ranks = ranks
         self._weigh_own = weigh
         self._num_totals = num_totals
         self._wait: Callable[[], list[list[float]]] | None = None  # for meeting [A], once it has begun
         self._totals: list[float] | None = None  # what it gave, summed
-        self._num_busy: list[int] = []  # micro-batches that weigh something, by rank
-        self._next: Literal["denominators", "share", "conclusion"] | None = "denominators"
+        self.num_busy: list[int] = []
+        self.next: Literal["denominators", "share", "conclusion"] | None = "denominators"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        meeting, self._next = self._next, None
+        meeting, self.next = self.next, None
         if error is None:
             return
         if meeting == "denominators" and self._wait is None:
-            self._ranks.begin_gather([1.0, 0.0] + [0.0] * self._num_totals)()
+            self.ranks.begin_gather([1.0, 0.0] + [0.0] * self._num_totals)()
         elif meeting == "conclusion":
-            self._ranks.all_well(False)
+            self.ranks.all_well(False)
         elif self._wait is not None and self._totals is None:
             self._wait()
         if meeting is not None:
-            self._ranks.exchange(_Failure(f"{type(error).__name__}: {error}"))
+            self.ranks.exchange(_Failure(f"{type(error).__name__}: {error}"))
 
     def end(self, losses: LossTerms, metrics: Metrics, gradients: SetAside) -> None:
         """Meetings [B] and [C]."""
-        self._read_totals()
+        self.read_totals()
         losses.settle()
         # Whatever takes memory comes before the meeting: after it the others wait.
-        reduction, zeros = Reduction(self._ranks, gradients.parameters), gradients.zeros()
-        reports = self.share(_Report(losses.own_sums(), metrics.sums(), gradients.layouts()))
+        reduction, zeros = Reduction(self.ranks, gradients.parameters), gradients.zeros()
+        reports = self.share(Report(losses.own_sums(), metrics.sums(), gradients.layouts()))
         losses.join([report.losses for report in reports])
         metrics.join([report.metrics for report in reports])
         layouts = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
         reduction.run(gradients.in_layouts(layouts, zeros))
-        self._next = "conclusion"
+        self.next = "conclusion"
 
     def conclude(self) -> None:
         """Meeting [D]; RanksError where another rank has failed since the end."""
-        self._next = None
-        if not self._ranks.all_well(True):
+        self.next = None
+        if not self.ranks.all_well(True):
             self.share(None)  # raises
 
     def reopen(self) -> None:
         """The window goes on after its end, on all ranks."""
-        self._next = "share"
+        self.next = "share"
 
     def share(self, value: T) -> list[T]:
         """What all ranks have to say; RanksError where one has failed."""
-        values: list[T | _Failure] = self._ranks.exchange(value)
+        values: list[T | _Failure] = self.ranks.exchange(value)
         failures = [(rank, one) for rank, one in enumerate(values) if isinstance(one, _Failure)]
         if failures:
-            self._next = None
+            self.next = None
             rank, failure = failures[0]
             raise RanksError(f"rank {rank} failed in this window, which was rolled back on all. {failure.text}")
-        values[self._ranks.rank] = value
+        values[self.ranks.rank] = value
         return values  # type: ignore[return-value]  # none is a failure
 
     def begin_again(self) -> None:
         """The denominators change: they are summed anew at the next `weigh`."""
         self._wait = self._totals = None
-        self._next = "denominators"
+        self.next = "denominators"
 
     def _weigh_together(self, micro_batches: Sequence[MicroBatch]) -> WindowWeights:
         own = self._weigh_own(micro_batches)
         if self._wait is None:
             num_busy = len(micro_batches) - len(own.idle())
-            self._wait = self._ranks.begin_gather([0.0, float(num_busy), *own.own_totals()])
-        return _SharedWeights(own, self._read_totals)
+            self._wait = self.ranks.begin_gather([0.0, float(num_busy), *own.own_totals()])
+        return _SharedWeights(own, self.read_totals)
 
-    def _read_totals(self) -> list[float]:
+    def read_totals(self) -> list[float]:
+        """The end of meeting [A]: the denominators, summed."""
         if self._totals is None:
             assert self._wait is not None
             failed, num_busy, *totals = zip(*self._wait(), strict=True)
-            self._next = "share"
+            self.next = "share"
             if any(failed):
                 self.share(None)  # raises
-            self._num_busy = [int(count) for count in num_busy]
+            self.num_busy = [int(count) for count in num_busy]
             self._totals = [math.fsum(of_ranks) for of_ranks in totals]
         return self._totals
-
-
-class Sharded(Together):
-    """Several processes that hold a shard of every parameter each (FSDP2).
-
-    Forward passes gather parameters and backward passes sum gradients, on all ranks at once. So all take as many turns
-    as the one with the most micro-batches; blank ones have seeds of zero. Nothing can run again on one rank alone, and
-    an error in the middle of a turn ends the training on all, as it does without gradfold.
-    """
-
-    can_replay = False
-
-    def __init__(self, ranks: Ranks, weigh: Weigh, num_totals: int, set_reducing: Callable[[bool], None]) -> None:
-        super().__init__(ranks, weigh, num_totals)
-        self._set_reducing = set_reducing
-
-    def end(self, losses: LossTerms, metrics: Metrics, gradients: SetAside) -> None:
-        """Meeting [B]; gradients are summed already."""
-        losses.settle()
-        reports = self.share(_Report(losses.own_sums(), metrics.sums(), []))
-        losses.join([report.losses for report in reports])
-        metrics.join([report.metrics for report in reports])
-        self._next = "conclusion"
-
-    def all_finite(self, is_finite: bool) -> bool:
-        """Whether loss and gradient are finite, on all ranks, each of which sees a shard."""
-        return self._ranks.all_well(is_finite)
-
-    def around(self, schedule: Schedule, window: OpenWindow) -> Schedule:
-        """The micro-batches that weigh something, then blank turns until all ranks have had as many."""
-
-        def run(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-            self._read_totals()
-            busy = [index for index in indices if index not in window.idle]
-            num_turns = max(self._num_busy)
-            self._next = None  # the others are in the middle of a turn, and not to be met
-            blank = self._blank(window, busy, num_turns)
-            for turn in range(num_turns):
-                self._set_reducing(turn == num_turns - 1)
-                if turn < len(busy):
-                    schedule([busy[turn]], forward, backward)
-                else:
-                    window.back_propagate(_blank_terms(window, blank))
-            self._next = "share"
-
-        return run
-
-    def _blank(self, window: OpenWindow, busy: Sequence[int], num_turns: int) -> Batch:
-        """What runs in blank turns: rows that weigh something, since 0 times the gradient of others may be NaN."""
-        own = window.micro_batches[busy[0]].data if busy else None
-        if min(self._num_busy) > 0 or not num_turns:
-            return own
-        donor = next(rank for rank, count in enumerate(self._num_busy) if count)
-        given = self._ranks.exchange(own if self._ranks.rank == donor else None)[donor]
-        return own if busy else given
-
-
-def _blank_terms(window: OpenWindow, batch: Batch) -> list[tuple[Tensor, float]]:
-    data = feed([MicroBatch(batch, range(0))], window.device)(0)
-    output = window.loss_fn(window.model, data)
-    terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
-    return [(term, 0.0) for term in terms.values()]
 
 
 class _SharedWeights(WindowWeights):
