@@ -11,10 +11,11 @@ from torch import nn
 from gradfold.accumulator import Accumulator
 from gradfold.batch import Batch, num_rows
 from gradfold.coupled.batch_norm import batch_statistics_layers
-from gradfold.errors import BatchError, BatchNormError, OptionError
+from gradfold.errors import BatchError, BatchNormError, OptionError, RanksError
 from gradfold.hooks import parameters_with_hooks
 from gradfold.loader import LoopWindow, Window
 from gradfold.split import split_samples
+from gradfold.sync import parallel_modules, sharded_modules
 from gradfold.verification import causes
 from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare
 from gradfold.verification.specimen import Specimen, Untouched, WholeRun, own_dtypes
@@ -50,7 +51,7 @@ def verify(
     Raises:
         BatchError: the batch cannot be cut by rows, has one row only, or is a window.
         OptionError: `dtype` or a size cannot work.
-        ModelError: the model cannot be copied, or the accumulator refuses it.
+        ModelError: the model cannot be copied, is wrapped for several processes, or the accumulator refuses it.
         LossError: `loss_fn` returned no loss.
 
     >>> import torch, gradfold
@@ -68,6 +69,7 @@ def verify(
     """
     if not isinstance(accumulator, Accumulator):
         raise OptionError(f"verify got a {type(accumulator).__name__}; expected a gradfold.Accumulator and a batch.")
+    _refuse_several_ranks(accumulator)
     total = _count_rows(accumulator, batch)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise OptionError(f"dtype={dtype!r}; expected torch.float64, or another floating point dtype.")
@@ -81,6 +83,15 @@ def verify(
             return _not_compared(specimen, cause, notes)
         needed = [accumulator.micro_batch_size] if asked is None else asked
         return _Proof(specimen, sizes, needed, notes).run(whole)
+
+
+def _refuse_several_ranks(accumulator: Accumulator) -> None:
+    modules = list(accumulator.model.modules())
+    if accumulator.ranks != "alone" and (parallel_modules(modules) or sharded_modules(modules)):
+        raise RanksError(
+            "verify runs in one process, and this model is wrapped for several. Verify the module inside, on each rank "
+            'or on one: verify(Accumulator(model.module, loss_fn, ..., ranks="alone"), batch).'
+        )
 
 
 def _count_rows(accumulator: Accumulator, batch: Batch) -> int:
