@@ -179,17 +179,17 @@ class Accumulator:
         """
         modules = list(self.model.modules())
         parameters = parameters_of(modules)
-        check_trainable(self.model, parameters)
-        device = parameters[0].device
-        self._probe_backward(device)
+        device = parameters[0].device if parameters else torch.device("cpu")
         self._is_looked_at = False
         ranks = find_ranks(modules, device, self.ranks)
         agreement = self._agree(ranks, modules)
         with (
             agreement,
-            nullcontext() if ranks is None else without_reductions(modules),
             Transaction(self.model, modules, parameters, self._buffers, self._set_aside) as transaction,
+            nullcontext() if ranks is None else without_reductions(modules),
         ):
+            check_trainable(self.model, parameters)
+            self._probe_backward(device)
             micro_batches = self._cut(batch)
             window = OpenWindow(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
             prepare = partial(self._prepare, transaction, agreement, batch, modules, parameters)
@@ -285,10 +285,10 @@ class Accumulator:
         window: OpenWindow,
     ) -> Schedule:
         """How to run a window that begins, after a look at it."""
-        is_new_size = len(window.micro_batches[0].rows) > self._fitting_size.proven
+        is_new_size = any(len(part.rows) > self._fitting_size.proven for part in window.micro_batches[:1])
         plain = Cautious(transaction) if is_new_size else one_after_another
         num_micro_batches = len(window.micro_batches)
-        if num_micro_batches == 1:
+        if num_micro_batches <= 1:
             return agreement.around(plain, window)
         self._check_hooks(parameters)
         schedule = batch_normalisation.schedule_for(
@@ -307,10 +307,10 @@ class Accumulator:
         sharded = sync.sharded_modules(modules)
         if not sharded:
             return Together(ranks, self._weigh, self._num_weights + 1)
-        if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
+        if self.on_non_finite == "skip_micro_batch" or self._backward is not None or self.batch_norm is not None:
             raise OptionError(
                 'fully_shard does not go with on_non_finite="skip_micro_batch", since no rank can run alone again, nor '
-                "with backward=."
+                'with backward=, nor with batch_norm="per_micro_batch", whose statistics blank turns would move.'
             )
         self._back_propagate.factor = sync.divide_factor(sharded, ranks.size)
         reduces_once = self.ranks == "reduce_once"

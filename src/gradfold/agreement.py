@@ -92,6 +92,7 @@ class Report:
     losses: TermSums
     metrics: dict[str, tuple[float, float]]
     gradients: list[str | None]
+    found: list[bool]
 
 
 class Together(Alone):
@@ -139,9 +140,10 @@ class Together(Alone):
         losses.settle()
         # Whatever takes memory comes before the meeting: after it the others wait.
         reduction, zeros = Reduction(self.ranks, gradients.parameters), gradients.zeros()
-        reports = self.share(Report(losses.own_sums(), metrics.sums(), gradients.layouts()))
+        reports = self.share(Report(losses.own_sums(), metrics.sums(), gradients.layouts(), gradients.are_found()))
         losses.join([report.losses for report in reports])
         metrics.join([report.metrics for report in reports])
+        _refuse_differences(reports)
         layouts = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
         reduction.run(gradients.in_layouts(layouts, zeros))
         self.next = "conclusion"
@@ -171,6 +173,13 @@ class Together(Alone):
         """The denominators change: they are summed anew at the next `weigh`."""
         self._wait = self._totals = None
         self.next = "denominators"
+
+    def around(self, schedule: Schedule, window: OpenWindow) -> Schedule:
+        """As this process would; a rank on which nothing weighs anything looks for metrics all the same."""
+        if len(window.idle) == len(window.micro_batches):
+            self.read_totals()
+            window.looks_at_idle = max(self.num_busy) > 0
+        return schedule
 
     def _weigh_together(self, micro_batches: Sequence[MicroBatch]) -> WindowWeights:
         own = self._weigh_own(micro_batches)
@@ -207,7 +216,21 @@ class _SharedWeights(WindowWeights):
             self.shares, self.samples = larger.shares, larger.samples
 
 
+def _refuse_differences(reports: Sequence[Report]) -> None:
+    """Raise RanksError, on all ranks, where parameters do not stand alike on them."""
+    for what, columns in (
+        ("frozen", [[layout == "frozen" for layout in report.gradients] for report in reports]),
+        ("found with a gradient", [report.found for report in reports]),
+    ):
+        differing = [index for index, of_ranks in enumerate(zip(*columns, strict=True)) if len(set(of_ranks)) > 1]
+        if differing:
+            raise RanksError(
+                f"{len(differing)} parameters (the first is number {differing[0]}) are {what} on some ranks and not on "
+                "others, which would leave them different gradients. Freeze, and zero, alike on all ranks."
+            )
+
+
 def _common(layouts: Sequence[str | None]) -> str | None:
     """How ranks sum the gradient of one parameter: sparse where every one that has it has it so."""
-    found = {layout for layout in layouts if layout is not None}
+    found = {layout for layout in layouts if layout not in (None, "frozen")}
     return None if not found else "sparse" if found == {"sparse"} else "dense"

@@ -49,11 +49,13 @@ class SetAside:
             raise
 
     def layouts(self) -> list[str | None]:
-        """Of each parameter: whether its new gradient is "dense", "sparse", or not there."""
-        return [
-            None if parameter.grad is None else "sparse" if parameter.grad.is_sparse else "dense"
-            for parameter in self.parameters
-        ]
+        """Of each parameter: whether its new gradient is "dense", "sparse", not there, or "frozen"."""
+        return [_layout(parameter) for parameter in self.parameters]
+
+    def are_found(self) -> list[bool]:
+        """Of each parameter: whether a gradient was found at the opening."""
+        found = {id(parameter) for parameter, _ in self._found}
+        return [id(parameter) in found for parameter in self.parameters]
 
     def zeros(self) -> list[Tensor | None]:
         """Of each parameter that has no new gradient: zeros, for the case that another process has one."""
@@ -68,7 +70,7 @@ class SetAside:
         """The new gradients, dense or sparse as said, with zeros where other processes have one."""
         found = []
         for parameter, layout, zero in zip(self.parameters, layouts, zeros, strict=True):
-            if layout is None:
+            if layout in (None, "frozen"):
                 continue
             gradient = zero if parameter.grad is None else parameter.grad
             assert gradient is not None
@@ -187,6 +189,12 @@ def non_finite_flags(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         return [flag]
     except RuntimeError:  # sparse or complex ones, or several devices
         return [_is_non_finite(gradient).float() for gradient in gradients]
+
+
+def _layout(parameter: nn.Parameter) -> str | None:
+    if parameter.grad is None:
+        return None if parameter.requires_grad else "frozen"
+    return "sparse" if parameter.grad.is_sparse else "dense"
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from typing import Generic, NoReturn, TypeVar, overload
@@ -25,9 +25,8 @@ from gradfold.gradients import SetAside, check_trainable
 from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.loss import LossTerms
 from gradfold.metric import Metrics
-from gradfold.ranks import Ranks
 from gradfold.split import MicroBatch
-from gradfold.sync import RanksOption, find_ranks, without_reductions
+from gradfold.sync import RanksOption, find_ranks, sharded_modules, without_reductions
 from gradfold.sync import check_option as check_ranks
 from gradfold.weight import BARE, Weight, WindowWeights, weigh
 from gradfold.weight import check_option as check_weight
@@ -82,7 +81,7 @@ class LoopWindow(Generic[T]):
         weight: Weight,
         batch_norm: BatchNormOption,
         backward: BackwardFn | None,
-        ranks: Ranks | None,
+        agreement: Alone,
     ) -> None:
         rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
         stops = [sum(rows[: index + 1]) for index in range(len(rows))]
@@ -90,9 +89,7 @@ class LoopWindow(Generic[T]):
             MicroBatch(data, range(stop - count, stop))
             for data, count, stop in zip(micro_batches, rows, stops, strict=True)
         ]
-        own_weights = partial(weigh, weight)
-        self._ranks = ranks
-        self._agreement = Alone(own_weights) if ranks is None else Together(ranks, own_weights, num_totals=2)
+        self._agreement = agreement
         self._model = model
         self._weights: WindowWeights = self._agreement.weigh(self._parts)
         device = next(model.parameters()).device
@@ -185,17 +182,21 @@ class LoopWindow(Generic[T]):
     @contextmanager
     def _as_one(self) -> Iterator[None]:
         """Several processes accumulate by themselves, and sum their gradients at the end."""
-        if self._ranks is None:
+        if not isinstance(self._agreement, Together):
             yield
             return
         modules = list(self._model.modules())
-        with self._agreement, without_reductions(modules):
-            gradients = SetAside(list(self._model.parameters()))
-            yield
-            self._agreement.end(self._losses, self._metrics, gradients)
-            gradients.settle()
-            self._agreement.conclude()
-            gradients.add_back()
+        gradients = SetAside(list(self._model.parameters()))
+        try:
+            with self._agreement, without_reductions(modules):
+                yield
+                self._agreement.end(self._losses, self._metrics, gradients)
+                gradients.settle()
+                self._agreement.conclude()
+        except BaseException:
+            gradients.put_back(self._model.parameters())
+            raise
+        gradients.add_back()
 
     def _check_backward(self, index: int) -> None:
         if index not in self._done and self._weights.of_term(BARE).parts[index] > 0:
@@ -307,12 +308,20 @@ def _loop_windows(
     if backward is not None:
         probe(backward, parameters[0].device)
     warned_of: set[str] = set()
-    ranks = find_ranks(list(model.modules()), parameters[0].device, option)
+    modules = list(model.modules())
+    ranks = find_ranks(modules, parameters[0].device, option)
+    if sharded_modules(modules):
+        raise OptionError("windows(..., model=) does not go with fully_shard; give the windows to an Accumulator.")
     for group in _plain_windows(loader, num_micro_batches):
-        if len(group) > 1:
-            refuse_post_accumulate_hooks(model, parameters)
-            warn_of_hooks(parameters_with_hooks(model, parameters), warned_of)
-        window = LoopWindow(model, list(group), weight, batch_norm, backward, ranks)
+        own_weights = partial(weigh, weight)
+        agreement = Alone(own_weights) if ranks is None else Together(ranks, own_weights, num_totals=2)
+        with ExitStack() as stack:
+            stack.push(agreement)  # tells the others what fails here
+            if len(group) > 1:
+                refuse_post_accumulate_hooks(model, parameters)
+                warn_of_hooks(parameters_with_hooks(model, parameters), warned_of)
+            window = LoopWindow(model, list(group), weight, batch_norm, backward, agreement)
+            stack.pop_all()
         yield window
         if window.is_unfinished:
             raise WindowError(

@@ -205,6 +205,10 @@ class LossTerms:
                     float(value),
                 )
         if not math.isfinite(sum(self.sums.values())):
+            if self._of_all:
+                raise NonFiniteLossError(
+                    "the loss of another rank is not finite; its own error says where.", 0, BARE, math.nan
+                )
             raise NonFiniteLossError("the finite loss terms sum to more than a float holds.", 0, BARE, math.inf)
 
     def _scalar(self, value: float, dtype: torch.dtype | None) -> Tensor:

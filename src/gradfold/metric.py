@@ -51,6 +51,11 @@ class Metrics:
             if taken:
                 self._values[name] = taken
 
+    @property
+    def all_names(self) -> Collection[str]:
+        """The names that came so far, on any rank."""
+        return {*self._values, *[name for sums in self._of_all for name in sums]}
+
     def check_names(self, terms: Collection[str]) -> None:
         """Raise LossError where a loss term has the name of a metric."""
         for name in self._values:
@@ -92,7 +97,7 @@ class Metrics:
     def _mean_of_all(self, name: str) -> Tensor:
         sums = [one[name] for one in self._of_all if name in one]
         value, total = (math.fsum(column) for column in zip(*sums, strict=True))
-        return torch.tensor(value / total if total else math.nan, device=self._device)
+        return torch.tensor(value / total if total else math.nan, dtype=torch.float64, device=self._device)
 
     def _combine(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
         if _is_scalar(values):

@@ -131,7 +131,9 @@ class Replay:
     def _settle(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> bool:
         self._agreement.end(window.losses, window.metrics, self._transaction.gradients)
         flags = self._transaction.settle()
-        return self._agreement.all_finite(window.losses.settle(flags if on_non_finite is not None else []))
+        is_finite = window.losses.settle(flags if on_non_finite is not None else [])
+        window.check_names()
+        return self._agreement.all_finite(is_finite)
 
     def _run_through(self, window: OpenWindow, around: Callable[[Schedule], Schedule] | None = None) -> OpenWindow:
         """Run a window, halving what does not fit; `around` goes around its schedule."""

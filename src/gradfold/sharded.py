@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -17,6 +18,10 @@ from gradfold.split import MicroBatch
 from gradfold.window import Backward, Forward, OpenWindow, Schedule
 
 __all__: list[str] = []
+
+
+Blank: TypeAlias = "tuple[Batch, list[str] | None]"
+"""Rows for blank turns, and the loss terms that weigh something there (None: all)."""
 
 
 class Sharded(Together):
@@ -36,7 +41,7 @@ class Sharded(Together):
     def end(self, losses: LossTerms, metrics: Metrics, gradients: SetAside) -> None:
         """Meeting [B]; gradients are summed already."""
         losses.settle()
-        reports = self.share(Report(losses.own_sums(), metrics.sums(), []))
+        reports = self.share(Report(losses.own_sums(), metrics.sums(), [], []))
         losses.join([report.losses for report in reports])
         metrics.join([report.metrics for report in reports])
         self.next = "conclusion"
@@ -52,7 +57,8 @@ class Sharded(Together):
             self.read_totals()
             busy = [index for index in indices if index not in window.idle]
             num_turns = max(self.num_busy)
-            self.next = None  # the others are in the middle of a turn, and not to be met
+            self.share(None)  # all are ready: from here on they are in the middle of turns
+            self.next = None
             blank = self._blank(window, busy, num_turns)
             try:
                 for turn in range(num_turns):
@@ -60,25 +66,25 @@ class Sharded(Together):
                     if turn < len(busy):
                         schedule([busy[turn]], forward, backward)
                     else:
-                        window.back_propagate(_blank_terms(window, blank))
+                        window.back_propagate(_blank_terms(window, *blank))
             finally:
                 self._set_reducing(True)
             self.next = "share"
 
         return run
 
-    def _blank(self, window: OpenWindow, busy: Sequence[int], num_turns: int) -> Batch:
+    def _blank(self, window: OpenWindow, busy: Sequence[int], num_turns: int) -> Blank:
         """What runs in blank turns: rows that weigh something, since 0 times the gradient of others may be NaN."""
-        own = window.micro_batches[busy[0]].data if busy else None
+        own = (window.micro_batches[busy[0]].data, window.weights.names_at(busy[0])) if busy else (None, None)
         if min(self.num_busy) > 0 or not num_turns:
             return own
         donor = next(rank for rank, count in enumerate(self.num_busy) if count)
-        given = self.ranks.exchange(own if self.ranks.rank == donor else None)[donor]
+        given = self.ranks.exchange(own if self.ranks.rank == donor else (None, None))[donor]
         return own if busy else given
 
 
-def _blank_terms(window: OpenWindow, batch: Batch) -> list[tuple[Tensor, float]]:
+def _blank_terms(window: OpenWindow, batch: Batch, names: list[str] | None) -> list[tuple[Tensor, float]]:
     data = feed([MicroBatch(batch, range(0))], window.device)(0)
     output = window.loss_fn(window.model, data)
     terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
-    return [(term, 0.0) for term in terms.values()]
+    return [(term, 0.0) for name, term in terms.items() if names is None or name in names]

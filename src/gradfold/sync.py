@@ -148,6 +148,11 @@ def _refuse_options(module: nn.parallel.DistributedDataParallel) -> None:
             "DistributedDataParallel(static_graph=True) does not go with no_sync(), under which gradients accumulate: "
             "it can stop reducing them in silence. Leave static_graph out."
         )
+    if getattr(module, "parameters_to_ignore", None):
+        raise RanksError(
+            "the DistributedDataParallel was told to ignore some parameters, whose gradients gradfold would sum over "
+            "the ranks all the same. Freeze them, or let it have them."
+        )
     if getattr(module, "_comm_hooks", None):
         raise RanksError(
             "the DistributedDataParallel has a communication hook, which gradfold's one reduction per window would "

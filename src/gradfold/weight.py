@@ -182,6 +182,12 @@ class WindowWeights:
             return self.shares.total
         return {name: shares.total for name, shares in self.shares.items() if name in terms or not terms}
 
+    def names_at(self, index: int) -> list[str] | None:
+        """The names that weigh something in a micro-batch; None where weights were not given by name."""
+        if not isinstance(self.shares, dict):
+            return None
+        return [name for name, shares in self.shares.items() if shares.weights[index]]
+
     def idle(self) -> frozenset[int]:
         """The micro-batches that weigh nothing under every name."""
         if isinstance(self.shares, dict):

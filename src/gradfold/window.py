@@ -103,6 +103,7 @@ class OpenWindow:
 
     Attributes:
         current: the micro-batch that was begun last.
+        looks_at_idle: whether micro-batches that weigh nothing are run for their metrics though none has come yet.
         after_first: who waits for the gradient of the first micro-batch; whoever undoes it must run it again.
     """
 
@@ -129,6 +130,7 @@ class OpenWindow:
         self.num_samples = micro_batches[-1].rows.stop if micro_batches else 0
         self.done: frozenset[int] = frozenset()  # before it was cut anew
         self.current = 0
+        self.looks_at_idle = False
         self.after_first: AfterFirst | None = None
         # What was cut has begun at version 0.
         self._versions = [None if part.is_cut else versions(part) for part in micro_batches]
@@ -162,15 +164,20 @@ class OpenWindow:
         order = [index for index in range(len(self.micro_batches)) if index not in self.idle] + sorted(self.idle)
         backward = self.back_propagate if self.after_first is None else self._backward
         schedule([index for index in order if index not in self.done], self.forward, backward)
-        self.weights.check_names(self.losses.names, self.metrics.names)
 
     def result(self) -> WindowResult:
         """The first half of step [4], once the losses are settled."""
         loss, metrics = self.losses.close()
-        self.metrics.check_names(self.losses.names)
+        terms = {*self.losses.names, *self.losses.sums}  # those of other ranks as well
+        self.metrics.check_names(terms)
         metrics.update(self.metrics.close())
         num_run = len(self.micro_batches) - len(self.idle)
-        return WindowResult(loss, metrics, num_run, self.num_samples, self.weights.total(self.losses.names))
+        return WindowResult(loss, metrics, num_run, self.num_samples, self.weights.total(terms))
+
+    def check_names(self) -> None:
+        """Raise WeightError where a weight has no loss term or metric, once the losses are settled."""
+        terms = {*self.losses.names, *self.losses.sums}
+        self.weights.check_names(terms, self.metrics.all_names)
 
     def forward(self, index: int) -> Weighed:
         """The loss terms of a micro-batch, with their graph."""
@@ -194,7 +201,7 @@ class OpenWindow:
 
     def _forward_idle(self, index: int) -> Weighed:
         """A micro-batch that weighs nothing is looked at only where there are metrics to be had from it."""
-        if self.metrics.names:
+        if self.metrics.names or self.looks_at_idle:
             with torch.no_grad():
                 output = self.loss_fn(self.model, in_own_containers(self.take(index)))
             if isinstance(output, tuple):

@@ -218,7 +218,84 @@ def batch_on_one_rank_is_refused(rank, size):
     return first, gradients(model) if not isinstance(second, tuple) else second
 
 
+def unlike(change):
+    """A window whose parameters do not stand alike on all ranks."""
+
+    def run(rank, size):
+        model = DistributedDataParallel(perceptron())
+        if rank == 0:
+            change(next(model.parameters()))
+        return outcome(lambda: gradfold.Accumulator(model, regression).backward(own_rows(rank, size)))
+
+    return run
+
+
+def give_gradient(parameter):
+    parameter.grad = torch.ones_like(parameter)
+
+
+def nothing_left_on_one_rank(rank, size):
+    """All micro-batches of the last rank are left out."""
+    model = DistributedDataParallel(perceptron())
+
+    def loss_fn(model, batch):
+        loss = regression(model, batch)
+        return loss + (model(batch[0]) * 0).abs().sqrt().sum() if rank == size - 1 else loss
+
+    accumulator = gradfold.Accumulator(
+        model, loss_fn, micro_batch_size=2, on_non_finite="skip_micro_batch", self_check=False
+    )
+    result = accumulator.backward(own_rows(rank, size))
+    return gradients(model), result.weight
+
+
+def rows_of_all_but_the_last_rank(size):
+    model = perceptron()
+    regression(model, cut(regression_batch(), slice(0, rows_of(size - 1, size).start))).backward()
+    return gradients(model)
+
+
+def no_weight_on_one_rank(rank, size):
+    """Rank 0 weighs nothing, and has a metric over samples all the same."""
+    model = DistributedDataParallel(perceptron())
+
+    def loss_fn(model, batch):
+        output = model(batch[0])
+        return {"a": F.mse_loss(output, batch[1])}, {"mean": output.mean().detach()}
+
+    weight = {"a": lambda batch: 0 if rank == 0 else len(batch[0])}
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=3, weight=weight, self_check=False)
+    result = outcome(lambda: accumulator.backward(own_rows(rank, size)))
+    return result if isinstance(result, tuple) else (result.weight, result.metrics["mean"].item())
+
+
+def mean_output():
+    return perceptron()(regression_batch()[0]).mean().item()
+
+
+def refused_on_one_rank(rank, size):
+    """A weight function that fails before the loop over the first window."""
+    model = DistributedDataParallel(perceptron())
+
+    def weight(batch):
+        if rank == 0:
+            raise KeyError("no such key")
+        return len(batch[0])
+
+    def run():
+        for window in gradfold.windows([own_rows(rank, size)] * 2, 2, model=model, weight=weight):
+            for micro_batch in window:
+                window.backward(regression(model, micro_batch))
+
+    return outcome(run)
+
+
 SCENARIOS = {
+    "frozen on one rank": unlike(lambda parameter: parameter.requires_grad_(False)),
+    "gradient found on one rank": unlike(give_gradient),
+    "nothing left on one rank": nothing_left_on_one_rank,
+    "no weight on one rank": no_weight_on_one_rank,
+    "refused on one rank": refused_on_one_rank,
     "loop window": loop_window,
     "two modules": two_modules,
     "reductions": count_reductions,

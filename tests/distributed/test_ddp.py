@@ -161,3 +161,28 @@ def test_an_error_on_one_rank_is_told_to_the_others_and_the_next_window_is_fine(
             f"rank 0 failed in this window, which was rolled back on all. BatchError: {text}",
         )
     assert_same_everywhere([scene["bad batch"][1] for scene in scenes], expected)
+
+
+@pytest.mark.parametrize("what", ["frozen", "gradient found"])
+def test_parameters_that_do_not_stand_alike_are_refused_on_all_ranks(scenes, what):
+    for scene in scenes:
+        name, text = scene[f"{what} on one rank"]
+        assert name == "RanksError" and "on some ranks and not on others" in text
+
+
+def test_a_rank_may_lose_all_its_micro_batches(scenes):
+    expected = scenarios.rows_of_all_but_the_last_rank(len(scenes))
+    assert_same_everywhere([scene["nothing left on one rank"][0] for scene in scenes], expected)
+    assert len({scene["nothing left on one rank"][1] for scene in scenes}) == 1
+
+
+def test_metrics_count_the_rows_of_a_rank_that_weighs_nothing(scenes):
+    for scene in scenes:
+        weight, mean = scene["no weight on one rank"]
+        assert set(weight) == {"a"}
+        assert mean == pytest.approx(scenarios.mean_output(), rel=1e-9)
+
+
+def test_what_fails_before_the_loop_over_a_window_is_told(scenes):
+    assert scenes[0]["refused on one rank"][0] == "KeyError"
+    assert all(scene["refused on one rank"][0] == "RanksError" for scene in scenes[1:])
