@@ -285,10 +285,12 @@ class Accumulator:
         window: OpenWindow,
     ) -> Schedule:
         """How to run a window that begins, after a look at it."""
-        is_new_size = any(len(part.rows) > self._fitting_size.proven for part in window.micro_batches[:1])
+        if not window.micro_batches:  # all were left out, but those of other ranks were not
+            return agreement.around(one_after_another, window)
+        is_new_size = len(window.micro_batches[0].rows) > self._fitting_size.proven
         plain = Cautious(transaction) if is_new_size else one_after_another
         num_micro_batches = len(window.micro_batches)
-        if num_micro_batches <= 1:
+        if num_micro_batches == 1:
             return agreement.around(plain, window)
         self._check_hooks(parameters)
         schedule = batch_normalisation.schedule_for(
