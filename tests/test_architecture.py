@@ -29,7 +29,18 @@ LAYERS = [
     ["precision", "metric", "feed"],
     ["loss"],
     ["weight"],
-    ["split", "backward", "gradients", "hooks", "buffers", "random_state", "attributes", "sync", "draws_ahead"],
+    [
+        "split",
+        "backward",
+        "gradients",
+        "hooks",
+        "buffers",
+        "random_state",
+        "attributes",
+        "sync",
+        "rendezvous",
+        "draws_ahead",
+    ],
     ["ranks"],
     ["recovery", "fitting_size", "out_of_memory"],
     ["draws", "mixture", "weight_search", "accusation", "jitter"],
@@ -97,7 +108,7 @@ def test_nothing_is_a_drawer_for_everything():
 
 def test_torch_distributed_is_named_in_one_place():
     naming = {part(path) for path in MODULES if "torch.distributed" in path.read_text()}
-    assert naming <= {"ranks", "sync"}
+    assert naming <= {"ranks", "sync", "rendezvous"}
 
 
 def test_only_the_command_line_prints():

@@ -21,7 +21,7 @@ MODULES = sorted(
 )
 WITH_EXAMPLES = {
     *("gradfold.accumulator", "gradfold.coupled.convert", "gradfold.loader"),
-    *("gradfold.split", "gradfold.train_step", "gradfold.verification.proof", "gradfold.weight"),
+    *("gradfold.split", "gradfold.train_step", "gradfold.verification.verify", "gradfold.weight"),
 }
 
 

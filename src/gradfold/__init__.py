@@ -27,8 +27,8 @@ from gradfold.precision import Precision as Precision
 from gradfold.recovery import Recovery as Recovery
 from gradfold.train_step import StepResult as StepResult
 from gradfold.train_step import TrainStep as TrainStep
-from gradfold.verification.proof import verify as verify
 from gradfold.verification.verdict import Verdict as Verdict
+from gradfold.verification.verify import verify as verify
 from gradfold.weight import TokenCount as TokenCount
 from gradfold.weight import token_count as token_count
 from gradfold.window import WindowResult as WindowResult

@@ -9,6 +9,7 @@ forward pass should be included inside the context manager").
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -73,6 +74,35 @@ def find_ranks(modules: Sequence[nn.Module], device: torch.device, option: Ranks
 def parallel_modules(modules: Sequence[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
     """The DistributedDataParallel modules among these."""
     return [module for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without its DistributedDataParallel modules, with the same parameters: what one process trains."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    children = {name: unwrapped(child) for name, child in model._modules.items() if child is not None}
+    if all(model._modules[name] is child for name, child in children.items()):
+        return model
+    other = copy.copy(model)
+    other._modules = {**model._modules, **children}
+    return other
+
+
+def wrapped_as(model: nn.Module, bare: nn.Module) -> nn.Module:
+    """Wrap a bare copy of a model in DistributedDataParallel modules, in the places where the model has them."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return nn.parallel.DistributedDataParallel(
+            wrapped_as(model.module, bare),
+            process_group=model.process_group,
+            broadcast_buffers=model.broadcast_buffers,
+            find_unused_parameters=model.find_unused_parameters,
+        )
+    done: dict[int, nn.Module] = {}
+    for name, child in model._modules.items():
+        own = bare._modules[name]
+        if child is not None and own is not None:
+            bare._modules[name] = done[id(child)] = done.get(id(child)) or wrapped_as(child, own)
+    return bare
 
 
 def sharded_modules(modules: Sequence[nn.Module]) -> list[FSDPModule]:

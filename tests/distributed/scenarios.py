@@ -196,11 +196,6 @@ def refusals(rank, size):
         "alone": backward(perceptron(), ranks="alone"),
         "static graph": backward(DistributedDataParallel(perceptron(), static_graph=True)),
         "hook": backward(hooked),
-        "verify": outcome(
-            lambda: gradfold.verify(
-                gradfold.Accumulator(DistributedDataParallel(perceptron()), regression), own_rows(rank, size)
-            )
-        ),
         "deepspeed": backward(engine),
         "groups": backward(groups),
         "sync batch norm": backward(wrapped) if size > 1 else None,

@@ -135,7 +135,6 @@ def test_a_micro_batch_of_one_rank_is_left_out_of_the_denominator_of_all(scenes)
         ("unwrapped", "no DistributedDataParallel is found"),
         ("static graph", "static_graph=True"),
         ("hook", "communication hook"),
-        ("verify", "verify runs in one process"),
         ("deepspeed", "DeepSpeed"),
         ("groups", "different process groups"),
         ("sync batch norm", "SyncBatchNorm normalises"),

@@ -14,6 +14,7 @@ from gradfold.cli.verify import EPILOG as VERIFY_EPILOG
 from gradfold.cli.verify import verify
 from gradfold.cli.workloads import workloads
 from gradfold.errors import GradfoldError
+from gradfold.rendezvous import is_first
 
 __all__: list[str] = []
 
@@ -54,5 +55,6 @@ def run() -> None:
     try:
         app()
     except GradfoldError as error:
-        print(f"gradfold: {error}", file=sys.stderr)
+        if is_first():
+            print(f"gradfold: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +14,18 @@ from rich.console import Console
 
 from gradfold.cli.compare_progress import showing_progress
 from gradfold.cli.compare_table import print_comparison
+from gradfold.cli.ranks import launch_ranks
 from gradfold.compare.arms import DEFAULT_ARMS, GROUP_NORM_ARMS
 from gradfold.compare.report import make_folder, write_report
 from gradfold.compare.results import Comparison
+from gradfold.compare.run import accompany
 from gradfold.compare.run import compare as run_comparison
 from gradfold.compare.settings import Settings
+from gradfold.rendezvous import INTERRUPTED, find_place, meeting
 
 __all__: list[str] = []
 
 _DEFAULT_ARMS = f"{','.join(DEFAULT_ARMS)}; in resnet also {','.join(GROUP_NORM_ARMS)}"
-_INTERRUPTED = 130  # what shells report after Ctrl-C
 
 EPILOG = """
 **Examples**
@@ -38,6 +41,8 @@ EPILOG = """
 `gradfold compare resnet` — what micro-batches do to BatchNorm, and not to GroupNorm
 
 `gradfold compare cifar10 --data DIR --precision bf16` — is accumulation faster here, or bfloat16, or both?
+
+`gradfold compare encoder --nproc 2` — shared by two processes, as by `torchrun --nproc-per-node 2 -m gradfold compare`
 
 `gradfold compare train.py:workload` — your own model: a function that returns a gradfold.Workload
 
@@ -68,6 +73,10 @@ def compare(
         Path | None, typer.Option(help="Write report.html, results.json and plots into this folder.", metavar="DIR")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch in each arm. [default: torch's]")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(help="Share each global batch among this many processes (DistributedDataParallel).", min=1),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
     """Train one model with and without gradient accumulation, and compare.
@@ -97,9 +106,14 @@ def compare(
     forward and backward seconds side by side you see which of accumulation, lower precision or both is faster on this
     machine. A processor without matrix units for bfloat16 or float16 takes longer with them, and that is the finding
 
+    With --nproc 2 (or under torchrun) the arms with micro-batches run in several processes under
+    DistributedDataParallel, each with its share of every global batch; the full batch stays in one, as the reference.
+
     You see how far each arm's gradient and weights end from the full batch's, its loss and accuracy, and what it costs
     in time and memory. An arm that fails or does not fit says so, and the others still run.
     """
+    launch_ranks(nproc)
+    place = find_place()
     settings = Settings(
         workload=workload,
         data=data,
@@ -110,7 +124,12 @@ def compare(
         arms=None if arms is None else tuple(name.strip() for name in arms.split(",") if name.strip()),
         num_threads=threads,
         precision=precision,
+        num_ranks=1 if place is None else place.size,
     )
+    if place is not None and place.rank > 0:
+        with meeting() as ranks:
+            accompany(settings, ranks)
+        return
     if out is not None:
         make_folder(out)
     comparison = _run(settings)
@@ -126,10 +145,12 @@ def compare(
 def _run(settings: Settings) -> Comparison:
     console = Console(stderr=True)
     try:
-        with showing_progress(console) as on_progress:
-            return run_comparison(
-                settings, on_progress=on_progress, command_line=shlex.join(["gradfold", *sys.argv[1:]])
-            )
+        with (
+            showing_progress(console) as on_progress,
+            nullcontext() if settings.num_ranks == 1 else meeting() as ranks,
+        ):
+            command_line = shlex.join(["gradfold", *sys.argv[1:]])
+            return run_comparison(settings, on_progress=on_progress, command_line=command_line, ranks=ranks)
     except KeyboardInterrupt:
         print("gradfold: interrupted", file=sys.stderr)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None

@@ -50,10 +50,11 @@ def _bullet(sentence: str) -> Table:
 def _heading(comparison: Comparison) -> Text:
     sizes = comparison.sizes
     epochs = f"{sizes.num_epochs} epoch{'s' * (sizes.num_epochs > 1)}"
+    on_ranks = f" on each of {sizes.num_ranks} processes" if sizes.num_ranks > 1 else ""
     text = Text.assemble((comparison.workload.name, "bold"), f": {comparison.workload.description}\n")
     text.append(
         f"{sizes.num_samples:,} samples, {epochs}, global batch {sizes.global_batch_size}, "
-        f"micro-batch {sizes.micro_batch_size}, seed {comparison.settings.seed}",
+        f"micro-batch {sizes.micro_batch_size}{on_ranks}, seed {comparison.settings.seed}",
         style="dim",
     )
     return text

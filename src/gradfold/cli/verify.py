@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -17,10 +18,13 @@ from rich.text import Text
 
 from gradfold.accumulator import Accumulator
 from gradfold.cli.compare_table import wide_enough
-from gradfold.compare.samples import epoch_order, num_samples, take
+from gradfold.cli.ranks import launch_ranks
+from gradfold.compare.samples import epoch_order, num_samples, share, take
 from gradfold.errors import OptionError
-from gradfold.verification.proof import verify as prove
+from gradfold.ranks import Ranks
+from gradfold.rendezvous import find_place, in_parallel, is_first, meeting
 from gradfold.verification.verdict import Verdict
+from gradfold.verification.verify import verify as prove
 from gradfold.weight import WeightOption, token_count
 from gradfold.workloads import registry
 from gradfold.workloads.workload import Workload
@@ -39,6 +43,8 @@ EPILOG = """
 `gradfold verify digits --global-batch 32 --micro-batch 1,5,16 --json` — sizes of your own, for a program to read
 
 `gradfold verify train.py:workload` — your own model: a function that returns a gradfold.Workload
+
+`gradfold verify encoder --nproc 2` — by two processes, too; the same as `torchrun --nproc-per-node 2 -m gradfold ...`
 
 In Python: `print(gradfold.verify(accumulator, batch))`
 
@@ -79,6 +85,10 @@ def verify(
         Precision, typer.Option(help="Precision of the copy that is run; in float64 rounding hides nothing.")
     ] = Precision.FLOAT64,
     seed: Annotated[int, typer.Option(help="Draws the weights and the samples of the batch.")] = 0,
+    nproc: Annotated[
+        int | None,
+        typer.Option(help="Share the batch among this many processes (DistributedDataParallel), too.", min=1),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON, and nothing else.")] = False,
 ) -> None:
     """Prove that a workload's accumulated gradient is the whole batch's, or name the cause.
@@ -86,13 +96,21 @@ def verify(
     One batch runs at once in plain torch, and in micro-batches of several sizes by gradfold, in a copy of the model in
     float64. Where the gradients differ, experiments tell why: weights that count the wrong thing, samples that depend
     on each other and the layer where they do, BatchNorm, sums, state, random numbers.
+
+    With --nproc 2 (or under torchrun) several processes accumulate together as well, each with its share of the batch,
+    and their gradient is held against that of one process with the whole of it.
     """
+    launch_ranks(nproc)
     sizes = None if not micro_batch else _sizes(micro_batch)
     option = None if weight is None else _weight(weight)
     if not 0 <= seed < 2**32:
         raise OptionError(f"--seed {seed}: expected a number from 0 to 2**32 - 1.")
     chosen = registry.load(workload, data)
-    verdict = _prove(chosen, global_batch, sizes, chosen.weight if option is None else option, dtype, seed)
+    with nullcontext() if find_place() is None else meeting() as ranks:
+        chosen_weight = chosen.weight if option is None else option
+        verdict = _prove(chosen, global_batch, sizes, chosen_weight, dtype, seed, ranks)
+    if not is_first():
+        return
     if as_json:
         print(json.dumps({"workload": chosen.name, "seed": seed, **verdict.to_dict()}, indent=1, allow_nan=False))
     else:
@@ -128,23 +146,28 @@ def _prove(
     weight: WeightOption,
     dtype: Precision,
     seed: int,
+    ranks: Ranks | None,
 ) -> Verdict:
     total = num_samples(workload)
     size = workload.global_batch_size if global_batch is None else global_batch
-    if not 2 <= size <= total:
+    num_ranks = 1 if ranks is None else ranks.size
+    if not max(2, num_ranks) <= size <= total:
         raise OptionError(
-            f"--global-batch {size}: expected 2 to {total} samples, which is what workload {workload.name!r} has."
+            f"--global-batch {size}: expected {max(2, num_ranks)} to {total} samples, which is what workload "
+            f"{workload.name!r} has."
         )
     torch.manual_seed(seed)
+    model = workload.make_model()
     accumulator = Accumulator(
-        workload.make_model(),
+        model if ranks is None else in_parallel(model),
         workload.loss_fn,
-        micro_batch_size=min(workload.micro_batch_size, size),
+        micro_batch_size=min(workload.micro_batch_size, -(-size // num_ranks)),
         weight=weight,
         collate=workload.collate,
         batch_norm=workload.batch_norm,
     )
-    batch = take(workload, epoch_order(total, seed, 0, workload.shuffle)[:size])
+    rows = epoch_order(total, seed, 0, workload.shuffle)[:size]
+    batch = take(workload, rows if ranks is None else share(rows, ranks.rank, ranks.size))
     return prove(accumulator, batch, dtype=getattr(torch, dtype.value), micro_batch_sizes=sizes)
 
 

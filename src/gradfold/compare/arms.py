@@ -6,9 +6,9 @@ train another model, with GroupNorm in place of BatchNorm: one is a full batch a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -18,9 +18,11 @@ from gradfold.accumulator import Accumulator
 from gradfold.backward import BackPropagation, Weighed
 from gradfold.batch import Batch
 from gradfold.compare.measure import Clock
-from gradfold.compare.samples import cut, take, weight_of
+from gradfold.compare.samples import cut, share, share_of_epoch, take, weight_of
 from gradfold.coupled.convert import convert_batch_norm
 from gradfold.loss import LossOutput
+from gradfold.ranks import Ranks
+from gradfold.rendezvous import in_parallel
 from gradfold.train_step import TrainStep
 from gradfold.workloads.workload import Workload
 
@@ -49,7 +51,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Training:
-    """What every arm trains with. `clock` measures forward and backward; the optimizer's hooks measure the update."""
+    """What every arm trains with.
+
+    Args:
+        workload: the workload.
+        model: its model.
+        optimizer: of the model's parameters.
+        global_batch_size: samples of an update, on all ranks together.
+        micro_batch_size: samples that each rank runs at once.
+        clock: measures forward and backward; the optimizer's hooks measure the update.
+        ranks: the processes that share each global batch; None: this one alone.
+    """
 
     workload: Workload
     model: nn.Module
@@ -57,14 +69,51 @@ class Training:
     global_batch_size: int
     micro_batch_size: int
     clock: Clock
+    ranks: Ranks | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """How many processes share each global batch."""
+        return 1 if self.ranks is None else self.ranks.size
+
+    @cached_property
+    def wrapped(self) -> nn.Module:
+        """The model as a forward pass takes it: for several ranks in a DistributedDataParallel."""
+        return self.model if self.ranks is None else in_parallel(self.model)
+
+    def own_share(self, indices: Tensor) -> Tensor:
+        """Which samples of a global batch are this rank's."""
+        return indices if self.ranks is None else share(indices, self.ranks.rank, self.ranks.size)
+
+    def of_all_ranks(self, update: Update) -> Update:
+        """What an update was that each rank saw a share of."""
+        if self.ranks is None:
+            return update
+        with self.clock.phase("excluded"):
+            return _joined([(one.loss, one.weight, one.num_samples) for one in self.ranks.exchange(update)])
 
     def global_batches(self, order: Tensor) -> Iterator[tuple[Batch, int]]:
         """The batches of an epoch, as large as an update."""
         return cut(self.workload, order, self.global_batch_size, self.device)
 
     def micro_batches(self, order: Tensor) -> Iterator[tuple[Batch, int]]:
-        """The batches of an epoch, as large as fits: what a loader of a hand-written loop gives."""
-        return cut(self.workload, order, self.micro_batch_size, self.device)
+        """The batches of an epoch, as large as fits: what a loader of a hand-written loop gives on this rank.
+
+        Each with its number of rows, without those that were repeated so that every rank has as many.
+        """
+        own, num_left = self._own_order(order)
+        for batch, rows in cut(self.workload, own, self.micro_batch_size, self.device):
+            yield batch, min(rows, num_left)
+            num_left = max(num_left - rows, 0)
+
+    def num_micro_batches(self, order: Tensor) -> int:
+        """How many of them there are on each rank."""
+        return -(-len(self._own_order(order)[0]) // self.micro_batch_size)
+
+    def _own_order(self, order: Tensor) -> tuple[Tensor, int]:
+        if self.ranks is None:
+            return order, len(order)
+        return share_of_epoch(order, self.global_batch_size, self.ranks.rank, self.ranks.size)
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +128,7 @@ class Training:
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch without its metrics; loss terms are summed."""
-        output = self.call_loss_fn(self.model, batch)
+        output = self.call_loss_fn(self.wrapped, batch)
         terms: Any = output[0] if isinstance(output, tuple) else output
         total: Tensor = torch.stack(list(terms.values())).sum() if isinstance(terms, Mapping) else terms
         return total
@@ -137,7 +186,7 @@ def gradfold(training: Training, epochs: Iterable[Tensor], precision: LowerPreci
     """The library: each global batch in micro-batches, one update."""
     workload = training.workload
     accumulator = Accumulator(
-        training.model,
+        training.wrapped,
         training.call_loss_fn,
         micro_batch_size=training.micro_batch_size,
         weight=workload.weight,
@@ -150,7 +199,7 @@ def gradfold(training: Training, epochs: Iterable[Tensor], precision: LowerPreci
     step = TrainStep(accumulator, training.optimizer)
     for order in epochs:
         for indices in torch.split(order, training.global_batch_size):
-            result = step(take(workload, indices))
+            result = step(take(workload, training.own_share(indices)))
             weight = float(len(indices)) if isinstance(result.weight, Mapping) else result.weight
             is_applied = result.applied or accumulator.grad_scaler is None
             yield Update(len(indices), result.loss.item(), weight, is_applied)
@@ -162,11 +211,11 @@ def plain_loop(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]
     Its faults are the subject of the comparison and stay: micro-batches with different numbers of tokens count the
     same, and the last window of an epoch is divided by n however few micro-batches it has.
     """
-    n = training.global_batch_size // training.micro_batch_size
+    n = max(1, training.global_batch_size // (training.micro_batch_size * training.num_ranks))
     for order in epochs:
         training.optimizer.zero_grad()
-        window: list[tuple[Tensor, float, int]] = []
-        num_left = -(-len(order) // training.micro_batch_size)
+        window: list[tuple[Tensor | float, float, int]] = []
+        num_left = training.num_micro_batches(order)
         for batch, rows in training.micro_batches(order):
             loss = training.loss(batch)
             training.backward(loss / n)
@@ -175,7 +224,7 @@ def plain_loop(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]
             if len(window) == n or num_left == 0:
                 training.optimizer.step()
                 training.optimizer.zero_grad()
-                yield _joined(window)
+                yield training.of_all_ranks(_joined(window))
                 window = []
 
 
@@ -187,7 +236,7 @@ def small_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update
             loss = training.loss(batch)
             training.backward(loss)
             training.optimizer.step()
-            yield Update(rows, loss.item(), weight_of(training.workload, batch, rows))
+            yield training.of_all_ranks(Update(rows, loss.item(), weight_of(training.workload, batch, rows)))
 
 
 def reordered(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
@@ -228,6 +277,11 @@ class Arm:
     prepare: Callable[[nn.Module], nn.Module] = as_it_is
     reference: str = REFERENCE
     precision: LowerPrecision | None = None
+
+    @property
+    def runs_on_one(self) -> bool:
+        """Whether it runs in one process though others share the batches of the rest: where it takes them whole."""
+        return self.train in (full_batch, reordered) or getattr(self.train, "func", None) is mixed_precision
 
 
 def _in_lower_precision(precision: LowerPrecision) -> tuple[Arm, Arm]:
@@ -293,7 +347,7 @@ def arms_in(precision: str | None) -> tuple[str, ...]:
     return tuple(name for name, arm in ARMS.items() if precision is not None and arm.precision == precision)
 
 
-def _joined(window: list[tuple[Tensor, float, int]]) -> Update:
+def _joined(window: Sequence[tuple[Tensor | float, float, int]]) -> Update:
     weight = sum(weight for _, weight, _ in window)
-    loss = sum(float(loss) * weight for loss, weight, _ in window) / weight if weight else float("nan")
+    loss = sum(float(loss) * weight for loss, weight, _ in window if weight) / weight if weight else float("nan")
     return Update(sum(rows for _, _, rows in window), loss, weight)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from gradfold.compare.machine import OtherPrograms, describe_machine, versions
 from gradfold.compare.results import Comparison, Measured, Row, WorkloadFacts
 from gradfold.compare.settings import Settings, Sizes, as_options, check_options, chosen_arms, complete
 from gradfold.compare.worker import Task
+from gradfold.ranks import Ranks
+from gradfold.rendezvous import Place, find_place
 from gradfold.workloads import registry
 
-__all__ = ["Progress", "compare"]
+__all__ = ["Progress", "accompany", "compare"]
 
 _SECONDS_TO_END = 5.0
 
@@ -49,11 +52,16 @@ OnProgress = Callable[[Progress], None]
 
 
 def compare(
-    settings: Settings, *, on_progress: OnProgress = lambda progress: None, command_line: str = ""
+    settings: Settings,
+    *,
+    on_progress: OnProgress = lambda progress: None,
+    command_line: str = "",
+    ranks: Ranks | None = None,
 ) -> Comparison:
     """Train a workload in every arm and compare them.
 
-    An arm that fails becomes a row that says so; the others still run.
+    An arm that fails becomes a row that says so; the others still run. With `ranks` this is the first of several
+    processes, and the others call `accompany` with the same settings.
 
     Raises:
         OptionError: a setting cannot work.
@@ -66,6 +74,7 @@ def compare(
     sizes = complete(settings, workload)
     facts = WorkloadFacts(workload.name, workload.description, workload.batch_norm, dict(workload.facts))
     del workload  # the arms load their own, and may need the memory
+    place = find_place() if ranks is not None else None
 
     for arm in arms:
         on_progress(Progress(arm, 0, _total_samples(sizes), 0, None, "waiting"))
@@ -76,7 +85,7 @@ def compare(
         folder = Path(name)
         for arm in arms:
             other_programs = OtherPrograms()
-            outcome = _run_arm(_task(arm, settings, sizes, folder), sizes, on_progress)
+            outcome = _of_all_ranks(_run_arm(_task(arm, settings, sizes, folder, place), sizes, on_progress), ranks)
             others += filter(None, [other_programs.num_cores()])
             if isinstance(outcome, Measured):
                 measured[arm] = outcome
@@ -96,7 +105,35 @@ def compare(
     return Comparison(as_options(settings, sizes, arms), sizes, facts, rows, versions(), machine, command_line)
 
 
-def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path) -> Task:
+def accompany(settings: Settings, ranks: Ranks) -> None:
+    """Run the shares of this rank, which is not the first: what it measures goes nowhere.
+
+    Raises:
+        OptionError, WorkloadError, DataError: as `compare`.
+    """
+    check_options(settings)
+    workload = registry.load(settings.workload, settings.data)
+    arms, sizes = chosen_arms(settings, workload), complete(settings, workload)
+    del workload
+    with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
+        for arm in arms:
+            task = _task(arm, settings, sizes, Path(name), find_place())
+            _of_all_ranks("" if ARMS[arm].runs_on_one else _run_arm(task, sizes, lambda progress: None), ranks)
+
+
+def _of_all_ranks(outcome: Measured | str, ranks: Ranks | None) -> Measured | str:
+    """The first rank's measurement; where one has failed, what did so first: the others may have waited for it."""
+    if ranks is None:
+        return outcome
+    told = ranks.exchange((time.time(), outcome))
+    failures = [(at, rank, one) for rank, (at, one) in enumerate(told) if isinstance(one, str) and one]
+    if not failures:
+        return outcome
+    _, rank, failure = min(failures)
+    return failure if rank == 0 else f"on rank {rank}: {failure}"
+
+
+def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path, place: Place | None) -> Task:
     (folder / arm).mkdir()
     return Task(
         workload=settings.workload,
@@ -108,6 +145,7 @@ def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path) -> Task:
         seed=settings.seed,
         num_threads=settings.num_threads,
         folder=str(folder / arm),
+        place=None if ARMS[arm].runs_on_one else place,
     )
 
 

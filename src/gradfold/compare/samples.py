@@ -62,6 +62,26 @@ def take(workload: Workload, indices: Tensor) -> Batch:
     )
 
 
+def share(indices: Tensor, rank: int, size: int) -> Tensor:
+    """Which of a global batch's samples are this rank's: consecutive ones, nearly as many on every rank."""
+    return torch.tensor_split(indices, size)[rank]
+
+
+def share_of_epoch(order: Tensor, global_batch_size: int, rank: int, size: int) -> tuple[Tensor, int]:
+    """A rank's samples of an epoch, the same number on every rank, and how many of them are not repeated.
+
+    Ranks that reduce gradients in every backward pass must take as many as each other. So some samples are repeated, as
+    by torch's DistributedSampler.
+    """
+    windows = torch.split(order, global_batch_size)
+    own = [share(window, rank, size) for window in windows]
+    missing = [-(-len(window) // size) - len(part) for window, part in zip(windows, own, strict=True)]
+    padded = torch.cat(
+        [torch.cat([part, window[:short]]) for window, part, short in zip(windows, own, missing, strict=True)]
+    )
+    return padded, len(padded) - sum(missing)
+
+
 def collated(workload: Workload, samples: Batch) -> Batch:
     """Samples as `loss_fn` takes them."""
     return samples if workload.collate is None else workload.collate(samples)

@@ -27,6 +27,7 @@ class Settings:
         seed: draws the first weights and the order of samples.
         arms: names of arms, in the order in which they run.
         num_threads: threads of torch in each arm.
+        num_ranks: processes that share each global batch, in the arms that can.
         precision: "bf16" or "fp16" adds the arms that compute in it.
     """
 
@@ -39,6 +40,7 @@ class Settings:
     arms: tuple[str, ...] | None = None
     num_threads: int | None = None
     precision: str | None = None
+    num_ranks: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """The settings without the data folder, which is a path of this machine."""
@@ -51,6 +53,7 @@ class Settings:
             "arms": None if self.arms is None else list(self.arms),
             "num_threads": self.num_threads,
             "precision": self.precision,
+            "num_ranks": self.num_ranks,
         }
 
 
@@ -62,6 +65,12 @@ class Sizes:
     global_batch_size: int
     micro_batch_size: int
     num_epochs: int
+    num_ranks: int = 1
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a full window, on each rank."""
+        return max(1, self.global_batch_size // (self.micro_batch_size * self.num_ranks))
 
     @property
     def last_window(self) -> int:
@@ -124,18 +133,29 @@ def complete(settings: Settings, workload: Workload) -> Sizes:
     num = num_samples(workload)
     global_batch = settings.global_batch_size or workload.global_batch_size
     # A default follows the number that was asked for; a number that was asked for is never changed.
-    micro_batch = settings.micro_batch_size or min(workload.micro_batch_size, global_batch)
+    of_a_rank = -(-global_batch // settings.num_ranks)
+    micro_batch = settings.micro_batch_size or min(workload.micro_batch_size, of_a_rank)
     if global_batch > num:
         raise OptionError(
             f"a global batch of {global_batch} is larger than the data: workload {workload.name!r} has {num} training "
             f"samples. Pass --global-batch {num} or less."
         )
-    if micro_batch > global_batch:
+    if micro_batch > of_a_rank:
+        share = "" if settings.num_ranks == 1 else f"'s share of {of_a_rank} on each of {settings.num_ranks} processes"
         raise OptionError(
-            f"a micro-batch of {micro_batch} is larger than the global batch of {global_batch}. "
-            f"Pass --micro-batch {global_batch} or less."
+            f"a micro-batch of {micro_batch} is larger than the global batch of {global_batch}{share}. "
+            f"Pass --micro-batch {of_a_rank} or less."
         )
-    return Sizes(num, global_batch, micro_batch, settings.num_epochs or workload.num_epochs)
+    sizes = Sizes(
+        num, global_batch, micro_batch, settings.num_epochs or workload.num_epochs, num_ranks=settings.num_ranks
+    )
+    least = min(global_batch, sizes.last_window or global_batch)
+    if least < settings.num_ranks:
+        raise OptionError(
+            f"a window of {least} samples cannot be shared by {settings.num_ranks} processes ({num} samples in global "
+            f"batches of {global_batch}). Pass another --global-batch."
+        )
+    return sizes
 
 
 def as_options(settings: Settings, sizes: Sizes, arms: tuple[str, ...]) -> Settings:

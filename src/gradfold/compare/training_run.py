@@ -16,6 +16,7 @@ from gradfold.compare.measure import Clock, MemoryMeter
 from gradfold.compare.results import Curve, Measured
 from gradfold.compare.samples import epoch_order, in_float64, num_samples
 from gradfold.compare.tensor_files import Tensors, save_gradients, save_parameters
+from gradfold.ranks import Ranks
 from gradfold.workloads.workload import Workload
 
 __all__: list[str] = []
@@ -34,6 +35,7 @@ def measure_arm(
     seed: int,
     folder: Path,
     on_update: Callable[[int, int, float], None],
+    ranks: Ranks | None = None,
 ) -> Measured:
     """Train an arm from the seeded start and measure it; leaves its tensors in the folder.
 
@@ -41,7 +43,7 @@ def measure_arm(
     float64, so that neither touches them.
     """
     make_model = functools.partial(_seeded_model, workload, arm, seed)
-    _rehearse(workload, arm, make_model())
+    _rehearse(workload, arm, make_model(), ranks)
     model = make_model()
     save_parameters(model, folder, Tensors.START)
     training = Training(
@@ -51,6 +53,7 @@ def measure_arm(
         global_batch_size,
         micro_batch_size,
         Clock(next(model.parameters()).device),
+        ranks,
     )
     num = num_samples(workload)
     orders = [epoch_order(num, seed, epoch, workload.shuffle) for epoch in range(num_epochs)]
@@ -146,16 +149,19 @@ def _seeded_model(workload: Workload, arm: Arm, seed: int) -> nn.Module:
     return arm.prepare(workload.make_model())
 
 
-def _rehearse(workload: Workload, arm: Arm, model: nn.Module) -> None:
+def _rehearse(workload: Workload, arm: Arm, model: nn.Module, ranks: Ranks | None) -> None:
     """Run one tiny update of an arm on a model to be thrown away.
 
     The first forward, backward and step of a process import modules, start threads and allocate workspaces, which
     would count as time and memory of whichever arm is measured. What fails here fails again in training, audibly.
     """
-    with contextlib.suppress(Exception):
-        num = min(_REHEARSAL_SAMPLES, num_samples(workload))
+    # Not so among several ranks: one that fails must end, since the others wait for it.
+    with contextlib.suppress(Exception) if ranks is None else contextlib.nullcontext():
+        num_ranks = 1 if ranks is None else ranks.size
+        num = min(_REHEARSAL_SAMPLES * num_ranks, num_samples(workload))
         clock = Clock(next(model.parameters()).device)
-        training = Training(workload, model, workload.make_optimizer(model.parameters()), num, num, clock)
+        optimizer = workload.make_optimizer(model.parameters())
+        training = Training(workload, model, optimizer, num, -(-num // num_ranks), clock, ranks)
         next(arm.train(training, [torch.arange(num)]))
 
 
@@ -203,6 +209,7 @@ def _measure_float64(
                 size,
                 training.micro_batch_size,
                 Clock(training.device),
+                training.ranks,
             )
             double.optimizer.register_step_pre_hook(_saver(model, folder, name))
             torch.manual_seed(seed)

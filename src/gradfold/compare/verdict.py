@@ -136,8 +136,8 @@ def _of_plain_loop(row: Row, comparison: Comparison) -> str:
     sizes = comparison.sizes
     words = _gradient(row, comparison)
     if last.value is not None and not is_rounding(last, FLOAT64_ROUNDING):
-        n = sizes.global_batch_size // sizes.micro_batch_size
-        left = -(-sizes.last_window // sizes.micro_batch_size)
+        n = sizes.num_micro_batches
+        left = -(-sizes.last_window // (sizes.micro_batch_size * sizes.num_ranks))
         if left == n:
             fault = "its micro-batches count the same though one is smaller"
         else:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from gradfold.compare.arms import ARMS
 from gradfold.compare.results import Measured
 from gradfold.compare.training_run import measure_arm
+from gradfold.rendezvous import Place, meeting_of_children
 from gradfold.workloads import registry
 
 __all__: list[str] = []
@@ -42,6 +44,7 @@ class Task:
         seed: draws the first weights and the order of samples.
         num_threads: threads of torch.
         folder: where the gradients and weights are left for the parent.
+        place: which of several processes that share each global batch; None: this one has all of it.
     """
 
     workload: str
@@ -53,6 +56,7 @@ class Task:
     seed: int
     num_threads: int | None
     folder: str
+    place: Place | None = None
 
     def to_json(self) -> str:
         """The task as one argument of a command line."""
@@ -61,7 +65,9 @@ class Task:
     @classmethod
     def from_json(cls, text: str) -> Task:
         """The task from `to_json`."""
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        place = fields.pop("place")
+        return cls(**fields, place=None if place is None else Place(**place))
 
 
 def main() -> None:
@@ -91,16 +97,18 @@ def run(task: Task, tell: Callable[[Mapping[str, Any]], None]) -> Measured:
             last = time.monotonic()
             tell({"event": "progress", "updates": updates, "samples": samples, "loss": loss})
 
-    return measure_arm(
-        workload,
-        ARMS[task.arm],
-        global_batch_size=task.global_batch_size,
-        micro_batch_size=task.micro_batch_size,
-        num_epochs=task.num_epochs,
-        seed=task.seed,
-        folder=Path(task.folder),
-        on_update=on_update,
-    )
+    with nullcontext() if task.place is None else meeting_of_children(task.place, task.arm) as ranks:
+        return measure_arm(
+            workload,
+            ARMS[task.arm],
+            global_batch_size=task.global_batch_size,
+            micro_batch_size=task.micro_batch_size,
+            num_epochs=task.num_epochs,
+            seed=task.seed,
+            folder=Path(task.folder),
+            on_update=on_update,
+            ranks=ranks,
+        )
 
 
 def describe(error: BaseException) -> str:

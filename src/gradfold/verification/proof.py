@@ -1,4 +1,4 @@
-"""A proof: accumulation tried out on a user's own model and batch, beside the whole batch in plain torch."""
+"""A proof in one process: accumulation tried out on a model and a batch, beside the whole batch in plain torch."""
 
 from __future__ import annotations
 
@@ -11,68 +11,28 @@ from torch import nn
 from gradfold.accumulator import Accumulator
 from gradfold.batch import Batch, num_rows
 from gradfold.coupled.batch_norm import batch_statistics_layers
-from gradfold.errors import BatchError, BatchNormError, OptionError, RanksError
+from gradfold.errors import BatchError, BatchNormError
 from gradfold.hooks import parameters_with_hooks
 from gradfold.loader import LoopWindow, Window
 from gradfold.split import split_samples
-from gradfold.sync import parallel_modules, sharded_modules
 from gradfold.verification import causes
 from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare
-from gradfold.verification.specimen import Specimen, Untouched, WholeRun, own_dtypes
+from gradfold.verification.specimen import Specimen, WholeRun, own_dtypes
+from gradfold.verification.untouched import Untouched
 from gradfold.verification.verdict import Cause, Verdict, listed, name_of
 
-__all__ = ["verify"]
+__all__: list[str] = []
 
 
-def verify(
+def prove(
     accumulator: Accumulator,
     batch: Batch,
     *,
     dtype: torch.dtype = torch.float64,
     micro_batch_sizes: Sequence[int] | None = None,
 ) -> Verdict:
-    """Prove that the accumulated gradient of a batch is that of the whole batch, or name the cause by experiment.
-
-    A copy of the model runs the batch at once in plain torch, and in micro-batches of several sizes by gradfold, each
-    row with the random numbers that it had in the whole. The gradients are compared parameter by parameter. The model,
-    its gradients and buffers, and torch's, numpy's and Python's random states stay as they are. The whole batch must
-    fit; a small one proves as much. A `backward=` of the accumulator's is not called.
-
-    Args:
-        accumulator: as it is used for training.
-        batch: what `accumulator.backward(batch)` takes, of at least two rows; no window.
-        dtype: the precision of the copy. In float64 rounding cannot hide a mistake; where `loss_fn` does not run in
-            it, the model's own is used, and the verdict says so.
-        micro_batch_sizes: the sizes to try. None: a few, uneven ones and the accumulator's own among them.
-
-    Returns:
-        The verdict; print it.
-
-    Raises:
-        BatchError: the batch cannot be cut by rows, has one row only, or is a window.
-        OptionError: `dtype` or a size cannot work.
-        ModelError: the model cannot be copied, is wrapped for several processes, or the accumulator refuses it.
-        LossError: `loss_fn` returned no loss.
-
-    >>> import torch, gradfold
-    >>> model = torch.nn.Linear(10, 5)
-    >>> def loss_fn(model, batch):
-    ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
-    >>> batch = {"x": torch.randn(33, 10), "labels": torch.randint(0, 5, (33,))}
-    >>> accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=8)
-    >>> gradfold.verify(accumulator, batch).ok
-    True
-    >>> batch["labels"][:9] = -100  # not counted by the mean, so samples are not what it is over
-    >>> verdict = gradfold.verify(accumulator, batch)
-    >>> verdict.ok, verdict.causes[0].name, verdict.causes[0].weight
-    (False, 'weights', 'gradfold.token_count("labels")')
-    """
-    if not isinstance(accumulator, Accumulator):
-        raise OptionError(f"verify got a {type(accumulator).__name__}; expected a gradfold.Accumulator and a batch.")
-    _refuse_several_ranks(accumulator)
-    total = _count_rows(accumulator, batch)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise OptionError(f"dtype={dtype!r}; expected torch.float64, or another floating point dtype.")
+    """What `gradfold.verify` says of a model that trains in this process alone."""
+    total = count_rows(accumulator, batch)
     asked = None if micro_batch_sizes is None else list(micro_batch_sizes)
     sizes = choose_sizes(total, accumulator.micro_batch_size, asked)
     with Untouched(accumulator) as untouched:
@@ -85,23 +45,19 @@ def verify(
         return _Proof(specimen, sizes, needed, notes).run(whole)
 
 
-def _refuse_several_ranks(accumulator: Accumulator) -> None:
-    modules = list(accumulator.model.modules())
-    if accumulator.ranks != "alone" and (parallel_modules(modules) or sharded_modules(modules)):
-        raise RanksError(
-            "verify runs in one process, and this model is wrapped for several. Verify the module inside, on each rank "
-            'or on one: verify(Accumulator(model.module, loss_fn, ..., ranks="alone"), batch).'
-        )
+def count_rows(accumulator: Accumulator, batch: Batch, least: int = 2) -> int:
+    """The rows of a batch that can be cut.
 
-
-def _count_rows(accumulator: Accumulator, batch: Batch) -> int:
+    Raises:
+        BatchError: it cannot.
+    """
     if isinstance(batch, (Window, LoopWindow)):
         raise BatchError(
             "verify got a window. Pass a batch, as one would be without accumulation: tensors with rows, or with "
             "collate= a list of samples."
         )
     total = num_rows(batch) if accumulator.collate is None else len(split_samples(batch, None, list)[0].rows)
-    if total < 2:
+    if total < least:
         raise BatchError("the batch has one row only, which cannot be cut. Pass two at least; 8 to 64 prove most.")
     return total
 
@@ -171,7 +127,7 @@ class _Proof:
             return comparison
         if comparison.unknown is None:
             return self._compare_with_equal_draws(comparison)
-        names = _dropping_modules(self._specimen.fresh_model())
+        names = dropping_modules(self._specimen.fresh_model())
         if not names:
             return comparison
         self._specimen = self._specimen.with_frozen(names)
@@ -244,8 +200,8 @@ class _Proof:
         )
 
 
-def _dropping_modules(model: nn.Module) -> list[str]:
-    """Modules in training mode that look like dropout, or have a rate of it (attention, recurrent layers)."""
+def dropping_modules(model: nn.Module) -> list[str]:
+    """Names of modules in training mode that look like dropout, or have a rate of it (attention, recurrent layers)."""
     return [
         name
         for name, module in model.named_modules()

@@ -9,7 +9,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,13 @@ from gradfold.errors import BatchNormError, GradfoldError, ModelError, NonFinite
 from gradfold.feed import feed
 from gradfold.gradients import check_trainable
 from gradfold.jitter import Jitter
-from gradfold.loss import LossOutput, read_pair, read_terms
+from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
 from gradfold.random_state import HostRandomState, RandomState
 from gradfold.split import MicroBatch, cut_range, split_rows, split_samples
-from gradfold.trial import Trial
+from gradfold.sync import unwrapped
 from gradfold.verification.graph import Graph
 from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
+from gradfold.verification.untouched import Untouched
 from gradfold.weight import weigh
 
 __all__: list[str] = []
@@ -86,41 +87,6 @@ class _EqualDraws(EqualDraws):  # type: ignore[no-untyped-call]
     def go_on_with(self, rows: range) -> None:
         """Begin with other rows."""
         self._numbers.clear()
-
-
-class Untouched:
-    """A user's model, and all else that a loss reaches, is as it was when the `with` block ends."""
-
-    def __init__(self, accumulator: Accumulator) -> None:
-        self._parameters = list(accumulator.model.parameters())
-        self._trial = Trial(accumulator.model, accumulator.loss_fn, BackPropagation())
-        self._found: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Untouched:
-        self._stack.callback(self._put_back)
-        self.set_aside(self._parameters)
-        self._stack.enter_context(self._trial)  # buffers, attributes, random states
-        self._stack.enter_context(torch.enable_grad())
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def set_aside(self, tensors: Sequence[Tensor]) -> None:
-        """Keep the gradients of tensors that backward passes are about to add to."""
-        for tensor in tensors:
-            if id(tensor) not in self._found:
-                self._found[id(tensor)] = (tensor, tensor.grad)
-                tensor.grad = None
-
-    def rewind(self) -> None:
-        """Set torch's, numpy's and Python's random states to where they were at the beginning."""
-        self._trial.rewind()
-
-    def _put_back(self) -> None:
-        for tensor, gradient in self._found.values():
-            tensor.grad = gradient
 
 
 class Specimen:
@@ -246,6 +212,24 @@ class Specimen:
             drew = "collate" if collate_drew else host_state.moved()
         return WholeRun(found, loss, recorded, graphs[-1], drew)
 
+    def run_with_others(
+        self, size: int | None, wrap: Callable[[nn.Module], nn.Module]
+    ) -> tuple[dict[str, Tensor], int]:
+        """The gradient of this rank's rows and those of others, and how many micro-batches it took here.
+
+        Args:
+            size: of micro-batches.
+            wrap: wraps a copy of the model for all ranks.
+        """
+        model = self.fresh_model()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twin = self._twin(wrap(model), self.loss_fn, size)
+            twin.ranks = None
+            with self.running():
+                result = twin.backward(self._own_batch())
+        return gradients(unwrapped(model)), result.num_micro_batches
+
     def run_in_parts(self, size: int, whole: WholeRun) -> Attempt:
         """The batch in micro-batches of at most `size` rows, each row with the random numbers that it had."""
         model = self.fresh_model()
@@ -253,13 +237,10 @@ class Specimen:
             warnings.simplefilter("ignore")
             order = self._order(size)
             mode = self._draws_of_rows(whole.recorded, order[0])
-            twin = self.accumulator.twin(model, _in_order(self.loss_fn, mode, order), size)
-            twin.collate = None if twin.collate is None else self.collate
-            twin.batch_norm = self.batch_norm
-            batch = map_tensors(torch.clone, self._batch) if twin.collate is None else self._batch
+            twin = self._twin(model, _in_order(self.loss_fn, mode, order), size)
             try:
                 with self.running(), mode:
-                    twin.backward(batch)
+                    twin.backward(self._own_batch())
             except Exception as error:
                 if isinstance(error, GradfoldError) and not isinstance(error, (NonFiniteLossError, BatchNormError)):
                     raise  # what the user is told without a proof, too
@@ -277,6 +258,16 @@ class Specimen:
         distance = relative_error(found, whole.gradients)
         distance = math.inf if math.isnan(distance) else distance
         return Attempt(size, len(order), differences, distance, None, unknown, dims)
+
+    def _twin(self, model: nn.Module, loss_fn: LossFn, size: int | None) -> Accumulator:
+        twin = self.accumulator.twin(model, loss_fn, size)
+        twin.collate = None if twin.collate is None else self.collate
+        twin.batch_norm = self.batch_norm
+        return twin
+
+    def _own_batch(self) -> Batch:
+        """The batch to give away: a model may change its input in place."""
+        return map_tensors(torch.clone, self._batch) if self.accumulator.collate is None else self._batch
 
     def _draws_of_rows(self, recorded: RecordedDraws, rows: range) -> DrawsOfRows | _EqualDraws:
         if self._equal is not None:

@@ -24,8 +24,9 @@ class Cause:
 
     Attributes:
         name: those of `NotDecomposableError`, or "random" (numbers that cannot be handed to rows, or two runs that
-            differ), "other_model" (`loss_fn` uses another model), "non_finite" (the whole batch's loss is NaN or
-            infinite), "fails" (micro-batches raise an error), "rounding" (it hides the answer), "unknown".
+            differ), "ranks" (right in one process, and not on several), "other_model" (`loss_fn` uses another model),
+            "non_finite" (the whole batch's loss is NaN or infinite), "fails" (micro-batches raise an error),
+            "rounding" (it hides the answer), "unknown".
         text: what was found, and what to write.
         term: name of the loss term ("loss" for a bare one).
         weight: the weight that fits, as Python, where one was found.
@@ -47,13 +48,15 @@ class SizeRow:
         size: rows of a micro-batch, at most.
         num_micro_batches: how many there were.
         error: relative error over all parameters; NaN where there is none.
-        failure: what was raised instead.
+        failure: what was raised instead, or what else is wrong.
+        num_ranks: how many processes ran them together.
     """
 
     size: int
     num_micro_batches: int
     error: float
     failure: str | None = None
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Verdict:
                     "num_micro_batches": one.num_micro_batches,
                     "error": _finite(one.error),
                     "failure": one.failure,
+                    "num_ranks": one.num_ranks,
                 }
                 for one in self.sizes
             ],
@@ -223,7 +227,8 @@ def listed(names: Sequence[str], limit: int = 8) -> str:
 
 def _size_cells(row: SizeRow) -> list[str]:
     failure = None if row.failure is None else textwrap.shorten(row.failure, _WIDTH - 30)
-    return [str(row.size), str(row.num_micro_batches), failure or number(row.error)]
+    on_ranks = f" on each of {row.num_ranks} ranks" if row.num_ranks > 1 else ""
+    return [str(row.size), f"{row.num_micro_batches}{on_ranks}", failure or number(row.error)]
 
 
 def _parameter_cells(row: ParameterRow) -> list[str]:
