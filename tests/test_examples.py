@@ -132,24 +132,35 @@ def test_causal_lm(run):
     assert distance(model, reference) < TOLERANCE
 
 
-def test_with_ddp(run):
-    example, model = run("with_ddp")
-    reference = example.make_model()
-    optimizer = example.make_optimizer(reference)
-    for number in range(example.NUM_UPDATES):
-        update(reference, optimizer, example.loss_fn(reference, example.make_batch(number)), max_norm=1.0)
-    assert distance(model, reference) < TOLERANCE
-
-
-def test_with_ddp_says_the_same_on_two_ranks_as_on_one(capsys):
-    """As a user would start it; only rank 0 prints."""
-    script = str(EXAMPLES / "with_ddp.py")
+@pytest.mark.parametrize("name", ["with_ddp", "with_fsdp"])
+def test_several_ranks_say_the_same_as_one(name, capsys):
+    """As a user would start them; only rank 0 prints."""
+    script = str(EXAMPLES / f"{name}.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     ranks = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ranks.returncode == 0, ranks.stderr
     runpy.run_path(script, run_name="__main__")
     assert ranks.stdout == capsys.readouterr().out
     assert "over 447 tokens of all ranks" in ranks.stdout
+
+
+def trained_as_one_process(example):
+    """The weights of `with_ddp` and `with_fsdp` by whole batches."""
+    reference = example.make_model()
+    optimizer = example.make_optimizer(reference)
+    for number in range(example.NUM_UPDATES):
+        update(reference, optimizer, example.loss_fn(reference, example.make_batch(number)), max_norm=1.0)
+    return reference
+
+
+def test_with_ddp(run):
+    example, model = run("with_ddp")
+    assert distance(model, trained_as_one_process(example)) < TOLERANCE
+
+
+def test_with_fsdp(run):
+    example, model = run("with_fsdp")
+    assert distance(model, trained_as_one_process(example)) < TOLERANCE
 
 
 def test_with_accelerate(run):

@@ -70,7 +70,8 @@ class Accumulator:
             a LightningModule's `self.manual_backward`.
         ranks: None finds the processes that train together in the model: DistributedDataParallel (gradients are summed
             once per window) or `fully_shard` (once per micro-batch; "reduce_once": once per window, at the cost of
-            whole gradients until then). "alone": this process trains by itself. Weights are summed over all ranks.
+            whole gradients until then, which for n ranks is n times the bytes of a rank's own). "alone": this process
+            trains by itself. Weights are summed over all ranks.
         self_check: whether the first window with several micro-batches is tried out for a gradient that is not the
             mean of its parts'. It raises on proof, warns once where it cannot know, costs two micro-steps, once, and
             leaves no trace.

@@ -104,6 +104,14 @@ def wrap_inside(model):
     return nn.ModuleDict({"list": DistributedDataParallel(model)})
 
 
+def compiled_outside(model):
+    return torch.compile(DistributedDataParallel(model), backend="aot_eager")
+
+
+def compiled_inside(model):
+    return DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+
+
 def through_list(model, batch):
     return regression(model["list"], batch)
 
@@ -116,6 +124,8 @@ CASES = {
     "whole batches": Case(perceptron, regression_batch, regression, micro_batch_sizes=(None,) * 4),
     "gradients found": Case(perceptron, regression_batch, regression, found=True),
     "inside of another module": Case(perceptron, regression_batch, through_list, wrap=wrap_inside),
+    "compiled around": Case(perceptron, regression_batch, regression, wrap=compiled_outside),
+    "compiled within": Case(perceptron, regression_batch, regression, wrap=compiled_inside),
     "bucket views": Case(
         perceptron,
         regression_batch,
@@ -147,7 +157,9 @@ def cut(batch, rows):
 def gradients(model):
     """By the name that a parameter has without wrappers."""
     return {
-        name.replace("module.", "").removeprefix("list."): (None if one.grad is None else one.grad.to_dense().clone())
+        name.replace("_orig_mod.", "").replace("module.", "").removeprefix("list."): (
+            None if one.grad is None else one.grad.to_dense().clone()
+        )
         for name, one in model.named_parameters()
     }
 
