@@ -44,7 +44,7 @@ LAYERS = [
     ["ranks"],
     ["recovery", "fitting_size", "out_of_memory"],
     ["draws", "mixture", "weight_search", "accusation", "jitter"],
-    ["batch"],
+    ["batch", "rows"],
     ["errors", "warning"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -26,6 +26,7 @@ from gradfold.loss import LossFn
 from gradfold.precision import PrecisionOption, read_option
 from gradfold.ranks import Ranks
 from gradfold.replay import Cautious, OnNonFinite, Replay, check_on_non_finite
+from gradfold.rows import Rows
 from gradfold.self_check import SelfCheck
 from gradfold.sharded import Sharded
 from gradfold.split import Collate, CollateRows, MicroBatch
@@ -352,6 +353,6 @@ class Accumulator:
             warn_of_hooks(named, self._hooks_warned_of)
 
 
-def _collate_rows(collate: Collate, batch: Batch, rows: range) -> Batch:
+def _collate_rows(collate: Collate, batch: Batch, rows: Rows) -> Batch:
     samples = [sample for part in batch for sample in part] if isinstance(batch, Window) else batch
-    return collate(list(samples[rows.start : rows.stop]))
+    return collate([samples[row] for row in rows])

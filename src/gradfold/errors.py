@@ -25,6 +25,7 @@ GradfoldError                       1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -128,7 +129,7 @@ class NonFiniteGradientError(GradfoldError, ValueError):
         parameters: names of the parameters with such a gradient.
     """
 
-    def __init__(self, message: str, micro_batch: int | None, rows: range, parameters: tuple[str, ...]) -> None:
+    def __init__(self, message: str, micro_batch: int | None, rows: Sequence[int], parameters: tuple[str, ...]) -> None:
         super().__init__(message)
         self.micro_batch = micro_batch
         self.rows = rows

@@ -104,7 +104,12 @@ class Metrics:
             return self._mean(name, values)
         if len(values) != len(self._micro_batches):
             raise LossError(f"the metric {name!r} has rows, but only {len(values)} of the micro-batches gave it.")
-        return torch.cat([values[index] for index in sorted(values)])
+        in_turn = torch.cat([values[index] for index in sorted(values)])
+        rows = [self._micro_batches[index].rows for index in sorted(values)]
+        if all(isinstance(own, range) for own in rows):
+            return in_turn  # one after another, as a split by rows leaves them
+        order = torch.tensor([row for own in rows for row in own]).argsort()
+        return in_turn.index_select(0, order.to(in_turn.device, non_blocking=True))
 
     def _mean(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
         parts = self._weights.of_metric(name).parts

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gradfold.rows import Rows, name_rows
+
 __all__ = ["Recovery"]
 
 
@@ -25,14 +27,14 @@ class Recovery:
 
     cause: Literal["out_of_memory", "non_finite"]
     action: Literal["halved", "skipped_micro_batch", "skipped_update"]
-    rows: range
+    rows: Rows
     micro_batch_size: int
     replayed: bool
     changes_randomness: bool = False
     changes_batch_statistics: bool = False
 
     def __str__(self) -> str:
-        where = f"rows {self.rows.start} to {self.rows.stop - 1}"
+        where = name_rows(self.rows)
         if self.action == "halved":
             rows = "row" if self.micro_batch_size == 1 else "rows"
             text = f"out of memory at {where}: went on with {self.micro_batch_size} {rows} at once"

@@ -256,7 +256,7 @@ def _recollate(part: MicroBatch, rows: tuple[range, range], collate_rows: Collat
     try:
         if not equal(collate_rows(part.rows), part.data):
             return None
-        first, second = (collate_rows(range(part.rows.start + own.start, part.rows.start + own.stop)) for own in rows)
+        first, second = (collate_rows(part.rows[own.start : own.stop]) for own in rows)
     except Exception:  # groups of samples that belong together
         return None
     return first, second

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from gradfold.batch import Batch, cut_rows, every_leaf, num_rows, rows_if_any
 from gradfold.errors import BatchError, OptionError
+from gradfold.rows import Rows, name_rows, shift_rows
 
 __all__: list[str] = []
 
 Collate = Callable[[list[Any]], Batch]
 
-CollateRows = Callable[[range], Batch]
+CollateRows = Callable[[Rows], Batch]
 """Collates these rows of the global batch, which is a list of samples."""
 
 
@@ -25,18 +26,18 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         data: what `loss_fn` takes.
-        rows: where they are in the batch; empty where nobody has counted.
-        is_cut: whether every tensor with rows is a view that was made for this micro-batch.
+        rows: where they are in the batch, in the order in which they stand in `data`; empty where nobody has counted.
+        is_cut: whether every tensor with rows is a view or copy that was made for this micro-batch.
     """
 
     data: Batch
-    rows: range
+    rows: Rows
     is_cut: bool = False
 
     @property
     def where(self) -> str:
         """The rows, for a message."""
-        return f" (rows {self.rows.start} to {self.rows.stop - 1})" if self.rows else ""
+        return f" ({name_rows(self.rows)})" if self.rows else ""
 
 
 def versions(part: MicroBatch) -> list[int]:
@@ -141,6 +142,6 @@ def join_batches(batches: Iterable[list[MicroBatch]]) -> list[MicroBatch]:
     start = 0
     for micro_batches in batches:
         for piece in micro_batches:
-            joined.append(piece._replace(rows=range(start + piece.rows.start, start + piece.rows.stop)))
-        start = joined[-1].rows.stop
+            joined.append(piece._replace(rows=shift_rows(piece.rows, start)))
+        start += sum(len(piece.rows) for piece in micro_batches)
     return joined

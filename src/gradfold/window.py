@@ -127,7 +127,7 @@ class OpenWindow:
         self.take = feed(micro_batches, device)
         self.losses = LossTerms(micro_batches, self.weights, device)
         self.metrics = Metrics(micro_batches, self.weights, device)
-        self.num_samples = micro_batches[-1].rows.stop if micro_batches else 0
+        self.num_samples = sum([len(part.rows) for part in micro_batches])
         self.done: frozenset[int] = frozenset()  # before it was cut anew
         self.current = 0
         self.looks_at_idle = False
