@@ -203,7 +203,7 @@ class Accumulator:
         if self._self_check is not None and len(micro_batches) > 1:
             self._self_check.note_terms(replay.terms)
         if not result.recoveries:
-            self._fitting_size.note_quiet(len(micro_batches[0].rows), self.micro_batch_size)
+            self._fitting_size.note_quiet(max(part.size for part in micro_batches), self.micro_batch_size)
         self.num_windows += 1
         return result
 
@@ -289,7 +289,7 @@ class Accumulator:
         """How to run a window that begins, after a look at it."""
         if not window.micro_batches:  # all were left out, but those of other ranks were not
             return agreement.around(one_after_another, window)
-        is_new_size = len(window.micro_batches[0].rows) > self._fitting_size.proven
+        is_new_size = max(part.size for part in window.micro_batches) > self._fitting_size.proven
         plain = Cautious(transaction) if is_new_size else one_after_another
         num_micro_batches = len(window.micro_batches)
         if num_micro_batches == 1:

@@ -140,7 +140,7 @@ class DoesNotFitError(GradfoldError, RuntimeError):
     """Memory ran out, and running fewer rows at once cannot help.
 
     Attributes:
-        sizes: the numbers of rows that were tried at once, in order.
+        sizes: the numbers of rows (padded tokens with a `TokenBudget`) that were tried at once, in order.
     """
 
     def __init__(self, message: str, sizes: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The fitting size: how many rows have turned out to fit at once, learned from memory that ran out.
+"""The fitting size: how much has turned out to fit at once, in rows or in padded tokens, learned where memory ran out.
 
 It shrinks with every recovery. After a long quiet period twice as many are tried again, since what took the memory may
 be gone; each time that fails, the next period is twice as long.
@@ -18,8 +18,8 @@ class FittingSize:
     """What an accumulator knows about sizes.
 
     Attributes:
-        rows: at most so many rows at once; None while nothing has failed.
-        proven: so many rows have gone through at once.
+        rows: at most so many at once (padded tokens under a `TokenBudget`); None while nothing has failed.
+        proven: so many have gone through at once.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class FittingSize:
         self._quiet, self._is_trying = 0, False
 
     def note_quiet(self, largest: int, asked: int | None) -> None:
-        """A window without a fault went through, its largest micro-batch of `largest` rows."""
+        """A window without a fault went through, with a largest micro-batch of this size."""
         self.proven = max(self.proven, largest)
         if self.rows is None:
             return

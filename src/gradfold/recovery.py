@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from gradfold.rows import Rows, name_rows
 
 __all__ = ["Recovery"]
+
+Unit: TypeAlias = Literal["rows", "padded tokens"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,12 @@ class Recovery:
         action: "halved" (more, smaller micro-batches), "skipped_micro_batch" (left out, its weight taken out of the
             denominator) or "skipped_update" (no gradient was left).
         rows: the rows of the batch where it happened.
-        micro_batch_size: rows run at once from there on; 0 where they were skipped.
+        micro_batch_size: rows (padded tokens with a `TokenBudget`) run at once from there on; 0 where they were
+            skipped.
         replayed: whether the window began again; else the micro-batches that were done were kept.
         changes_randomness: whether random numbers (dropout masks) are others than without the fault.
         changes_batch_statistics: whether BatchNorm layers normalised by other, smaller micro-batches.
+        unit: what `micro_batch_size` counts.
     """
 
     cause: Literal["out_of_memory", "non_finite"]
@@ -32,12 +36,13 @@ class Recovery:
     replayed: bool
     changes_randomness: bool = False
     changes_batch_statistics: bool = False
+    unit: Unit = "rows"
 
     def __str__(self) -> str:
         where = name_rows(self.rows)
         if self.action == "halved":
-            rows = "row" if self.micro_batch_size == 1 else "rows"
-            text = f"out of memory at {where}: went on with {self.micro_batch_size} {rows} at once"
+            unit = self.unit[:-1] if self.micro_batch_size == 1 else self.unit
+            text = f"out of memory at {where}: went on with {self.micro_batch_size} {unit} at once"
         elif self.action == "skipped_micro_batch":
             text = f"the gradient of {where} was not finite: left out"
         else:

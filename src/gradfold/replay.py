@@ -19,7 +19,7 @@ from gradfold.errors import BatchError, DoesNotFitError, GradfoldError, ModelErr
 from gradfold.fitting_size import FittingSize
 from gradfold.inspection import Inspection, accuse
 from gradfold.out_of_memory import give_back, is_out_of_memory
-from gradfold.recovery import Recovery
+from gradfold.recovery import Recovery, Unit
 from gradfold.split import MicroBatch
 from gradfold.transaction import Transaction
 from gradfold.weight import WindowWeights
@@ -30,7 +30,7 @@ __all__: list[str] = []
 OnNonFinite: TypeAlias = Literal["raise", "skip_update", "skip_micro_batch"]
 
 Recut: TypeAlias = Callable[[MicroBatch, int], list[MicroBatch]]
-"""Cuts a micro-batch into parts of at most so many rows."""
+"""Cuts a micro-batch into parts of at most this size (`MicroBatch.size`)."""
 
 
 def check_on_non_finite(on_non_finite: str) -> None:
@@ -90,6 +90,7 @@ class Replay:
         self._fitting_size = fitting_size
         self._normalises = normalises
         self._sizes: list[int] = []  # that did not fit
+        self._unit: Unit = "rows"  # of sizes
         self._recoveries: list[Recovery] = []
         self.terms: Collection[str] = ()
 
@@ -107,7 +108,7 @@ class Replay:
             if not self._sizes:
                 raise
             raise DoesNotFitError(
-                f"{_listed(self._sizes)} do not fit in memory at once, and fewer cannot be run: {error}",
+                f"{_listed(self._sizes, self._unit)} do not fit in memory at once, and fewer cannot be run: {error}",
                 tuple(self._sizes),
             ) from error
         for recovery in self._recoveries:
@@ -152,15 +153,16 @@ class Replay:
     def _halve(self, window: OpenWindow, schedule: Schedule, message: str) -> OpenWindow:
         """Undo the micro-batch that failed, or the whole window, and cut what is not done into smaller ones."""
         failed = window.micro_batches[window.current]
-        self._sizes.append(len(failed.rows))
+        self._sizes.append(failed.size)
+        self._unit = "rows" if failed.width is None else "padded tokens"
         if len(failed.rows) < 2:
             raise DoesNotFitError(
-                f"one row does not fit in memory{failed.where}: tried {_listed(self._sizes)} at once. The last error "
-                f"was: {message}",
+                f"one row does not fit in memory{failed.where}: tried {_listed(self._sizes, self._unit)} at once. The "
+                f"last error was: {message}",
                 tuple(self._sizes),
             )
         done = self._undo(window, schedule)
-        size = -(-len(failed.rows) // 2)
+        size = -(-len(failed.rows) // 2) * (failed.width or 1)
         try:
             smaller = self._cut_anew(window, size, done or frozenset())
         except GradfoldError as error:
@@ -169,7 +171,7 @@ class Replay:
                 f"fewer: {error}",
                 tuple(self._sizes),
             ) from error
-        self._recoveries.append(Recovery("out_of_memory", "halved", failed.rows, size, replayed=done is None))
+        self._recoveries.append(Recovery("out_of_memory", "halved", failed.rows, size, done is None, unit=self._unit))
         return smaller
 
     def _undo(self, window: OpenWindow, schedule: Schedule) -> frozenset[int] | None:
@@ -282,7 +284,7 @@ def _check_totals(whole: WindowWeights, parts: WindowWeights) -> None:
             )
 
 
-def _listed(sizes: Sequence[int]) -> str:
+def _listed(sizes: Sequence[int], unit: Unit) -> str:
     names = [str(size) for size in sizes]
     text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"{text} row{'s' if sizes[0] > 1 else ''}"
+    return f"{text} {unit if sizes[0] > 1 else unit[:-1]}"

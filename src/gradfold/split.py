@@ -28,11 +28,18 @@ class MicroBatch(NamedTuple):
         data: what `loss_fn` takes.
         rows: where they are in the batch, in the order in which they stand in `data`; empty where nobody has counted.
         is_cut: whether every tensor with rows is a view or copy that was made for this micro-batch.
+        width: the padded length of its rows, at least 1, where padded tokens are what is limited; None where rows are.
     """
 
     data: Batch
     rows: Rows
     is_cut: bool = False
+    width: int | None = None
+
+    @property
+    def size(self) -> int:
+        """What is limited: padded tokens, or rows."""
+        return len(self.rows) * (self.width or 1)
 
     @property
     def where(self) -> str:
@@ -114,18 +121,21 @@ def check_collated(micro_batches: Iterable[MicroBatch]) -> None:
 
 
 def recut(part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | None) -> list[MicroBatch]:
-    """Cut a micro-batch further. The rows stay as they were collated, unless only collation can cut them.
+    """Cut a micro-batch into such of this size at most, or of one row.
+
+    The rows stay as they were collated, unless only collation can cut them.
 
     Raises:
         BatchError: it cannot be cut.
     """
-    ranges = cut_range(len(part.rows), micro_batch_size)
+    ranges = cut_range(len(part.rows), max(1, micro_batch_size // (part.width or 1)))
     if len(ranges) == 1:
         return [part]
     rows = [part.rows[own.start : own.stop] for own in ranges]
     if collate_rows is not None and not _is_cut_by_rows(part):
-        return [MicroBatch(collate_rows(own), own) for own in rows]
-    return list(map(MicroBatch, cut_rows(part.data, [len(own) for own in rows]), rows, repeat(True)))
+        return [MicroBatch(collate_rows(own), own, False, part.width) for own in rows]
+    parts = cut_rows(part.data, [len(own) for own in rows])
+    return list(map(MicroBatch, parts, rows, repeat(True), repeat(part.width)))
 
 
 def _is_cut_by_rows(part: MicroBatch) -> bool:
