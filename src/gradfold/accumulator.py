@@ -23,6 +23,7 @@ from gradfold.gradients import SetAside, check_trainable, parameters_of
 from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.loader import LoopWindow, Window
 from gradfold.loss import LossFn
+from gradfold.padding_check import check_once
 from gradfold.precision import PrecisionOption, read_option
 from gradfold.ranks import Ranks
 from gradfold.replay import Cautious, OnNonFinite, Replay, check_on_non_finite
@@ -31,6 +32,8 @@ from gradfold.self_check import SelfCheck
 from gradfold.sharded import Sharded
 from gradfold.split import Collate, CollateRows, MicroBatch
 from gradfold.sync import RanksOption, find_ranks, without_reductions
+from gradfold.token_budget import TokenBudget
+from gradfold.token_split import TokenSplit
 from gradfold.transaction import Transaction
 from gradfold.weight import WeightOption, check_option, counts_samples, weigh
 from gradfold.window import AfterFirst, OpenWindow, Schedule, WindowResult, one_after_another
@@ -53,6 +56,7 @@ class Accumulator:
             terms, whose plain sum is the loss. `metrics` is a dict; 0-d values are combined as weighted means, values
             with one entry per row are concatenated in the batch's own order.
         micro_batch_size: rows to run at once, at most; the batch is cut into nearly equal parts. None: as it is given.
+            A `TokenBudget`: padded tokens to run at once, in micro-batches of rows of like length.
             Where memory runs out, half as many are run from there on (see `WindowResult.recoveries`), so that with None
             a batch of any size trains; after some hundred quiet windows more are tried again.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
@@ -100,7 +104,7 @@ class Accumulator:
         model: nn.Module,
         loss_fn: LossFn,
         *,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | TokenBudget | None = None,
         weight: WeightOption = "samples",
         collate: Collate | None = None,
         precision: PrecisionOption = None,
@@ -115,7 +119,9 @@ class Accumulator:
         for name, function in (("loss_fn", loss_fn), ("collate", collate), ("backward", backward)):
             if not callable(function) and (function is not None or name == "loss_fn"):
                 raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
-        split.check_size(micro_batch_size)
+        self._token_split = TokenSplit(micro_batch_size) if isinstance(micro_batch_size, TokenBudget) else None
+        if not isinstance(micro_batch_size, TokenBudget):
+            split.check_size(micro_batch_size)
         check_option(weight)
         batch_normalisation.check_option(batch_norm)
         check_on_non_finite(on_non_finite)
@@ -203,7 +209,9 @@ class Accumulator:
         if self._self_check is not None and len(micro_batches) > 1:
             self._self_check.note_terms(replay.terms)
         if not result.recoveries:
-            self._fitting_size.note_quiet(max(part.size for part in micro_batches), self.micro_batch_size)
+            self._fitting_size.note_quiet(max(part.size for part in micro_batches), self._asked_size)
+            if self._token_split is not None:
+                self._token_split.settle()
         self.num_windows += 1
         return result
 
@@ -212,9 +220,9 @@ class Accumulator:
         """The loss scaler. In a loop of your own: `unscale_(optimizer)`, clip, `step(optimizer)`, `update()`."""
         return self.precision.grad_scaler
 
-    def twin(self, model: nn.Module, loss_fn: LossFn, micro_batch_size: int | None) -> Accumulator:
+    def twin(self, model: nn.Module, loss_fn: LossFn, micro_batch_size: int | TokenBudget | None) -> Accumulator:
         """An accumulator for another model in this process alone, with the same weights, collation and BatchNorm."""
-        return Accumulator(
+        twin = Accumulator(
             model,
             loss_fn,
             micro_batch_size=micro_batch_size,
@@ -224,6 +232,9 @@ class Accumulator:
             ranks="alone",
             self_check=False,
         )
+        if twin._token_split is not None:
+            twin._token_split.is_checked = True  # who asks for a twin compares gradients
+        return twin
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as this one would have: the count of windows, sizes learned, the scaler."""
@@ -231,6 +242,7 @@ class Accumulator:
             "num_windows": self.num_windows,
             "fitting_size": self._fitting_size.state_dict(),
             "self_check": None if self._self_check is None else self._self_check.state_dict(),
+            "token_split": None if self._token_split is None else self._token_split.state_dict(),
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
         }
 
@@ -256,6 +268,8 @@ class Accumulator:
         self._fitting_size.load_state_dict(state["fitting_size"])
         if self._self_check is not None and state["self_check"] is not None:
             self._self_check.load_state_dict(state["self_check"])
+        if self._token_split is not None and state.get("token_split") is not None:
+            self._token_split.load_state_dict(state["token_split"])
         if self.grad_scaler is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
 
@@ -268,13 +282,20 @@ class Accumulator:
         if isinstance(batch, Window):
             if not batch:
                 raise BatchError("the window holds no micro-batches. Skip empty windows.")
+            if self._token_split is not None and self.collate is not None:  # one pool of samples to choose from
+                return self._cut([sample for part in batch for sample in part])
             return split.join_batches(self._cut(part) for part in batch)
-        size = self._fitting_size.limit(self.micro_batch_size)
+        size = self._fitting_size.limit(self._asked_size)
         if self.collate is not None:
-            micro_batches = split.split_samples(batch, size, self.collate)
+            if self._token_split is None:
+                micro_batches = split.split_samples(batch, size, self.collate)
+            else:
+                micro_batches = self._token_split.cut(batch, size, self.collate, is_first=self.num_windows == 0)
             if counts_samples(self.weight):
                 split.check_collated(micro_batches)
             return micro_batches
+        if self._token_split is not None:
+            return self._token_split.cut(batch, size, None, is_first=self.num_windows == 0)
         return split.split_rows(batch, size)
 
     def _prepare(
@@ -289,8 +310,11 @@ class Accumulator:
         """How to run a window that begins, after a look at it."""
         if not window.micro_batches:  # all were left out, but those of other ranks were not
             return agreement.around(one_after_another, window)
+        if self._token_split is not None:
+            can_check = self._self_check is not None and agreement.can_replay
+            check_once(self._token_split, self.model, self._run, self.weight, self._back_propagate, window, can_check)
         is_new_size = max(part.size for part in window.micro_batches) > self._fitting_size.proven
-        plain = Cautious(transaction) if is_new_size else one_after_another
+        plain = Cautious(transaction) if is_new_size else self._plain_schedule(window)
         num_micro_batches = len(window.micro_batches)
         if num_micro_batches == 1:
             return agreement.around(plain, window)
@@ -303,6 +327,27 @@ class Accumulator:
             if self._self_check.is_due(window.micro_batches, modules):
                 window.after_first = self._look(self._self_check, batch, window, schedule is plain)
         return agreement.around(schedule, window)
+
+    @property
+    def cut_by(self) -> int | TokenBudget | None:
+        """`micro_batch_size`; a token budget with the cost that was measured."""
+        return self.micro_batch_size if self._token_split is None else self._token_split.budget_as_measured
+
+    @property
+    def _asked_size(self) -> int | None:
+        """The user's limit, in rows or in padded tokens."""
+        size = (
+            self.micro_batch_size.max_tokens
+            if isinstance(self.micro_batch_size, TokenBudget)
+            else self.micro_batch_size
+        )
+        assert size != "auto"
+        return size
+
+    def _plain_schedule(self, window: OpenWindow) -> Schedule:
+        if self._token_split is None:
+            return one_after_another
+        return self._token_split.timed(one_after_another, window.micro_batches, window.device)
 
     def _agree(self, ranks: Ranks | None, modules: Sequence[nn.Module]) -> Alone:
         """What this window has to agree on with other processes."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradfold.rows import Rows
+
 __all__: list[str] = []
 
 # Operators whose results are nothing but random numbers, or depend on their inputs row by row.
@@ -153,7 +155,7 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
         dims: by number of a draw, the dimension that holds its rows.
     """
 
-    def __init__(self, recorded: RecordedDraws, num_rows: int, rows: range) -> None:
+    def __init__(self, recorded: RecordedDraws, num_rows: int, rows: Rows) -> None:
         super().__init__()
         self._recorded = recorded
         self._num_rows = num_rows
@@ -162,7 +164,7 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
         self.is_certain = True
         self.dims: dict[int, int] = {}
 
-    def go_on_with(self, rows: range) -> None:
+    def go_on_with(self, rows: Rows) -> None:
         """Run other rows of the same batch from here on."""
         self.finish()
         self._numbers.clear()
@@ -195,7 +197,10 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
             return None
         self.is_certain &= per_row == 1
         self.dims[number] = differing[0]
-        return whole.narrow(differing[0], self._rows.start * per_row, len(self._rows) * per_row)
+        if isinstance(self._rows, range):
+            return whole.narrow(differing[0], self._rows.start * per_row, len(self._rows) * per_row)
+        own = [row * per_row + place for row in self._rows for place in range(per_row)]
+        return whole.index_select(differing[0], torch.tensor(own, device=whole.device))
 
 
 @cache

@@ -9,6 +9,7 @@ GradfoldError                       1
 ├── ModelError (ValueError)         1   a model that gradfold cannot accumulate for
 │   ├── BatchNormError              1   ... since its samples see each other
 │   ├── HookError                   1   ... since a hook acts on every micro-batch
+│   ├── PaddingError                1   ... under a token budget, since its gradient depends on the padding
 │   └── RanksError                  1   ... since of several processes one has failed, or trains it in another way
 ├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
 │   ├── NonFiniteLossError          1   ... since it is NaN or infinite
@@ -73,6 +74,18 @@ class HookError(ModelError):
         self.parameters = parameters
 
 
+class PaddingError(ModelError):
+    """The gradient depends on how far rows are padded, so that a token budget, which pads less, would change it.
+
+    Attributes:
+        layer: name of the first layer whose output does, where there is one.
+    """
+
+    def __init__(self, message: str, layer: str | None) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
 class RanksError(ModelError):
     """Several processes train together in a way that is not supported, or another one of them has failed."""
 
@@ -104,7 +117,7 @@ class NotDecomposableError(LossError):
         cause: "weights" (another weighting fits), "sum" (not a mean), "seed" (the backward pass ignores its incoming
             gradient), "empty" (a mean over nothing in a part), "batch_norm", "state" (of a layer, moved by forward
             passes) or "coupled" (samples that depend on each other); from `Verdict.raise_if_wrong` also "random",
-            "other_model", "non_finite", "fails", "rounding" and "unknown", as its text explains.
+            "other_model", "non_finite", "fails", "padding", "rounding" and "unknown", as its text explains.
         term: name of the loss term ("loss" for a bare one).
         weight: the weight that fits, as Python, where one was found.
     """

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, cut_rows, num_rows
-from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError
+from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError, PaddingError
 from gradfold.examination import Examination
 from gradfold.examined import CannotKnowError, Examined, UndecidedError
+from gradfold.padding_check import PaddingCheck
 from gradfold.split import MicroBatch, cut_range
+from gradfold.token_budget import TokenBudget
 from gradfold.trial import Trial
-from gradfold.verification.comparison import Allowance, Comparison
+from gradfold.verification.comparison import Allowance, Comparison, measure
 from gradfold.verification.coupling import find_coupling
 from gradfold.verification.hidden_state import find_hidden_state
 from gradfold.verification.specimen import Attempt, Specimen, WholeRun
@@ -113,13 +115,17 @@ def failing(attempt: Attempt) -> Cause:
     failure = attempt.failure
     return Cause(
         "fails",
-        f"loss_fn takes the whole batch, but not micro-batches of {attempt.size} rows: "
+        f"loss_fn takes the whole batch, but not micro-batches of {' '.join(map(str, measure(attempt.size)))}: "
         f"{type(failure).__name__}: {failure}",
     )
 
 
 def _examine(specimen: Specimen, comparison: Comparison, worst: Attempt) -> Cause:
     """Cut the batch in two in several ways, until the gradients of whole and parts say what is wrong."""
+    if isinstance(worst.size, TokenBudget):
+        cause = _padding(specimen, worst.size)
+        if cause is not None:
+            return cause
     reason: Exception | None = None
     for first in _cuts(specimen.num_rows, worst):
         try:
@@ -133,8 +139,9 @@ def _examine(specimen: Specimen, comparison: Comparison, worst: Attempt) -> Caus
     if isinstance(worst.failure, NonFiniteLossError):
         return Cause(
             "empty",
-            f"with micro-batches of {worst.size}, {worst.failure} The whole batch's loss is finite, so this is a mean "
-            "over nothing: give weight= the number of things that it averages, and a part without any is left out.",
+            f"with micro-batches of {measure(worst.size)[0]}, {worst.failure} The whole batch's loss is finite, so "
+            "this is a mean over nothing: give weight= the number of things that it averages, and a part without any "
+            "is left out.",
             term=worst.failure.term,
         )
     moved = find_hidden_state(specimen)
@@ -147,10 +154,28 @@ def _examine(specimen: Specimen, comparison: Comparison, worst: Attempt) -> Caus
     return Cause("unknown", _UNKNOWN if reason is None else f"{_UNKNOWN} One experiment failed: {reason}.")
 
 
+def _padding(specimen: Specimen, budget: TokenBudget) -> Cause | None:
+    """Whether rows have another gradient with the padding of the whole batch."""
+    rows = specimen.padded_rows(budget)
+    if rows is None:
+        return None
+    model, weight = specimen.fresh_model(), specimen.accumulator.weight
+    device = next(model.parameters()).device
+    try:
+        with warnings.catch_warnings(), specimen.running():
+            warnings.simplefilter("ignore")
+            PaddingCheck(model, specimen.loss_fn, weight, BackPropagation(), rows, budget.padding_side, device).run()
+    except PaddingError as error:
+        return Cause("padding", str(error), layers=() if error.layer is None else (error.layer,))
+    except BatchError as error:
+        return Cause("padding", str(error))
+    return None
+
+
 def _cuts(num_rows: int, worst: Attempt) -> Iterator[int]:
     """Where to cut: unequal parts, which show weights that are wrong; then where micro-batches end, which do run."""
     yield max(1, round(0.3 * num_rows))
-    ranges = cut_range(num_rows, worst.size)
+    ranges = cut_range(num_rows, num_rows // 2 if isinstance(worst.size, TokenBudget) else worst.size)
     yield ranges[0].stop
     yield ranges[-1].start
 

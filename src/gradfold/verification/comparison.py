@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from gradfold.errors import NonFiniteLossError, OptionError
+from gradfold.recovery import Unit
 from gradfold.split import check_size, cut_range
+from gradfold.token_budget import TokenBudget
 from gradfold.verification.reference import difference_norm, relative_error
 from gradfold.verification.specimen import Attempt, Specimen, WholeRun
 from gradfold.verification.verdict import ParameterRow, SizeRow
@@ -57,7 +60,8 @@ class Comparison:
     def sizes(self) -> tuple[SizeRow, ...]:
         """For a verdict."""
         return tuple(
-            SizeRow(one.size, one.num_micro_batches, one.error, _first_line(one.failure)) for one in self.attempts
+            SizeRow(*measure(one.size), one.num_micro_batches, one.error, _first_line(one.failure))
+            for one in self.attempts
         )
 
     def rows(self, model: nn.Module) -> tuple[ParameterRow, ...]:
@@ -97,7 +101,7 @@ class Allowance:
         return error <= _NOISE * self.noise_floor
 
 
-def compare(specimen: Specimen, sizes: list[int], whole: WholeRun | None = None) -> Comparison:
+def compare(specimen: Specimen, sizes: Sequence[int | TokenBudget], whole: WholeRun | None = None) -> Comparison:
     """Run the whole batch, twice, and each size."""
     whole = whole or specimen.run_whole()
     again = specimen.run_whole()
@@ -118,8 +122,8 @@ def allowance(specimen: Specimen, comparison: Comparison) -> Allowance:
     return loose if comparison.max_error <= loose.tolerance else strict
 
 
-def choose_sizes(num_rows: int, own: int | None, asked: list[int] | None) -> list[int]:
-    """The sizes of micro-batches to try, all smaller than the batch.
+def choose_sizes(num_rows: int, own: int | TokenBudget | None, asked: list[int] | None) -> list[int | TokenBudget]:
+    """The sizes of micro-batches to try, all smaller than the batch; a token budget first.
 
     Raises:
         OptionError: a size is no whole number from 1 to less than the batch.
@@ -134,12 +138,22 @@ def choose_sizes(num_rows: int, own: int | None, asked: list[int] | None) -> lis
                 )
         if not asked:
             raise OptionError("micro_batch_sizes is empty. Give one size at least, or None.")
-        return sorted(set(asked))
+        return [*sorted(set(asked))]
     # Into as few parts as cannot all be of one size.
     num_ragged = next((parts for parts in range(3, num_rows) if num_rows % parts), 2)
     likely = {1, 2, 3, -(-num_rows // 7), -(-num_rows // num_ragged), num_rows // 2}
     sizes = {size for size in likely if len(cut_range(num_rows, size)) <= _MOST_MICRO_BATCHES}
-    return sorted(size for size in sizes | ({own} if own else set()) if size < num_rows)
+    if isinstance(own, TokenBudget):
+        return [own, *sorted(size for size in sizes if size < num_rows)]
+    return [*sorted(size for size in sizes | ({own} if own else set()) if size < num_rows)]
+
+
+def measure(size: int | TokenBudget) -> tuple[int, Unit]:
+    """A size as a number of something."""
+    if isinstance(size, TokenBudget):
+        assert isinstance(size.max_tokens, int)
+        return size.max_tokens, "padded tokens"
+    return size, "rows"
 
 
 def _allowance(specimen: Specimen, comparison: Comparison, dtypes: set[torch.dtype]) -> Allowance:

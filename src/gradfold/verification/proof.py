@@ -11,12 +11,14 @@ from torch import nn
 from gradfold.accumulator import Accumulator
 from gradfold.batch import Batch, num_rows
 from gradfold.coupled.batch_norm import batch_statistics_layers
+from gradfold.dropout import dropping_modules
 from gradfold.errors import BatchError, BatchNormError
 from gradfold.hooks import parameters_with_hooks
 from gradfold.loader import LoopWindow, Window
 from gradfold.split import split_samples
+from gradfold.token_budget import TokenBudget
 from gradfold.verification import causes
-from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare
+from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare, measure
 from gradfold.verification.specimen import Specimen, WholeRun, own_dtypes
 from gradfold.verification.untouched import Untouched
 from gradfold.verification.verdict import Cause, Verdict, listed, name_of
@@ -34,14 +36,15 @@ def prove(
     """What `gradfold.verify` says of a model that trains in this process alone."""
     total = count_rows(accumulator, batch)
     asked = None if micro_batch_sizes is None else list(micro_batch_sizes)
-    sizes = choose_sizes(total, accumulator.micro_batch_size, asked)
+    own = accumulator.cut_by
+    sizes = choose_sizes(total, own, asked)
     with Untouched(accumulator) as untouched:
         specimen, whole, notes = _first_run(accumulator, batch, total, dtype, untouched)
         notes += _notes_on_hooks(accumulator.model)
         cause = causes.before_comparing(specimen, whole)
         if cause is not None:
             return _not_compared(specimen, cause, notes)
-        needed = [accumulator.micro_batch_size] if asked is None else asked
+        needed = [own] if asked is None else asked
         return _Proof(specimen, sizes, needed, notes).run(whole)
 
 
@@ -101,7 +104,13 @@ def _not_compared(specimen: Specimen, cause: Cause, notes: list[str]) -> Verdict
 class _Proof:
     """The comparison at all sizes, and what follows from it."""
 
-    def __init__(self, specimen: Specimen, sizes: list[int], needed: Sequence[int | None], notes: list[str]) -> None:
+    def __init__(
+        self,
+        specimen: Specimen,
+        sizes: list[int | TokenBudget],
+        needed: Sequence[int | TokenBudget | None],
+        notes: list[str],
+    ) -> None:
         self._specimen = specimen
         self._sizes = sizes
         self._needed = needed  # sizes that must run; the others are extra
@@ -127,7 +136,7 @@ class _Proof:
             return comparison
         if comparison.unknown is None:
             return self._compare_with_equal_draws(comparison)
-        names = dropping_modules(self._specimen.fresh_model())
+        names = list(dropping_modules(self._specimen.fresh_model()))
         if not names:
             return comparison
         self._specimen = self._specimen.with_frozen(names)
@@ -178,7 +187,7 @@ class _Proof:
         if not found and any(attempt.size in self._needed for attempt in failed):
             found = [causes.failing(next(attempt for attempt in failed if attempt.size in self._needed))]
         if not found and failed:
-            sizes = listed([str(attempt.size) for attempt in failed])
+            sizes = listed([str(measure(attempt.size)[0]) for attempt in failed])
             self._notes.append(f"micro-batches of {sizes} do not run; the others say nothing about them.")
         if not any(bool(one.any()) for one in comparison.whole.gradients.values()):
             self._notes.append("the gradient of this batch is zero, which proves little.")
@@ -198,19 +207,6 @@ class _Proof:
             causes=tuple(found),
             notes=tuple(self._notes),
         )
-
-
-def dropping_modules(model: nn.Module) -> list[str]:
-    """Names of modules in training mode that look like dropout, or have a rate of it (attention, recurrent layers)."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if module.training
-        and (
-            any(word in type(module).__name__.lower() for word in ("dropout", "droppath", "stochasticdepth"))
-            or any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
-        )
-    ]
 
 
 def _notes_on_hooks(model: nn.Module) -> list[str]:

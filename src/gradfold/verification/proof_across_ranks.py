@@ -13,10 +13,13 @@ from torch import Tensor
 
 from gradfold.accumulator import Accumulator
 from gradfold.batch import Batch, every_leaf, map_leaves
+from gradfold.dropout import dropping_modules
 from gradfold.errors import RanksError
 from gradfold.ranks import Ranks
 from gradfold.sync import unwrapped, wrapped_as
-from gradfold.verification.proof import count_rows, dropping_modules, prove
+from gradfold.token_budget import TokenBudget
+from gradfold.verification.comparison import measure
+from gradfold.verification.proof import count_rows, prove
 from gradfold.verification.reference import relative_error
 from gradfold.verification.specimen import Specimen
 from gradfold.verification.untouched import Untouched
@@ -42,12 +45,12 @@ def prove_across_ranks(
     """
     own_rows = count_rows(accumulator, batch, least=1)  # its errors come before anybody waits
     whole_batch = _join(ranks.exchange(batch), accumulator)
-    alone = accumulator.twin(unwrapped(accumulator.model), accumulator.loss_fn, accumulator.micro_batch_size)
+    alone = accumulator.twin(unwrapped(accumulator.model), accumulator.loss_fn, accumulator.cut_by)
     found = _on_first(ranks, lambda: prove(alone, whole_batch, dtype=dtype, micro_batch_sizes=micro_batch_sizes))
     if not found.ok:
         note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
         return replace(found, notes=(*found.notes, note))
-    frozen = dropping_modules(alone.model)  # no random numbers can be handed to the rows of other ranks
+    frozen = list(dropping_modules(alone.model))  # no random numbers can be handed to the rows of other ranks
 
     def run_whole() -> dict[str, Tensor] | None:
         with Untouched(alone) as untouched:
@@ -68,19 +71,23 @@ def prove_across_ranks(
     return _judge(found, ranks, rows, frozen)
 
 
-def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None) -> list[int]:
+def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None) -> list[int | TokenBudget]:
     """The accumulator's own size, or those asked for, and micro-batches of two rows."""
-    own = [accumulator.micro_batch_size or own_rows] if asked is None else list(asked)
-    return sorted({*own, 2})
+    if asked is None and isinstance(accumulator.cut_by, TokenBudget):
+        return [accumulator.cut_by, 2]
+    own = [accumulator.cut_by or own_rows] if asked is None else asked
+    return [*sorted({*own, 2})]
 
 
-def _row(ranks: Ranks, size: int, num_run: int, gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> SizeRow:
+def _row(
+    ranks: Ranks, size: int | TokenBudget, num_run: int, gradients: dict[str, Tensor], expected: dict[str, Tensor]
+) -> SizeRow:
     told = ranks.exchange((num_run, _digest(gradients)))
     differing = [rank for rank, (_, digest) in enumerate(told) if digest != told[0][1]]
     failure = f"rank {differing[0]} has another gradient than rank 0" if differing else None
     error = relative_error(gradients, expected)
     most = max(number for number, _ in told)
-    return SizeRow(size, most, ranks.exchange(error)[0], failure, num_ranks=ranks.size)
+    return SizeRow(*measure(size), most, ranks.exchange(error)[0], failure, num_ranks=ranks.size)
 
 
 def _judge(found: Verdict, ranks: Ranks, rows: Sequence[SizeRow], frozen: Sequence[str]) -> Verdict:

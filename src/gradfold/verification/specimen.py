@@ -29,8 +29,11 @@ from gradfold.gradients import check_trainable
 from gradfold.jitter import Jitter
 from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
 from gradfold.random_state import HostRandomState, RandomState
-from gradfold.split import MicroBatch, cut_range, split_rows, split_samples
+from gradfold.rows import Rows
+from gradfold.split import MicroBatch, split_rows, split_samples
 from gradfold.sync import unwrapped
+from gradfold.token_budget import TokenBudget
+from gradfold.token_split import PaddedRows, TokenSplit
 from gradfold.verification.graph import Graph
 from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
 from gradfold.verification.untouched import Untouched
@@ -63,7 +66,7 @@ class Attempt:
     """The batch in micro-batches, by gradfold.
 
     Attributes:
-        size: rows of a micro-batch, at most.
+        size: rows of a micro-batch, at most, or a budget of padded tokens.
         num_micro_batches: how many there are.
         differences: by parameter, how far its gradient is from that of the whole; None where it failed.
         error: the same over all parameters, relative; NaN where it failed, infinite where a loss is not finite.
@@ -72,7 +75,7 @@ class Attempt:
         dims: by number of a draw, the dimension that was taken for its rows.
     """
 
-    size: int
+    size: int | TokenBudget
     num_micro_batches: int
     differences: dict[str, float] | None
     error: float
@@ -84,7 +87,7 @@ class Attempt:
 class _EqualDraws(EqualDraws):  # type: ignore[no-untyped-call]
     """The same, for several parts one after another."""
 
-    def go_on_with(self, rows: range) -> None:
+    def go_on_with(self, rows: Rows) -> None:
         """Begin with other rows."""
         self._numbers.clear()
 
@@ -158,11 +161,20 @@ class Specimen:
         first, second = (self.on_device(self.collate(list(self._batch[own.start : own.stop]))) for own in rows)
         return first, second
 
-    def micro_batches(self, size: int) -> list[MicroBatch]:
+    def micro_batches(self, size: int | TokenBudget) -> list[MicroBatch]:
         """The batch cut by gradfold."""
+        if isinstance(size, TokenBudget):
+            collate = None if self.accumulator.collate is None else self.collate
+            return TokenSplit(size).cut(self._batch, None, collate, is_first=True)
         if self.accumulator.collate is None:
             return split_rows(self._batch, size)
         return split_samples(self._batch, size, self.collate)
+
+    def padded_rows(self, budget: TokenBudget) -> PaddedRows | None:
+        """Rows with the padding of the whole batch, and without."""
+        token_split = TokenSplit(budget)
+        token_split.cut(self._batch, None, None if self.accumulator.collate is None else self.collate, is_first=True)
+        return token_split.padded_rows()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -213,7 +225,7 @@ class Specimen:
         return WholeRun(found, loss, recorded, graphs[-1], drew)
 
     def run_with_others(
-        self, size: int | None, wrap: Callable[[nn.Module], nn.Module]
+        self, size: int | TokenBudget | None, wrap: Callable[[nn.Module], nn.Module]
     ) -> tuple[dict[str, Tensor], int]:
         """The gradient of this rank's rows and those of others, and how many micro-batches it took here.
 
@@ -230,8 +242,8 @@ class Specimen:
                 result = twin.backward(self._own_batch())
         return gradients(unwrapped(model)), result.num_micro_batches
 
-    def run_in_parts(self, size: int, whole: WholeRun) -> Attempt:
-        """The batch in micro-batches of at most `size` rows, each row with the random numbers that it had."""
+    def run_in_parts(self, size: int | TokenBudget, whole: WholeRun) -> Attempt:
+        """The batch in micro-batches of at most this size, each row with the random numbers that it had."""
         model = self.fresh_model()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -259,7 +271,7 @@ class Specimen:
         distance = math.inf if math.isnan(distance) else distance
         return Attempt(size, len(order), differences, distance, None, unknown, dims)
 
-    def _twin(self, model: nn.Module, loss_fn: LossFn, size: int | None) -> Accumulator:
+    def _twin(self, model: nn.Module, loss_fn: LossFn, size: int | TokenBudget | None) -> Accumulator:
         twin = self.accumulator.twin(model, loss_fn, size)
         twin.collate = None if twin.collate is None else self.collate
         twin.batch_norm = self.batch_norm
@@ -269,20 +281,18 @@ class Specimen:
         """The batch to give away: a model may change its input in place."""
         return map_tensors(torch.clone, self._batch) if self.accumulator.collate is None else self._batch
 
-    def _draws_of_rows(self, recorded: RecordedDraws, rows: range) -> DrawsOfRows | _EqualDraws:
+    def _draws_of_rows(self, recorded: RecordedDraws, rows: Rows) -> DrawsOfRows | _EqualDraws:
         if self._equal is not None:
             return _EqualDraws(*self._equal)
         return DrawsOfRows(recorded, self.num_rows, rows)
 
-    def _order(self, size: int) -> list[range]:
+    def _order(self, size: int | TokenBudget) -> list[Rows]:
         """The rows of micro-batches in the order in which they are run: those that weigh nothing last, if at all."""
         with self.running():
             parts = self.micro_batches(size)
             idle = weigh(self.accumulator.weight, parts).idle()
-        rows = cut_range(self.num_rows, size)
-        return [rows[index] for index in range(len(rows)) if index not in idle] + [
-            rows[index] for index in sorted(idle)
-        ]
+        order = [index for index in range(len(parts)) if index not in idle] + sorted(idle)
+        return [parts[index].rows for index in order]
 
     def _graph(self, model: nn.Module, output: LossOutput) -> Graph:
         graph = Graph.of(_terms(output).values())
@@ -341,7 +351,7 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_order(
-    loss_fn: Callable[[nn.Module, Batch], LossOutput], mode: DrawsOfRows | _EqualDraws, order: Sequence[range]
+    loss_fn: Callable[[nn.Module, Batch], LossOutput], mode: DrawsOfRows | _EqualDraws, order: Sequence[Rows]
 ) -> Callable[[nn.Module, Batch], LossOutput]:
     ahead = iter(order[1:])
     is_first = True

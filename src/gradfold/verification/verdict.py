@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gradfold.errors import NotDecomposableError
+from gradfold.recovery import Unit
 
 __all__ = ["Verdict"]
 
@@ -25,8 +26,8 @@ class Cause:
     Attributes:
         name: those of `NotDecomposableError`, or "random" (numbers that cannot be handed to rows, or two runs that
             differ), "ranks" (right in one process, and not on several), "other_model" (`loss_fn` uses another model),
-            "non_finite" (the whole batch's loss is NaN or infinite), "fails" (micro-batches raise an error),
-            "rounding" (it hides the answer), "unknown".
+            "non_finite" (the whole batch's loss is NaN or infinite), "fails" (micro-batches raise an error), "padding"
+            (a token budget pads less), "rounding" (it hides the answer), "unknown".
         text: what was found, and what to write.
         term: name of the loss term ("loss" for a bare one).
         weight: the weight that fits, as Python, where one was found.
@@ -45,7 +46,8 @@ class SizeRow:
     """The gradient with micro-batches of one size.
 
     Attributes:
-        size: rows of a micro-batch, at most.
+        size: rows of a micro-batch, or with a `TokenBudget` its padded tokens, at most.
+        unit: which.
         num_micro_batches: how many there were.
         error: relative error over all parameters; NaN where there is none.
         failure: what was raised instead, or what else is wrong.
@@ -53,6 +55,7 @@ class SizeRow:
     """
 
     size: int
+    unit: Unit
     num_micro_batches: int
     error: float
     failure: str | None = None
@@ -135,6 +138,7 @@ class Verdict:
             "sizes": [
                 {
                     "size": one.size,
+                    "unit": one.unit,
                     "num_micro_batches": one.num_micro_batches,
                     "error": _finite(one.error),
                     "failure": one.failure,
@@ -227,8 +231,9 @@ def listed(names: Sequence[str], limit: int = 8) -> str:
 
 def _size_cells(row: SizeRow) -> list[str]:
     failure = None if row.failure is None else textwrap.shorten(row.failure, _WIDTH - 30)
+    size = str(row.size) if row.unit == "rows" else f"{row.size} tokens"
     on_ranks = f" on each of {row.num_ranks} ranks" if row.num_ranks > 1 else ""
-    return [str(row.size), f"{row.num_micro_batches}{on_ranks}", failure or number(row.error)]
+    return [size, f"{row.num_micro_batches}{on_ranks}", failure or number(row.error)]
 
 
 def _parameter_cells(row: ParameterRow) -> list[str]:
