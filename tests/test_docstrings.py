@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from gradfold.errors import DataError
-from gradfold.workloads.docstrings import UNKNOWN, Vocabulary, read_docstrings
+from gradfold.workloads.docstrings import read_docstrings
+from gradfold.workloads.vocabulary import UNKNOWN, Vocabulary
 
 SOURCE = '''"""A module, first."""
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from gradfold.cli.compare_progress import showing_progress
 from gradfold.cli.compare_table import print_comparison
 from gradfold.cli.ranks import launch_ranks
-from gradfold.compare.arms import DEFAULT_ARMS, GROUP_NORM_ARMS
+from gradfold.compare.arms import DEFAULT_ARMS, GROUP_NORM_ARMS, TOKEN_BUDGET
 from gradfold.compare.report import make_folder, write_report
 from gradfold.compare.results import Comparison
 from gradfold.compare.run import accompany
@@ -25,7 +25,7 @@ from gradfold.rendezvous import INTERRUPTED, find_place, meeting
 
 __all__: list[str] = []
 
-_DEFAULT_ARMS = f"{','.join(DEFAULT_ARMS)}; in resnet also {','.join(GROUP_NORM_ARMS)}"
+_DEFAULT_ARMS = f"{','.join(DEFAULT_ARMS)}; in resnet also {','.join(GROUP_NORM_ARMS)}, in texts {TOKEN_BUDGET}"
 
 EPILOG = """
 **Examples**
@@ -39,6 +39,8 @@ EPILOG = """
 `gradfold compare encoder --arms full-batch,gradfold --json` — two of the four ways, for a program to read
 
 `gradfold compare resnet` — what micro-batches do to BatchNorm, and not to GroupNorm
+
+`gradfold compare language-model` — the same training in a fraction of the time, with rows of like length together
 
 `gradfold compare cifar10 --data DIR --precision bf16` — is accumulation faster here, or bfloat16, or both?
 
@@ -87,6 +89,9 @@ def compare(
     - **full-batch**: the reference, each global batch at once, in plain torch
 
     - **gradfold**: each global batch in micro-batches, by gradfold
+
+    - **token-budget** (where rows differ in length, as in language-model): by gradfold, in micro-batches of rows of
+    like length, which are hardly padded
 
     - **plain-loop**: the loop as articles print it: loss / n, a step every n micro-batches
 

@@ -7,7 +7,7 @@ train another model, with GroupNorm in place of BatchNorm: one is a full batch a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -20,9 +20,11 @@ from gradfold.batch import Batch
 from gradfold.compare.measure import Clock
 from gradfold.compare.samples import cut, share, share_of_epoch, take, weight_of
 from gradfold.coupled.convert import convert_batch_norm
+from gradfold.errors import OptionError
 from gradfold.loss import LossOutput
 from gradfold.ranks import Ranks
 from gradfold.rendezvous import in_parallel
+from gradfold.token_budget import TokenBudget
 from gradfold.train_step import TrainStep
 from gradfold.workloads.workload import Workload
 
@@ -116,6 +118,19 @@ class Training:
         return share_of_epoch(order, self.global_batch_size, self.ranks.rank, self.ranks.size)
 
     @property
+    def token_budget(self) -> TokenBudget:
+        """The workload's, in proportion to the samples that are run at once.
+
+        Raises:
+            OptionError: it has none.
+        """
+        budget = self.workload.token_budget
+        if budget is None or budget.max_tokens == "auto":
+            raise OptionError(f"workload {self.workload.name!r} has no token budget: leave out --arms {TOKEN_BUDGET}.")
+        max_tokens = budget.max_tokens * self.micro_batch_size // self.workload.micro_batch_size
+        return replace(budget, max_tokens=max(1, max_tokens))
+
+    @property
     def device(self) -> torch.device:
         """The device of the model's first parameter."""
         return next(self.model.parameters()).device
@@ -184,11 +199,25 @@ def mixed_precision(
 
 def gradfold(training: Training, epochs: Iterable[Tensor], precision: LowerPrecision | None = None) -> Iterator[Update]:
     """The library: each global batch in micro-batches, one update."""
+    return _accumulate(training, epochs, training.micro_batch_size, precision)
+
+
+def by_tokens(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+    """The library, with micro-batches of rows of like length, under the workload's budget of padded tokens."""
+    return _accumulate(training, epochs, training.token_budget)
+
+
+def _accumulate(
+    training: Training,
+    epochs: Iterable[Tensor],
+    micro_batch_size: int | TokenBudget,
+    precision: LowerPrecision | None = None,
+) -> Iterator[Update]:
     workload = training.workload
     accumulator = Accumulator(
         training.wrapped,
         training.call_loss_fn,
-        micro_batch_size=training.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         weight=workload.weight,
         collate=workload.collate,
         precision=precision,
@@ -254,6 +283,7 @@ REFERENCE = "full-batch"
 GROUP_NORM_REFERENCE = "group-norm-full-batch"
 BATCH_NORM = "batch-norm-per-micro"
 CONTROL = "reordered"
+TOKEN_BUDGET = "token-budget"
 
 
 @dataclass(frozen=True)
@@ -308,6 +338,7 @@ ARMS: dict[str, Arm] = {
     for arm in (
         Arm(REFERENCE, "the reference: each global batch at once, in plain torch", full_batch),
         Arm("gradfold", "each global batch in micro-batches, by gradfold.Accumulator and TrainStep", gradfold),
+        Arm(TOKEN_BUDGET, "by gradfold with a TokenBudget: micro-batches of rows of like length", by_tokens),
         Arm("plain-loop", "the loop as articles print it: loss / n, a step every n micro-batches", plain_loop),
         Arm("small-batch", "no accumulation: an update for every micro-batch", small_batch, accumulates=False),
         Arm(CONTROL, "the control: the full batch with its rows in reverse, which changes rounding alone", reordered),
@@ -331,12 +362,17 @@ ARMS: dict[str, Arm] = {
     )
 }
 GROUP_NORM_ARMS = tuple(name for name, arm in ARMS.items() if arm.reference == GROUP_NORM_REFERENCE)
-_ON_REQUEST = (CONTROL, BATCH_NORM, *GROUP_NORM_ARMS)
+_ON_REQUEST = (CONTROL, BATCH_NORM, TOKEN_BUDGET, *GROUP_NORM_ARMS)
 DEFAULT_ARMS = tuple(name for name, arm in ARMS.items() if name not in _ON_REQUEST and arm.precision is None)
 
 
 def default_arms(workload: Workload) -> tuple[str, ...]:
-    """The arms that answer what one asks of a workload: with BatchNorm by micro-batch, also what GroupNorm would do."""
+    """The arms that answer what one asks of a workload.
+
+    Where rows differ in length, also what a token budget does; with BatchNorm by micro-batch, what GroupNorm would do.
+    """
+    if workload.token_budget is not None:
+        return (*DEFAULT_ARMS[:2], TOKEN_BUDGET, *DEFAULT_ARMS[2:])
     if workload.batch_norm != "per_micro_batch":
         return DEFAULT_ARMS
     return (*(BATCH_NORM if name == "gradfold" else name for name in DEFAULT_ARMS), *GROUP_NORM_ARMS)

@@ -30,9 +30,10 @@ COLORS = {
     "full-batch": "#8a8f98",
     "gradfold": "#0072b2",
     "batch-norm-per-micro": "#56b4e9",
+    "token-budget": "#009e73",
     "plain-loop": "#e69f00",
     "small-batch": "#cc79a7",
-    "reordered": "#009e73",
+    "reordered": "#5c9a3a",
     "group-norm-full-batch": "#f0b48a",
     "group-norm": "#d55e00",
     "full-batch-bf16": "#3f444b",
@@ -42,12 +43,12 @@ COLORS = {
 }
 _WIDTHS = {
     **{"full-batch": 8.0, "plain-loop": 4.4, "gradfold": 1.6, "small-batch": 1.6, "reordered": 2.8},
-    **{"batch-norm-per-micro": 1.6, "group-norm-full-batch": 8.0, "group-norm": 1.6},
+    **{"batch-norm-per-micro": 1.6, "token-budget": 2.8, "group-norm-full-batch": 8.0, "group-norm": 1.6},
     **{"full-batch-bf16": 6.2, "gradfold-bf16": 3.0, "full-batch-fp16": 6.2, "gradfold-fp16": 3.0},
 }
 _ON_TOP = (
     *("small-batch", "group-norm-full-batch", "group-norm", "full-batch", "full-batch-bf16", "full-batch-fp16"),
-    *("plain-loop", "gradfold-bf16", "gradfold-fp16", "reordered", "gradfold", "batch-norm-per-micro"),
+    *("plain-loop", "gradfold-bf16", "gradfold-fp16", "reordered", "token-budget", "gradfold", "batch-norm-per-micro"),
 )
 _NUM_POINTS = 60
 _PHASES = (("forward", 1.0), ("backward", 0.68), ("update", 0.4), ("other", 0.17))

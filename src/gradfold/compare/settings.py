@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradfold.compare.arms import ARMS, BATCH_NORM, GROUP_NORM_ARMS, LOWER_PRECISIONS, arms_in, default_arms
+from gradfold.compare.arms import (
+    ARMS,
+    BATCH_NORM,
+    GROUP_NORM_ARMS,
+    LOWER_PRECISIONS,
+    TOKEN_BUDGET,
+    arms_in,
+    default_arms,
+)
 from gradfold.compare.samples import num_samples
 from gradfold.errors import OptionError
 from gradfold.workloads.workload import Workload
@@ -112,7 +120,8 @@ def chosen_arms(settings: Settings, workload: Workload) -> tuple[str, ...]:
     """The arms that the settings mean for this workload.
 
     Raises:
-        OptionError: an arm replaces BatchNorm, and the workload has none that sees micro-batches.
+        OptionError: an arm replaces BatchNorm, and the workload has none that sees micro-batches; or an arm has a token
+            budget, and the workload has none.
     """
     arms = default_arms(workload) if settings.arms is None else settings.arms
     needless = [name for name in arms if name in (BATCH_NORM, *GROUP_NORM_ARMS)]
@@ -120,6 +129,11 @@ def chosen_arms(settings: Settings, workload: Workload) -> tuple[str, ...]:
         raise OptionError(
             f"--arms {','.join(needless)}: there is no BatchNorm by micro-batch in workload "
             f"{workload.name!r}, whose batch_norm is None. Leave {'them' if len(needless) > 1 else 'it'} out."
+        )
+    if TOKEN_BUDGET in arms and workload.token_budget is None:
+        raise OptionError(
+            f"--arms {TOKEN_BUDGET}: the rows of workload {workload.name!r} have no lengths; its token_budget is None. "
+            "Leave it out."
         )
     return (*arms, *(name for name in arms_in(settings.precision) if name not in arms))
 

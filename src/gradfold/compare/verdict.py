@@ -9,6 +9,7 @@ from gradfold.compare.arms import (
     GROUP_NORM_REFERENCE,
     LOWER_PRECISIONS,
     REFERENCE,
+    TOKEN_BUDGET,
     LowerPrecision,
 )
 from gradfold.compare.readable import metric, share, size
@@ -41,6 +42,17 @@ def verdict(comparison: Comparison) -> list[str]:
 
 def _of_gradfold(row: Row, comparison: Comparison) -> str:
     return " ".join(filter(None, [_explained_gradient(row, comparison), _cost(row, comparison)]))
+
+
+def _of_token_budget(row: Row, comparison: Comparison) -> str:
+    """As gradfold, and how much faster than with a fixed number of samples at once."""
+    words = [_explained_gradient(row, comparison), _cost(row, comparison)]
+    fixed, own = comparison.measured("gradfold"), row.measured
+    if fixed is not None and own is not None:
+        at_once = comparison.sizes.micro_batch_size
+        pace = own.samples_per_s / fixed.samples_per_s
+        words.append(f"It ran at {pace:.2f} times the speed of gradfold with {at_once} samples at once.")
+    return " ".join(filter(None, words))
 
 
 def _of_group_norm(row: Row, comparison: Comparison) -> str:
@@ -265,6 +277,7 @@ _WORDS = {
     CONTROL: lambda row, comparison: "",
     GROUP_NORM_REFERENCE: _of_group_norm_reference,
     "gradfold": _of_gradfold,
+    TOKEN_BUDGET: _of_token_budget,
     BATCH_NORM: _of_gradfold,
     "group-norm": _of_group_norm,
     **{name: _of_lower_precision for name, arm in ARMS.items() if arm.precision is not None},

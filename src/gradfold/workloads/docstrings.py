@@ -9,17 +9,12 @@ from __future__ import annotations
 import ast
 import re
 import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from gradfold.errors import DataError
 
 __all__: list[str] = []
-
-PAD, MASK, UNKNOWN = 0, 1, 2
-_NUM_SPECIAL = 3
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -41,27 +36,6 @@ def read_docstrings(limit: int, folder: Path | None = None) -> list[list[str]]:
         if len(texts) >= limit:
             return [_words(text) for text in list(texts)[:limit]]
     raise DataError(f"{folder}: expected Python sources with {limit:,} different docstrings, found {len(texts):,}")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The words that have a number of their own, from 3 on; 0 pads, 1 masks, 2 stands for every other word."""
-
-    numbers: Mapping[str, int]
-
-    @classmethod
-    def of_most_frequent(cls, samples: Iterable[Sequence[str]], num_words: int) -> Vocabulary:
-        """The most frequent words of the samples; of two equally frequent ones the alphabet decides."""
-        counts = Counter(word for sample in samples for word in sample)
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls({word: number for number, word in enumerate(ranked[:num_words], start=_NUM_SPECIAL)})
-
-    def __len__(self) -> int:
-        return _NUM_SPECIAL + len(self.numbers)
-
-    def encode(self, sample: Sequence[str]) -> list[int]:
-        """The numbers of a sample's words."""
-        return [self.numbers.get(word, UNKNOWN) for word in sample]
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from gradfold.weight import token_count
-from gradfold.workloads.docstrings import MASK, PAD, Vocabulary, read_docstrings
+from gradfold.workloads.docstrings import read_docstrings
 from gradfold.workloads.evaluation import evaluating
+from gradfold.workloads.vocabulary import MARK, PAD, Vocabulary
 from gradfold.workloads.workload import Workload
 
 __all__: list[str] = []
@@ -104,7 +105,7 @@ def mask(tokens: torch.Tensor, generator: torch.Generator) -> Sample:
     chosen = torch.randperm(len(tokens), generator=generator)[:num_masked]
     labels = torch.full_like(tokens, _IGNORED)
     labels[chosen] = tokens[chosen]
-    return {"tokens": tokens.index_fill(0, chosen, MASK), "labels": labels}
+    return {"tokens": tokens.index_fill(0, chosen, MARK), "labels": labels}
 
 
 def encoder() -> Workload:

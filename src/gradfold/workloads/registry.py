@@ -27,6 +27,8 @@ BUILT_IN = {
     "cifar10": "gradfold.workloads.cifar10:cifar10",
     "encoder": "gradfold.workloads.encoder:encoder",
     "resnet": "gradfold.workloads.resnet:resnet",
+    "language-model": "gradfold.workloads.language_model:language_model",
+    "translation": "gradfold.workloads.translation:translation",
 }
 
 _HOW_TO_NAME = "Write the name of a built-in workload, module:callable or path.py:callable."

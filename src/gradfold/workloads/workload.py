@@ -12,6 +12,7 @@ from torch import nn
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.loss import LossFn
 from gradfold.split import Collate
+from gradfold.token_budget import TokenBudget
 from gradfold.weight import WeightOption
 
 __all__ = ["Workload"]
@@ -37,6 +38,8 @@ class Workload:
         weight: as for `Accumulator`.
         collate: as for `Accumulator`.
         batch_norm: as for `Accumulator`.
+        token_budget: what runs at once where rows are put together by length, for the same memory as
+            `micro_batch_size`; a comparison adds an arm for it, and follows the ratio of the two.
         evaluate: `model -> {"accuracy": 0.97, ...}` on held-out data; it may be slow and must leave the model in
             the mode in which it found it.
         facts: what a reader of a report should know about the data (source, number of samples, ...).
@@ -55,5 +58,6 @@ class Workload:
     weight: WeightOption = "samples"
     collate: Collate | None = None
     batch_norm: BatchNormOption = None
+    token_budget: TokenBudget | None = None
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
