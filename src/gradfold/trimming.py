@@ -155,7 +155,8 @@ class Trimming:
             if leaves[path].shape[dim] in self.padded.values():
                 raise self._is_unclear(path, dim, leaves[path])
         for (path, dim), name in fitting.items():
-            self._trim(path, leaves[path], (dim,), name)
+            if leaves[path].shape[dim] == self.padded[name]:
+                self._trim(path, leaves[path], (dim,), name)
 
     def _settle_size(self, name: str, sizes: set[int], lengths: Tensor, leaves: Mapping[str, Tensor]) -> None:
         known, longest = self.padded.get(name), int(lengths.max())
