@@ -135,19 +135,16 @@ class Trimming:
 
     def _find(self, leaves: Mapping[str, Tensor], lengths: Mapping[str, Tensor], kept: set[int]) -> None:
         """Find the tensors that go with the tokens, and refuse those of which it cannot be known."""
+        places = [(path, dim) for path, leaf in leaves.items() if id(leaf) not in kept for dim in range(1, leaf.dim())]
         fitting: dict[tuple[str, int], str] = {}
         unclear: list[tuple[str, int]] = []
-        ascending = sorted(lengths, key=lambda name: int(lengths[name].sum()))  # the tightest that fits is meant
-        for path, leaf in leaves.items():
-            if id(leaf) in kept:
-                continue
-            for dim in range(1, leaf.dim()):
-                names = [name for name in ascending if leaf.shape[dim] >= max(2, int(lengths[name].max()))]
-                fits = next((name for name in names if _is_padding(leaf, dim, lengths[name], self._side)), None)
-                if fits is not None:
-                    fitting[path, dim] = fits
-                elif names:
-                    unclear.append((path, dim))
+        for path, dim in places:
+            names = _long_enough(leaves[path].shape[dim], lengths)
+            fits = next((name for name in names if _is_padding(leaves[path], dim, lengths[name], self._side)), None)
+            if fits is not None:
+                fitting[path, dim] = fits
+            elif names:
+                unclear.append((path, dim))
         for name in lengths:
             sizes = {leaves[path].shape[dim] for (path, dim), fits in fitting.items() if fits == name}
             self._settle_size(name, sizes, lengths[name], leaves)
@@ -199,6 +196,15 @@ class Trimming:
                 )
             self._dims.setdefault(id(leaf), {})[dim] = name
             self.paths[path] = (*self.paths.get(path, ()), dim)
+
+
+def _long_enough(size: int, lengths: Mapping[str, Tensor]) -> list[str]:
+    """The inputs that could have this padded length; that with the shortest rows, which fits tightest, first."""
+    return [
+        name
+        for name in sorted(lengths, key=lambda name: int(lengths[name].sum()))
+        if size >= max(2, int(lengths[name].max()))
+    ]
 
 
 def _is_padding(leaf: Tensor, dim: int, lengths: Tensor, side: Literal["right", "left"]) -> bool:
