@@ -244,3 +244,13 @@ def test_rounding_in_float32_is_not_taken_for_padding():
         make_accumulator(Decoder("counted").float()).backward(
             make_batch(lengths=random.Random(seed).choices(range(1, 12), k=9))
         )
+
+
+def test_verify_hands_rows_that_run_together_their_own_random_numbers():
+    class Scaled(Decoder):
+        def forward(self, batch):
+            return super().forward(batch) * torch.rand(len(batch["ids"]), 1, 1)
+
+    torch.manual_seed(1)
+    verdict = gradfold.verify(make_accumulator(Scaled()), make_batch())
+    assert verdict.ok and verdict.notes == () and verdict.sizes[0].num_micro_batches > 2
