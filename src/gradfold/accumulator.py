@@ -16,7 +16,9 @@ from gradfold.backward import BackPropagation, BackwardFn, probe
 from gradfold.batch import Batch
 from gradfold.buffers import BufferKeeper
 from gradfold.coupled import batch_norm as batch_normalisation
+from gradfold.coupled import exact_batch_norm
 from gradfold.coupled.batch_norm import BatchNormOption
+from gradfold.coupled.company import InLockStep
 from gradfold.errors import BatchError, OptionError, WindowError
 from gradfold.fitting_size import FittingSize
 from gradfold.gradients import SetAside, check_trainable, parameters_of
@@ -67,7 +69,9 @@ class Accumulator:
             with a loss scaler (`grad_scaler`); a `Precision` sets each part. Parameters in float16 or bfloat16 get
             gradients that were summed in float32, unless a `Precision` says otherwise.
         batch_norm: None refuses windows of several micro-batches where BatchNorm layers normalise by batch
-            statistics; "per_micro_batch" normalises by micro-batch and advances running statistics once per window.
+            statistics; "exact" normalises by the whole batch, of all ranks: forward passes run in lock-step, and what
+            they save waits in host memory; "per_micro_batch" normalises by micro-batch and advances running statistics
+            once per window.
         on_non_finite: where a gradient is NaN or infinite: "raise" names the first micro-batch to blame;
             "skip_update" leaves no gradient at all, so that `optimizer.step()` does nothing; "skip_micro_batch" leaves
             out the micro-batches to blame, and their weight. A loss scaler decides instead, where there is one.
@@ -125,6 +129,8 @@ class Accumulator:
         check_option(weight)
         batch_normalisation.check_option(batch_norm)
         check_on_non_finite(on_non_finite)
+        if batch_norm == "exact":
+            exact_batch_norm.check_goes_with(on_non_finite)
         self.model = model
         self.micro_batch_size = micro_batch_size
         self.num_windows = 0
@@ -155,7 +161,8 @@ class Accumulator:
         )
         self._buffers = BufferKeeper()
         self._fitting_size = FittingSize()
-        self._self_check = SelfCheck(model, self._run, weight, self._back_propagate) if self_check else None
+        tried = exact_batch_norm.uncoupled(self._run) if batch_norm == "exact" else self._run
+        self._self_check = SelfCheck(model, tried, weight, self._back_propagate) if self_check else None
         self._is_looked_at = False  # in the window that is running
 
     def backward(self, batch: Batch) -> WindowResult:
@@ -202,8 +209,11 @@ class Accumulator:
             window = OpenWindow(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
             prepare = partial(self._prepare, transaction, agreement, batch, modules, parameters)
             recut = partial(split.recut, collate_rows=self._collate_rows(batch))
-            normalises = self.batch_norm is not None and bool(batch_normalisation.batch_statistics_layers(self.model))
+            normalises = self.batch_norm == "per_micro_batch" and bool(
+                batch_normalisation.batch_statistics_layers(self.model)
+            )
             replay = Replay(transaction, agreement, prepare, recut, self._fitting_size, normalises)
+            replay.is_joint = self.batch_norm == "exact"
             result = replay.run(window, None if self.precision.is_scaled else self.on_non_finite)
             agreement.conclude()
         if self._self_check is not None and len(micro_batches) > 1:
@@ -316,12 +326,15 @@ class Accumulator:
         is_new_size = max(part.size for part in window.micro_batches) > self._fitting_size.proven
         plain = Cautious(transaction) if is_new_size else self._plain_schedule(window)
         num_micro_batches = len(window.micro_batches)
-        if num_micro_batches == 1:
+        if num_micro_batches == 1 and not isinstance(agreement, InLockStep):
             return agreement.around(plain, window)
         self._check_hooks(parameters)
-        schedule = batch_normalisation.schedule_for(
-            self.model, modules, self.batch_norm, num_micro_batches, window.num_samples, plain
-        )
+        if self.batch_norm == "exact":
+            schedule: Schedule = exact_batch_norm.schedule_for(window, agreement)
+        else:
+            schedule = batch_normalisation.schedule_for(
+                self.model, modules, self.batch_norm, num_micro_batches, window.num_samples, plain
+            )
         if self._self_check is not None and not self._is_looked_at and agreement.can_replay:
             self._is_looked_at = True
             if self._self_check.is_due(window.micro_batches, modules):
@@ -355,11 +368,12 @@ class Accumulator:
             return Alone(self._weigh)
         sharded = sync.sharded_modules(modules)
         if not sharded:
-            return Together(ranks, self._weigh, self._num_weights + 1)
+            kind = InLockStep if self.batch_norm == "exact" and ranks.size > 1 else Together
+            return kind(ranks, self._weigh, self._num_weights + 1)
         if self.on_non_finite == "skip_micro_batch" or self._backward is not None or self.batch_norm is not None:
             raise OptionError(
                 'fully_shard does not go with on_non_finite="skip_micro_batch", since no rank can run alone again, nor '
-                'with backward=, nor with batch_norm="per_micro_batch", whose statistics blank turns would move.'
+                "with backward=, nor with batch_norm=, whose statistics blank turns would move."
             )
         self._back_propagate.factor = sync.divide_factor(sharded, ranks.size)
         reduces_once = self.ranks == "reduce_once"
@@ -375,8 +389,10 @@ class Accumulator:
         layers: Mapping[str, nn.Module] = {}
         if self.batch_norm is not None:  # what is known not to fit, and was accepted
             layers = batch_normalisation.batch_statistics_layers(self.model)
-            if any(getattr(layer, "running_mean", None) is None for layer in layers.values()):
+            without = [name for name, layer in layers.items() if getattr(layer, "running_mean", None) is None]
+            if without and self.batch_norm != "exact":
                 return None
+            layers = {name: layer for name, layer in layers.items() if name not in without}
         collate_rows = self._collate_rows(batch)
         frozen = layers.values()
         return self_check.look(window.micro_batches, window.weights, window.device, is_plain, collate_rows, frozen)

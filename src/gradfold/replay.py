@@ -72,6 +72,7 @@ class Replay:
 
     Attributes:
         terms: the names of the loss terms, once it has run.
+        is_joint: whether all micro-batches make one gradient, so that none can be blamed for its own.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Replay:
         self._unit: Unit = "rows"  # of sizes
         self._recoveries: list[Recovery] = []
         self.terms: Collection[str] = ()
+        self.is_joint = False
 
     def run(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> WindowResult:
         """Run a window; None leaves gradients that are not finite to a loss scaler.
@@ -208,7 +210,7 @@ class Replay:
 
     def _accuse(self, window: OpenWindow) -> NonFiniteGradientError:
         """The error that names the first micro-batch to blame."""
-        if not self._agreement.can_replay:
+        if self.is_joint or not self._agreement.can_replay:
             return accuse(window, {})
         self._agreement.reopen()
         try:

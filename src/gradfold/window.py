@@ -104,6 +104,7 @@ class OpenWindow:
     Attributes:
         current: the micro-batch that was begun last.
         looks_at_idle: whether micro-batches that weigh nothing are run for their metrics though none has come yet.
+        runs_idle: whether they are run as the others, since these depend on their rows.
         after_first: who waits for the gradient of the first micro-batch; whoever undoes it must run it again.
     """
 
@@ -131,6 +132,7 @@ class OpenWindow:
         self.done: frozenset[int] = frozenset()  # before it was cut anew
         self.current = 0
         self.looks_at_idle = False
+        self.runs_idle = False
         self.after_first: AfterFirst | None = None
         # What was cut has begun at version 0.
         self._versions = [None if part.is_cut else versions(part) for part in micro_batches]
@@ -171,7 +173,7 @@ class OpenWindow:
         terms = {*self.losses.names, *self.losses.sums}  # those of other ranks as well
         self.metrics.check_names(terms)
         metrics.update(self.metrics.close())
-        num_run = len(self.micro_batches) - len(self.idle)
+        num_run = len(self.micro_batches) - (0 if self.runs_idle else len(self.idle))
         return WindowResult(loss, metrics, num_run, self.num_samples, self.weights.total(terms))
 
     def check_names(self) -> None:
@@ -182,7 +184,7 @@ class OpenWindow:
     def forward(self, index: int) -> Weighed:
         """The loss terms of a micro-batch, with their graph."""
         self.current = index
-        if index in self.idle:
+        if index in self.idle and not self.runs_idle:
             return self._forward_idle(index)
         output = self.loss_fn(self.model, in_own_containers(self.take(index)))
         if isinstance(output, tuple):

@@ -24,18 +24,13 @@ from gradfold.window import Backward, Forward, Schedule
 
 __all__: list[str] = []
 
-BatchNormOption: TypeAlias = Literal["per_micro_batch"] | None
+BatchNormOption: TypeAlias = Literal["per_micro_batch", "exact"] | None
 
 
 def check_option(batch_norm: str | None) -> None:
-    """Raise OptionError unless the option is one that this version knows."""
-    if batch_norm == "exact":
-        raise OptionError(
-            'batch_norm="exact" is not in this version yet. Write batch_norm="per_micro_batch", or use '
-            "gradfold.convert_batch_norm(model): the gradient of GroupNorm does not depend on the split."
-        )
-    if batch_norm not in (None, "per_micro_batch"):
-        raise OptionError(f'batch_norm={batch_norm!r}; expected None or "per_micro_batch".')
+    """Raise OptionError unless the option is known."""
+    if batch_norm not in (None, "per_micro_batch", "exact"):
+        raise OptionError(f'batch_norm={batch_norm!r}; expected None, "exact" or "per_micro_batch".')
 
 
 def schedule_for(
@@ -81,7 +76,7 @@ def refuse(layers: Mapping[str, nn.Module], num_micro_batches: int, num_rows: in
     seen = f"{-(-num_rows // num_micro_batches)} rows at a time, not the {num_rows} of the batch"
     raise BatchNormError(
         f"BatchNorm in {noun} ({names}) would see {seen if num_rows else 'one micro-batch at a time, not the batch'}, "
-        "so the gradient would not be that of the batch. Write "
+        'so the gradient would not be that of the batch. Write batch_norm="exact" to normalise by the whole batch, '
         'batch_norm="per_micro_batch" to accept that, put the layers into evaluation mode (layer.eval()) to use their '
         "running statistics, or replace them by GroupNorm: gradfold.convert_batch_norm(model).",
         tuple(layers),

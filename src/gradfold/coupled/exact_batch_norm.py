@@ -1,0 +1,275 @@
+"""Exact batch normalisation: a schedule in which every BatchNorm normalises by the whole window, of all ranks.
+
+The forward passes of all micro-batches run in lock-step: one at a time up to its next BatchNorm, where the statistics
+of all are formed; then each goes on from there. So there is one autograd graph and one backward pass, whose gradient is
+that of the whole batch. What forward passes save waits in host memory, so that the device holds the activations of one
+micro-batch, and those of all around one layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradfold.backward import Weighed
+from gradfold.coupled.attendance import Attendance, Passage, passage
+from gradfold.agreement import Alone as Agreement
+from gradfold.coupled.batch_norm import batch_statistics_layers
+from gradfold.coupled.company import Alone, InLockStep
+from gradfold.coupled.interception import (
+    BatchNormCall,
+    Interception,
+    by_fixed_statistics,
+    refused_checkpoint,
+)
+from gradfold.coupled.joint_batch_norm import Entrance, Exit, JointCall, Place, join
+from gradfold.coupled.lockstep import Runner, Runners
+from gradfold.coupled.moments import Moments, merge
+from gradfold.coupled.offload import Offload
+from gradfold.coupled.thread_state import ThreadState
+from gradfold.errors import BatchNormError, OptionError
+from gradfold.loss import LossFn, LossOutput
+from gradfold.window import Backward, Forward, OpenWindow
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a micro-batch brings to a joint call."""
+
+    call: BatchNormCall
+    layer: str
+    place: Place
+    entered: Tensor
+    moments: Moments
+    has_grad: bool
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What must be the same for all micro-batches."""
+        return self.layer, self.entered.shape[1], self.entered.dtype, self.call.eps, self.has_grad
+
+
+class ExactBatchNorm:
+    """Runs one window in lock-step.
+
+    Args:
+        window: whose micro-batches these are.
+        layers: that normalise by the statistics of what they are given, by name.
+        company: the other ranks.
+        offload: None where there is no other memory than the host's, or the user's own hooks see what is saved.
+    """
+
+    def __init__(
+        self, window: OpenWindow, layers: Mapping[str, _BatchNorm], company: Alone, offload: Offload | None
+    ) -> None:
+        self._window = window
+        self._layers = layers
+        self._company = company
+        self._offload = offload
+        self._calls: list[JointCall] = []
+        self._token: Tensor | None = None
+        window.runs_idle = True  # their rows are in the statistics
+
+    def __call__(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
+        """Run all forward passes, and one backward pass."""
+        state = ThreadState(self._window.device)
+        with Attendance(self._layers) as attendance, _eagerly():
+            first = indices[0] if indices else None
+            functions = [partial(self._run_forward, index, index == first, forward) for index in indices]
+            with Runners(functions, state.on) as runners:
+                terms = self._run_through(runners, indices, backward)
+            attendance.check()
+            self._company.end_forward(len(self._calls))
+            if self._calls:
+                self._run_backward(terms, backward, attendance)
+            self._company.end_backward()
+
+    def _run_forward(self, index: int, is_first: bool, forward: Forward, runner: Runner) -> Weighed:
+        """In a thread of its own: one forward pass."""
+        own = Passage()
+        passage.set(own)
+        counters = {id(layer.num_batches_tracked) for layer in self._layers.values()}
+        with Interception(partial(self._meet, runner, own), counters, counts=is_first):
+            if self._offload is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+                return forward(index)  # what is saved is for the user's own hooks
+            with self._offload.hooks():
+                return forward(index)
+
+    def _meet(self, runner: Runner, own: Passage, call: BatchNormCall) -> Tensor:
+        """In that thread: one micro-batch in a joint call."""
+        own.is_met = True
+        if _is_in_checkpoint():
+            raise refused_checkpoint(own.layer)
+        place = Place()
+        moments = Moments.of(call.values)
+        entered: Tensor = Entrance.apply(call.values, place)  # type: ignore[no-untyped-call]
+        joined = runner.meet(_Request(call, own.layer, place, entered, moments, torch.is_grad_enabled()))
+        normalised: Tensor = Exit.apply(joined, place)  # type: ignore[no-untyped-call]
+        return normalised
+
+    def _run_through(self, runners: Runners, indices: Sequence[int], backward: Backward) -> list[tuple[Tensor, float]]:
+        """Advance all from meeting to meeting; gives the loss terms of all.
+
+        Where there is no BatchNorm on the way, each micro-batch is back-propagated when it is through.
+        """
+        terms: list[tuple[Tensor, float]] = []
+        while True:
+            for index, runner in zip(indices, runners, strict=True):
+                self._window.current = index
+                runner.advance()
+                if runners[0].is_done and runner.is_done and not self._calls:
+                    backward(runner.result)
+                    runner.result = None
+            self._window.current = max(indices, key=lambda index: len(self._window.micro_batches[index].rows), default=0)
+            self._check_alike(runners, indices)
+            if all(runner.is_done for runner in runners):
+                break
+            for runner, answer in zip(runners, self._join([runner.request for runner in runners]), strict=True):
+                runner.answer = answer
+            del answer
+        for runner in runners:
+            terms += runner.result or []
+        return terms
+
+    def _join(self, requests: list[_Request]) -> list[Tensor]:
+        first = requests[0]
+        call = first.call
+        own = merge([request.moments for request in requests])
+        moments = self._company.merge(own)
+        _check_count(moments, call.values)
+        _move_running_statistics(call, moments)
+        scale, shift = (None if one is None else one.detach() for one in (call.scale, call.shift))
+        joint = JointCall(first.layer, moments, scale, shift, call.eps, self._company.sum)
+        self._calls.append(joint)
+        for request in requests:
+            request.place.call = joint
+        with torch.set_grad_enabled(first.has_grad):
+            token = self._company.begin_token(call.values.device) if self._token is None else self._token
+            entered = [request.entered for request in requests]
+            self._token, joined = join(joint, token.to(call.values.device), call.scale, call.shift, entered)
+        return joined
+
+    def _run_backward(self, terms: list[tuple[Tensor, float]], backward: Backward, attendance: Attendance) -> None:
+        for call in self._calls:
+            call.may_go_back = True
+        if self._company.meets_in_backward and self._token is not None and self._token.requires_grad:
+            terms = [*terms, (self._token, 1.0)]  # so that joint calls which do not reach the loss run on all ranks
+        self._token = None
+
+        def refuse(call: BatchNormCall) -> Any:
+            raise refused_checkpoint(attendance.recomputed)
+
+        with Interception(refuse):
+            backward(terms)
+        self._calls.clear()
+
+    def _check_alike(self, runners: Runners, indices: Sequence[int]) -> None:
+        """Raise BatchNormError where micro-batches are not at the same joint call."""
+        kinds = [None if runner.is_done else runner.request.kind for runner in runners]
+        other = next((at for at, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if other is None:
+            return
+        names = [self._where(indices[at], runners[at]) for at in (0, other)]
+        layers = [runners[at].request.layer for at in (0, other) if not runners[at].is_done]
+        raise BatchNormError(
+            f"{names[0]} while {names[1]}: the forward passes of micro-batches take different ways, so their BatchNorm "
+            'has no common statistics. batch_norm="exact" needs a loss_fn that calls the same layers for all rows '
+            "(no branches or loops that depend on the data, no layers dropped at random).",
+            tuple(layers),
+        )
+
+    def _where(self, index: int, runner: Runner) -> str:
+        name = f"micro-batch {index}{self._window.micro_batches[index].where}"
+        if runner.is_done:
+            return f"{name} is at its end"
+        request: _Request = runner.request
+        channels, dtype = request.kind[1:3]
+        return f"{name} is at BatchNorm in {request.layer} ({channels} channels, {dtype})"
+
+
+def schedule_for(window: OpenWindow, agreement: Agreement) -> ExactBatchNorm:
+    """How to run a window.
+
+    Raises:
+        BatchNormError: a module is scripted, so that its BatchNorm could not be met.
+    """
+    _refuse_scripted(window.model)
+    company = agreement if isinstance(agreement, InLockStep) else Alone()
+    offload = None
+    if window.device.type != "cpu":
+        offload = Offload([*window.model.parameters(), *window.model.buffers()])
+    return ExactBatchNorm(window, batch_statistics_layers(window.model), company, offload)
+
+
+def check_goes_with(on_non_finite: str) -> None:
+    """Raise OptionError where micro-batches would have to be judged one by one."""
+    if on_non_finite == "skip_micro_batch":
+        raise OptionError(
+            'batch_norm="exact" does not go with on_non_finite="skip_micro_batch": every micro-batch is in the '
+            'statistics of all, so none can be left out for its own gradient. Write "raise" or "skip_update".'
+        )
+
+
+def uncoupled(loss_fn: LossFn) -> LossFn:
+    """`loss_fn` with fixed statistics in every BatchNorm, so that all else in it can be tried out on parts."""
+
+    def run(model: nn.Module, batch: Any) -> LossOutput:
+        with _eagerly(), Interception(by_fixed_statistics):
+            return loss_fn(model, batch)
+
+    return run
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    """Raise BatchNormError where a scripted module normalises by batch, which nobody can see."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and module.training and _has_batch_norm(module):
+            raise BatchNormError(
+                f"BatchNorm in {name or 'the model'} is scripted (torch.jit), where it cannot be met. For "
+                'batch_norm="exact" leave the module unscripted, or put it into evaluation mode.',
+                (name,),
+            )
+
+
+def _has_batch_norm(module: torch.jit.ScriptModule) -> bool:
+    try:
+        return "batch_norm" in str(module.inlined_graph)
+    except RuntimeError:  # it has no forward
+        return False
+
+
+def _is_in_checkpoint() -> bool:
+    """Whether a checkpoint that is not reentrant is on; a reentrant one shows itself in the backward pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def _check_count(moments: Moments, values: Tensor) -> None:
+    if moments.count < 2:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got {moments.count} in the whole batch, in parts "
+            f"such as {tuple(values.shape)}"
+        )
+
+
+@torch.no_grad()
+def _move_running_statistics(call: BatchNormCall, moments: Moments) -> None:
+    """Once for the whole batch; with the momentum that the first micro-batch came with."""
+    for running, now in ((call.running_mean, moments.mean), (call.running_var, moments.unbiased_variance)):
+        if running is not None:
+            running.copy_(running * (1 - call.momentum) + now * call.momentum)
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """What was compiled runs as it was written, where BatchNorm can be met."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

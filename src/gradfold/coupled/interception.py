@@ -1,0 +1,126 @@
+"""An interception: function modes that see calls of batch_norm, whether a module makes them or a function.
+
+Under a mode `F.batch_norm` arrives as itself and then runs with the mode off, so that `torch.batch_norm` alone would
+never be seen. What C++ calls by itself, as TorchScript does, is not seen at all.
+
+Source: `torch.overrides.TorchFunctionMode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from gradfold.errors import BatchNormError
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class BatchNormCall:
+    """The arguments of a call of batch_norm."""
+
+    values: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    is_training: bool
+    momentum: float
+    eps: float
+
+
+def _of_functional(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> BatchNormCall:
+    return BatchNormCall(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _of_torch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = False,
+) -> BatchNormCall:
+    return BatchNormCall(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_READERS: dict[Any, Callable[..., BatchNormCall]] = {
+    F.batch_norm: _of_functional,
+    torch.batch_norm: _of_torch,
+}
+_UNREAD = frozenset({torch.native_batch_norm, torch.cudnn_batch_norm, torch.batch_norm_stats})
+_COUNTS = frozenset({Tensor.add_, Tensor.__iadd__})
+
+
+class Interception(TorchFunctionMode):
+    """Hands calls of batch_norm that normalise by the statistics of the batch to a function.
+
+    Args:
+        on_call: gets the call, and gives what is returned instead.
+        counters: ids of counters of batches, which count on only where `counts`.
+        counts: see there.
+    """
+
+    def __init__(
+        self, on_call: Callable[[BatchNormCall], Any], counters: Collection[int] = (), counts: bool = True
+    ) -> None:
+        super().__init__()
+        self._on_call = on_call
+        self._counters = counters
+        self._counts = counts
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        reader = _READERS.get(func)
+        if reader is not None:
+            call = reader(*args, **kwargs)
+            if call.is_training:
+                return self._on_call(call)
+        elif func in _UNREAD:
+            raise BatchNormError(
+                f"loss_fn calls torch.{func.__name__}, which gradfold does not follow. Call torch.nn.functional.batch_norm.",
+                (),
+            )
+        elif func in _COUNTS and not self._counts and id(args[0]) in self._counters:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def by_fixed_statistics(call: BatchNormCall) -> Tensor:
+    """What the call would give with its running statistics, or else 0 and 1, which couple no rows."""
+    mean, variance = call.running_mean, call.running_var
+    if mean is None or variance is None:
+        channels = call.values.new_zeros(call.values.shape[1], dtype=torch.promote_types(call.values.dtype, torch.float32))
+        mean, variance = channels, channels + 1
+    return F.batch_norm(call.values, mean, variance, call.scale, call.shift, False, call.momentum, call.eps)
+
+
+def refused_checkpoint(name: str) -> BatchNormError:
+    """The error that names the layer in a checkpoint."""
+    return BatchNormError(
+        f"BatchNorm in {name} runs inside an activation checkpoint (torch.utils.checkpoint), which would run it again "
+        'for one micro-batch alone. With batch_norm="exact" what micro-batches save is kept in host memory anyway: '
+        "leave the checkpoint out, or put it around parts without BatchNorm.",
+        (name,),
+    )

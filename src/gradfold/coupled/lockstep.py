@@ -1,0 +1,160 @@
+"""Lock-step: functions that run in turns, each in a thread of its own, from one meeting of all to the next.
+
+There is a strict baton: at any time either one of the threads runs, or the one that called them. So nothing here needs
+a lock against the others, random numbers are drawn in a fixed order, and whoever waits for the threads is the thread
+that an interrupt reaches.
+
+Threads rather than greenlets, since grad mode, autocast and the like belong to a thread and would leak at each switch.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+__all__: list[str] = []
+
+
+class Stopped(BaseException):
+    """Ends a thread whose function is not to go on; no `except Exception` on the way stops it."""
+
+
+class Runner:
+    """One function in a thread of its own, which runs only while it has the baton.
+
+    Args:
+        function: gets this runner, and calls its `meet`.
+        state: what is on in the thread while the function runs.
+
+    Attributes:
+        request: what it brought to the meeting at which it waits; None while it runs, and when it is done.
+        answer: what it gets there.
+        result: what the function returned.
+        is_done: whether it has.
+    """
+
+    def __init__(self, function: Callable[[Runner], Any], state: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.request: Any = None
+        self.answer: Any = None
+        self.result: Any = None
+        self.is_done = False
+        self._error: BaseException | None = None
+        self._is_stopped = False
+        self._turn = _closed_gate()  # opens for the thread to run
+        self._rest = _closed_gate()  # opens when it has come to a meeting, or to its end
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run, function, state), name="gradfold", daemon=True)
+        self._thread.start()
+
+    def advance(self) -> None:
+        """Hand over the baton, and wait until it comes back; raises what the function raised."""
+        self.request = None
+        self._turn.release()
+        self._rest.acquire()  # which an interrupt may end
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def meet(self, request: Any) -> Any:
+        """In the thread: hand the baton back with a request, and wait for the answer."""
+        if self._is_stopped:
+            raise Stopped
+        self.request = request
+        del request
+        _open(self._rest)
+        self._turn.acquire()
+        if self._is_stopped:
+            raise Stopped
+        answer, self.answer = self.answer, None
+        return answer
+
+    def stop(self) -> None:
+        """Let the function go no further than to its next meeting."""
+        self._is_stopped = True
+        _open(self._turn)
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    def _run(self, function: Callable[[Runner], Any], state: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._turn.acquire()
+        try:
+            if not self._is_stopped:
+                with state():
+                    self.result = function(self)
+        except Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            del function, state  # with all that they hold
+            self.is_done = True
+            _open(self._rest)
+
+
+class Runners(Sequence[Runner]):
+    """The runners of some functions, in order; at the end of the `with` block none of their threads is left."""
+
+    def __init__(
+        self, functions: Sequence[Callable[[Runner], Any]], state: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self._functions = functions
+        self._state = state
+        self._runners: list[Runner] = []
+
+    def __enter__(self) -> Runners:
+        try:
+            for function in self._functions:
+                self._runners.append(Runner(function, self._state))
+        except BaseException:  # no more threads can be had, or an interrupt
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._runners[index]
+
+    def __len__(self) -> int:
+        return len(self._runners)
+
+    def __iter__(self) -> Iterator[Runner]:
+        return iter(self._runners)
+
+    def _end(self) -> None:
+        """Stop those that are not done and wait for them, whatever comes in between."""
+        interrupt: BaseException | None = None
+        for runner in self._runners:
+            runner.stop()
+        for runner in self._runners:
+            while True:
+                try:
+                    runner.join()
+                    break
+                except BaseException as error:  # a second interrupt: what still runs would work on a model rolled back
+                    interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+
+def _closed_gate() -> threading.Lock:
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
+
+
+def _open(gate: threading.Lock) -> None:
+    """Open it; it may be open already, where an interrupt came in between."""
+    try:
+        gate.release()
+    except RuntimeError:
+        assert not gate.locked()
