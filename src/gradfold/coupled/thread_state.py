@@ -49,6 +49,9 @@ class ThreadState:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Put it on in another thread."""
+        # What makes torch tell OpenMP, which counts by thread, of torch.set_num_threads: else oneDNN would run a convolution
+        # on all cores in each new thread, 100 times as slow as it is where these are busy.
+        torch.get_num_threads()
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self._has_grad))
             for kind, dtype, is_enabled in self._autocasts:
