@@ -36,7 +36,7 @@ class _Place:
         return id(self.module), self.name
 
     def is_rebound(self) -> bool:
-        return self.module._buffers.get(self.name) is not self.tensor
+        return getattr(self.module, self.name, None) is not self.tensor  # a scripted module's `_buffers` has no `get`
 
 
 class BufferKeeper:
@@ -103,7 +103,8 @@ class BufferKeeper:
             for place, copy in self._kept:
                 # What is as it was is not written to: its version counter would tell of a change.
                 if place.key in changed:
-                    place.module._buffers[place.name] = place.tensor
+                    if place.is_rebound():
+                        place.module._buffers[place.name] = place.tensor
                     if not _is_expanded(place.tensor):
                         place.tensor.copy_(copy)
         for module, name in self._missing:

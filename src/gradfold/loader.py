@@ -255,7 +255,7 @@ def windows(
         num_micro_batches: micro-batches per window.
         model: the model that the loop body runs.
         weight: with `model`: what the loss is a mean over, as for `Accumulator`.
-        batch_norm: with `model`: as for `Accumulator`.
+        batch_norm: with `model`: None or "per_micro_batch", as for `Accumulator`.
         backward: with `model`: as for `Accumulator`.
         ranks: with `model`: as for `Accumulator`.
 
@@ -283,6 +283,11 @@ def windows(
     if isinstance(weight, Mapping):
         raise OptionError("windows(..., model=) takes one weight; loss terms with their own need an Accumulator.")
     check_option(batch_norm)
+    if batch_norm == "exact":
+        raise OptionError(
+            'batch_norm="exact" runs micro-batches in lock-step, which a loop over them cannot. Give the windows to an '
+            'accumulator: Accumulator(model, loss_fn, batch_norm="exact").backward(window).'
+        )
     check_ranks(ranks)
     return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward, ranks)
 

@@ -52,6 +52,18 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather(self, own: Tensor) -> list[Tensor]:
+        """A tensor of the same shape and dtype from every rank, in the order of ranks."""
+        of_all = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(of_all, own.contiguous(), group=self.group)
+        return of_all
+
+    def sum(self, own: Tensor) -> Tensor:
+        """Their sum, the same bits on every rank."""
+        total = own.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def all_well(self, is_well: bool) -> bool:
         """Whether all ranks are."""
         return not any(failed for (failed,) in self.begin_gather([0.0 if is_well else 1.0])())

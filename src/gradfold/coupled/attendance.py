@@ -32,11 +32,7 @@ passage: ContextVar[Passage | None] = ContextVar("passage", default=None)
 
 
 class Attendance:
-    """Listens to layers for the length of a `with` block.
-
-    Attributes:
-        recomputed: the layer that began last outside of a window's forward passes.
-    """
+    """Listens to layers for the length of a `with` block."""
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self._layers = layers
@@ -44,7 +40,6 @@ class Attendance:
         self._handles: list[RemovableHandle] = []
         self._seen: set[str] = set()
         self._versions = {name: _version(layer) for name, layer in layers.items()}
-        self.recomputed = UNNAMED
 
     def __enter__(self) -> Attendance:
         for layer in self._layers.values():
@@ -67,10 +62,9 @@ class Attendance:
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         name, own = self._names[layer], passage.get()  # type: ignore[index]
         self._seen.add(name)
-        if own is None:
-            self.recomputed = name
-        else:
-            own.layer, own.is_met = name, False
+        if own is None:  # the backward pass runs it
+            raise refused_checkpoint(name)
+        own.layer, own.is_met = name, False
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own = passage.get()
@@ -80,6 +74,16 @@ class Attendance:
         if not own.is_met and layer.training and isinstance(output, Tensor):
             raise _not_met(own.layer)
         own.layer = UNNAMED
+
+
+def refused_checkpoint(name: str) -> BatchNormError:
+    """The error that names the layer in a checkpoint."""
+    return BatchNormError(
+        f"BatchNorm in {name} runs inside an activation checkpoint (torch.utils.checkpoint), which would run it again "
+        'for one micro-batch alone. With batch_norm="exact" what micro-batches save is kept in host memory anyway: '
+        "leave the checkpoint out, or put it around parts without BatchNorm.",
+        (name,),
+    )
 
 
 def _not_met(name: str) -> BatchNormError:

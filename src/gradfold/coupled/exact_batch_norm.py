@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointFunction
 
 from gradfold.backward import Weighed
-from gradfold.coupled.attendance import Attendance, Passage, passage
+from gradfold.coupled.attendance import Attendance, Passage, passage, refused_checkpoint
 from gradfold.agreement import Alone as Agreement
 from gradfold.coupled.batch_norm import batch_statistics_layers
 from gradfold.coupled.company import Alone, InLockStep
@@ -28,7 +29,6 @@ from gradfold.coupled.interception import (
     BatchNormCall,
     Interception,
     by_fixed_statistics,
-    refused_checkpoint,
 )
 from gradfold.coupled.joint_batch_norm import Entrance, Exit, JointCall, Place, join
 from gradfold.coupled.lockstep import Runner, Runners
@@ -91,7 +91,7 @@ class ExactBatchNorm:
             attendance.check()
             self._company.end_forward(len(self._calls))
             if self._calls:
-                self._run_backward(terms, backward, attendance)
+                self._run_backward(terms, backward)
             self._company.end_backward()
 
     def _run_forward(self, index: int, is_first: bool, forward: Forward, runner: Runner) -> Weighed:
@@ -159,18 +159,13 @@ class ExactBatchNorm:
             self._token, joined = join(joint, token.to(call.values.device), call.scale, call.shift, entered)
         return joined
 
-    def _run_backward(self, terms: list[tuple[Tensor, float]], backward: Backward, attendance: Attendance) -> None:
+    def _run_backward(self, terms: list[tuple[Tensor, float]], backward: Backward) -> None:
         for call in self._calls:
             call.may_go_back = True
         if self._company.meets_in_backward and self._token is not None and self._token.requires_grad:
             terms = [*terms, (self._token, 1.0)]  # so that joint calls which do not reach the loss run on all ranks
         self._token = None
-
-        def refuse(call: BatchNormCall) -> Any:
-            raise refused_checkpoint(attendance.recomputed)
-
-        with Interception(refuse):
-            backward(terms)
+        backward(terms)
         self._calls.clear()
 
     def _check_alike(self, runners: Runners, indices: Sequence[int]) -> None:
@@ -206,7 +201,7 @@ def schedule_for(window: OpenWindow, agreement: Agreement) -> ExactBatchNorm:
     _refuse_scripted(window.model)
     company = agreement if isinstance(agreement, InLockStep) else Alone()
     offload = None
-    if window.device.type != "cpu":
+    if _has_memory_of_its_own(window.device):
         offload = Offload([*window.model.parameters(), *window.model.buffers()])
     return ExactBatchNorm(window, batch_statistics_layers(window.model), company, offload)
 
@@ -230,6 +225,10 @@ def uncoupled(loss_fn: LossFn) -> LossFn:
     return run
 
 
+def _has_memory_of_its_own(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
 def _refuse_scripted(model: nn.Module) -> None:
     """Raise BatchNormError where a scripted module normalises by batch, which nobody can see."""
     for name, module in model.named_modules():
@@ -249,9 +248,14 @@ def _has_batch_norm(module: torch.jit.ScriptModule) -> bool:
 
 
 def _is_in_checkpoint() -> bool:
-    """Whether a checkpoint that is not reentrant is on; a reentrant one shows itself in the backward pass."""
+    """Whether this thread is in a checkpoint of torch's, which saves nothing or runs without grad."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+        return True
+    frame = None if torch.is_grad_enabled() else sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _check_count(moments: Moments, values: Tensor) -> None:

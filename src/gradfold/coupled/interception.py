@@ -114,13 +114,3 @@ def by_fixed_statistics(call: BatchNormCall) -> Tensor:
         channels = call.values.new_zeros(call.values.shape[1], dtype=torch.promote_types(call.values.dtype, torch.float32))
         mean, variance = channels, channels + 1
     return F.batch_norm(call.values, mean, variance, call.scale, call.shift, False, call.momentum, call.eps)
-
-
-def refused_checkpoint(name: str) -> BatchNormError:
-    """The error that names the layer in a checkpoint."""
-    return BatchNormError(
-        f"BatchNorm in {name} runs inside an activation checkpoint (torch.utils.checkpoint), which would run it again "
-        'for one micro-batch alone. With batch_norm="exact" what micro-batches save is kept in host memory anyway: '
-        "leave the checkpoint out, or put it around parts without BatchNorm.",
-        (name,),
-    )
