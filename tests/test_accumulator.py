@@ -270,7 +270,7 @@ def check_refused(model, accumulator, batch, error, words):
         ({"weight": "tokens"}, gradfold.WeightError, ["'tokens'", "token_count"]),
         ({"weight": {}}, gradfold.WeightError, ["empty"]),
         ({"weight": 3}, gradfold.WeightError, ["weight=3"]),
-        ({"batch_norm": "exact"}, gradfold.OptionError, ["exact", "per_micro_batch"]),
+        ({"batch_norm": "exact", "on_non_finite": "skip_micro_batch"}, gradfold.OptionError, ["exact", "skip_update"]),
         ({"batch_norm": "local"}, gradfold.OptionError, ["'local'"]),
         ({"collate": [1]}, gradfold.OptionError, ["collate", "list"]),
         ({"backward": 3}, gradfold.OptionError, ["backward", "int"]),

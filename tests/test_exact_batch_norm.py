@@ -418,7 +418,9 @@ def test_compiled_models():
 
 
 def test_dropout_is_the_same_when_the_window_runs_again():
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout())
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout()
+    )
     found = []
     for _ in "ab":
         twin = copy.deepcopy(model)
@@ -441,7 +443,9 @@ class TestRefusals:
     def test_ways_that_depend_on_the_data(self):
         batch = rows()
         batch[:, 0] = torch.tensor([1.0] * 8 + [-1.0] * 4)
-        error = self.refuses(TwoHeads(True).double(), squares, batch, "micro-batch 0 (rows 0 to 3)", "in a (4", "in b (4")
+        error = self.refuses(
+            TwoHeads(True).double(), squares, batch, "micro-batch 0 (rows 0 to 3)", "in a (4", "in b (4"
+        )
         assert error.layers == ("a", "b")
 
     def test_a_layer_that_some_rows_do_not_reach(self):
@@ -479,7 +483,9 @@ class TestRefusals:
         def loss_fn(model, batch):
             return Checkpoint.apply(model, batch.clone().requires_grad_()).square().mean()
 
-        self.refuses(perceptron(nn.BatchNorm1d(4)), loss_fn, rows(), "inside an activation checkpoint", "BatchNorm in 1")
+        self.refuses(
+            perceptron(nn.BatchNorm1d(4)), loss_fn, rows(), "inside an activation checkpoint", "BatchNorm in 1"
+        )
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_checkpoints_elsewhere_are_fine(self, use_reentrant):
@@ -541,7 +547,9 @@ class TestFaults:
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
     @pytest.mark.parametrize("at", [1, 4, 5, 9, "backward"])
     def test_everything_is_as_it_was(self, error, at):
-        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+        model = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        ).double()
         squares(model, rows(seed=3)).backward()
         calls = 0
 

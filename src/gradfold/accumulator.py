@@ -335,7 +335,7 @@ class Accumulator:
             schedule = batch_normalisation.schedule_for(
                 self.model, modules, self.batch_norm, num_micro_batches, window.num_samples, plain
             )
-        if self._self_check is not None and not self._is_looked_at and agreement.can_replay:
+        if self._self_check is not None and not self._is_looked_at and agreement.can_try:
             self._is_looked_at = True
             if self._self_check.is_due(window.micro_batches, modules):
                 window.after_first = self._look(self._self_check, batch, window, schedule is plain)

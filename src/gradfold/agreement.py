@@ -40,9 +40,11 @@ class Alone:
 
     Attributes:
         can_replay: whether micro-batches can run again on this rank alone.
+        can_try: whether it can run some rows by itself, to see what comes of them.
     """
 
     can_replay = True
+    can_try = True
 
     def __init__(self, weigh: Weigh) -> None:
         self.weigh = weigh

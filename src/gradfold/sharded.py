@@ -32,7 +32,7 @@ class Sharded(Together):
     an error in the middle of a turn ends the training on all, as it does without gradfold.
     """
 
-    can_replay = False
+    can_replay = can_try = False
 
     def __init__(self, ranks: Ranks, weigh: Weigh, num_totals: int, set_reducing: Callable[[bool], None]) -> None:
         super().__init__(ranks, weigh, num_totals)

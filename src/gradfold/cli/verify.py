@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from gradfold.accumulator import Accumulator
 from gradfold.cli.compare_table import wide_enough
 from gradfold.cli.ranks import launch_ranks
 from gradfold.compare.samples import epoch_order, num_samples, share, take
+from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.errors import OptionError
 from gradfold.ranks import Ranks
 from gradfold.rendezvous import find_place, in_parallel, is_first, meeting
@@ -37,6 +39,8 @@ EPILOG = """
 `gradfold verify digits` — holds: the gradient is the whole batch's to 16 digits
 
 `gradfold verify resnet` — does not: names the BatchNorm layers, and how far off they are
+
+`gradfold verify resnet --batch-norm exact` — holds: normalised by the whole batch, in lock-step
 
 `gradfold verify encoder --weight samples` — a mean over tokens, weighted by samples: names the weight that fits
 
@@ -59,6 +63,14 @@ class Precision(str, Enum):
     FLOAT32 = "float32"
 
 
+class BatchNorm(str, Enum):
+    """What BatchNorm layers normalise by."""
+
+    EXACT = "exact"
+    PER_MICRO_BATCH = "per_micro_batch"
+    REFUSE = "refuse"
+
+
 def verify(
     workload: Annotated[
         str, typer.Argument(help="A built-in name (see gradfold workloads), module:callable or path.py:callable.")
@@ -79,6 +91,13 @@ def verify(
             help="What the loss is a mean over: samples, or tokens:KEY with the key or index of the labels in a batch. "
             "[default: the workload's]",
             metavar="samples|tokens:KEY",
+        ),
+    ] = None,
+    batch_norm: Annotated[
+        BatchNorm | None,
+        typer.Option(
+            help="What BatchNorm normalises by: exact (the whole batch), per_micro_batch, or refuse (names the "
+            "layers). [default: the workload's]",
         ),
     ] = None,
     dtype: Annotated[
@@ -106,9 +125,12 @@ def verify(
     if not 0 <= seed < 2**32:
         raise OptionError(f"--seed {seed}: expected a number from 0 to 2**32 - 1.")
     chosen = registry.load(workload, data)
+    if option is not None:
+        chosen = replace(chosen, weight=option)
+    if batch_norm is not None:
+        chosen = replace(chosen, batch_norm=_OPTIONS[batch_norm])
     with nullcontext() if find_place() is None else meeting() as ranks:
-        chosen_weight = chosen.weight if option is None else option
-        verdict = _prove(chosen, global_batch, sizes, chosen_weight, dtype, seed, ranks)
+        verdict = _prove(chosen, global_batch, sizes, dtype, seed, ranks)
     if not is_first():
         return
     if as_json:
@@ -117,6 +139,13 @@ def verify(
         _print(chosen, verdict)
     if not verdict.ok:
         raise typer.Exit(1)
+
+
+_OPTIONS: dict[BatchNorm, BatchNormOption] = {
+    BatchNorm.EXACT: "exact",
+    BatchNorm.PER_MICRO_BATCH: "per_micro_batch",
+    BatchNorm.REFUSE: None,
+}
 
 
 def _sizes(texts: list[str]) -> list[int]:
@@ -143,7 +172,6 @@ def _prove(
     workload: Workload,
     global_batch: int | None,
     sizes: list[int] | None,
-    weight: WeightOption,
     dtype: Precision,
     seed: int,
     ranks: Ranks | None,
@@ -162,7 +190,7 @@ def _prove(
         model if ranks is None else in_parallel(model),
         workload.loss_fn,
         micro_batch_size=min(workload.micro_batch_size, -(-size // num_ranks)),
-        weight=weight,
+        weight=workload.weight,
         collate=workload.collate,
         batch_norm=workload.batch_norm,
     )

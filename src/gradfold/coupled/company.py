@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +24,24 @@ from gradfold.window import Backward, Forward, OpenWindow, Schedule
 __all__: list[str] = []
 
 
-class Alone:
-    """One process.
+class Company(Protocol):
+    """Those whose rows are in the same statistics.
 
     Attributes:
-        meets_in_backward: whether there are others to meet.
+        meets_in_backward: whether there are others to meet there.
     """
+
+    meets_in_backward: bool
+
+    def merge(self, own: Moments) -> Moments: ...
+    def sum(self, own: Tensor) -> Tensor: ...
+    def begin_token(self, device: torch.device) -> Tensor: ...
+    def end_forward(self) -> None: ...
+    def end_backward(self) -> None: ...
+
+
+class OneProcess:
+    """Nobody else's."""
 
     meets_in_backward = False
 
@@ -44,7 +57,7 @@ class Alone:
         """What goes into the first joint call."""
         return torch.zeros((), device=device)
 
-    def end_forward(self, num_calls: int) -> None:
+    def end_forward(self) -> None:
         """All forward passes of this rank are through."""
 
     def end_backward(self) -> None:
@@ -96,7 +109,7 @@ class InLockStep(Together):
         """What goes into the first joint call: every joint call is in the graph, on every rank."""
         return torch.zeros((), device=device, requires_grad=True)
 
-    def end_forward(self, num_calls: int) -> None:
+    def end_forward(self) -> None:
         """All forward passes of this rank are through."""
         self._greet(0, 0)
 
@@ -113,8 +126,9 @@ class InLockStep(Together):
             self.share(None)  # raises
         if len({channels for _, _, channels in greetings}) > 1:
             self._may_be_greeted = False  # all ranks see it, and raise
+            channels = sorted({int(one) for _, _, one in greetings})
             raise BatchNormError(
-                f"ranks are at BatchNorm layers with {sorted({int(one) for _, _, one in greetings})} channels (0: at none): "
+                f"ranks are at BatchNorm layers with {channels} channels (0: at none): "
                 'their forward passes take different ways. batch_norm="exact" needs a loss_fn that calls the same '
                 "layers for all rows of all ranks.",
                 (),

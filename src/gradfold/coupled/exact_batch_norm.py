@@ -9,8 +9,8 @@ micro-batch, and those of all around one layer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointFunction
 
+from gradfold.agreement import Alone
 from gradfold.backward import Weighed
 from gradfold.coupled.attendance import Attendance, Passage, passage, refused_checkpoint
-from gradfold.agreement import Alone as Agreement
 from gradfold.coupled.batch_norm import batch_statistics_layers
-from gradfold.coupled.company import Alone, InLockStep
+from gradfold.coupled.company import Company, InLockStep, OneProcess
 from gradfold.coupled.interception import (
     BatchNormCall,
     Interception,
@@ -70,7 +70,7 @@ class ExactBatchNorm:
     """
 
     def __init__(
-        self, window: OpenWindow, layers: Mapping[str, _BatchNorm], company: Alone, offload: Offload | None
+        self, window: OpenWindow, layers: Mapping[str, _BatchNorm], company: Company, offload: Offload | None
     ) -> None:
         self._window = window
         self._layers = layers
@@ -89,7 +89,7 @@ class ExactBatchNorm:
             with Runners(functions, state.on) as runners:
                 terms = self._run_through(runners, indices, backward)
             attendance.check()
-            self._company.end_forward(len(self._calls))
+            self._company.end_forward()
             if self._calls:
                 self._run_backward(terms, backward)
             self._company.end_backward()
@@ -130,7 +130,9 @@ class ExactBatchNorm:
                 if runners[0].is_done and runner.is_done and not self._calls:
                     backward(runner.result)
                     runner.result = None
-            self._window.current = max(indices, key=lambda index: len(self._window.micro_batches[index].rows), default=0)
+            self._window.current = max(
+                indices, key=lambda index: len(self._window.micro_batches[index].rows), default=0
+            )
             self._check_alike(runners, indices)
             if all(runner.is_done for runner in runners):
                 break
@@ -192,14 +194,14 @@ class ExactBatchNorm:
         return f"{name} is at BatchNorm in {request.layer} ({channels} channels, {dtype})"
 
 
-def schedule_for(window: OpenWindow, agreement: Agreement) -> ExactBatchNorm:
+def schedule_for(window: OpenWindow, agreement: Alone) -> ExactBatchNorm:
     """How to run a window.
 
     Raises:
         BatchNormError: a module is scripted, so that its BatchNorm could not be met.
     """
     _refuse_scripted(window.model)
-    company = agreement if isinstance(agreement, InLockStep) else Alone()
+    company: Company = agreement if isinstance(agreement, InLockStep) else OneProcess()
     offload = None
     if _has_memory_of_its_own(window.device):
         offload = Offload([*window.model.parameters(), *window.model.buffers()])

@@ -111,6 +111,8 @@ def by_fixed_statistics(call: BatchNormCall) -> Tensor:
     """What the call would give with its running statistics, or else 0 and 1, which couple no rows."""
     mean, variance = call.running_mean, call.running_var
     if mean is None or variance is None:
-        channels = call.values.new_zeros(call.values.shape[1], dtype=torch.promote_types(call.values.dtype, torch.float32))
+        channels = call.values.new_zeros(
+            call.values.shape[1], dtype=torch.promote_types(call.values.dtype, torch.float32)
+        )
         mean, variance = channels, channels + 1
     return F.batch_norm(call.values, mean, variance, call.scale, call.shift, False, call.momentum, call.eps)

@@ -150,7 +150,7 @@ class Entrance(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor, None]:
         """The gradient, with what goes through the statistics."""
         (values,) = ctx.saved_tensors
@@ -171,7 +171,7 @@ class Join(torch.autograd.Function):
         return (token.clone(), *entered)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, token: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """What the exits handed on; the sums over this rank are the gradients of scale and shift."""
         sums = ctx.call.close_sums()
@@ -190,7 +190,7 @@ class Exit(torch.autograd.Function):
         return place.joined.normalise(values)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Add to the sums, and hand the gradient on as it is."""
         (values,) = ctx.saved_tensors

@@ -39,7 +39,11 @@ class Moments:
             empty = torch.zeros(channels, dtype=dtype, device=values.device)
             return cls(empty, empty, 0)
         # The kernel gives its results in the dtype of these, which it also moves, by nothing.
-        running = [torch.zeros(channels, dtype=dtype, device=values.device) for _ in "mv"] if dtype != values.dtype else [None] * 2
+        running = (
+            [torch.zeros(channels, dtype=dtype, device=values.device) for _ in "mv"]
+            if dtype != values.dtype
+            else [None] * 2
+        )
         mean, variance = torch.batch_norm_update_stats(values, running[0], running[1], 0.0)
         return cls(mean, variance, values.numel() // channels)
 
@@ -57,7 +61,9 @@ def merge(parts: Sequence[Moments]) -> Moments:
         return parts[0]
     count = sum(part.count for part in parts)
     means = torch.stack([part.mean for part in parts])
-    shares = torch.tensor([[part.count / count] for part in parts], dtype=means.dtype).to(means.device, non_blocking=True)
+    shares = torch.tensor([[part.count / count] for part in parts], dtype=means.dtype).to(
+        means.device, non_blocking=True
+    )
     mean = means[0] + ((means - means[0]) * shares).sum(0)
     variances = torch.stack([part.variance for part in parts])
     variance = ((variances + (means - mean).square()) * shares).sum(0)

@@ -7,7 +7,7 @@ CUDA tensors are in pinned memory, and transfers are queued on the stream that c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ __all__: list[str] = []
 
 _LEAST_BYTES = 2**14
 
-_Key: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype, int]"
+_Key: TypeAlias = "tuple[int, Hashable, tuple[int, ...], tuple[int, ...], torch.dtype, int]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,20 @@ class Offload:
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self._stays:
             return tensor
-        key = storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version
+        key = (
+            storage.data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+            tensor._version,
+        )
         known = self._parked.get(key)
-        if known is not None and not known[0].expired():
+        if known is not None and not known[0].expired():  # type: ignore[no-untyped-call]
             return known[1]
         self._forget_freed()
         parked = Parked(self.to_host(tensor), tensor.device)
-        self._parked[key] = StorageWeakRef(storage), parked
+        self._parked[key] = StorageWeakRef(storage), parked  # type: ignore[no-untyped-call]
         return parked
 
     def unpack(self, saved: Tensor | Parked) -> Tensor:
@@ -80,4 +87,6 @@ class Offload:
 
     def _forget_freed(self) -> None:
         """Let go of copies whose tensors are gone: autograd holds those that are still wanted."""
-        self._parked = {key: entry for key, entry in self._parked.items() if not entry[0].expired()}
+        freed = [key for key, (ref, _) in self._parked.items() if ref.expired()]  # type: ignore[no-untyped-call]
+        for key in freed:
+            del self._parked[key]

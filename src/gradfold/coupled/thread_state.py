@@ -41,7 +41,7 @@ class ThreadState:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in {"cpu", device.type}
         ]
         self._has_autocast_cache = torch.is_autocast_cache_enabled()
-        self._function_modes: list[TorchFunctionMode] = _get_current_function_mode_stack()  # default device included
+        self._function_modes: list[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # default device included
         self._dispatch_modes: list[TorchDispatchMode] = _get_current_dispatch_mode_stack()
         self.hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -65,6 +65,6 @@ class ThreadState:
                 _push_dispatch_mode(dispatch_mode)
                 stack.callback(_pop_dispatch_mode)
             for function_mode in self._function_modes:
-                _push_function_mode(function_mode)
+                _push_function_mode(function_mode)  # type: ignore[no-untyped-call]
                 stack.callback(_pop_function_mode)
             yield

@@ -105,7 +105,8 @@ def batch_norm(layers: tuple[str, ...], is_accepted: bool) -> Cause:
     return Cause(
         "batch_norm",
         f"{noun} by the mean and variance of the micro-batch, not of the batch: {listed(list(map(repr, layers)))}. "
-        f"{how} Write gradfold.convert_batch_norm(model) for GroupNorm, or layer.eval() to use the running statistics.",
+        f'{how} Write batch_norm="exact" to normalise by the whole batch, gradfold.convert_batch_norm(model) for '
+        "GroupNorm, or layer.eval() to use the running statistics.",
         layers=layers,
     )
 
@@ -185,7 +186,7 @@ def _run(specimen: Specimen, first: int, recollate: bool) -> None:
     with warnings.catch_warnings(), specimen.running():
         warnings.simplefilter("ignore")
         examined = _prepare(specimen, first, recollate)
-        with Trial(model, specimen.loss_fn, BackPropagation()) as trial:
+        with Trial(model, specimen.loss_fn_of_parts, BackPropagation()) as trial:
             Examination(trial, model, examined).run()
 
 

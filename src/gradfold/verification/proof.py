@@ -162,6 +162,8 @@ class _Proof:
 
     def _batch_norm_layers(self, comparison: Comparison) -> dict[str, nn.Module]:
         """The layers that see micro-batches instead of the batch, refused or accepted."""
+        if self._specimen.batch_norm == "exact":
+            return {}
         refused = any(isinstance(attempt.failure, BatchNormError) for attempt in comparison.attempts)
         if refused or self._specimen.batch_norm is not None:
             return dict(batch_statistics_layers(self._specimen.fresh_model()))

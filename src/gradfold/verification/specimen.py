@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gradfold.accumulator import Accumulator
 from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, map_leaves, map_tensors
 from gradfold.coupled.batch_norm import BatchNormOption
+from gradfold.coupled.exact_batch_norm import uncoupled
 from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
 from gradfold.errors import BatchNormError, GradfoldError, ModelError, NonFiniteLossError
 from gradfold.feed import feed
@@ -34,6 +36,7 @@ from gradfold.split import MicroBatch, split_rows, split_samples
 from gradfold.sync import unwrapped
 from gradfold.token_budget import TokenBudget
 from gradfold.token_split import PaddedRows, TokenSplit
+from gradfold.verification.draws_in_turn import DrawsInTurn
 from gradfold.verification.graph import Graph
 from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
 from gradfold.verification.untouched import Untouched
@@ -193,6 +196,11 @@ class Specimen:
         self._graph(model, output)
         return output
 
+    @property
+    def loss_fn_of_parts(self) -> LossFn:
+        """The same for two parts run one after the other, which share no statistics of exact BatchNorm."""
+        return uncoupled(self.loss_fn) if self.batch_norm == "exact" else self.loss_fn
+
     def run_jittered(self, precision: torch.dtype, seed: int) -> WholeRun:
         """The whole batch at once, with all parameters off by some rounding errors of this precision."""
         model = self.fresh_model()
@@ -248,20 +256,26 @@ class Specimen:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             order = self._order(size)
-            mode = self._draws_of_rows(whole.recorded, order[0])
-            twin = self._twin(model, _in_order(self.loss_fn, mode, order), size)
+            mode = self._draws(whole.recorded, order)
+            is_joint = isinstance(mode, DrawsInTurn)
+            loss_fn = (
+                mode.around(self.loss_fn) if isinstance(mode, DrawsInTurn) else _in_order(self.loss_fn, mode, order)
+            )
+            twin = self._twin(model, loss_fn, size)
             try:
                 with self.running(), mode:
                     twin.backward(self._own_batch())
             except Exception as error:
-                if isinstance(error, GradfoldError) and not isinstance(error, (NonFiniteLossError, BatchNormError)):
+                is_found = isinstance(error, NonFiniteLossError if is_joint else (NonFiniteLossError, BatchNormError))
+                if isinstance(error, GradfoldError) and not is_found:
                     raise  # what the user is told without a proof, too
                 distance = math.inf if isinstance(error, NonFiniteLossError) else math.nan
                 return Attempt(size, len(order), None, distance, error)
             finally:
                 mode.restore_generators()
-        unknown, dims = None, {}
-        if isinstance(mode, DrawsOfRows):
+        unknown: str | None = None
+        dims: Mapping[int, int] = {}
+        if not isinstance(mode, _EqualDraws):
             mode.finish()
             unknown, dims = mode.unknown, mode.dims
         found = gradients(model)  # not kept: there may be many sizes
@@ -280,6 +294,10 @@ class Specimen:
     def _own_batch(self) -> Batch:
         """The batch to give away: a model may change its input in place."""
         return map_tensors(torch.clone, self._batch) if self.accumulator.collate is None else self._batch
+
+    def _draws(self, recorded: RecordedDraws, order: Sequence[Rows]) -> DrawsInTurn | DrawsOfRows | _EqualDraws:
+        make = partial(self._draws_of_rows, recorded)
+        return DrawsInTurn(make, order) if self.batch_norm == "exact" else make(order[0])
 
     def _draws_of_rows(self, recorded: RecordedDraws, rows: Rows) -> DrawsOfRows | _EqualDraws:
         if self._equal is not None:

@@ -1,0 +1,169 @@
+"""Exact BatchNorm on several ranks: what each runs, and what one process with all rows gives."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from distributed.ddp_cases import cut, gradients, numbers
+from distributed.scenarios import outcome
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradfold
+
+F = nn.functional
+ROWS = 13
+
+
+class Branching(nn.Module):
+    """Two branches of BatchNorm beside each other, one of which a term of the loss may not reach, and a shared one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(3, 4)
+        self.a, self.b, self.shared = nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=None), nn.BatchNorm1d(4)
+        self.middle, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        self.double()
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.shared(self.middle(self.a(x).tanh() + self.b(x.sin())))
+        x = self.shared(x.exp())
+        return self.last(x), self.head(x)
+
+
+def batch():
+    return numbers(ROWS, 3, mean=1.0), torch.arange(ROWS) % 2, torch.tensor([1, 0, 1, -100, -100, 0, 1] + [-100] * 6)
+
+
+def loss_fn(model, batch):
+    main, head = model(batch[0])
+    return {"main": F.cross_entropy(main, batch[1]), "head": F.cross_entropy(head, batch[2])}, {"mean": main.mean()}
+
+
+WEIGHT = {"main": "samples", "head": gradfold.token_count(2)}  # the last rank has no weight for the second term
+
+
+def rows_of(rank, size):
+    """The first rank has most."""
+    stops = [ROWS - 2 * (size - 1 - one) for one in range(size)]
+    return slice(0 if rank == 0 else stops[rank - 1], stops[rank])
+
+
+def alone():
+    """One process, the whole batch at once."""
+    model = Branching()
+    losses, _ = loss_fn(model, batch())
+    sum(losses.values()).backward()
+    return gradients(model), dict(model.named_buffers())
+
+
+def run(rank, size):
+    """All that is looked at, in one start of processes."""
+    return {
+        "micro-batches": window(rank, size, micro_batch_size=2),
+        "one micro-batch each": window(rank, size),
+        "bfloat16": outcome(lambda: half(rank, size)),
+        "an error in a forward pass": failing(rank, size, "forward"),
+        "an error in the stem's backward pass": failing(rank, size, "stem"),
+        "an error between joint calls of the backward pass": failing(rank, size, "backward"),
+        "an error before the first forward pass": failing(rank, size, "batch"),
+        "an error of the guard": failing(rank, size, "guard"),
+        "out of memory": failing(rank, size, "memory"),
+        "other ways": ways(rank, size),
+        "other channels": ways(rank, size, wide=True),
+        "not finite": not_finite(rank, size),
+    }
+
+
+def windows(rank, size):
+    return window(rank, size, micro_batch_size=2), window(rank, size)
+
+
+def window(rank, size, **options):
+    model = DistributedDataParallel(Branching())
+    for one in model.module.modules():
+        if isinstance(one, nn.BatchNorm1d) and rank:
+            one.running_mean.fill_(7.0)  # rank 0's are taken
+    accumulator = gradfold.Accumulator(model, loss_fn, batch_norm="exact", weight=WEIGHT, **options)
+    result = accumulator.backward(cut(batch(), rows_of(rank, size)))
+    buffers = {name: one.clone() for name, one in model.module.named_buffers()}
+    return gradients(model.module), buffers, result.num_micro_batches, result.metrics["mean"]
+
+
+def half(rank, size):
+    model = DistributedDataParallel(Branching().float())
+    accumulator = gradfold.Accumulator(
+        model, loss_fn, batch_norm="exact", weight=WEIGHT, micro_batch_size=2, precision="bf16"
+    )
+    rows = cut(batch(), rows_of(rank, size))
+    return accumulator.backward((rows[0].float(), *rows[1:])).loss
+
+
+def failing(rank, size, where):
+    """The last rank fails once; what all say, and the window after."""
+    model = DistributedDataParallel(Branching())
+    calls = 0
+
+    def broken(model, batch):
+        nonlocal calls
+        if rank < size - 1:
+            return loss_fn(model, batch)
+        calls += 1
+        number = calls  # the others come before this one is at its end
+        if where == "guard":
+            losses, metrics = loss_fn(model, batch)
+            return {name: one * (len(batch[0]) if name == "main" else 1.0) for name, one in losses.items()}, metrics
+        if where == "memory":
+            raise torch.OutOfMemoryError("too many rows")
+        if where == "forward" and number == 2:
+            raise ValueError("the second micro-batch")
+        losses, metrics = loss_fn(model, batch)
+
+        def throw(gradient):
+            raise ValueError("in the backward pass")
+
+        if where == "stem" and number == 1:
+            model.module.first.weight.register_hook(throw)
+        if where == "backward" and number == 1:
+            model.module.middle.bias.register_hook(throw)
+        return losses, metrics
+
+    options = {"batch_norm": "exact", "weight": WEIGHT, "micro_batch_size": 2 if where == "guard" else 1}
+    accumulator = gradfold.Accumulator(model, broken, self_check=where == "guard", **options)
+    rows = cut(batch(), rows_of(size - 1 - rank if where == "guard" else rank, size))
+    if where == "batch" and rank == size - 1:
+        rows = (rows[0], rows[1][:1], rows[2])
+    before = copy.deepcopy(model.module.state_dict())
+    found = outcome(lambda: accumulator.backward(rows))
+    is_as_before = all(torch.equal(one, before[name]) for name, one in model.module.state_dict().items())
+    has_gradients = any(one is not None for one in gradients(model.module).values())
+    return found, is_as_before and not has_gradients, window(rank, size, micro_batch_size=2)
+
+
+def ways(rank, size, wide=False):
+    """The last rank takes another way."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(5 if wide else 3), nn.Linear(3, 5), nn.Linear(3, 1)])
+    model = DistributedDataParallel(layers.double())
+
+    def loss_fn(model, batch):
+        if rank == size - 1:
+            return model.module[1](model.module[2](batch) if wide else batch).mean()
+        loss = model.module[0](batch).square().mean()
+        return loss if wide else loss + model.module[1](batch).mean()
+
+    accumulator = gradfold.Accumulator(model, loss_fn, batch_norm="exact", micro_batch_size=1, self_check=False)
+    return outcome(lambda: accumulator.backward(batch()[0][rows_of(rank, size)]))
+
+
+def not_finite(rank, size):
+    model = DistributedDataParallel(Branching())
+    rows = list(cut(batch(), rows_of(rank, size)))
+    if rank == size - 1:
+        rows[0] = rows[0] / 0
+    accumulator = gradfold.Accumulator(model, loss_fn, batch_norm="exact", weight=WEIGHT, micro_batch_size=1)
+    return outcome(lambda: accumulator.backward(tuple(rows)))

@@ -1,0 +1,82 @@
+"""Exact BatchNorm on several ranks: the statistics of all rows, and no rank that waits for one that has failed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import lockstep_cases
+from processes import run
+from reference import relative_error
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_on(2, lockstep_cases.run)
+
+
+def run_on(size, function):
+    results = run(function, size)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def assert_exact(of_ranks):
+    expected, buffers = lockstep_cases.alone()
+    for found, found_buffers, _, mean in of_ranks:
+        assert relative_error(found, expected) < 1e-12
+        for name, one in buffers.items():
+            torch.testing.assert_close(found_buffers[name], one, rtol=1e-12, atol=1e-12)
+        for name, one in found.items():
+            assert torch.equal(one, of_ranks[0][0][name])
+        torch.testing.assert_close(mean, of_ranks[0][3])
+
+
+@pytest.mark.parametrize("name", ["micro-batches", "one micro-batch each"])
+def test_gradients_and_running_statistics_are_those_of_all_rows(ranks, name):
+    of_ranks = [result[name] for result in ranks]
+    assert_exact(of_ranks)
+    counts = [one[2] for one in of_ranks]
+    assert counts == [1] * len(ranks) if name == "one micro-batch each" else counts[0] > counts[-1]
+
+
+def test_three_ranks():
+    for of_ranks in zip(*run_on(3, lockstep_cases.windows), strict=True):
+        assert_exact(of_ranks)
+
+
+def test_autocast(ranks):
+    assert all(bool(result["bfloat16"].isfinite()) for result in ranks)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("an error in a forward pass", "the second micro-batch"),
+        ("an error in the stem's backward pass", "in the backward pass"),
+        ("an error between joint calls of the backward pass", "in the backward pass"),
+        ("an error before the first forward pass", "rows"),
+        ("out of memory", "too many rows"),
+        ("an error of the guard", "is a sum over the rows"),
+    ],
+)
+def test_an_error_on_one_rank_ends_the_window_on_all(ranks, name, text):
+    *others, last = [result[name] for result in ranks]
+    assert text in last[0][1]
+    for (kind, message), is_as_before, _ in others:
+        assert kind == "RanksError" and f"rank {len(ranks) - 1} failed in this window" in message and text in message
+        assert is_as_before
+    assert last[1]
+    assert_exact([result[name][2] for result in ranks])
+
+
+@pytest.mark.parametrize("name", ["other ways", "other channels"])
+def test_ranks_that_take_different_ways_are_told(ranks, name):
+    for result in ranks:
+        kind, message = result[name]
+        assert kind == "BatchNormError" and "their forward passes take different ways" in message
+
+
+def test_a_gradient_that_is_not_finite(ranks):
+    assert {result["not finite"][0] for result in ranks} == {"NonFiniteLossError"}
