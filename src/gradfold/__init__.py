@@ -1,7 +1,9 @@
 """gradfold: the gradient of a batch that does not fit in memory, exactly, for PyTorch."""
 
 from gradfold.accumulator import Accumulator as Accumulator
+from gradfold import losses as losses
 from gradfold.coupled.convert import convert_batch_norm as convert_batch_norm
+from gradfold.coupled.two_phase import TwoPhaseLoss as TwoPhaseLoss
 from gradfold.errors import BackwardError as BackwardError
 from gradfold.errors import BatchError as BatchError
 from gradfold.errors import BatchNormError as BatchNormError
@@ -17,6 +19,7 @@ from gradfold.errors import NotDecomposableError as NotDecomposableError
 from gradfold.errors import OptionError as OptionError
 from gradfold.errors import PaddingError as PaddingError
 from gradfold.errors import RanksError as RanksError
+from gradfold.errors import ReplayError as ReplayError
 from gradfold.errors import TrainStepError as TrainStepError
 from gradfold.errors import WeightError as WeightError
 from gradfold.errors import WindowError as WindowError

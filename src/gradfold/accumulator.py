@@ -19,7 +19,9 @@ from gradfold.coupled import batch_norm as batch_normalisation
 from gradfold.coupled import exact_batch_norm
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.coupled.company import InLockStep
-from gradfold.errors import BatchError, OptionError, WindowError
+from gradfold.coupled.phases import Phases, check_options
+from gradfold.coupled.two_phase import TwoPhaseLoss, probe_of, wrap_loss
+from gradfold.errors import BatchError, NotDecomposableError, OptionError, WindowError
 from gradfold.fitting_size import FittingSize
 from gradfold.gradients import SetAside, check_trainable, parameters_of
 from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
@@ -152,7 +154,13 @@ class Accumulator:
         self._backward_is_probed = False
         self._hooks_warned_of: set[str] = set()
         self._back_propagate = BackPropagation(backward, self.grad_scaler)
-        self._run = self.precision.around(loss_fn)
+        self._run = wrap_loss(loss_fn, self.precision.around)
+        self._phases: Phases | None = None
+        checked = self._run
+        if isinstance(self._run, TwoPhaseLoss):
+            check_options(weight, batch_norm, on_non_finite)
+            self._phases = Phases(self._run, self.precision.compute)
+            checked = probe_of(self._run)
         self._weigh = partial(weigh, weight)
         self._set_aside = partial(
             SetAside,
@@ -161,7 +169,7 @@ class Accumulator:
         )
         self._buffers = BufferKeeper()
         self._fitting_size = FittingSize()
-        tried = exact_batch_norm.uncoupled(self._run) if batch_norm == "exact" else self._run
+        tried = exact_batch_norm.uncoupled(checked) if batch_norm == "exact" else checked
         self._self_check = SelfCheck(model, tried, weight, self._back_propagate) if self_check else None
         self._is_looked_at = False  # in the window that is running
 
@@ -216,7 +224,7 @@ class Accumulator:
             replay.is_joint = self.batch_norm == "exact"
             result = replay.run(window, None if self.precision.is_scaled else self.on_non_finite)
             agreement.conclude()
-        if self._self_check is not None and len(micro_batches) > 1:
+        if self._self_check is not None and len(micro_batches) > 1 and self._phases is None:
             self._self_check.note_terms(replay.terms)
         if not result.recoveries:
             self._fitting_size.note_quiet(max(part.size for part in micro_batches), self._asked_size)
@@ -327,7 +335,7 @@ class Accumulator:
         plain = Cautious(transaction) if is_new_size else self._plain_schedule(window)
         num_micro_batches = len(window.micro_batches)
         if num_micro_batches == 1 and not isinstance(agreement, InLockStep):
-            return agreement.around(plain, window)
+            return agreement.around(self._in_phases(plain, transaction, agreement, window), window)
         self._check_hooks(parameters)
         if self.batch_norm == "exact":
             schedule: Schedule = exact_batch_norm.schedule_for(window, agreement)
@@ -335,6 +343,7 @@ class Accumulator:
             schedule = batch_normalisation.schedule_for(
                 self.model, modules, self.batch_norm, num_micro_batches, window.num_samples, plain
             )
+        schedule = self._in_phases(schedule, transaction, agreement, window)
         if self._self_check is not None and not self._is_looked_at and agreement.can_try:
             self._is_looked_at = True
             if self._self_check.is_due(window.micro_batches, modules):
@@ -362,6 +371,16 @@ class Accumulator:
             return one_after_another
         return self._token_split.timed(one_after_another, window.micro_batches, window.device)
 
+    def _in_phases(
+        self, schedule: Schedule, transaction: Transaction, agreement: Alone, window: OpenWindow
+    ) -> Schedule:
+        """The schedule, or that of a two-phase loss around it; one process runs a whole batch in one phase."""
+        if self._phases is None or (len(window.micro_batches) == 1 and not isinstance(agreement, Together)):
+            return schedule
+        raises = self.on_non_finite == "raise" and not self.precision.is_scaled
+        inner = one_after_another if isinstance(schedule, Cautious) else schedule  # it begins again as a whole
+        return self._phases.schedule(window, transaction, agreement, inner, raises)
+
     def _agree(self, ranks: Ranks | None, modules: Sequence[nn.Module]) -> Alone:
         """What this window has to agree on with other processes."""
         if ranks is None:
@@ -370,6 +389,11 @@ class Accumulator:
         if not sharded:
             kind = InLockStep if self.batch_norm == "exact" and ranks.size > 1 else Together
             return kind(ranks, self._weigh, self._num_weights + 1)
+        if self._phases is not None:
+            raise OptionError(
+                "fully_shard does not go with a TwoPhaseLoss, whose sweeps would have to gather parameters in step on "
+                "all ranks. Use DistributedDataParallel."
+            )
         if self.on_non_finite == "skip_micro_batch" or self._backward is not None or self.batch_norm is not None:
             raise OptionError(
                 'fully_shard does not go with on_non_finite="skip_micro_batch", since no rank can run alone again, nor '
@@ -395,7 +419,12 @@ class Accumulator:
             layers = {name: layer for name, layer in layers.items() if name not in without}
         collate_rows = self._collate_rows(batch)
         frozen = layers.values()
-        return self_check.look(window.micro_batches, window.weights, window.device, is_plain, collate_rows, frozen)
+        try:
+            return self_check.look(window.micro_batches, window.weights, window.device, is_plain, collate_rows, frozen)
+        except NotDecomposableError as error:
+            if self._phases is None:
+                raise
+            raise self._phases.explain(error) from error
 
     def _collate_rows(self, batch: Batch) -> CollateRows | None:
         if self.collate is None:

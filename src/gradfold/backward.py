@@ -21,8 +21,9 @@ from gradfold.warning import warn
 __all__: list[str] = []
 
 
-Weighed: TypeAlias = "Sequence[tuple[Tensor, float]]"
-"""Loss terms, each with its share of the window; none where nothing weighs anything."""
+Weighed: TypeAlias = "Sequence[tuple[Tensor, float | Tensor]]"
+"""Loss terms, each with its share of the window; none where nothing weighs anything. Or tensors of any shape, each with
+the gradient that has arrived at it from a loss that was back-propagated before."""
 
 
 class BackwardFn(Protocol):
@@ -56,7 +57,7 @@ class BackPropagation:
         """
         if len(terms) == 1 and self._backward is None:
             ((loss, share),) = terms
-            if type(loss) is Tensor and loss.requires_grad:  # the usual case, faster
+            if type(loss) is Tensor and loss.requires_grad and type(share) is float:  # the usual case, faster
                 # What torch.autograd.backward does once it has looked at its arguments, which takes it as long as a
                 # small layer: with the plain loss and seed that stand here there is nothing to look for.
                 _engine_run_backward(
@@ -72,7 +73,7 @@ class BackPropagation:
         if not terms:
             return
         losses = [term for term, _ in terms if term.requires_grad]
-        seeds = [self._seed(term, share * self.factor) for term, share in terms if term.requires_grad]
+        seeds = [self._seed_of(term, share) for term, share in terms if term.requires_grad]
         if not losses:
             raise LossError(
                 "the loss does not require grad: nothing connects it to the model's parameters. Look for "
@@ -80,11 +81,15 @@ class BackPropagation:
             )
         if self._backward is None:
             torch.autograd.backward(losses, seeds)
-        elif len(losses) == 1:
+        elif len(losses) == 1 and losses[0].dim() == 0:
             self._backward(losses[0], gradient=seeds[0])
         else:  # a framework takes one loss
-            loss = torch.stack([term * seed for term, seed in zip(losses, seeds, strict=True)]).sum()
+            loss = torch.stack([(term * seed).sum() for term, seed in zip(losses, seeds, strict=True)]).sum()
             self._backward(loss, gradient=torch.ones_like(loss))
+
+    def _seed_of(self, term: Tensor, share: float | Tensor) -> Tensor:
+        # What has arrived is scaled already.
+        return share if isinstance(share, Tensor) else self._seed(term, share * self.factor)
 
 
 def _seed(loss: Tensor, share: float) -> Tensor:

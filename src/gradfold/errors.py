@@ -13,7 +13,8 @@ GradfoldError                       1
 │   └── RanksError                  1   ... since of several processes one has failed, or trains it in another way
 ├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
 │   ├── NonFiniteLossError          1   ... since it is NaN or infinite
-│   └── NotDecomposableError        1   ... since it is not the weighted mean of its parts
+│   ├── NotDecomposableError        1   ... since it is not the weighted mean of its parts
+│   └── ReplayError                 1   ... since a micro-batch did not give the same when it ran again
 ├── WeightError (ValueError)        1   a weight that is not a non-negative number, or has no loss term
 ├── NonFiniteGradientError (ValueError) 1  a gradient that is NaN or infinite though the losses are finite
 ├── DoesNotFitError (RuntimeError)  1   rows for which memory does not suffice, however few at once
@@ -127,6 +128,20 @@ class NotDecomposableError(LossError):
         self.cause = cause
         self.term = term
         self.weight = weight
+
+
+class ReplayError(LossError):
+    """The statistics of a two-phase loss were others when a micro-batch ran again.
+
+    Attributes:
+        micro_batch: index of the micro-batch in the window.
+        deviation: how far they were off, relative.
+    """
+
+    def __init__(self, message: str, micro_batch: int, deviation: float) -> None:
+        super().__init__(message)
+        self.micro_batch = micro_batch
+        self.deviation = deviation
 
 
 class WeightError(GradfoldError, ValueError):

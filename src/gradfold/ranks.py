@@ -64,6 +64,20 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total
 
+    def fill_in(self, whole: Tensor, counts: Sequence[int]) -> None:
+        """Every rank has its own rows of a contiguous tensor, `counts` by rank: fill in those of the others."""
+        start = 0
+        for rank, count in enumerate(counts):
+            rows = whole[start : start + count]
+            start += count
+            if rows.numel():
+                # As bytes, since not every backend sends every dtype.
+                dist.broadcast(rows.view(-1).view(torch.uint8), group=self.group, group_src=rank)
+
+    def add_up(self, tensor: Tensor) -> None:
+        """The sum over all ranks, in place; the same bits on each."""
+        dist.all_reduce(tensor, group=self.group)
+
     def all_well(self, is_well: bool) -> bool:
         """Whether all ranks are."""
         return not any(failed for (failed,) in self.begin_gather([0.0 if is_well else 1.0])())

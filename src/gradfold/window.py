@@ -22,10 +22,11 @@ couple the samples of a batch need another order of forwards and backwards. They
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,7 @@ class OpenWindow:
         looks_at_idle: whether micro-batches that weigh nothing are run for their metrics though none has come yet.
         runs_idle: whether they are run as the others, since these depend on their rows.
         after_first: who waits for the gradient of the first micro-batch; whoever undoes it must run it again.
+        around: what goes around a forward pass, told the rows.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class OpenWindow:
         self.looks_at_idle = False
         self.runs_idle = False
         self.after_first: AfterFirst | None = None
+        self.around: Callable[[range], AbstractContextManager[object]] | None = None
         # What was cut has begun at version 0.
         self._versions = [None if part.is_cut else versions(part) for part in micro_batches]
 
@@ -141,6 +144,7 @@ class OpenWindow:
         """The window with other micro-batches; those that are done keep their place: their indices here, there."""
         window = OpenWindow(self.model, self.loss_fn, micro_batches, self.weigh, self.back_propagate, self.device)
         window.num_samples = self.num_samples
+        window.around = self.around
         window.done = frozenset(done.values())
         for before, now in done.items():
             window._versions[now] = self._versions[before]
@@ -186,11 +190,19 @@ class OpenWindow:
         self.current = index
         if index in self.idle and not self.runs_idle:
             return self._forward_idle(index)
-        output = self.loss_fn(self.model, in_own_containers(self.take(index)))
+        output = self.call(index)
         if isinstance(output, tuple):
             output, metrics = read_pair(output)
             self.metrics.add(index, metrics)
         return self.losses.add(index, output)
+
+    def call(self, index: int) -> Any:
+        """What `loss_fn` returns for a micro-batch."""
+        self.current = index
+        if self.around is None:
+            return self.loss_fn(self.model, in_own_containers(self.take(index)))
+        with self.around(self.micro_batches[index].rows):
+            return self.loss_fn(self.model, in_own_containers(self.take(index)))
 
     def _backward(self, weighed: Weighed) -> None:
         self.back_propagate(weighed)
@@ -205,7 +217,7 @@ class OpenWindow:
         """A micro-batch that weighs nothing is looked at only where there are metrics to be had from it."""
         if self.metrics.names or self.looks_at_idle:
             with torch.no_grad():
-                output = self.loss_fn(self.model, in_own_containers(self.take(index)))
+                output = self.call(index)
             if isinstance(output, tuple):
                 self.metrics.add(index, read_pair(output)[1])
         return []

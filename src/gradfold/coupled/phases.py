@@ -1,0 +1,354 @@
+"""The phases of a two-phase loss: how a window of several micro-batches, or ranks, runs one.
+
+    [1] sweep      every micro-batch without a graph; buffers and attributes are put back, random states are noted
+    [2] loss       once, over the statistics of all ranks; each has the whole loss, the first its parameters' gradients
+    [3] replay     every micro-batch with the random state that it had; what arrived at its statistics goes on from there
+
+The sums of gradients over ranks count [2] once, and [3] for every rank's own rows. Where memory runs out on one rank
+in [3], all begin again, since with other micro-batches its statistics may be others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gradfold.agreement import Alone, Together
+from gradfold.attributes import Attributes
+from gradfold.backward import Weighed
+from gradfold.buffers import BufferKeeper
+from gradfold.coupled.statistics import Statistics
+from gradfold.coupled.two_phase import Statistic, TwoPhaseLoss
+from gradfold.errors import (
+    DoesNotFitError,
+    LossError,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    NotDecomposableError,
+    OptionError,
+    ReplayError,
+)
+from gradfold.gradients import parameters_of
+from gradfold.loss import Loss, LossOutput, read_pair, read_terms
+from gradfold.out_of_memory import is_out_of_memory
+from gradfold.random_state import HostRandomState, RandomState
+from gradfold.transaction import Transaction
+from gradfold.weight import WeightOption
+from gradfold.window import Backward, Forward, OpenWindow, Schedule
+
+__all__: list[str] = []
+
+# How far statistics may be off when they come again, by their dtype: kernels with and without a graph may round
+# differently. Another dropout mask moves them by a percent and more.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+_OF_HALF_TYPES = 3e-2
+
+
+def check_options(weight: WeightOption, batch_norm: str | None, on_non_finite: str) -> None:
+    """Raise OptionError where an option of the accumulator does not go with a two-phase loss."""
+    if weight != "samples":
+        raise OptionError(
+            "weight= does not go with a TwoPhaseLoss, whose loss(model, statistics) sees the whole batch: let the "
+            "statistic return what is to be counted (a mask, a number of tokens), and divide by it in loss."
+        )
+    if batch_norm not in (None, "per_micro_batch"):
+        raise OptionError(
+            f'batch_norm="{batch_norm}" does not go with a TwoPhaseLoss. Use GroupNorm '
+            '(gradfold.convert_batch_norm(model)), or batch_norm="per_micro_batch".'
+        )
+    if on_non_finite == "skip_micro_batch":
+        raise OptionError(
+            'on_non_finite="skip_micro_batch" does not go with a TwoPhaseLoss: one statistic that is not finite makes '
+            'the whole loss so. Write on_non_finite="skip_update", or leave such rows out of the batch.'
+        )
+
+
+@dataclass(frozen=True)
+class _WholeLoss:
+    """What the loss of the whole batch gave: its terms, detached, and metrics."""
+
+    loss: Loss
+    metrics: Mapping[str, Any]
+
+
+class Phases:
+    """Runs the windows of one accumulator in two phases.
+
+    Args:
+        loss_fn: as it is run, under autocast where that is asked for.
+        compute: autocast's dtype around it.
+    """
+
+    def __init__(self, loss_fn: TwoPhaseLoss, compute: torch.dtype | None) -> None:
+        self._loss_fn = loss_fn
+        self._compute = compute
+        self._buffers = BufferKeeper()
+        self._waited_for: Alone | None = None  # by other ranks, until all micro-batches of this one are done
+
+    def schedule(
+        self, window: OpenWindow, transaction: Transaction, agreement: Alone, inner: Schedule, raises: bool
+    ) -> Schedule:
+        """How to run a window.
+
+        Args:
+            window: this one.
+            transaction: in which it runs.
+            agreement: with other ranks.
+            inner: how to run the replays.
+            raises: whether a loss that is not finite is an error.
+        """
+
+        def run(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
+            window.weights.arrive()
+            if self._waited_for is agreement:
+                agreement.share(False)
+            while True:
+                statistics = Statistics(self._loss_fn.combine)
+                states = self._sweep(window, indices, statistics)
+                statistics.join(agreement, window.num_samples)
+                self._waited_for = agreement
+                whole = self._run_loss(window, agreement, statistics)
+                with _Replay(window, self._loss_fn.statistic, statistics, states, whole, forward) as replay:
+                    inner(indices, replay.forward, backward)
+                self._check(window, statistics, whole, replay.deviations, raises)
+                self._waited_for = None
+                if all(agreement.share(True)):
+                    return
+                transaction.rewind()
+
+        return run
+
+    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
+        """What the self-check found about the statistics, in their own words."""
+        combined = (
+            "one below the other, are those of both together; a row must not depend on others in "
+            "statistic(model, micro_batch). What compares rows belongs in loss(model, statistics)"
+            if self._loss_fn.combine == "concatenate"
+            else "added up, are those of both together; statistic(model, micro_batch) must return sums over rows, not "
+            "means. Divide in loss(model, statistics)"
+        )
+        return NotDecomposableError(
+            "the statistics of a TwoPhaseLoss do not go together: those of two parts of a micro-batch must be such "
+            f"that, {combined}. What was seen of a weighted sum of them: {error}",
+            error.cause,
+            error.term,
+            None,
+        )
+
+    def _sweep(self, window: OpenWindow, indices: Sequence[int], statistics: Statistics) -> dict[int, _States]:
+        """Collect the statistics; gives the random states with which each micro-batch began."""
+        states = {}
+        with _without_trace(window.model, self._buffers), _calling(window, self._loss_fn.statistic), torch.no_grad():
+            for index in indices:
+                states[index] = _States.record(window.model)
+                statistics.add(index, window.call(index))
+        # Where autocast goes around the whole step, it keeps the casts of parameters, which here have no graph.
+        torch.clear_autocast_cache()
+        return states
+
+    def _run_loss(self, window: OpenWindow, agreement: Alone, statistics: Statistics) -> _WholeLoss:
+        """The loss of the whole batch, back-propagated to the statistics and to parameters that it uses itself."""
+        try:
+            with torch.enable_grad():
+                output = self._loss_fn.loss(window.model, statistics.for_loss())
+            loss, metrics = read_pair(output) if isinstance(output, tuple) else (output, {})
+            terms = read_terms(loss)
+            window.back_propagate([(term, 1.0) for term in terms.values()])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFitError(
+                "memory ran out in loss(model, statistics) of the TwoPhaseLoss, over the statistics of the whole "
+                "batch, which smaller micro-batches do not make smaller. Compute it in tiles "
+                f"(gradfold.losses.info_nce(..., tile=256)), or take a smaller batch. The error was: {error}",
+                (),
+            ) from error
+        if isinstance(agreement, Together) and agreement.ranks.rank > 0:
+            for parameter in window.model.parameters():
+                parameter.grad = None  # all ranks have the same, and sums over ranks shall count it once
+        detached = {name: term.detach() for name, term in terms.items()}
+        return _WholeLoss(loss.detach() if isinstance(loss, Tensor) else detached, metrics)
+
+    def _check(
+        self,
+        window: OpenWindow,
+        statistics: Statistics,
+        whole: _WholeLoss,
+        deviations: Mapping[int, Tensor],
+        raises: bool,
+    ) -> None:
+        """Raise where something is not finite, or a replay did not give the same; one transfer from the device."""
+        losses = read_terms(whole.loss)
+        flags = [(~gradient.isfinite()).any() for gradient in statistics.gradients()]
+        waiting = [*losses.values(), *flags, *deviations.values()]
+        read = torch.stack([one.to(window.device, torch.float64) for one in waiting]).tolist()
+        values, is_bad, apart = read[: len(losses)], any(read[len(losses) : -len(deviations)]), read[-len(deviations) :]
+        if raises and not all(map(math.isfinite, values)):
+            raise _non_finite(window, statistics, dict(zip(losses, values, strict=True)))
+        if raises and is_bad:
+            raise NonFiniteGradientError(
+                "the loss is finite, its gradient with respect to the statistics is not. Look in loss(model, "
+                "statistics) for sqrt or norm at 0, division by a standard deviation of 0, or overflow.",
+                None,
+                range(window.num_samples),
+                (),
+            )
+        found = [(distance, index) for distance, index in zip(apart, deviations, strict=True) if distance == distance]
+        worst, index = max(found, default=(0.0, 0))
+        dtypes = {self._compute, statistics.lowest(), *_dtypes(window.model)} - {None}
+        if worst > max(_TOLERANCES.get(dtype, _OF_HALF_TYPES) for dtype in dtypes if dtype is not None):
+            raise _not_reproduced(window, index, worst)
+
+
+@dataclass(frozen=True)
+class _States:
+    """The random states of torch, numpy and Python."""
+
+    torch: RandomState
+    host: HostRandomState
+
+    @classmethod
+    def record(cls, model: nn.Module) -> _States:
+        """The states now."""
+        return cls(RandomState.record(parameters_of(list(model.modules()))), HostRandomState.record())
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        self.torch.restore()
+        self.host.restore()
+
+
+class _Replay:
+    """The third phase. In its `with` block `loss_fn` of the window gives each micro-batch its part of what is known.
+
+    Attributes:
+        deviations: by micro-batch, how far its statistics are from what they were.
+    """
+
+    def __init__(
+        self,
+        window: OpenWindow,
+        statistic: Statistic,
+        statistics: Statistics,
+        states: Mapping[int, _States],
+        whole: _WholeLoss,
+        forward: Forward,
+    ) -> None:
+        self.deviations: dict[int, Tensor] = {}
+        self._window = window
+        self._statistic = statistic
+        self._statistics = statistics
+        self._states = states
+        self._whole = whole
+        self._forward = forward
+        self._weighed: Weighed = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Replay:
+        self._stack.enter_context(_calling(self._window, self._run))
+        self._end = _States.record(self._window.model)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.restore()
+        self._stack.close()
+
+    def forward(self, index: int) -> Weighed:
+        """Run a micro-batch again; gives its statistics, each with the gradient that has arrived at it."""
+        self._window.check_unchanged(index)
+        self._states[index].restore()
+        self._forward(index)
+        weighed, self._weighed = self._weighed, []
+        return weighed
+
+    def _run(self, model: nn.Module, batch: Any) -> LossOutput:
+        index = self._window.current
+        output = self._statistic(model, batch)
+        self._weighed = self._statistics.weigh(index, output)
+        self.deviations[index] = self._statistics.deviation(index, output)
+        metrics = {name: self._of_rows(name, value, index) for name, value in self._whole.metrics.items()}
+        return (self._whole.loss, metrics) if metrics else self._whole.loss
+
+    def _of_rows(self, name: str, value: Any, index: int) -> Any:
+        """A metric of the whole batch, or its rows for a micro-batch."""
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        total = self._statistics.num_samples
+        if len(value) != total:
+            raise LossError(
+                f"the metric {name!r} has shape {tuple(value.shape)} for a batch of {total} rows; expected a 0-d tensor "
+                "or one entry per row in dim 0."
+            )
+        rows, first = self._window.micro_batches[index].rows, self._statistics.first_sample
+        return value[first + rows.start : first + rows.stop]
+
+
+@contextmanager
+def _calling(window: OpenWindow, loss_fn: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """The window calls another `loss_fn`."""
+    before, window.loss_fn = window.loss_fn, loss_fn
+    try:
+        yield
+    finally:
+        window.loss_fn = before
+
+
+@contextmanager
+def _without_trace(model: nn.Module, buffers: BufferKeeper) -> Iterator[None]:
+    """Put back what forward passes change in buffers and plain attributes, so that replays change it, once."""
+    modules = list(model.modules())
+    # A layer that does not know its shape yet learns it here, and for good.
+    attributes = None if any(map(is_lazy, model.parameters())) else Attributes(modules)
+    buffers.open(modules)
+    try:
+        yield
+    finally:
+        if attributes is not None:
+            attributes.restore()
+        if buffers.have_changed():
+            buffers.restore()
+        else:
+            buffers.learn()
+            buffers.close()
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+
+
+def _non_finite(window: OpenWindow, statistics: Statistics, values: Mapping[str, float]) -> NonFiniteLossError:
+    name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
+    bad = statistics.non_finite()
+    index = bad[0] if bad else 0
+    where = (
+        f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} are "
+        "not finite. Look there for overflow, a division by a norm of 0, or rows that are not finite"
+        if bad
+        else "the statistics of this rank are finite. Look in loss(model, statistics) for log(0), overflow, a "
+        "temperature near 0, or a ratio of empty sums"
+    )
+    return NonFiniteLossError(
+        f"the loss term {name!r} of the whole batch is {value}; {where}; or for a learning rate too high.",
+        index,
+        name,
+        value,
+    )
+
+
+def _not_reproduced(window: OpenWindow, index: int, deviation: float) -> ReplayError:
+    return ReplayError(
+        f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
+        f"came out {deviation:.1%} different when it ran again, from the same rows and the same random states of "
+        "torch, numpy and Python. A two-phase loss runs every micro-batch twice: look in statistic(model, micro_batch) "
+        "for a generator of your own, a counter or queue outside of the model, a file that is read on, or a kernel "
+        "that is not deterministic (torch.use_deterministic_algorithms(True) names it).",
+        index,
+        deviation,
+    )

@@ -1,0 +1,343 @@
+"""The statistics of a window: what `statistic(model, micro_batch)` gave, combined over micro-batches and ranks.
+
+They are the inputs of the loss of a two-phase loss, and where its gradient arrives; each micro-batch finds its share of
+it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfold.agreement import Alone, Together
+from gradfold.backward import Weighed
+from gradfold.batch import Batch, every_leaf, leaves_by_path, map_leaves
+from gradfold.coupled.two_phase import Combine
+from gradfold.errors import LossError
+
+__all__: list[str] = []
+
+_MAX_SAMPLE = 4096  # elements of a sum that are kept of each micro-batch, to see whether it comes out again
+
+
+@dataclass(frozen=True)
+class _Contribution:
+    """What a rank tells the others of its own statistics, before tensors are sent."""
+
+    paths: list[str]
+    shapes: list[tuple[int, ...] | None]  # None for numbers and text
+    dtypes: list[torch.dtype | None]
+    values: list[Any]
+    num_samples: int
+
+
+class Statistics:
+    """Filled micro-batch by micro-batch, then joined with those of other ranks.
+
+    Args:
+        combine: as of `TwoPhaseLoss`.
+
+    Attributes:
+        num_samples: of all ranks, once joined.
+        first_sample: of this rank among them.
+    """
+
+    def __init__(self, combine: Combine) -> None:
+        self._combine = combine
+        self._template: Batch = None
+        self._paths: list[str] = []
+        self._parts: dict[int, list[Any]] = {}  # by micro-batch; of sums, samples of their elements
+        self._sums: list[Any] = []
+        self._leaves: list[Any] = []  # of the whole batch
+        self._starts: dict[int, list[int]] = {}  # by micro-batch, where its rows begin in each leaf
+        self.num_samples = 0
+        self.first_sample = 0
+
+    def add(self, index: int, output: Batch) -> None:
+        """Take what a micro-batch gave.
+
+        Raises:
+            LossError: it cannot be combined.
+        """
+        paths = [path for path, _ in leaves_by_path(output)]
+        leaves = [_own(leaf) for leaf in every_leaf(output)]
+        if not self._parts:
+            self._template, self._paths = map_leaves(lambda leaf: None, output), paths
+            for path, leaf in zip(paths, leaves, strict=True):
+                _check(path, leaf, self._combine)
+        elif paths != self._paths:
+            raise LossError(
+                f"statistic returned {_listed(paths)} for micro-batch {index}, and {_listed(self._paths)} for another. "
+                "Return the same nesting every time."
+            )
+        if self._combine == "concatenate":
+            self._parts[index] = leaves
+            return
+        self._parts[index] = [_sample(leaf) for leaf in leaves]
+        wide = [_widened(leaf) for leaf in leaves]
+        self._sums = [_plus(a, b, path) for a, b, path in zip(self._sums, wide, paths, strict=True)] or wide
+        self._dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+    def join(self, agreement: Alone, num_samples: int) -> None:
+        """Combine, over all ranks in their order; every rank must come."""
+        own = self._concatenated() if self._combine == "concatenate" else self._sums
+        contribution = _Contribution(
+            self._paths,
+            [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in own],
+            [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in own],
+            [None if isinstance(leaf, Tensor) else leaf for leaf in own],
+            num_samples,
+        )
+        of_all = agreement.share(contribution)
+        _check_alike(of_all, self._combine)
+        counts = [one.num_samples for one in of_all]
+        rank = agreement.ranks.rank if isinstance(agreement, Together) else 0
+        self.num_samples, self.first_sample = sum(counts), sum(counts[:rank])
+        shift = [0] * len(own)
+        if isinstance(agreement, Together) and self._combine == "concatenate":
+            own, shift = _gathered(agreement, own, of_all)
+        elif isinstance(agreement, Together):
+            own = _summed(agreement, own, of_all)
+        if self._combine == "concatenate":
+            self._place(shift)
+        else:
+            own = [
+                leaf.to(dtype) if isinstance(leaf, Tensor) else leaf
+                for leaf, dtype in zip(own, self._dtypes, strict=True)
+            ]
+        self._leaves = [_as_input(leaf) for leaf in own]
+
+    def for_loss(self) -> Batch:
+        """The statistics of the whole batch, as `statistic` returned them."""
+        leaves = iter(self._leaves)
+        return map_leaves(lambda leaf: next(leaves), self._template)
+
+    def gradients(self) -> list[Tensor]:
+        """What has arrived at the statistics."""
+        return [leaf.grad for leaf in self._leaves if isinstance(leaf, Tensor) and leaf.grad is not None]
+
+    def weigh(self, index: int, output: Batch) -> Weighed:
+        """The statistics of a micro-batch, with their graph, each with the gradient that has arrived at it."""
+        weighed = []
+        for number, leaf in enumerate(every_leaf(output)):
+            whole = self._leaves[number]
+            if isinstance(leaf, Tensor) and leaf.requires_grad and whole.grad is not None:
+                weighed.append((leaf, self._rows(index, number, leaf, whole.grad)))
+        return weighed
+
+    @torch.no_grad()
+    def deviation(self, index: int, output: Batch) -> Tensor:
+        """How far a micro-batch is from what it was before, relative, 0-d on the device; infinite for other labels.
+
+        NaN where it is not finite, which is no matter of replays.
+        """
+        differences, sizes = [], []
+        for number, leaf in enumerate(every_leaf(output)):
+            if not isinstance(leaf, Tensor):
+                continue
+            before = self._before(index, number, leaf)
+            now = leaf.detach() if self._combine == "concatenate" else _sample(leaf)
+            if before.shape != now.shape:
+                differences.append(torch.full((), torch.inf, device=leaf.device))
+            elif leaf.is_floating_point() or leaf.is_complex():
+                differences.append(torch.linalg.vector_norm(now - before))
+                sizes.append(torch.linalg.vector_norm(before))
+            else:
+                differences.append(torch.where((now != before).any(), torch.inf, 0.0))
+        if not differences:
+            return torch.zeros(())
+        device = differences[0].device
+        apart = torch.stack([one.to(device, torch.float64) for one in differences]).square().sum().sqrt()
+        size = torch.stack([one.to(device, torch.float64) for one in sizes] or [apart.new_ones(())]).square().sum()
+        return apart / size.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def non_finite(self) -> list[int]:
+        """The micro-batches of this rank whose statistics are not all finite."""
+        found = []
+        for index, parts in self._parts.items():
+            leaves = parts if self._combine == "sum" else [self._before(index, n, part) for n, part in enumerate(parts)]
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            if not all(bool(leaf.isfinite().all()) for leaf in tensors):
+                found.append(index)
+        return found
+
+    def lowest(self) -> torch.dtype | None:
+        """The dtype of the fewest digits among them; None where none is floating point."""
+        dtypes = {leaf.dtype for leaf in self._leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps) if dtypes else None
+
+    def _before(self, index: int, number: int, like: Tensor) -> Tensor:
+        kept: Tensor = self._parts[index][number]
+        return kept if self._combine == "sum" else self._rows(index, number, kept, self._leaves[number].detach())
+
+    def _rows(self, index: int, number: int, own: Tensor, whole: Tensor) -> Tensor:
+        """What belongs to a micro-batch's own part of a leaf: its rows, or all of a sum."""
+        if self._combine == "sum":
+            return whole
+        return whole.narrow(0, self._starts[index][number], len(own))
+
+    def _concatenated(self) -> list[Any]:
+        columns = list(zip(*self._parts.values(), strict=True))
+        return [_below(column, path, self._parts) for column, path in zip(columns, self._paths, strict=True)]
+
+    def _place(self, shift: Sequence[int]) -> None:
+        """Note where the rows of each micro-batch are, and let its own copy of them go."""
+        starts = list(shift)
+        for index, leaves in self._parts.items():
+            self._starts[index] = list(starts)
+            for number, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    starts[number] += len(leaf)
+                    leaves[number] = leaf.new_empty(0).expand(len(leaf), 0)  # what is left is how many there were
+
+
+def _own(leaf: Any) -> Any:
+    """A statistic without its graph, and without the larger tensor of which it may be a view."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach()
+    is_view = leaf.layout is torch.strided and leaf.untyped_storage().nbytes() > leaf.numel() * leaf.itemsize
+    return leaf.clone() if is_view else leaf
+
+
+def _check(path: str, leaf: Any, combine: Combine) -> None:
+    name = path or "S"
+    if isinstance(leaf, Tensor):
+        if leaf.layout is not torch.strided:
+            raise LossError(f"the statistic {name} is a {leaf.layout} tensor; expected a dense one.")
+        if combine == "concatenate" and leaf.dim() == 0:
+            raise LossError(
+                f"the statistic {name} is a 0-d tensor, which has no rows to concatenate. Return one entry per row, or "
+                'sums over rows with TwoPhaseLoss(..., combine="sum").'
+            )
+        if combine == "sum" and leaf.dtype == torch.bool:
+            raise LossError(f"the statistic {name} is a bool tensor, which cannot be added up: write .long() for it.")
+    elif leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+        raise LossError(f"the statistic {name} is a {type(leaf).__name__}; expected a tensor, a number or text.")
+
+
+def _sample(leaf: Any) -> Any:
+    """Some elements, evenly spaced."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    values = leaf.detach().reshape(-1)
+    return values[:: max(1, -(-len(values) // _MAX_SAMPLE))].clone()
+
+
+def _widened(leaf: Any) -> Any:
+    """What a sum is added up in: float32 at least, to be rounded once; a copy."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    is_narrow = leaf.is_floating_point() and leaf.itemsize < 4
+    return leaf.to(torch.float32) if is_narrow else leaf.clone()
+
+
+def _plus(total: Any, leaf: Any, path: str) -> Any:
+    if isinstance(total, Tensor) and isinstance(leaf, Tensor):
+        if total.shape != leaf.shape:
+            raise LossError(
+                f"the statistic {path or 'S'} has shape {tuple(leaf.shape)} in one micro-batch and "
+                f'{tuple(total.shape)} in another, which cannot be added up. For rows, write combine="concatenate".'
+            )
+        return total.add_(leaf)
+    if isinstance(total, (int, float)) and isinstance(leaf, (int, float)) and not isinstance(total, bool):
+        return total + leaf
+    return _same(total, leaf, path)
+
+
+def _same(one: Any, other: Any, path: str) -> Any:
+    if isinstance(one, Tensor) or isinstance(other, Tensor) or one != other:
+        raise LossError(
+            f"the statistic {path or 'S'} is {_kind(one)} in one micro-batch and {_kind(other)} in another; only "
+            "tensors are combined."
+        )
+    return one
+
+
+def _kind(leaf: Any) -> str:
+    return "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _below(column: Sequence[Any], path: str, indices: Sequence[int] | dict[int, Any]) -> Any:
+    if not any(isinstance(leaf, Tensor) for leaf in column):
+        for leaf in column:
+            _same(column[0], leaf, path)
+        return column[0]
+    for index, leaf in zip(indices, column, strict=True):
+        if not isinstance(leaf, Tensor) or leaf.dtype != column[0].dtype or leaf.shape[1:] != column[0].shape[1:]:
+            raise LossError(
+                f"the statistic {path or 'S'} is {_shape(leaf)} in micro-batch {index}, and {_shape(column[0])} in "
+                "another; expected the same but for the number of rows. Pad to one length, or take a mean over it."
+            )
+    return torch.cat(list(column))
+
+
+def _shape(leaf: Any) -> str:
+    return f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _as_input(leaf: Any) -> Any:
+    has_gradient = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    return leaf.requires_grad_() if has_gradient else leaf
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(path or "a tensor" for path in paths) or "nothing"
+
+
+def _check_alike(of_all: Sequence[_Contribution], combine: Combine) -> None:
+    """Raise LossError, on all ranks, where their statistics do not go together."""
+    first = 1 if combine == "concatenate" else 0
+    forms = [
+        (one.paths, one.dtypes, [None if shape is None else shape[first:] for shape in one.shapes]) for one in of_all
+    ]
+    for rank, form in enumerate(forms):
+        if form != forms[0]:
+            raise LossError(
+                f"the statistics of rank {rank} ({_listed(form[0])}: {form[2]}, {form[1]}) do not go with those of "
+                f"rank 0 ({_listed(forms[0][0])}: {forms[0][2]}, {forms[0][1]})."
+            )
+
+
+def _gathered(agreement: Together, own: Sequence[Any], of_all: Sequence[_Contribution]) -> tuple[list[Any], list[int]]:
+    """The rows of all ranks, and where those of this one begin in each leaf."""
+    rank = agreement.ranks.rank
+    counts = [
+        [0 if one.shapes[number] is None else one.shapes[number][0] for one in of_all]  # type: ignore[index]
+        for number in range(len(own))
+    ]
+    whole: list[Any] = []
+    for number, leaf in enumerate(own):
+        if isinstance(leaf, Tensor):
+            rows = leaf.new_empty((sum(counts[number]), *leaf.shape[1:]))
+            start = sum(counts[number][:rank])
+            rows[start : start + len(leaf)] = leaf
+            whole.append(rows)
+        else:
+            for one in of_all:
+                _same(leaf, one.values[number], one.paths[number])
+            whole.append(leaf)
+    agreement.share(None)  # all have the memory; from here on the others wait
+    for number, leaf in enumerate(whole):
+        if isinstance(leaf, Tensor):
+            agreement.ranks.fill_in(leaf, counts[number])
+    return whole, [list(accumulate(of_leaf, initial=0))[rank] for of_leaf in counts]
+
+
+def _summed(agreement: Together, own: Sequence[Any], of_all: Sequence[_Contribution]) -> list[Any]:
+    whole: list[Any] = []
+    for number, leaf in enumerate(own):
+        if isinstance(leaf, Tensor):
+            agreement.ranks.add_up(leaf)
+            whole.append(leaf)
+            continue
+        total = of_all[0].values[number]
+        for one in of_all[1:]:
+            total = _plus(total, one.values[number], one.paths[number])
+        whole.append(total)
+    return whole

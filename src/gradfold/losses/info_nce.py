@@ -1,0 +1,177 @@
+"""InfoNCE in tiles: each query told apart from all keys, though the matrix of their scores never exists at once.
+
+With scores s[i, j] = <q[i], k[j]> / t the loss of query i is logsumexp_j s[i, j] - s[i, i]. Its log-sum-exp is kept
+running over tiles of scores, and the gradient computes the tiles again, so that N queries and M keys take memory of
+order (N + M) d instead of N M, and half as much time again.
+
+Sources: van den Oord, Li and Vinyals 2018, "Representation Learning with Contrastive Predictive Coding", arXiv
+1807.03748, eq. 4; Radford et al. 2021, arXiv 2103.00020, figure 3 (both directions); Cheng et al. 2024, "Breaking the
+Memory Barrier: Near Infinite Batch Size Scaling for Contrastive Loss", arXiv 2410.17243 (tiles).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gradfold.errors import LossError, OptionError
+
+__all__: list[str] = []
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    symmetric: bool = True,
+    tile: int = 1024,
+) -> Tensor:
+    """The mean cross-entropy of telling each query's own key from all others, in tiles.
+
+    Equal to, but for rounding, and without the N x M matrix:
+
+        scores = queries @ keys.T / temperature
+        labels = torch.arange(len(queries))
+        loss = cross_entropy(scores, labels)                                        # symmetric=False
+        loss = (cross_entropy(scores, labels) + cross_entropy(scores.T, labels)) / 2
+
+    Args:
+        queries: (N, d). They are taken as they are: for cosine similarity write `F.normalize(queries, dim=1)` before.
+        keys: (M, d) with M >= N: the key of query i is row i, further rows are wrong answers for all (hard negatives).
+        temperature: what scores are divided by; a 0-d tensor gets its gradient. For CLIP's scale write `1 / scale`.
+        symmetric: also tell each key's query from all others; then M must be N.
+        tile: queries and keys per tile; at most tile x tile scores exist at once.
+
+    Returns:
+        The loss, 0-d; in float32 where the inputs have fewer digits. It has no second derivative.
+
+    Raises:
+        LossError: the tensors do not go together.
+        OptionError: the temperature or the tile is not positive.
+
+    >>> import torch, gradfold
+    >>> queries, keys = torch.eye(3), torch.eye(3)
+    >>> gradfold.losses.info_nce(queries, keys, temperature=1.0, tile=2)
+    tensor(0.5514)
+    """
+    _check(queries, keys, temperature, symmetric, tile)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, dtype=torch.float64)
+    with torch.autocast(queries.device.type, enabled=False):
+        loss: Tensor = _InfoNCE.apply(queries, keys, temperature, symmetric, tile)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, temperature: Tensor, symmetric: bool, tile: int) -> Tensor:
+        dtype = _wide(queries)
+        scale = 1 / temperature.detach().to(queries.device, dtype)
+        of_queries = _LogSumExp(len(queries), queries.new_empty(0, dtype=dtype))
+        of_keys = _LogSumExp(len(keys), queries.new_empty(0, dtype=dtype)) if symmetric else None
+        own = queries.new_empty(len(queries), dtype=dtype)  # the score of each query with its own key
+        for rows, columns in _tiles(len(queries), len(keys), tile):
+            scores = queries[rows].to(dtype) @ keys[columns].to(dtype).T * scale
+            of_queries.add(rows, scores)
+            if of_keys is not None:
+                of_keys.add(columns, scores.T)
+            if rows.start == columns.start:
+                own[rows] = scores.diagonal()
+        row_sums = of_queries.value()
+        column_sums = None if of_keys is None else of_keys.value()
+        ctx.save_for_backward(queries, keys, temperature, row_sums, column_sums)
+        ctx.tile = tile
+        loss = (row_sums - own).mean()
+        return loss if column_sums is None else (loss + (column_sums - own).mean()) / 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        queries, keys, temperature, row_sums, column_sums = ctx.saved_tensors
+        dtype, factor = row_sums.dtype, 1 / len(queries)
+        scale = 1 / temperature.to(queries.device, dtype)
+        to_queries, to_keys = (torch.zeros_like(one, dtype=dtype) for one in (queries, keys))
+        to_log_scale = torch.zeros((), dtype=dtype, device=queries.device)
+        for rows, columns in _tiles(len(queries), len(keys), ctx.tile):
+            own_queries, own_keys = queries[rows].to(dtype), keys[columns].to(dtype)
+            scores = own_queries @ own_keys.T * scale
+            share = torch.exp(scores - row_sums[rows, None])
+            if column_sums is not None:
+                share = share.add_(torch.exp(scores - column_sums[columns])).div_(2)
+            if rows.start == columns.start:
+                share.diagonal().sub_(1)
+            to_queries[rows] += share @ own_keys
+            to_keys[columns] += share.T @ own_queries
+            to_log_scale += (share * scores).sum()
+        seed = gradient.to(dtype) * factor
+        to_temperature = None
+        if ctx.needs_input_grad[2]:
+            to_temperature = (-to_log_scale * scale * seed).to(temperature).reshape(temperature.shape)
+        return (
+            to_queries.mul_(seed * scale).to(queries.dtype),
+            to_keys.mul_(seed * scale).to(keys.dtype),
+            to_temperature,
+            None,
+            None,
+        )
+
+
+class _LogSumExp:
+    """Running over tiles: the largest score of each row, and the sum of exponentials beside it."""
+
+    def __init__(self, num_rows: int, like: Tensor) -> None:
+        self._largest = like.new_full((num_rows,), -torch.inf)
+        self._sum = like.new_zeros(num_rows)
+
+    def add(self, rows: slice, scores: Tensor) -> None:
+        """Take a tile of scores, whose rows are these."""
+        before = self._largest[rows]
+        largest = torch.maximum(before, scores.amax(1))
+        self._sum[rows] = self._sum[rows] * torch.exp(before - largest) + torch.exp(scores - largest[:, None]).sum(1)
+        self._largest[rows] = largest
+
+    def value(self) -> Tensor:
+        return self._largest + self._sum.log()
+
+
+def _tiles(num_rows: int, num_columns: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    for start in range(0, num_rows, tile):
+        rows = slice(start, min(start + tile, num_rows))
+        for other in range(0, num_columns, tile):
+            # Where there are more keys than queries, the last tile on the diagonal must be square.
+            stop = min(other + tile, num_columns)
+            if other == start and stop > rows.stop:
+                yield rows, slice(other, rows.stop)
+                yield rows, slice(rows.stop, stop)
+            else:
+                yield rows, slice(other, stop)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _check(queries: Tensor, keys: Tensor, temperature: float | Tensor, symmetric: bool, tile: int) -> None:
+    if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1] or not len(queries):
+        raise LossError(
+            f"info_nce got queries {tuple(queries.shape)} and keys {tuple(keys.shape)}; expected (N, d) and (M, d)."
+        )
+    if len(keys) < len(queries) or (symmetric and len(keys) != len(queries)):
+        raise LossError(
+            f"info_nce got {len(queries)} queries and {len(keys)} keys; expected one key for each query, first and in "
+            "order. Further keys go with symmetric=False."
+        )
+    if not queries.is_floating_point() or not keys.is_floating_point():
+        raise LossError(f"info_nce got {queries.dtype} queries and {keys.dtype} keys; expected floating point.")
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise LossError(f"info_nce got a temperature of shape {tuple(temperature.shape)}; expected one number.")
+    elif not temperature > 0:
+        raise OptionError(f"temperature={temperature!r}; expected a positive number or a 0-d tensor.")
+    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
+        raise OptionError(f"tile={tile!r}; expected a whole number of at least 1.")
