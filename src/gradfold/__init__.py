@@ -1,7 +1,7 @@
 """gradfold: the gradient of a batch that does not fit in memory, exactly, for PyTorch."""
 
-from gradfold.accumulator import Accumulator as Accumulator
 from gradfold import losses as losses
+from gradfold.accumulator import Accumulator as Accumulator
 from gradfold.coupled.convert import convert_batch_norm as convert_batch_norm
 from gradfold.coupled.two_phase import TwoPhaseLoss as TwoPhaseLoss
 from gradfold.errors import BackwardError as BackwardError

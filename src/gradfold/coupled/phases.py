@@ -2,7 +2,7 @@
 
     [1] sweep      every micro-batch without a graph; buffers and attributes are put back, random states are noted
     [2] loss       once, over the statistics of all ranks; each has the whole loss, the first its parameters' gradients
-    [3] replay     every micro-batch with the random state that it had; what arrived at its statistics goes on from there
+    [3] replay     every micro-batch with the random state that it had; what arrived at its statistics goes on
 
 The sums of gradients over ranks count [2] once, and [3] for every rank's own rows. Where memory runs out on one rank
 in [3], all begin again, since with other micro-batches its statistics may be others.
@@ -283,8 +283,8 @@ class _Replay:
         total = self._statistics.num_samples
         if len(value) != total:
             raise LossError(
-                f"the metric {name!r} has shape {tuple(value.shape)} for a batch of {total} rows; expected a 0-d tensor "
-                "or one entry per row in dim 0."
+                f"the metric {name!r} has shape {tuple(value.shape)} for a batch of {total} rows; expected a 0-d "
+                "tensor or one entry per row in dim 0."
             )
         rows, first = self._window.micro_batches[index].rows, self._statistics.first_sample
         return value[first + rows.start : first + rows.stop]

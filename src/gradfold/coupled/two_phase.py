@@ -115,12 +115,13 @@ def probe_of(loss_fn: TwoPhaseLoss) -> LossFn:
         if num_rows is None:
             raise LossError("the rows of this batch cannot be counted")
         generator = torch.Generator().manual_seed(0)
-        total = leaves[0].new_zeros(())
+        total: Tensor = leaves[0].new_zeros(())
         for leaf in leaves:
             shape = leaf.shape[1:] if loss_fn.combine == "concatenate" else leaf.shape
             direction = torch.randn(shape, generator=generator, dtype=torch.float64).to(leaf)
             total = total + (leaf * direction).sum()
-        return total / num_rows
+        mean: Tensor = total / num_rows
+        return mean
 
     return probe
 
