@@ -20,7 +20,7 @@ from gradfold.coupled import exact_batch_norm
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.coupled.company import InLockStep
 from gradfold.coupled.phases import Phases, check_options
-from gradfold.coupled.two_phase import TwoPhaseLoss, probe_of, wrap_loss
+from gradfold.coupled.two_phase import TwoPhaseLoss, explain, probe_of, wrap_loss
 from gradfold.errors import BatchError, NotDecomposableError, OptionError, WindowError
 from gradfold.fitting_size import FittingSize
 from gradfold.gradients import SetAside, check_trainable, parameters_of
@@ -422,9 +422,9 @@ class Accumulator:
         try:
             return self_check.look(window.micro_batches, window.weights, window.device, is_plain, collate_rows, frozen)
         except NotDecomposableError as error:
-            if self._phases is None:
+            if not isinstance(self.loss_fn, TwoPhaseLoss):
                 raise
-            raise self._phases.explain(error) from error
+            raise explain(self.loss_fn, error) from error
 
     def _collate_rows(self, batch: Batch) -> CollateRows | None:
         if self.collate is None:

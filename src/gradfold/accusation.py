@@ -37,7 +37,8 @@ def has_other_weights(
         remedy = (
             "Give weight= the denominator of the mean, as a function of the micro-batch: mask.sum(), "
             "class_weights[labels].sum(), or the like. If the loss compares rows (a maximum, logsumexp, a scale of its "
-            "own), no weight helps: run the batch whole (micro_batch_size=None)."
+            "own), no weight helps: write it as gradfold.TwoPhaseLoss(statistic, loss), or run the batch whole "
+            "(micro_batch_size=None)."
         )
     else:
         remedy = f"Write weight={{..., {term!r}: {weight}}}." if is_by_name else f"Write weight={weight}."
@@ -89,8 +90,9 @@ def couples_samples(term: str, error: float) -> NotDecomposableError:
     return NotDecomposableError(
         f"{_subject(term)} makes the samples of a batch depend on each other (in-batch negatives, statistics over the "
         f"batch, rows that are mixed): no weighting of two parts gives the gradient of the whole ({error:.1%} off). "
-        "Run the batch whole (micro_batch_size=None), or take such terms out; two-phase losses are not in this version "
-        "yet.",
+        "Write the loss in two functions, what each row gives and what is made of all rows: "
+        "loss_fn = gradfold.TwoPhaseLoss(statistic, loss), with statistic(model, micro_batch) -> tensors and "
+        "loss(model, tensors of the whole batch); or run the batch whole (micro_batch_size=None).",
         "coupled",
         term,
     )

@@ -31,7 +31,6 @@ from gradfold.errors import (
     LossError,
     NonFiniteGradientError,
     NonFiniteLossError,
-    NotDecomposableError,
     OptionError,
     ReplayError,
 )
@@ -124,23 +123,6 @@ class Phases:
                 transaction.rewind()
 
         return run
-
-    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
-        """What the self-check found about the statistics, in their own words."""
-        combined = (
-            "one below the other, are those of both together; a row must not depend on others in "
-            "statistic(model, micro_batch). What compares rows belongs in loss(model, statistics)"
-            if self._loss_fn.combine == "concatenate"
-            else "added up, are those of both together; statistic(model, micro_batch) must return sums over rows, not "
-            "means. Divide in loss(model, statistics)"
-        )
-        return NotDecomposableError(
-            "the statistics of a TwoPhaseLoss do not go together: those of two parts of a micro-batch must be such "
-            f"that, {combined}. What was seen of a weighted sum of them: {error}",
-            error.cause,
-            error.term,
-            None,
-        )
 
     def _sweep(self, window: OpenWindow, indices: Sequence[int], statistics: Statistics) -> dict[int, _States]:
         """Collect the statistics; gives the random states with which each micro-batch began."""

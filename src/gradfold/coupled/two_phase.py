@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.batch import every_leaf, rows_if_any
-from gradfold.errors import LossError, OptionError
+from gradfold.errors import LossError, NotDecomposableError, OptionError
 from gradfold.loss import LossFn, LossOutput
 
 __all__ = ["TwoPhaseLoss"]
@@ -101,7 +101,8 @@ def wrap_loss(loss_fn: LossFn, wrap: Callable[[LossFn], LossFn]) -> LossFn:
 def probe_of(loss_fn: TwoPhaseLoss) -> LossFn:
     """A loss that is a mean over samples if, and but for coincidence only if, the statistics can be combined.
 
-    It weighs all statistics with fixed random numbers, the same for every row.
+    It weighs all statistics with fixed random numbers, the same for every row; rows also by their squares, since those
+    of centred rows add up to nothing.
     """
 
     def probe(model: nn.Module, batch: Any) -> Tensor:
@@ -117,13 +118,30 @@ def probe_of(loss_fn: TwoPhaseLoss) -> LossFn:
         generator = torch.Generator().manual_seed(0)
         total: Tensor = leaves[0].new_zeros(())
         for leaf in leaves:
-            shape = leaf.shape[1:] if loss_fn.combine == "concatenate" else leaf.shape
-            direction = torch.randn(shape, generator=generator, dtype=torch.float64).to(leaf)
-            total = total + (leaf * direction).sum()
+            are_rows = loss_fn.combine == "concatenate"
+            direction = torch.randn(leaf.shape[are_rows:], generator=generator, dtype=torch.float64).to(leaf)
+            total = total + ((leaf + leaf.square() if are_rows else leaf) * direction).sum()
         mean: Tensor = total / num_rows
         return mean
 
     return probe
+
+
+def explain(loss_fn: TwoPhaseLoss, error: NotDecomposableError) -> NotDecomposableError:
+    """What an examination of the probe found, in words about the statistics."""
+    rule = (
+        "those of two parts of a micro-batch, one below the other, must be those of both together: a row must not "
+        "depend on others in statistic(model, micro_batch). What compares rows belongs in loss(model, statistics)"
+        if loss_fn.combine == "concatenate"
+        else "those of two parts of a micro-batch, added up, must be those of both together: "
+        "statistic(model, micro_batch) must return sums over rows, no means. Divide in loss(model, statistics)"
+    )
+    is_known = error.cause in ("batch_norm", "state")  # what else was seen is of the probe, not of the user's loss
+    return NotDecomposableError(
+        f"the statistics of the TwoPhaseLoss do not go together: {rule}." + (f" Seen: {error}" if is_known else ""),
+        error.cause if is_known else "coupled",
+        error.term,
+    )
 
 
 def _has_gradient(leaf: Any) -> bool:

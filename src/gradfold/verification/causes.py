@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, cut_rows, num_rows
+from gradfold.coupled.two_phase import TwoPhaseLoss, explain
 from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError, PaddingError
 from gradfold.examination import Examination
 from gradfold.examined import CannotKnowError, Examined, UndecidedError
@@ -186,7 +187,7 @@ def _run(specimen: Specimen, first: int, recollate: bool) -> None:
     with warnings.catch_warnings(), specimen.running():
         warnings.simplefilter("ignore")
         examined = _prepare(specimen, first, recollate)
-        with Trial(model, specimen.loss_fn_of_parts, BackPropagation()) as trial:
+        with Trial(model, specimen.examined_loss_fn, BackPropagation()) as trial:
             Examination(trial, model, examined).run()
 
 
@@ -221,6 +222,8 @@ def _two(parts: list[Batch]) -> tuple[Batch, Batch]:
 
 
 def _found(specimen: Specimen, first: int, error: NotDecomposableError) -> Cause:
+    if isinstance(specimen.accumulator.loss_fn, TwoPhaseLoss):
+        error = explain(specimen.accumulator.loss_fn, error)
     text = str(error).replace("of a micro-batch", "of the batch")  # the whole batch was examined as one
     layers: tuple[str, ...] = ()
     if error.cause in ("coupled", "batch_norm"):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gradfold.accumulator import Accumulator
 from gradfold.backward import BackPropagation
-from gradfold.batch import Batch, map_leaves, map_tensors
+from gradfold.batch import Batch, every_leaf, map_leaves, map_tensors
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.coupled.exact_batch_norm import uncoupled
+from gradfold.coupled.two_phase import TwoPhaseLoss, probe_of
 from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
 from gradfold.errors import BatchNormError, GradfoldError, ModelError, NonFiniteLossError
 from gradfold.feed import feed
@@ -196,10 +197,38 @@ class Specimen:
         self._graph(model, output)
         return output
 
-    @property
-    def loss_fn_of_parts(self) -> LossFn:
-        """The same for two parts run one after the other, which share no statistics of exact BatchNorm."""
-        return uncoupled(self.loss_fn) if self.batch_norm == "exact" else self.loss_fn
+    def examined_loss_fn(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """What must be the mean of its parts: the loss, or a probe of the statistics of a two-phase loss.
+
+        Parts that run one after the other share no statistics of exact BatchNorm: there they are fixed.
+        """
+        if isinstance(self.accumulator.loss_fn, TwoPhaseLoss):
+            output = probe_of(self.accumulator.loss_fn)(model, batch)
+            self._graph(model, output)
+            return output
+        return uncoupled(self.loss_fn)(model, batch) if self.batch_norm == "exact" else self.loss_fn(model, batch)
+
+    def _loss_fn_in_order(self, mode: DrawsInTurn | DrawsOfRows | _EqualDraws, order: Sequence[Rows]) -> LossFn:
+        """`loss_fn` for micro-batches that come in this order, each with its own random numbers."""
+        if isinstance(mode, DrawsInTurn):
+            return mode.around(self.loss_fn)
+        loss_fn = self.accumulator.loss_fn
+        if not isinstance(loss_fn, TwoPhaseLoss):
+            return _in_order(self.loss_fn, mode, order)
+        statistic, loss = loss_fn.statistic, loss_fn.loss
+
+        def watched(model: nn.Module, batch: Batch) -> Any:
+            output = statistic(model, batch)
+            self._watch(model, [leaf for leaf in every_leaf(output) if isinstance(leaf, Tensor)])
+            return output
+
+        def watched_loss(model: nn.Module, statistics: Any) -> LossOutput:
+            output = loss(model, statistics)
+            self._graph(model, output)
+            return output
+
+        # Each micro-batch comes twice.
+        return replace(loss_fn, statistic=_in_order(watched, mode, [*order, *order]), loss=watched_loss)
 
     def run_jittered(self, precision: torch.dtype, seed: int) -> WholeRun:
         """The whole batch at once, with all parameters off by some rounding errors of this precision."""
@@ -244,7 +273,8 @@ class Specimen:
         model = self.fresh_model()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            twin = self._twin(wrap(model), self.loss_fn, size)
+            own = self.accumulator.loss_fn
+            twin = self._twin(wrap(model), own if isinstance(own, TwoPhaseLoss) else self.loss_fn, size)
             twin.ranks = None
             with self.running():
                 result = twin.backward(self._own_batch())
@@ -258,10 +288,7 @@ class Specimen:
             order = self._order(size)
             mode = self._draws(whole.recorded, order)
             is_joint = isinstance(mode, DrawsInTurn)
-            loss_fn = (
-                mode.around(self.loss_fn) if isinstance(mode, DrawsInTurn) else _in_order(self.loss_fn, mode, order)
-            )
-            twin = self._twin(model, loss_fn, size)
+            twin = self._twin(model, self._loss_fn_in_order(mode, order), size)
             try:
                 with self.running(), mode:
                     twin.backward(self._own_batch())
@@ -313,7 +340,10 @@ class Specimen:
         return [parts[index].rows for index in order]
 
     def _graph(self, model: nn.Module, output: LossOutput) -> Graph:
-        graph = Graph.of(_terms(output).values())
+        return self._watch(model, _terms(output).values())
+
+    def _watch(self, model: nn.Module, tensors: Iterable[Tensor]) -> Graph:
+        graph = Graph.of(tensors)
         own = {id(parameter) for parameter in model.parameters()}
         foreign = [leaf for leaf in graph.leaves if id(leaf) not in own]
         self._untouched.set_aside(foreign)
