@@ -3,6 +3,8 @@
 from gradfold import losses as losses
 from gradfold.accumulator import Accumulator as Accumulator
 from gradfold.coupled.convert import convert_batch_norm as convert_batch_norm
+from gradfold.coupled.dropout import convert_dropout as convert_dropout
+from gradfold.coupled.keyed_dropout import keyed_dropout as keyed_dropout
 from gradfold.coupled.two_phase import TwoPhaseLoss as TwoPhaseLoss
 from gradfold.errors import BackwardError as BackwardError
 from gradfold.errors import BatchError as BatchError

@@ -16,7 +16,7 @@ from gradfold.backward import BackPropagation, BackwardFn, probe
 from gradfold.batch import Batch
 from gradfold.buffers import BufferKeeper
 from gradfold.coupled import batch_norm as batch_normalisation
-from gradfold.coupled import exact_batch_norm
+from gradfold.coupled import exact_batch_norm, keyed_dropout
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.coupled.company import InLockStep
 from gradfold.coupled.phases import Phases, check_options
@@ -206,15 +206,19 @@ class Accumulator:
         self._is_looked_at = False
         ranks = find_ranks(modules, device, self.ranks)
         agreement = self._agree(ranks, modules)
+        dropouts = keyed_dropout.keyed_layers(modules)
+        keyed_dropout.refuse_options(dropouts, self.batch_norm, isinstance(agreement, Sharded))
         with (
             agreement,
             Transaction(self.model, modules, parameters, self._buffers, self._set_aside) as transaction,
             nullcontext() if ranks is None else without_reductions(modules),
+            keyed_dropout.keyed(dropouts, self.num_windows, device) as keys,
         ):
             check_trainable(self.model, parameters)
             self._probe_backward(device)
             micro_batches = self._cut(batch)
             window = OpenWindow(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
+            window.around = None if keys is None else keyed_dropout.Placed(keys, agreement.first_row)
             prepare = partial(self._prepare, transaction, agreement, batch, modules, parameters)
             recut = partial(split.recut, collate_rows=self._collate_rows(batch))
             normalises = self.batch_norm == "per_micro_batch" and bool(
@@ -347,7 +351,10 @@ class Accumulator:
         if self._self_check is not None and not self._is_looked_at and agreement.can_try:
             self._is_looked_at = True
             if self._self_check.is_due(window.micro_batches, modules):
-                window.after_first = self._look(self._self_check, batch, window, schedule is plain)
+                dropouts = keyed_dropout.keyed_layers(modules)
+                with keyed_dropout.unkeyed(dropouts):
+                    is_plain = schedule is plain and not dropouts
+                    window.after_first = self._look(self._self_check, batch, window, is_plain)
         return agreement.around(schedule, window)
 
     @property

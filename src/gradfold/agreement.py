@@ -77,6 +77,10 @@ class Alone:
         """Whether loss and gradient are finite, on all ranks; whole gradients are the same on all."""
         return is_finite
 
+    def first_row(self) -> int:
+        """Where the rows of this process begin in the batch of all."""
+        return 0
+
     def around(self, schedule: Schedule, window: OpenWindow) -> Schedule:
         """How to run the window, given how this process would."""
         return schedule
@@ -108,6 +112,7 @@ class Together(Alone):
     Attributes:
         ranks: as given.
         num_busy: micro-batches that weigh something, by rank; known with the denominators.
+        num_rows: rows, by rank; likewise.
         next: the meeting at which others would wait; None where there is none.
     """
 
@@ -119,6 +124,7 @@ class Together(Alone):
         self._wait: Callable[[], list[list[float]]] | None = None  # for meeting [A], once it has begun
         self._totals: list[float] | None = None  # what it gave, summed
         self.num_busy: list[int] = []
+        self.num_rows: list[int] = []
         self.next: Literal["denominators", "share", "conclusion"] | None = "denominators"
 
     def __exit__(
@@ -183,6 +189,11 @@ class Together(Alone):
             window.looks_at_idle = max(self.num_busy) > 0
         return schedule
 
+    def first_row(self) -> int:
+        """Where the rows of this process begin in the batch of all, in the order of ranks."""
+        self.read_totals()
+        return sum(self.num_rows[: self.ranks.rank])
+
     def _weigh_together(self, micro_batches: Sequence[MicroBatch]) -> WindowWeights:
         own = self._weigh_own(micro_batches)
         if self._wait is None:
@@ -199,6 +210,7 @@ class Together(Alone):
             if any(failed):
                 self.share(None)  # raises
             self.num_busy = [int(count) for count in num_busy]
+            self.num_rows = [int(count) for count in totals[-1]]
             self._totals = [math.fsum(of_ranks) for of_ranks in totals]
         return self._totals
 

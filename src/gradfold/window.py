@@ -38,6 +38,7 @@ from gradfold.feed import feed
 from gradfold.loss import LossFn, LossTerms, read_pair
 from gradfold.metric import Metrics
 from gradfold.recovery import Recovery
+from gradfold.rows import Rows
 from gradfold.split import MicroBatch, versions
 from gradfold.weight import WindowWeights
 
@@ -136,7 +137,7 @@ class OpenWindow:
         self.looks_at_idle = False
         self.runs_idle = False
         self.after_first: AfterFirst | None = None
-        self.around: Callable[[range], AbstractContextManager[object]] | None = None
+        self.around: Callable[[Rows], AbstractContextManager[object]] | None = None
         # What was cut has begun at version 0.
         self._versions = [None if part.is_cut else versions(part) for part in micro_batches]
 

@@ -269,6 +269,7 @@ class _Replay:
                 "tensor or one entry per row in dim 0."
             )
         rows, first = self._window.micro_batches[index].rows, self._statistics.first_sample
+        assert isinstance(rows, range)  # a token budget, which takes them in another order, is refused
         return value[first + rows.start : first + rows.stop]
 
 

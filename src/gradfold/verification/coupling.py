@@ -111,7 +111,7 @@ def _passages(
         watch(name, module)
     with specimen.running():
         batch = change(specimen.whole_batch())
-        specimen.loss_fn_of_parts(model, batch)
+        specimen.examined_loss_fn(model, batch)
     return found
 
 

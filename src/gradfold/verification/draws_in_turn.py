@@ -10,8 +10,8 @@ from torch import nn
 from gradfold.batch import Batch
 from gradfold.coupled.attendance import passage
 from gradfold.draws import DrawsOfRows, EqualDraws, RandomOperators, is_random
-from gradfold.rows import Rows
 from gradfold.loss import LossFn, LossOutput
+from gradfold.rows import Rows
 
 __all__: list[str] = []
 

@@ -24,6 +24,7 @@ from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, every_leaf, map_leaves, map_tensors
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.coupled.exact_batch_norm import uncoupled
+from gradfold.coupled.keyed_dropout import keyed_dropout
 from gradfold.coupled.two_phase import TwoPhaseLoss, probe_of
 from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
 from gradfold.errors import BatchNormError, GradfoldError, ModelError, NonFiniteLossError
@@ -254,7 +255,7 @@ class Specimen:
             batch = self.whole_batch()
             collate_drew = torch_state.has_moved() or host_state.moved() is not None
             try:
-                with mode:
+                with mode, keyed_dropout(model, update=0, num_rows=self.num_rows):  # as in a first window
                     found, loss = full_batch_gradient(model, loss_fn, batch)
             finally:
                 mode.restore_generators()
