@@ -16,7 +16,7 @@ from zoo.unknowable import contrastive
 COUPLED: list[Case] = []
 coupled = functools.partial(case, COUPLED, guard="wrong", cause="coupled")
 
-WHOLE = "No weight helps: run the batch whole (`micro_batch_size=None`)"
+WHOLE = "No weight helps: `TwoPhaseLoss(statistic, loss)`, or the batch whole (`micro_batch_size=None`)"
 
 
 # --- Contrastive and metric learning

@@ -80,7 +80,9 @@ class Statistics:
             return
         self._parts[index] = [_sample(leaf) for leaf in leaves]
         wide = [_widened(leaf) for leaf in leaves]
-        self._sums = [_plus(a, b, path) for a, b, path in zip(self._sums, wide, paths, strict=True)] or wide
+        if self._sums:
+            wide = [_plus(total, leaf, path) for total, leaf, path in zip(self._sums, wide, paths, strict=True)]
+        self._sums = wide
         self._dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
 
     def join(self, agreement: Alone, num_samples: int) -> None:

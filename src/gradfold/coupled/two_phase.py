@@ -116,11 +116,12 @@ def probe_of(loss_fn: TwoPhaseLoss) -> LossFn:
         if num_rows is None:
             raise LossError("the rows of this batch cannot be counted")
         generator = torch.Generator().manual_seed(0)
-        total: Tensor = leaves[0].new_zeros(())
+        dtype = torch.promote_types(leaves[0].dtype, torch.float32)
+        total: Tensor = leaves[0].new_zeros((), dtype=dtype)
         for leaf in leaves:
             are_rows = loss_fn.combine == "concatenate"
             direction = torch.randn(leaf.shape[are_rows:], generator=generator, dtype=torch.float64).to(leaf)
-            total = total + ((leaf + leaf.square() if are_rows else leaf) * direction).sum()
+            total = total + ((leaf + leaf.square() if are_rows else leaf) * direction).sum(dtype=dtype)
         mean: Tensor = total / num_rows
         return mean
 
