@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gradfold.errors import LossError, OptionError
 
@@ -90,8 +89,9 @@ class _InfoNCE(torch.autograd.Function):
         return loss if column_sums is None else (loss + (column_sums - own).mean()) / 2
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # which torch's once_differentiable would let pass, as a derivative of 0
+            raise LossError("info_nce has no second derivative (create_graph=True); write it out for a small batch.")
         queries, keys, temperature, row_sums, column_sums = ctx.saved_tensors
         dtype, factor = row_sums.dtype, 1 / len(queries)
         scale = 1 / temperature.to(queries.device, dtype)
