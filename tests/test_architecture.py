@@ -44,7 +44,7 @@ LAYERS = [
     ["ranks"],
     ["recovery", "fitting_size", "out_of_memory", "token_budget", "trimming"],
     ["draws", "mixture", "weight_search", "accusation", "jitter", "dropout"],
-    ["batch", "rows"],
+    ["batch", "rows", "losses"],
     ["length_plan"],
     ["errors", "warning"],
 ]

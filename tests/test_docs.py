@@ -20,7 +20,8 @@ MODULES = sorted(
     if not module.name.endswith("__main__") and not module.name.startswith("gradfold.cli")
 )
 WITH_EXAMPLES = {
-    *("gradfold.accumulator", "gradfold.coupled.convert", "gradfold.loader"),
+    *("gradfold.accumulator", "gradfold.coupled.convert", "gradfold.coupled.dropout", "gradfold.loader"),
+    *("gradfold.coupled.keyed_dropout", "gradfold.coupled.two_phase", "gradfold.losses.info_nce"),
     *("gradfold.split", "gradfold.train_step", "gradfold.verification.verify", "gradfold.weight"),
 }
 

@@ -20,8 +20,9 @@ from gradfold.batch import Batch
 from gradfold.compare.measure import Clock
 from gradfold.compare.samples import cut, share, share_of_epoch, take, weight_of
 from gradfold.coupled.convert import convert_batch_norm
+from gradfold.coupled.two_phase import wrap_loss
 from gradfold.errors import OptionError
-from gradfold.loss import LossOutput
+from gradfold.loss import LossFn, LossOutput
 from gradfold.ranks import Ranks
 from gradfold.rendezvous import in_parallel
 from gradfold.token_budget import TokenBudget
@@ -141,6 +142,19 @@ class Training:
             output: LossOutput = self.workload.loss_fn(model, batch)
         return output
 
+    @property
+    def loss_fn(self) -> LossFn:
+        """The same for the library; of a two-phase loss each phase by itself."""
+
+        def timed(loss_fn: LossFn) -> LossFn:
+            def call(model: nn.Module, batch: Batch) -> LossOutput:
+                with self.clock.phase("forward"):
+                    return loss_fn(model, batch)
+
+            return call
+
+        return wrap_loss(self.workload.loss_fn, timed)
+
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch without its metrics; loss terms are summed."""
         output = self.call_loss_fn(self.wrapped, batch)
@@ -216,7 +230,7 @@ def _accumulate(
     workload = training.workload
     accumulator = Accumulator(
         training.wrapped,
-        training.call_loss_fn,
+        training.loss_fn,
         micro_batch_size=micro_batch_size,
         weight=workload.weight,
         collate=workload.collate,

@@ -50,7 +50,10 @@ class Keys:
     @contextmanager
     def of_rows(self, rows: Rows) -> Iterator[None]:
         """The forward pass of these rows of the global batch."""
-        numbers = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        if isinstance(rows, range):
+            numbers = torch.arange(rows.start, rows.stop, device=self._device)
+        else:
+            numbers = torch.tensor(rows, dtype=torch.int64, device=self._device)
         self.words = torch.stack([_mix(_mix(numbers * _GOLDEN & _WORD) ^ word) for word in self._of_update])
         for layer in self._layers:
             layer.num_calls = 0

@@ -268,9 +268,8 @@ class _Replay:
                 f"the metric {name!r} has shape {tuple(value.shape)} for a batch of {total} rows; expected a 0-d "
                 "tensor or one entry per row in dim 0."
             )
-        rows, first = self._window.micro_batches[index].rows, self._statistics.first_sample
-        assert isinstance(rows, range)  # a token budget, which takes them in another order, is refused
-        return value[first + rows.start : first + rows.stop]
+        before = sum(len(part.rows) for part in self._window.micro_batches[:index])
+        return value.narrow(0, self._statistics.first_sample + before, len(self._window.micro_batches[index].rows))
 
 
 @contextmanager

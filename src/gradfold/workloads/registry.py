@@ -29,6 +29,7 @@ BUILT_IN = {
     "resnet": "gradfold.workloads.resnet:resnet",
     "language-model": "gradfold.workloads.language_model:language_model",
     "translation": "gradfold.workloads.translation:translation",
+    "matching": "gradfold.workloads.matching:matching",
 }
 
 _HOW_TO_NAME = "Write the name of a built-in workload, module:callable or path.py:callable."
