@@ -122,6 +122,21 @@ def test_image_classifier(run):
         assert found.num_batches_tracked == 48
 
 
+def test_contrastive(run):
+    """On whole batches, in plain torch but for the masks; with micro-batches as small as 32 it is another training."""
+    example, model = run("contrastive")
+    loader, reference = example.make_loader(), gradfold.convert_dropout(example.Matcher())
+    optimizer = torch.optim.Adam(reference.parameters(), lr=3e-3)
+    number = 0
+    for _ in range(example.NUM_EPOCHS):
+        for batch in loader:
+            with gradfold.keyed_dropout(reference, update=number, num_rows=len(batch[0])):
+                loss, _ = example.contrast(reference, example.embed(reference, batch))
+            update(reference, optimizer, loss)
+            number += 1
+    assert distance(model, reference) < TOLERANCE
+
+
 def test_causal_lm(run):
     example, model = run("causal_lm")
     loader, reference = example.make_loader(), example.TinyGPT()
