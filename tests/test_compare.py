@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradfold import Accumulator, TrainStep, Workload
+from gradfold import Accumulator, TrainStep, TwoPhaseLoss, Workload
 from gradfold.cli.compare_table import print_comparison
 from gradfold.compare import Comparison, Progress, Settings, compare
 from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, Training, Update, arms_in
@@ -103,6 +103,16 @@ def uneven() -> Workload:
     x = tiny().train_data["x"]
     samples = [(row, float(1 + 7 * (index % 3 == 0))) for index, row in enumerate(x)]
     return dataclasses.replace(tiny(), train_data=samples, collate=stack, weight=count, loss_fn=masked_error)
+
+
+def spread(model: nn.Module, guesses: Tensor) -> Tensor:
+    return guesses.std() + guesses.mean().square()
+
+
+def coupled() -> Workload:
+    """A loss of the whole batch: its spread is not the mean of spreads."""
+    loss_fn = TwoPhaseLoss(lambda model, batch: model(batch["x"]), spread)
+    return dataclasses.replace(tiny(), loss_fn=loss_fn)
 
 
 def fail_by_arm(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -293,6 +303,14 @@ def test_arms_with_group_norm_are_compared_with_their_own_full_batch(
     assert deviations("gradfold", normed_folder, failed, sizes).weights.value is not None
     failed = {name: measured for name, (measured, _) in normed_arms.items() if name != "full-batch"}
     assert deviations("group-norm", normed_folder, failed, sizes).weights.value is not None
+
+
+def test_a_two_phase_loss_is_the_full_batch_and_a_plain_loop_is_not(tmp_path: Path) -> None:
+    found = train_all(coupled, tmp_path)
+    assert value(found["gradfold"][1].gradient_float64.value) < 1e-12
+    assert value(found["gradfold"][1].last_window_float64.value) < 1e-12
+    assert value(found["plain-loop"][1].gradient_float64.value) > 0.1
+    assert found["gradfold"][0].seconds.forward > 0
 
 
 def test_reordering_changes_rounding_alone(arms: dict[str, tuple[Measured, Deviations]]) -> None:
