@@ -19,7 +19,7 @@ LAYERS = [
     ["train_step"],
     ["accumulator"],
     ["loader"],
-    ["self_check", "coupled"],
+    ["self_check", "coupled", "memory"],
     ["examination", "padding_check"],
     ["glance"],
     ["examined"],

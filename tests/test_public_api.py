@@ -9,6 +9,7 @@ import gradfold
 PUBLIC = {
     "Accumulator",
     "LoopWindow",
+    "PeakMemory",
     "Precision",
     "Recovery",
     "StepCost",
@@ -24,6 +25,7 @@ PUBLIC = {
     "convert_batch_norm",
     "convert_dropout",
     "keyed_dropout",
+    "measure_peak",
     "token_count",
     "verify",
     "windows",

@@ -30,6 +30,8 @@ from gradfold.length_plan import StepCost as StepCost
 from gradfold.loader import LoopWindow as LoopWindow
 from gradfold.loader import Window as Window
 from gradfold.loader import windows as windows
+from gradfold.memory.measure import PeakMemory as PeakMemory
+from gradfold.memory.measure import measure_peak as measure_peak
 from gradfold.precision import Precision as Precision
 from gradfold.recovery import Recovery as Recovery
 from gradfold.token_budget import TokenBudget as TokenBudget

@@ -1,0 +1,1 @@
+"""Memory: what was used, what will fit, and which micro-batch is fastest."""
