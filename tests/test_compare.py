@@ -408,6 +408,12 @@ def test_seconds_are_split_and_memory_is_read(arms: dict[str, tuple[Measured, De
         assert min(spent.forward, spent.backward, spent.update, spent.other) > 0
         assert measured.samples_per_s == pytest.approx(44 / spent.total)
         assert measured.memory.peak_bytes >= measured.memory.baseline_bytes > 2**20
+        tracked = measured.tracked
+        assert tracked is not None and tracked.measured_by == "tensor storage"
+        assert tracked.make_up.parameters == 26 * 4  # of the tiny network
+        update = tracked.by_phase.get("update")  # a loss scaler may have left it out
+        assert update is None or update.gradients == update.optimizer_state == 26 * 4  # with momentum
+        assert 8 * 4 * 4 <= tracked.make_up.inputs < ROWS * 4 * 4 + 100  # a global batch, and not the data set as well
         assert measured.metrics == {"accuracy": 0.5}
 
 

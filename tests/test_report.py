@@ -26,6 +26,8 @@ from gradfold.compare.results import Comparison, Curve, Deviation, Deviations, M
 from gradfold.compare.settings import Settings, Sizes
 from gradfold.compare.verdict import verdict
 from gradfold.errors import OptionError
+from gradfold.memory.ledger import MakeUp
+from gradfold.memory.measure import PeakMemory
 
 MIB = 2**20
 
@@ -38,6 +40,7 @@ def measured(scale: float = 1.0, **changes: Any) -> Measured:
         device="cpu",
         seconds=Seconds(0.3 * scale, 0.5 * scale, 0.1 * scale, 0.1 * scale),
         memory=Memory(300 * MIB, 300 * MIB + int(48 * MIB / scale), "process high-water mark"),
+        tracked=PeakMemory(MakeUp(*[2 * MIB] * 3, int(20 * MIB / scale), 3 * MIB, MIB), {}, "tensor storage", 0),
         final_loss=0.125,
         metrics={"accuracy": 0.974},
         curve=Curve((100.0, 900.0, 1800.0), (2.0, 0.5, 0.05 * scale)),

@@ -89,21 +89,30 @@ def _sameness_cells(row: Row, has_last_window: bool, metrics: Sequence[str], num
 
 
 def _costs(comparison: Comparison) -> Table:
-    """What each arm costs."""
-    headings = ["samples/s", "total", "forward", "backward", "update", "other", "memory\nadded", "peak\nmemory"]
+    """What each arm costs; the report has more."""
+    headings = [
+        "samples/s",
+        "total",
+        "forward",
+        "backward",
+        "update",
+        "other",
+        "memory\nadded",
+        "peak of\ntensors",
+    ]
     table = _table("Cost", headings)
     for row in comparison.rows:
         if row.measured is None:
             table.add_row(row.arm, *_failed(len(headings)))
             continue
-        seconds, memory = row.measured.seconds, row.measured.memory
+        seconds, memory, tracked = row.measured.seconds, row.measured.memory, row.measured.tracked
         spent = (seconds.total, seconds.forward, seconds.backward, seconds.update, seconds.other)
         table.add_row(
             row.arm,
             readable.number(row.measured.samples_per_s),
             *map(readable.seconds, spent),
             readable.size(memory.rise_bytes),
-            readable.size(memory.peak_bytes),
+            readable.MISSING if tracked is None else readable.size(tracked.peak_bytes),
         )
     return table
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from gradfold.memory.system import high_water_mark_bytes, reset_high_water_mark
 
 __all__: list[str] = []
 
@@ -113,7 +113,7 @@ class MemoryMeter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            _reset_high_water_mark()
+            reset_high_water_mark()
         self._baseline_bytes = self._peak_bytes()
 
     def read(self) -> Memory:
@@ -124,27 +124,4 @@ class MemoryMeter:
     def _peak_bytes(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return _high_water_mark_bytes()
-
-
-def _reset_high_water_mark() -> None:
-    """Bring the mark down to what is in use now, where Linux allows it (proc(5), clear_refs, value 5)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _high_water_mark_bytes() -> int:
-    """The most physical memory that this process has held.
-
-    Linux's `ru_maxrss` survives exec, so that a small child of a large parent reports the parent; `VmHWM` does not.
-    """
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return high_water_mark_bytes()

@@ -52,6 +52,10 @@ _ON_TOP = (
 )
 _NUM_POINTS = 60
 _PHASES = (("forward", 1.0), ("backward", 0.68), ("update", 0.4), ("other", 0.17))
+_KINDS = (
+    *(("parameters", 1.0), ("gradients", 0.8), ("optimizer_state", 0.62)),
+    *(("saved_activations", 0.45), ("temporaries", 0.28), ("inputs", 0.13)),
+)
 _INK, _FAINT = "#22262b", "#6a7079"
 _STYLE = {
     "font.size": 10.5,
@@ -76,7 +80,7 @@ def draw_all(comparison: Comparison) -> dict[str, bytes]:
     """Every plot as PNG, by file name."""
     more = max(len(comparison.rows) - len(DEFAULT_ARMS), 0)
     plots = {name: _render(comparison, [draw], (6.8, high + more * by)) for name, (draw, high, by) in PLOTS.items()}
-    plots["overview.png"] = _render(comparison, [draw for draw, _, _ in PLOTS.values()], (14.0, 9.0 + more))
+    plots["overview.png"] = _render(comparison, [draw for draw, _, _ in PLOTS.values()], (14.0, 10.0 + more))
     return plots
 
 
@@ -108,16 +112,31 @@ def draw_loss(axes: Axes, comparison: Comparison) -> None:
 
 
 def draw_memory(axes: Axes, comparison: Comparison) -> None:
-    """The memory that training added, one bar per arm."""
-    rises = {row.arm: row.measured.memory.rise_bytes for row in comparison.rows if row.measured is not None}
+    """Two bars per arm: the tensors alive at the peak, stacked by what they are for, and what the process took."""
+    longest = 0.0
     for position, row in enumerate(comparison.rows):
-        if row.measured is not None:
-            rise = rises[row.arm]
-            axes.barh(position, rise / 2**20, color=COLORS[row.arm], height=0.6)
-            _beside(axes, rise / 2**20, position, f"{readable.size(rise)}  ({_baseline(row.measured)})")
-    _title(axes, "Memory", "what training added to the process with model and data loaded")
-    axes.set(xlabel="MiB added")
-    _bars(axes, comparison.rows, max(rises.values(), default=0) / 2**20, room=1.75)
+        if row.measured is None:
+            continue
+        memory, tracked = row.measured.memory, row.measured.tracked
+        if tracked is not None:
+            left = 0.0
+            for kind, strength in _KINDS:
+                mib = tracked.make_up.to_json()[kind] / 2**20
+                color = _mixed(COLORS[row.arm], strength)
+                axes.barh(position - 0.19, mib, left=left, color=color, height=0.34)
+                left += mib
+            _beside(axes, left, position - 0.19, f"{readable.size(tracked.peak_bytes)} of tensors")
+            longest = max(longest, left)
+        rise = memory.rise_bytes / 2**20
+        axes.barh(position + 0.19, rise, facecolor="none", edgecolor=COLORS[row.arm], hatch="////", height=0.3)
+        _beside(axes, rise, position + 0.19, f"{readable.size(memory.rise_bytes)} added  ({_baseline(row.measured)})")
+        longest = max(longest, rise)
+    handles = [Patch(facecolor=_mixed("#4a4f57", strength), label=kind.replace("_", " ")) for kind, strength in _KINDS]
+    handles.append(Patch(facecolor="none", edgecolor="#4a4f57", hatch="////", label="process: added by training"))
+    axes.legend(handles=handles, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.16), columnspacing=1.2)
+    _title(axes, "Memory", "tensors at their peak, and what training added to the process")
+    axes.set(xlabel="MiB")
+    _bars(axes, comparison.rows, longest, room=1.75)
 
 
 def draw_time(axes: Axes, comparison: Comparison) -> None:
@@ -176,7 +195,7 @@ def draw_gradient_error(axes: Axes, comparison: Comparison) -> None:
 PLOTS: dict[str, tuple[Draw, float, float]] = {
     "loss.png": (draw_loss, 4.6, 0.0),
     "gradient_error.png": (draw_gradient_error, 3.9, 0.65),
-    "memory.png": (draw_memory, 3.4, 0.45),
+    "memory.png": (draw_memory, 4.9, 0.75),
     "time.png": (draw_time, 3.6, 0.45),
 }
 

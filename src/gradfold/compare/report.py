@@ -24,7 +24,9 @@ _CAPTIONS = {
     "gradient_error.png": "How far an arm's gradient is from that of the full batch of the same model, relative to its "
     "length. The first update is measured as it ran and again in float64; the last, partial window of an epoch in "
     "float64.",
-    "memory.png": "Peak memory of the process while it trained, above what it held with model and data loaded.",
+    "memory.png": "Upper bar: the tensors alive at the moment when most were, in the first two updates, run once more "
+    "under a tracker; the data set is left out. Lower bar: peak memory of the process while it trained, above what it "
+    "held with model and data loaded; a warm heap may serve small tensors from what it has.",
     "time.png": "Seconds of training by phase. “Other” is the rest: cutting batches, zeroing gradients, bookkeeping.",
 }
 

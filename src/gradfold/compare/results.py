@@ -11,6 +11,7 @@ from typing import Any
 from gradfold.compare.arms import ARMS
 from gradfold.compare.measure import Memory, Seconds
 from gradfold.compare.settings import Settings, Sizes
+from gradfold.memory.measure import PeakMemory
 
 __all__ = ["Comparison", "Deviation", "Measured", "Row"]
 
@@ -56,6 +57,7 @@ class Measured:
         metrics: what the workload's `evaluate` gives after training.
         curve: loss against samples seen.
         notes: why something could not be measured, by its name.
+        tracked: peak memory of tensors, with its make-up, in updates of its own.
     """
 
     num_updates: int
@@ -69,6 +71,7 @@ class Measured:
     curve: Curve
     notes: Mapping[str, str] = field(default_factory=dict)
     num_skipped: int = 0
+    tracked: PeakMemory | None = None
 
     @property
     def samples_per_s(self) -> float:
@@ -86,6 +89,7 @@ class Measured:
             "samples_per_s": _finite(self.samples_per_s),
             "seconds": self.seconds.to_json(),
             "memory": self.memory.to_json(),
+            "tracked_memory": None if self.tracked is None else self.tracked.to_json(),
             "final_loss": _finite(self.final_loss),
             "metrics": {name: _finite(value) for name, value in self.metrics.items()},
             "notes": dict(self.notes),
@@ -95,7 +99,7 @@ class Measured:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Measured:
         """The measurements from `to_json`."""
-        seconds, memory = data["seconds"], data["memory"]
+        seconds, memory, tracked = data["seconds"], data["memory"], data["tracked_memory"]
         return cls(
             num_updates=data["num_updates"],
             num_samples=data["num_samples"],
@@ -108,6 +112,7 @@ class Measured:
             curve=Curve.from_json(data["curve"]),
             notes=data["notes"],
             num_skipped=data["num_skipped"],
+            tracked=None if tracked is None else PeakMemory.from_json(tracked),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from gradfold.compare.arms import Arm, Training, Update
 from gradfold.compare.measure import Clock, MemoryMeter
 from gradfold.compare.results import Curve, Measured
-from gradfold.compare.samples import epoch_order, in_float64, num_samples
+from gradfold.compare.samples import epoch_order, in_float64, num_samples, tensors
 from gradfold.compare.tensor_files import Tensors, save_gradients, save_parameters
+from gradfold.memory.measure import PeakMemory, measure_peak
 from gradfold.ranks import Ranks
 from gradfold.workloads.workload import Workload
 
@@ -39,8 +41,8 @@ def measure_arm(
 ) -> Measured:
     """Train an arm from the seeded start and measure it; leaves its tensors in the folder.
 
-    The measurements of time and memory end before the model is evaluated and before gradients are computed in
-    float64, so that neither touches them.
+    The measurements of time and memory end before the model is evaluated, before gradients are computed in float64 and
+    before tensors are tracked, so that none of these touches them.
     """
     make_model = functools.partial(_seeded_model, workload, arm, seed)
     _rehearse(workload, arm, make_model(), ranks)
@@ -73,6 +75,7 @@ def measure_arm(
     save_parameters(model, folder, Tensors.FINAL)
     metrics = {} if workload.evaluate is None else {name: float(v) for name, v in workload.evaluate(model).items()}
     notes = _measure_float64(training, arm, make_model, orders[0], seed, folder)
+    tracked = _track(training, arm, make_model(), orders[0])
     if not log.is_first_applied:
         notes[Tensors.GRADIENT_FLOAT32] = "its loss scaler skipped the first update, whose scaled gradient overflowed"
     return Measured(
@@ -87,6 +90,7 @@ def measure_arm(
         curve=log.curve(_NUM_CURVE_POINTS),
         notes=notes,
         num_skipped=log.num_skipped,
+        tracked=tracked,
     )
 
 
@@ -185,6 +189,27 @@ def _in_training_mode(model: nn.Module, orders: list[Tensor]) -> Iterator[Tensor
     for order in orders:
         model.train()
         yield order
+
+
+def _track(training: Training, arm: Arm, model: nn.Module, order: Tensor) -> PeakMemory | None:
+    """The memory of tensors in the first updates, on a model of its own: the tracker would take time in the training.
+
+    Two global batches, so that a second update finds gradients and optimizer state in place. The data set is left out:
+    it is the same for all, and may be larger than all the rest. None where the arm failed, which it will have shown.
+    """
+    fresh = dataclasses.replace(
+        training,
+        model=model,
+        optimizer=training.workload.make_optimizer(model.parameters()),
+        clock=Clock(training.device),
+    )
+    updates = arm.train(fresh, _in_training_mode(model, [order[: 2 * training.global_batch_size]]))
+    data: list[Tensor] = []
+    if training.workload.collate is None:
+        data = tensors(training.workload.train_data)
+    with contextlib.suppress(Exception):
+        return measure_peak(lambda: list(updates), model=model, optimizer=fresh.optimizer, ignore=data)
+    return None
 
 
 def _measure_float64(
