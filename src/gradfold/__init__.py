@@ -32,6 +32,9 @@ from gradfold.loader import Window as Window
 from gradfold.loader import windows as windows
 from gradfold.memory.measure import PeakMemory as PeakMemory
 from gradfold.memory.measure import measure_peak as measure_peak
+from gradfold.memory.plan import Plan as Plan
+from gradfold.memory.plan import PlanRow as PlanRow
+from gradfold.memory.plan import plan as plan
 from gradfold.precision import Precision as Precision
 from gradfold.recovery import Recovery as Recovery
 from gradfold.token_budget import TokenBudget as TokenBudget

@@ -137,7 +137,7 @@ class Trial:
 
     def _set_aside_foreign(self, terms: Iterable[Tensor]) -> None:
         """Keep the gradients of tensors outside the model, which the backward pass adds to as well."""
-        for leaf in _leaves(terms):
+        for leaf in graph_leaves(terms):
             if id(leaf) not in self._own and id(leaf) not in self._foreign:
                 self._foreign[id(leaf)] = (leaf, leaf.grad)
                 leaf.grad = None
@@ -170,7 +170,7 @@ def _marks(batch: Batch) -> list[tuple[int, int]]:
     return found
 
 
-def _leaves(terms: Iterable[Tensor]) -> list[Tensor]:
+def graph_leaves(terms: Iterable[Tensor]) -> list[Tensor]:
     """The tensors that a backward pass from these terms accumulates into."""
     found: list[Tensor] = []
     seen: set[Any] = set()

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gradfold.memory.kernels import held_bytes
 from gradfold.memory.ledger import Kind, Ledger
 
 __all__: list[str] = []
@@ -38,7 +39,8 @@ class Tracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
-        self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # by address: its number
+        # By address of the storage: its number, and its size when last seen.
+        self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, int]] = {}
         self._parameters: dict[int, nn.Parameter] = {}
         self._made_of_parameters: set[int] = set()  # numbers
         self._is_backward = False
@@ -99,8 +101,9 @@ class Tracker(TorchDispatchMode):
             number = self._find(tensor, "parameters" if isinstance(tensor, nn.Parameter) else "inputs")
             is_of_parameters |= number in self._made_of_parameters
         made = function(*args, **kwargs)
+        held = held_bytes(function, args, made)
         for tensor in _tensors(made):
-            self._make(tensor, is_of_parameters)
+            self._make(tensor, is_of_parameters, held)
         return made
 
     def note(self, tensors: Iterable[Tensor], kind: Kind) -> None:
@@ -118,28 +121,35 @@ class Tracker(TorchDispatchMode):
             self._parameters[id(tensor)] = tensor
         for storage in storages(tensor):
             number = self._number(storage, self.ledger.find, kind)
-            if kind == "parameters":
+            if kind not in ("inputs", "ignored"):
                 self._made_of_parameters.add(number)
         return number
 
-    def _make(self, tensor: Tensor, is_of_parameters: bool) -> None:
+    def _make(self, tensor: Tensor, is_of_parameters: bool, held: int | None) -> None:
         kind: Kind = "temporaries" if is_of_parameters else "inputs"
         for storage in storages(tensor):
-            number = self._number(storage, self.ledger.take, kind)
+            number = self._number(storage, self.ledger.take, kind, held)
             if is_of_parameters:
                 self._made_of_parameters.add(number)
 
-    def _number(self, storage: torch.UntypedStorage, enter: Callable[[int, Kind], int], kind: Kind) -> int:
+    def _number(
+        self,
+        storage: torch.UntypedStorage,
+        enter: Callable[[int, Kind], int],
+        kind: Kind,
+        held: int | None = None,
+    ) -> int:
         """The number of a storage, which gets one here if it is new or has another size than it had."""
         address, num_bytes = storage._cdata, storage.nbytes()
         known = self._live.get(address)
         if known is not None:
-            if num_bytes == self.ledger.num_bytes[known[1]]:
+            if num_bytes == known[2]:
                 return known[1]
             self.ledger.give_back(known[1])
             enter, kind = self.ledger.take, self.ledger.kinds[known[1]]
-        number = enter(num_bytes, kind)
-        self._live[address] = (weakref.ref(storage, partial(_on_free, weakref.ref(self), address)), number)
+        number = enter(num_bytes if held is None else held, kind)
+        reference = weakref.ref(storage, partial(_on_free, weakref.ref(self), address))
+        self._live[address] = reference, number, num_bytes
         return number
 
     def free(self, address: int) -> None:
@@ -154,7 +164,7 @@ class Tracker(TorchDispatchMode):
         if not is_backward:
             self._note_gradients()
             return
-        for _, number in self._live.values():
+        for _, number, _ in self._live.values():
             if self.ledger.kinds[number] == "temporaries":
                 self.ledger.kinds[number] = "saved_activations"
 

@@ -1,0 +1,153 @@
+"""The command `gradfold plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gradfold.accumulator import Accumulator
+from gradfold.cli.compare_table import wide_enough
+from gradfold.compare.samples import epoch_order, num_samples, take
+from gradfold.errors import OptionError
+from gradfold.memory.amount import read_bytes, written
+from gradfold.memory.plan import Plan, PlanRow
+from gradfold.memory.plan import plan as make_plan
+from gradfold.workloads import registry
+from gradfold.workloads.workload import Workload
+
+__all__: list[str] = []
+
+EPILOG = """
+**Examples**
+
+`gradfold plan mnist --memory 1GiB` — all of the workload's global batch fits at once
+
+`gradfold plan cifar10 --memory 1GiB --global-batch 50000` — a batch of the whole data set: which micro-batch?
+
+`gradfold plan resnet --memory 16GiB --global-batch 1437 --device cuda` — for a GPU that is not here
+
+`gradfold plan encoder --memory 600MiB --global-batch 1024 --json` — for a program to read
+
+`gradfold plan train.py:workload --memory 16GiB` — your own model: a function that returns a gradfold.Workload
+
+In Python: `print(gradfold.plan(accumulator, batch, optimizer, memory="16GiB"))`
+
+Exit codes: 0 something fits, 1 not even one row does, 2 wrong usage.
+"""
+
+
+def plan(
+    workload: Annotated[
+        str, typer.Argument(help="A built-in name (see gradfold workloads), module:callable or path.py:callable.")
+    ],
+    memory: Annotated[
+        str, typer.Option(help="The budget of the process or device: 16GiB, 512MiB, ...", metavar="SIZE")
+    ],
+    global_batch: Annotated[int | None, typer.Option(help="Samples of one update. [default: the workload's]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Plan for cpu or cuda, there or not. [default: the model's]", metavar="DEVICE")
+    ] = None,
+    margin: Annotated[float, typer.Option(help="Share to add to predictions.")] = 0.1,
+    data: Annotated[Path | None, typer.Option(help="Folder with the workload's data files.", metavar="DIR")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
+) -> None:
+    """Say which micro-batch of a workload fits into memory, before it is run.
+
+    A window and an update run on **fake tensors**, which take no memory and about a second, at two small sizes: from
+    these the peak of every size follows. The table has it by size, with what it is made of:
+
+    - **parameters**, **gradients**, **optimizer state**, **inputs**: there all the time, more or less
+
+    - **saved activations**: what the forward pass keeps for the backward pass
+
+    - **temporaries**: everything else at that moment
+
+    - **needed**: the peak with a margin for what cannot be known, which is named below the table
+
+    Where the budget is short, rows below the line show what checkpointing, a lower precision and other levers would
+    allow. Recurrent models, and those that do not run on fake tensors, are run on a few real rows instead.
+    """
+    read_bytes(memory)  # before anything is loaded
+    chosen = registry.load(workload, data)
+    found = _plan(chosen, memory, global_batch, device, margin)
+    if as_json:
+        print(json.dumps({"workload": chosen.name, **found.to_json()}, indent=1, allow_nan=False))
+    else:
+        _print(chosen, found)
+
+
+def _plan(workload: Workload, memory: str, global_batch: int | None, device: str | None, margin: float) -> Plan:
+    total = num_samples(workload)
+    size = workload.global_batch_size if global_batch is None else global_batch
+    if not 1 <= size <= total:
+        raise OptionError(
+            f"--global-batch {size}: expected 1 to {total} samples, which is what workload {workload.name!r} has."
+        )
+    torch.manual_seed(0)
+    model = workload.make_model()
+    accumulator = Accumulator(
+        model, workload.loss_fn, weight=workload.weight, collate=workload.collate, batch_norm=workload.batch_norm
+    )
+    optimizer = workload.make_optimizer(model.parameters())
+    batch = take(workload, epoch_order(total, 0, 0, workload.shuffle)[:size])
+    return make_plan(accumulator, batch, optimizer, memory=memory, device=device, margin=margin)
+
+
+def _print(workload: Workload, found: Plan) -> None:
+    console = wide_enough(Console(highlight=False))
+    console.print(Text.assemble((workload.name, "bold"), f": {workload.description}"))
+    budget = written(found.budget_bytes)
+    console.print(Text(f"global batch {found.num_rows:,}, budget {budget}, on {found.device}", style="dim"))
+    console.print(_table("\nPredicted peak", [row for row in found.rows if not row.lever], found.choice))
+    levers = [row for row in found.rows if row.lever]
+    if levers:
+        console.print(_table("\nWhat would allow more", levers, found.choice))
+        for row in levers:
+            console.print(Padding(Text(f"{row.lever}: {row.price}", style="dim"), (0, 0, 0, 2)))
+    choice = found.choice
+    updates = (
+        "the whole batch at once" if choice.num_micro_batches == 1 else f"{choice.num_micro_batches:,} to an update"
+    )
+    console.print(Text(f"Micro-batch {choice.micro_batch_size:,}: {updates}.", style="bold green"))
+    for note in found.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _table(title: str, rows: list[PlanRow], choice: PlanRow) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    headings = ["micro-\nbatch", "how\nmany", *_HEADINGS.values(), "peak", "with\nmargin", "fits"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    if rows[0].lever:
+        table.add_column("changed", no_wrap=True, vertical="bottom")
+    for row in rows:
+        parts = row.make_up.to_json()
+        sizes = [*[parts[kind] for kind in _HEADINGS], row.peak_bytes, row.needed_bytes]
+        cells = [f"{row.micro_batch_size:,}", f"{row.num_micro_batches:,}", *map(_short, sizes)]
+        cells += ["yes" if row.fits else "no", *[row.lever] * bool(row.lever)]
+        table.add_row(*cells, style="bold" if row == choice else "" if row.fits else "dim")
+    return table
+
+
+_HEADINGS = {
+    "parameters": "para-\nmeters",
+    "gradients": "gradi-\nents",
+    "optimizer_state": "optim.\nstate",
+    "saved_activations": "saved\nact.",
+    "temporaries": "tempo-\nraries",
+    "inputs": "inputs",
+}
+
+
+def _short(num_bytes: int) -> str:
+    """Bytes in as few letters as a table has room for: 1.5M, 12K."""
+    number, unit = written(num_bytes).split()
+    return f"{number}{unit[0]}"

@@ -1,0 +1,199 @@
+"""A program: what training on one global batch runs, a window and an update, on copies that nobody else sees.
+
+On fake tensors it takes no memory and next to no time, and writes the same ledger as on real ones. Source of the
+tensors: `FakeTensorMode`; models are copied with their tensors replaced, since building or copying them under the mode
+fails for some (a 0-d buffer, as BatchNorm has).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from gradfold.backward import BackPropagation
+from gradfold.batch import Batch, every_leaf, map_tensors
+from gradfold.gradients import SetAside
+from gradfold.loss import LossFn, read_pair, read_terms
+from gradfold.memory.ledger import Ledger
+from gradfold.memory.specimen import Specimen
+from gradfold.memory.tracker import Tracker, state_tensors
+from gradfold.precision import Precision
+from gradfold.random_state import HostRandomState, RandomState
+from gradfold.trial import graph_leaves
+
+__all__: list[str] = []
+
+
+def leave_as_it_is(model: nn.Module) -> None:
+    """Prepare nothing."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A window and an update.
+
+    Args:
+        model: stays as it is.
+        loss_fn: as for `Accumulator`.
+        specimen: gives the micro-batches.
+        optimizer: stays as it is; None leaves the update out.
+        precision: as for `Accumulator`, read.
+        prepare: changes the copy of the model before it is run.
+        around: a context for forward and backward passes.
+        as_on_cuda: run what torch would by default on CUDA: optimizers that work on all parameters at once.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    specimen: Specimen
+    optimizer: torch.optim.Optimizer | None
+    precision: Precision
+    prepare: Callable[[nn.Module], None] = leave_as_it_is
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    as_on_cuda: bool = False
+
+    def buffer_bytes(self, num_micro_batches: int) -> int:
+        """What a window keeps of BatchNorm: statistics as it found them, twice, and those of every micro-batch."""
+        layers = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        kept = [buffer.nbytes for layer in layers if layer.training for buffer in layer.buffers()]
+        return sum(kept) * (2 + num_micro_batches if num_micro_batches > 1 else 1)
+
+    def run_fake(self, size: int, num_micro_batches: int) -> Ledger:
+        """The ledger of a window of some micro-batches and its update, on fake tensors.
+
+        Raises:
+            Exception: whatever a model raises that cannot run on them.
+        """
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = {id(tensor): _fake(tensor, mode) for tensor in self._tensors()}
+        batches = [self._take(size, mode.from_tensor) for _ in range(num_micro_batches)]
+        return self._run(fakes, batches, mode)
+
+    def run_real(self, size: int, num_micro_batches: int) -> Ledger:
+        """The same on copies of the real ones, which takes the memory that it says.
+
+        Raises:
+            Exception: whatever the model raises, or copying it.
+        """
+        device = next(self.model.parameters()).device
+        batches = [self._take(size, lambda tensor: tensor.to(device, copy=True)) for _ in range(num_micro_batches)]
+        return self._run({}, batches, nullcontext())
+
+    def _take(self, size: int, convert: Callable[[Tensor], Tensor]) -> Batch:
+        return map_tensors(convert, self.specimen.take(size))
+
+    def _tensors(self) -> list[Tensor]:
+        """Every tensor that a copy of model and optimizer would copy."""
+        found = [*self.model.parameters(), *self.model.buffers()]
+        for module in self.model.modules():
+            found += [leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+        if self.optimizer is not None:
+            found += [one for group in self.optimizer.param_groups for one in group["params"]]
+            found += state_tensors(self.optimizer)
+        return found
+
+    def _run(self, replaced: dict[int, Any], batches: Sequence[Batch], mode: AbstractContextManager[Any]) -> Ledger:
+        memo = dict(replaced)
+        model = copy.deepcopy(self.model, memo)
+        optimizer = copy.deepcopy(self.optimizer, memo)
+        if optimizer is not None and self.as_on_cuda:
+            _work_on_all_at_once(optimizer)
+        self.prepare(model)
+        with _no_trace(self.model), mode:
+            return self._track(model, optimizer, batches)
+
+    def _track(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Sequence[Batch]) -> Ledger:
+        _drop_gradients(model)
+        if optimizer is not None:  # its state comes with the first update
+            self._window(model, batches[:1])
+            optimizer.step()
+            _drop_gradients(model)
+        tracker = Tracker()
+        tracker.know([leaf for batch in batches for leaf in every_leaf(batch) if isinstance(leaf, Tensor)], "ignored")
+        tracker.know_model(model)
+        if optimizer is not None:
+            tracker.know_optimizer(optimizer)
+        with tracker:
+            self._window(model, batches)
+            if optimizer is not None:
+                optimizer.step()
+        return tracker.ledger
+
+    def _window(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        parameters = list(model.parameters())
+        precision = self.precision
+        gradients = SetAside(parameters, precision.accumulate_dtype, precision.keep_accumulate_dtype)
+        run, back_propagate, metrics = precision.around(self.loss_fn), BackPropagation(), []
+        for batch in batches:
+            with self.around():
+                output = run(model, batch)
+                if isinstance(output, tuple):
+                    output, of_batch = read_pair(output)
+                    metrics.append({name: one.detach() for name, one in of_batch.items() if isinstance(one, Tensor)})
+                terms = read_terms(output)
+                del output
+                strangers = _strangers(parameters, terms.values())
+                back_propagate([(term, 1.0) for term in terms.values()])
+                del terms
+                for tensor, gradient in strangers:
+                    tensor.grad = gradient
+        gradients.settle()
+
+
+def _strangers(parameters: Sequence[nn.Parameter], terms: Iterable[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """What a loss trains besides the model that it is given, with its gradients, which this must not change.
+
+    Raises:
+        TypeError: it is real, and the model is not.
+    """
+    own = set(map(id, parameters))
+    others = [leaf for leaf in graph_leaves(terms) if id(leaf) not in own]
+    if isinstance(parameters[0], FakeTensor):
+        for other in others:
+            if not isinstance(other, FakeTensor):
+                raise TypeError(f"loss_fn trains a tensor of shape {tuple(other.shape)} that is not in the model")
+    return [(other, other.grad) for other in others]
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake of a tensor; of a number on the host one that keeps its value, since optimizers read their counts."""
+    if tensor.dim() or not tensor.is_cpu or isinstance(tensor, nn.Parameter):
+        return mode.from_tensor(tensor)
+    value = tensor.item()
+    with mode:
+        return torch.tensor(value, dtype=tensor.dtype)
+
+
+def _work_on_all_at_once(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _drop_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+@contextmanager
+def _no_trace(model: nn.Module) -> Iterator[None]:
+    """Put back random states; and keep Python's collector from freeing when it likes, which would show in a ledger."""
+    states = RandomState.record(model.parameters()), HostRandomState.record()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+        for state in states:
+            state.restore()

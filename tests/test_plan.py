@@ -1,0 +1,183 @@
+"""Plans: what fits a budget, what would allow more, and what is said where nothing fits."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from typer.testing import CliRunner
+
+import gradfold
+from gradfold.cli import app
+from gradfold.memory.amount import read_bytes
+
+MIB = 2**20
+ROWS = 512
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)) for _ in range(4)]
+        self.layers = nn.ModuleList(Residual(block) for block in blocks)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def build():
+    model = Layers()
+    batch = (torch.randn(ROWS, 256), torch.randint(0, 10, (ROWS,)))
+    return gradfold.Accumulator(model, loss_fn), batch, torch.optim.Adam(model.parameters())
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def short(parts):
+    """A plan whose budget is short: what 200 rows need."""
+    return gradfold.plan(*parts, memory="430MiB")
+
+
+def test_the_choice_is_the_largest_that_fits(parts, short):
+    assert 128 < short.micro_batch_size < 256
+    constant = short.margin.constant_bytes
+    assert short.choice.needed_bytes == int(short.choice.peak_bytes * 1.1) + constant <= 430 * MIB
+    sizes = [row.micro_batch_size for row in short.rows if not row.lever]
+    assert sizes == sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, 512, short.micro_batch_size})
+    assert all(row.fits == (row.needed_bytes <= 430 * MIB) for row in short.rows)
+    assert [row.num_micro_batches for row in short.rows[:3]] == [512, 256, 128]
+    assert str(short.micro_batch_size) in str(short) and "yes" in str(short)
+
+
+def test_the_chosen_size_runs_within_the_budget_and_more_does_not(short):
+    model = Layers()
+    optimizer = torch.optim.Adam(model.parameters())
+    for size, fits in ((short.micro_batch_size, True), (int(1.15 * short.micro_batch_size), False)):
+        batch = torch.randn(2 * size, 256), torch.randint(0, 10, (2 * size,))
+        peak = measured(model, optimizer, batch, size)
+        peak_bytes = peak.peak_bytes - peak.make_up.inputs + short.choice.make_up.inputs
+        assert (short.margin.with_margin(peak_bytes) <= short.budget_bytes) is fits
+
+
+def measured(model, optimizer, batch, size):
+    step = gradfold.TrainStep(gradfold.Accumulator(model, loss_fn, micro_batch_size=size), optimizer)
+    step(batch)
+    return gradfold.measure_peak(lambda: step(batch), model=model, optimizer=optimizer)
+
+
+def test_levers_are_shown_where_they_change_the_choice(short):
+    levers = {row.lever: row for row in short.rows if row.lever}
+    assert levers["checkpoint layers"].micro_batch_size > short.micro_batch_size
+    assert levers["bf16 autocast"].micro_batch_size > short.micro_batch_size
+
+
+def test_what_checkpointing_would_allow_is_what_it_takes(short):
+    """The lever's prediction against the model with the lever pulled by hand."""
+    row = next(row for row in short.rows if row.lever == "checkpoint layers")
+    accumulator, batch, optimizer = build()
+    for layer in accumulator.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    peak = measured(accumulator.model, optimizer, batch, row.micro_batch_size)
+    assert row.peak_bytes == pytest.approx(peak.peak_bytes, rel=0.01)
+
+
+def test_a_gpu_that_is_not_there(parts):
+    all_of_it = gradfold.plan(*parts, memory="16GiB", device="cuda")
+    assert all_of_it.micro_batch_size == ROWS and not any(row.lever for row in all_of_it.rows)
+    budget = next(row for row in all_of_it.rows if row.micro_batch_size == 256).needed_bytes - 1
+    plan = gradfold.plan(*parts, memory=budget, device="cuda")
+    assert "offload saved tensors" in {row.lever for row in plan.rows}
+    assert "not there" in " ".join(plan.notes) or torch.cuda.is_available()
+    assert "fragmentation" in " ".join(plan.notes)
+
+
+def test_a_budget_that_not_even_one_row_fits(parts):
+    with pytest.raises(gradfold.DoesNotFitError) as caught:
+        gradfold.plan(*parts, memory="400MiB")
+    message = str(caught.value)
+    assert message.startswith("not even one row fits into 400.0 MiB: its tensors take ")
+    assert "(optimizer state 16.1 MiB, " in message and "with the margin" in message
+    assert "What would reduce it" in message and "SGD" in message
+    assert caught.value.sizes == (1,)
+
+
+def test_without_an_optimizer_it_says_so(parts):
+    accumulator, batch, _ = parts
+    plan = gradfold.plan(accumulator, batch, memory="16GiB")
+    assert set(plan.choice.by_phase) == {"forward and backward"}
+    assert "Without optimizer=" in plan.notes[0]
+
+
+def test_probes_are_named():
+    model = nn.LSTM(8, 8, batch_first=True)
+    accumulator = gradfold.Accumulator(model, lambda model, x: model(x)[0].square().mean())
+    plan = gradfold.plan(accumulator, torch.randn(16, 5, 8), memory="16GiB")
+    assert plan.source == "probes" and "recurrent" in plan.notes[0]
+
+
+WRONG = [
+    *({"memory": "16 parsec"}, {"memory": 0}, {"memory": True}, {"memory": "1GiB", "device": "abacus"}),
+    *({"memory": "1GiB", "device": "mps"}, {"memory": "1GiB", "margin": -1}, {"memory": "1GiB", "margin": "much"}),
+]
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_arguments(parts, options):
+    with pytest.raises(gradfold.OptionError, match=r"expected|is no device|are for"):
+        gradfold.plan(*parts, **options)
+
+
+def test_amounts():
+    assert read_bytes("16GiB") == read_bytes("16g") == 2**34
+    assert read_bytes("16 GB") == 16 * 10**9
+    assert read_bytes("0.5 KiB") == read_bytes("512") == read_bytes(512) == 512
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_prints_a_table():
+    found = run("digits", "--memory", "391MiB", "--global-batch", "1433")
+    assert found.exit_code == 0, found.output
+    assert "…" not in found.output and max(map(len, found.output.splitlines())) <= 100
+    assert "to an update" in found.output and "with\n" in found.output.replace("  ", "\n")
+
+
+def test_the_command_as_json():
+    found = run("digits", "--memory", "1GiB", "--json")
+    plan = json.loads(found.output)
+    assert plan["workload"] == "digits" and plan["micro_batch_size"] == 64 == plan["choice"]["micro_batch_size"]
+    assert {row["micro_batch_size"] for row in plan["rows"]} == {1, 2, 4, 8, 16, 32, 64}
+    assert plan["choice"]["peak_bytes"] == sum(plan["choice"]["make_up"].values())
+
+
+def test_the_command_refuses():
+    assert isinstance(run("digits", "--memory", "1MiB").exception, gradfold.DoesNotFitError)
+    assert isinstance(run("digits", "--memory", "much").exception, gradfold.OptionError)
+    assert isinstance(run("digits", "--memory", "1GiB", "--global-batch", "99999").exception, gradfold.OptionError)
