@@ -266,7 +266,7 @@ def check_refused(model, accumulator, batch, error, words):
         ({"micro_batch_size": -3}, gradfold.OptionError, ["-3"]),
         ({"micro_batch_size": 2.0}, gradfold.OptionError, ["2.0", "float"]),
         ({"micro_batch_size": True}, gradfold.OptionError, ["True", "bool"]),
-        ({"micro_batch_size": "auto"}, gradfold.OptionError, ["'auto'"]),
+        ({"micro_batch_size": "much"}, gradfold.OptionError, ["'much'", '"auto"']),
         ({"weight": "tokens"}, gradfold.WeightError, ["'tokens'", "token_count"]),
         ({"weight": {}}, gradfold.WeightError, ["empty"]),
         ({"weight": 3}, gradfold.WeightError, ["weight=3"]),

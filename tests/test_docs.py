@@ -22,7 +22,8 @@ MODULES = sorted(
 WITH_EXAMPLES = {
     *("gradfold.accumulator", "gradfold.coupled.convert", "gradfold.coupled.dropout", "gradfold.loader"),
     *("gradfold.coupled.keyed_dropout", "gradfold.coupled.two_phase", "gradfold.losses.info_nce"),
-    *("gradfold.memory.amount", "gradfold.memory.largest", "gradfold.memory.measure", "gradfold.memory.plan"),
+    *("gradfold.memory.amount", "gradfold.memory.auto", "gradfold.memory.largest"),
+    *("gradfold.memory.measure", "gradfold.memory.plan"),
     *("gradfold.split", "gradfold.train_step", "gradfold.verification.verify", "gradfold.weight"),
 }
 

@@ -8,13 +8,16 @@ import gradfold
 
 PUBLIC = {
     "Accumulator",
+    "Auto",
     "LoopWindow",
+    "MicroBatchChoice",
     "PeakMemory",
     "Plan",
     "PlanRow",
     "Precision",
     "Recovery",
     "StepCost",
+    "SizeTiming",
     "StepResult",
     "TokenBudget",
     "TokenCount",

@@ -30,6 +30,9 @@ from gradfold.length_plan import StepCost as StepCost
 from gradfold.loader import LoopWindow as LoopWindow
 from gradfold.loader import Window as Window
 from gradfold.loader import windows as windows
+from gradfold.memory.auto import Auto as Auto
+from gradfold.memory.choice import MicroBatchChoice as MicroBatchChoice
+from gradfold.memory.choice import SizeTiming as SizeTiming
 from gradfold.memory.measure import PeakMemory as PeakMemory
 from gradfold.memory.measure import measure_peak as measure_peak
 from gradfold.memory.plan import Plan as Plan

@@ -27,6 +27,10 @@ from gradfold.gradients import SetAside, check_trainable, parameters_of
 from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.loader import LoopWindow, Window
 from gradfold.loss import LossFn
+from gradfold.memory.auto import Auto, MicroBatchSize, read_auto
+from gradfold.memory.choice import MicroBatchChoice
+from gradfold.memory.sizer import Sizer, Work
+from gradfold.memory.specimen import Specimen
 from gradfold.padding_check import check_once
 from gradfold.precision import PrecisionOption, read_option
 from gradfold.ranks import Ranks
@@ -62,7 +66,8 @@ class Accumulator:
         micro_batch_size: rows to run at once, at most; the batch is cut into nearly equal parts. None: as it is given.
             A `TokenBudget`: padded tokens to run at once, in micro-batches of rows of like length.
             Where memory runs out, half as many are run from there on (see `WindowResult.recoveries`), so that with None
-            a batch of any size trains; after some hundred quiet windows more are tried again.
+            a batch of any size trains; after some hundred quiet windows more are tried again. "auto" or an `Auto` finds
+            the fastest size of those that fit, in a few seconds of the first window (see `micro_batch_choice`).
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
             the host, collated) and gives a number; or a dict of these by the name of the loss term or metric (a bare
             loss is called "loss"). A metric without a weight of its own takes that of a bare loss, else samples.
@@ -110,7 +115,7 @@ class Accumulator:
         model: nn.Module,
         loss_fn: LossFn,
         *,
-        micro_batch_size: int | TokenBudget | None = None,
+        micro_batch_size: MicroBatchSize = None,
         weight: WeightOption = "samples",
         collate: Collate | None = None,
         precision: PrecisionOption = None,
@@ -125,6 +130,10 @@ class Accumulator:
         for name, function in (("loss_fn", loss_fn), ("collate", collate), ("backward", backward)):
             if not callable(function) and (function is not None or name == "loss_fn"):
                 raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
+        self._sizer: Sizer | None = None
+        if isinstance(micro_batch_size, (str, Auto)):
+            self._sizer = Sizer(read_auto(micro_batch_size))
+            micro_batch_size = None  # until the first batch
         self._token_split = TokenSplit(micro_batch_size) if isinstance(micro_batch_size, TokenBudget) else None
         if not isinstance(micro_batch_size, TokenBudget):
             split.check_size(micro_batch_size)
@@ -134,7 +143,7 @@ class Accumulator:
         if batch_norm == "exact":
             exact_batch_norm.check_goes_with(on_non_finite)
         self.model = model
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size: int | TokenBudget | None = micro_batch_size
         self.num_windows = 0
         self.loss_fn = loss_fn
         self.weight = weight
@@ -216,6 +225,8 @@ class Accumulator:
         ):
             check_trainable(self.model, parameters)
             self._probe_backward(device)
+            if self._sizer is not None:
+                self._size(self._sizer, batch, device, agreement.can_replay)
             micro_batches = self._cut(batch)
             window = OpenWindow(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
             window.around = None if keys is None else keyed_dropout.Placed(keys, agreement.first_row)
@@ -242,6 +253,44 @@ class Accumulator:
         """The loss scaler. In a loop of your own: `unscale_(optimizer)`, clip, `step(optimizer)`, `update()`."""
         return self.precision.grad_scaler
 
+    @property
+    def micro_batch_choice(self) -> MicroBatchChoice | None:
+        """The size that `micro_batch_size="auto"` has found, with the reason and the timings; None before that."""
+        return None if self._sizer is None else self._sizer.choice
+
+    def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
+        """Find the size now, for batches like this one, rather than in the first `backward`; leaves no trace.
+
+        Raises:
+            OptionError: the micro-batch size was given.
+        """
+        if self._sizer is None:
+            raise OptionError(f'micro_batch_size={self.micro_batch_size}; expected "auto" or an Auto to choose one.')
+        modules = list(self.model.modules())
+        parameters = parameters_of(modules)
+        device = parameters[0].device if parameters else torch.device("cpu")
+        found = self._set_aside(parameters)
+        try:
+            with without_reductions(modules) if find_ranks(modules, device, self.ranks) else nullcontext():
+                self._size(self._sizer, batch, device, not sync.sharded_modules(modules))
+        finally:
+            found.put_back(self.model.parameters())
+        assert self._sizer.choice is not None
+        return self._sizer.choice
+
+    def _size(self, sizer: Sizer, batch: Batch, device: torch.device, can_replay: bool) -> None:
+        """Ask for a micro-batch size where one is due."""
+        if not can_replay:
+            raise OptionError(
+                'micro_batch_size="auto" tries sizes out, which no rank can do alone under fully_shard. Give a number; '
+                "gradfold.plan on the model before it is sharded says what fits."
+            )
+        of = batch[0] if isinstance(batch, Window) and batch else batch
+        specimen = Specimen(of, self.collate)
+        if sizer.is_due(specimen.num_rows):
+            work = Work(self.model, self.loss_fn, self.precision, self._back_propagate, specimen, device)
+            self.micro_batch_size = sizer.choose(work).micro_batch_size
+
     def twin(self, model: nn.Module, loss_fn: LossFn, micro_batch_size: int | TokenBudget | None) -> Accumulator:
         """An accumulator for another model in this process alone, with the same weights, collation and BatchNorm."""
         twin = Accumulator(
@@ -266,6 +315,7 @@ class Accumulator:
             "self_check": None if self._self_check is None else self._self_check.state_dict(),
             "token_split": None if self._token_split is None else self._token_split.state_dict(),
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "micro_batch_choice": None if self.micro_batch_choice is None else self.micro_batch_choice.to_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -286,6 +336,10 @@ class Accumulator:
                 f"the saved state has {there} loss scaler, and this Accumulator has {here}: give it the precision= of "
                 "the one saved."
             )
+        choice = state.get("micro_batch_choice")
+        if self._sizer is not None and choice is not None:  # another one would cut batches otherwise
+            self._sizer.choice = MicroBatchChoice.from_json(choice)
+            self.micro_batch_size = self._sizer.choice.micro_batch_size
         self.num_windows = int(state["num_windows"])
         self._fitting_size.load_state_dict(state["fitting_size"])
         if self._self_check is not None and state["self_check"] is not None:

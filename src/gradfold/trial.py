@@ -8,7 +8,7 @@ and Python's random states.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradfold.attributes import Attributes
 from gradfold.backward import BackPropagation
-from gradfold.batch import Batch, map_leaves, map_tensors
+from gradfold.batch import Batch, in_own_containers, map_leaves, map_tensors
 from gradfold.buffers import BufferKeeper
 from gradfold.gradients import parameters_of
 from gradfold.loss import LossFn, read_pair, read_terms
@@ -108,7 +108,13 @@ class Trial:
         """The module whose global generator has moved since the last rewind, if one has."""
         return self._host_random_state.moved()
 
-    def run(self, batch: Batch, shares: Shares, mode: AbstractContextManager[Any], only: str | None = None) -> Outcome:
+    def run(
+        self,
+        batch: Batch,
+        shares: Shares,
+        mode: AbstractContextManager[Any] | None = None,
+        only: str | None = None,
+    ) -> Outcome:
         """One forward and backward pass.
 
         Args:
@@ -119,7 +125,7 @@ class Trial:
         """
         batch = map_tensors(torch.clone, batch)  # a model may change its input in place
         marks = _marks(batch)
-        with mode:
+        with mode or nullcontext():
             output = self._loss_fn(self._model, batch)
             terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
             weighed = [(term, shares(name)) for name, term in terms.items() if only in (None, name)]
@@ -130,6 +136,14 @@ class Trial:
         gradients = sample_gradients(self.parameters)
         self._empty_gradients(self.parameters)
         return Outcome(gradients, {name: term.detach() for name, term in terms.items()})
+
+    def step(self, batch: Batch, shares: Shares) -> None:
+        """One forward and backward pass as fast as the engine's, after a `run`; the gradient stays until the end."""
+        if self.changes_inputs:
+            batch = map_tensors(torch.clone, batch)
+        output = self._loss_fn(self._model, in_own_containers(batch))
+        terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
+        self._back_propagate([(term, shares(name)) for name, term in terms.items()])
 
     def _empty_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:

@@ -141,7 +141,7 @@ class Program:
                     metrics.append({name: one.detach() for name, one in of_batch.items() if isinstance(one, Tensor)})
                 terms = read_terms(output)
                 del output
-                strangers = _strangers(parameters, terms.values())
+                strangers = _set_aside_strangers(parameters, terms.values())
                 back_propagate([(term, 1.0) for term in terms.values()])
                 del terms
                 for tensor, gradient in strangers:
@@ -149,8 +149,10 @@ class Program:
         gradients.settle()
 
 
-def _strangers(parameters: Sequence[nn.Parameter], terms: Iterable[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """What a loss trains besides the model that it is given, with its gradients, which this must not change.
+def _set_aside_strangers(
+    parameters: Sequence[nn.Parameter], terms: Iterable[Tensor]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """What a loss trains besides the model that it is given, with the gradients that stood there.
 
     Raises:
         TypeError: it is real, and the model is not.
@@ -161,7 +163,10 @@ def _strangers(parameters: Sequence[nn.Parameter], terms: Iterable[Tensor]) -> l
         for other in others:
             if not isinstance(other, FakeTensor):
                 raise TypeError(f"loss_fn trains a tensor of shape {tuple(other.shape)} that is not in the model")
-    return [(other, other.grad) for other in others]
+    found = [(other, other.grad) for other in others]
+    for other in others:
+        other.grad = None  # else the backward pass would add to the very tensor
+    return found
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

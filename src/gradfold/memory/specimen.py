@@ -53,11 +53,11 @@ class Specimen:
             return self._collate([self._longest] * size)
         return cut_rows(self._batch, [size, self.num_rows - size])[0]
 
-    def take_as_it_is(self, size: int) -> Batch:
-        """The first `size` rows, with the lengths that they have."""
+    def take_as_it_is(self, size: int, start: int = 0) -> Batch:
+        """Some rows, with the lengths that they have."""
         if self._collate is not None:
-            return self._collate(list(self._batch[:size]))
-        return self.take(size)
+            return self._collate(list(self._batch[start : start + size]))
+        return cut_rows(self._batch, [start, size, self.num_rows - start - size])[1]
 
     def host_bytes(self, size: int) -> int:
         """What a window's inputs take on the host: the batch itself and, where it is collated, all its parts."""

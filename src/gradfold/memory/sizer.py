@@ -1,0 +1,250 @@
+"""A sizer: finds the micro-batch size of an accumulator, without a trace in model, gradients and random numbers.
+
+What fits is predicted, what is fastest is timed. It is asked from inside a window that has set gradients aside.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradfold.backward import BackPropagation
+from gradfold.batch import Batch, map_tensors, structure
+from gradfold.errors import DoesNotFitError, ModelError
+from gradfold.loss import LossFn
+from gradfold.memory import cache
+from gradfold.memory.amount import read_bytes, written
+from gradfold.memory.auto import Auto
+from gradfold.memory.choice import MicroBatchChoice
+from gradfold.memory.largest import largest_that_fits
+from gradfold.memory.ledger import MakeUp
+from gradfold.memory.margin import margin_for
+from gradfold.memory.prediction import Prediction
+from gradfold.memory.program import Program
+from gradfold.memory.specimen import Specimen
+from gradfold.memory.system import free_bytes
+from gradfold.memory.tune import GOOD_ENOUGH, Search, choose
+from gradfold.out_of_memory import give_back
+from gradfold.precision import Precision
+from gradfold.trial import Trial
+
+__all__: list[str] = []
+
+_ENOUGH_ROWS = 64
+_MAX_BATCHES = 8  # of one size, which stay on the device while sizes are timed
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be sized.
+
+    Args:
+        model: that is trained.
+        loss_fn: as for `Accumulator`.
+        precision: as for `Accumulator`, read.
+        back_propagate: the backward pass of the engine.
+        specimen: of a global batch.
+        device: of the model.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    precision: Precision
+    back_propagate: BackPropagation
+    specimen: Specimen
+    device: torch.device
+
+
+class Sizer:
+    """Chooses once, and again where a batch has twice the rows of one that was too small to choose from.
+
+    Attributes:
+        choice: the last one; None before the first batch.
+    """
+
+    def __init__(self, option: Auto) -> None:
+        self._option = option
+        self.choice: MicroBatchChoice | None = None
+
+    def is_due(self, num_rows: int) -> bool:
+        """Whether a batch of so many rows asks for a choice."""
+        choice = self.choice
+        return choice is None or (choice.is_bound_by_rows and num_rows >= 2 * choice.num_rows)
+
+    def choose(self, work: Work) -> MicroBatchChoice:
+        """Find the size for a batch.
+
+        Raises:
+            DoesNotFitError: not even one row fits.
+            Exception: whatever the model raises on one row.
+        """
+        since = time.perf_counter()
+        key = _key(work, self._option)
+        self.choice = self._remembered(key)
+        if self.choice is None:
+            largest, make_up_of = self._largest(work)
+            found = self._search(work, largest, make_up_of)
+            self.choice = replace(found, elapsed_s=time.perf_counter() - since)
+            if self._option.cache:
+                cache.write(key, self.choice.to_json())
+        return self.choice
+
+    def _remembered(self, key: str) -> MicroBatchChoice | None:
+        found = cache.read(key) if self._option.cache else None
+        try:
+            return None if found is None else replace(MicroBatchChoice.from_json(found), is_cached=True)
+        except (TypeError, KeyError):  # of another version, or damaged
+            return None
+
+    def _largest(self, work: Work) -> tuple[int, Callable[[int], MakeUp] | None]:
+        """The largest size that fits, and what gives the memory of each; all of the batch where nobody can tell."""
+        num_rows = work.specimen.num_rows
+        try:
+            prediction = Prediction(Program(work.model, work.loss_fn, work.specimen, None, work.precision), work.device)
+        except ModelError:  # recovery stands behind what is tried
+            return num_rows, None
+        budget = Budget(self._option, work)
+        if budget.num_bytes is None:
+            return num_rows, prediction.peak
+        size = largest_that_fits(lambda size: budget.has_room_for(prediction.peak(size)), num_rows)
+        if size is not None and not prediction.check(size):
+            size = largest_that_fits(lambda size: budget.has_room_for(prediction.peak(size)), num_rows)
+        if size is None:
+            raise DoesNotFitError(
+                f"not even one row fits into {written(budget.num_bytes)}: it takes {written(prediction.peak(1).total)} "
+                "at its peak, before a margin and the optimizer's state. gradfold.plan(...) shows what would reduce "
+                "it; micro_batch_size=1 tries it all the same.",
+                (1,),
+            )
+        return size, prediction.peak
+
+    def _search(self, work: Work, largest: int, make_up_of: Callable[[int], MakeUp] | None) -> MicroBatchChoice:
+        num_rows = work.specimen.num_rows
+        with Trial(work.model, work.precision.around(work.loss_fn), work.back_propagate) as trial:
+            steps = _Steps(trial, work)
+            search = Search(steps.run, _ladder(largest), self._option.seconds)
+            timings = search.run()
+        if search.sizes[-1] < largest:  # memory ran out
+            give_back(work.device)
+        chosen = choose(timings)
+        fastest = max(timings, key=lambda timing: timing.ratio if timing.num_rounds else 0.0)
+        return MicroBatchChoice(
+            chosen.micro_batch_size,
+            _reason(chosen.micro_batch_size, fastest.micro_batch_size, search.sizes[-1], num_rows),
+            timings,
+            num_rows,
+            search.sizes[-1],
+            0 if make_up_of is None else make_up_of(chosen.micro_batch_size).total,
+            elapsed_s=0.0,
+        )
+
+
+class Budget:
+    """What a window may take: the option's, for all of the process or device; or what is free, on top of what is there.
+
+    Attributes:
+        num_bytes: None where nobody says.
+    """
+
+    def __init__(self, option: Auto, work: Work) -> None:
+        self._is_for_all = option.memory is not None
+        self._margin = margin_for(work.device, option.margin, is_process_there=not self._is_for_all)
+        self.num_bytes = free_bytes(work.device) if option.memory is None else read_bytes(option.memory)
+        # Optimizers make their state in the first update; Adam's is two tensors per parameter.
+        self._state_bytes = 2 * sum(one.nbytes for one in work.model.parameters() if one.requires_grad)
+
+    def has_room_for(self, peak: MakeUp) -> bool:
+        """Whether a predicted peak fits, with its margin and an optimizer that has no state yet."""
+        there = 0 if self._is_for_all else peak.parameters + peak.inputs
+        return (
+            self.num_bytes is None or self._margin.with_margin(peak.total - there + self._state_bytes) <= self.num_bytes
+        )
+
+
+class _Steps:
+    """Micro-steps of any size, whose batches are cut and moved before they are timed."""
+
+    def __init__(self, trial: Trial, work: Work) -> None:
+        self._trial = trial
+        self._work = work
+        self._batches: dict[int, Iterator[Batch]] = {}
+
+    def run(self, size: int) -> None:
+        """One forward and backward pass; it waits for the device."""
+        share = size / self._work.specimen.num_rows
+        if size not in self._batches:
+            batches = [self._take(size, start) for start in self._starts(size)]
+            self._batches[size] = cycle(batches)
+            # With care: this also finds tensors outside the model that it trains, and inputs that it changes.
+            self._trial.run(batches[0], lambda name: share)
+        self._trial.step(next(self._batches[size]), lambda name: share)
+        if self._work.device.type not in ("cpu", "meta"):
+            torch.get_device_module(self._work.device).synchronize()
+
+    def _starts(self, size: int) -> range:
+        """Where micro-batches begin: of small ones several, since samples may differ in length."""
+        num = max(min(_ENOUGH_ROWS // size, _MAX_BATCHES, self._work.specimen.num_rows // size), 1)
+        return range(0, num * size, size)
+
+    def _take(self, size: int, start: int) -> Batch:
+        taken = self._work.specimen.take_as_it_is(size, start)
+        return map_tensors(lambda tensor: tensor.to(self._work.device), taken)
+
+
+def _ladder(largest: int) -> list[int]:
+    """The sizes to try: powers of two, and the largest."""
+    powers = [2**power for power in range(largest.bit_length()) if 2**power < largest]
+    return [*powers, largest]
+
+
+def _reason(size: int, fastest: int, largest: int, num_rows: int) -> str:
+    bound = "all rows of the batch" if largest == num_rows else "what fits into memory"
+    if size == largest:
+        return f"the fastest, and the largest: {bound}"
+    if size == fastest:
+        return f"the fastest of those up to {largest} ({bound})"
+    return (
+        f"the smallest within {100 * (1 - GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest}), of those up to "
+        f"{largest} ({bound})"
+    )
+
+
+def _key(work: Work, option: Auto) -> str:
+    """What a choice depends on, as text: model, loss, shapes, dtypes, device, threads, versions, options."""
+    model = [
+        (name, type(module).__qualname__, module.training, _code(type(module).forward))
+        for name, module in work.model.named_modules()
+    ]
+    tensors = [
+        (name, str(one.dtype), tuple(one.shape), one.requires_grad) for name, one in work.model.named_parameters()
+    ]
+    batch = work.specimen.take(1)
+    shapes: list[Any] = []
+    map_tensors(lambda tensor: shapes.append(tuple(tensor.shape)), batch)
+    return repr(
+        (
+            *(model, tensors, _code(work.loss_fn), repr(structure(batch)), shapes, work.specimen.num_rows),
+            *(str(work.precision.compute), str(work.precision.accumulate_dtype), option.memory, option.margin),
+            *(_device_name(work.device), torch.get_num_threads(), torch.__version__, platform.python_version()),
+        )
+    )
+
+
+def _code(function: Any) -> str:
+    """The code of a function, so that another one of the same name is another."""
+    inner = getattr(function, "func", function)  # of a partial
+    code = getattr(inner, "__code__", None)
+    return f"{getattr(inner, '__qualname__', type(inner).__qualname__)} {'' if code is None else code.co_code.hex()}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,347 @@
+"""A micro-batch size that sets itself: the search on a clock of our own, then the accumulator that asks for it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import random
+
+import pytest
+import torch
+from reference import assert_same_state, full_batch_gradient, gradients, relative_error, state
+from torch import nn
+
+import gradfold
+from gradfold.memory import cache
+from gradfold.memory.choice import MicroBatchChoice, SizeTiming
+from gradfold.memory.tune import Search, choose
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("GRADFOLD_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Machine:
+    """A clock that micro-steps move on: a fixed cost per step, one per row, another one beyond the cache, and noise."""
+
+    def __init__(self, per_step=1e-3, per_row=1e-4, rows_in_cache=1000, noise=0.0, seed=1, most=10**9):
+        self.now = 0.0
+        self.per_step, self.per_row, self.rows_in_cache, self.noise = per_step, per_row, rows_in_cache, noise
+        self.random = random.Random(seed)
+        self.most = most
+        self.drift = 1.0
+
+    def cost(self, size):
+        return self.per_step + size * self.per_row * (1 if size <= self.rows_in_cache else 2)
+
+    def step(self, size):
+        if size > self.most:
+            raise MemoryError
+        self.drift *= 1 + 0.02 * self.random.uniform(-1, 1) * bool(self.noise)
+        self.now += self.cost(size) * self.drift * (1 + self.noise * self.random.expovariate(1.0))
+
+    def search(self, largest=512, seconds=4.0):
+        sizes = [2**power for power in range(largest.bit_length())]
+        return Search(self.step, sizes, seconds, lambda: self.now)
+
+    def best_pace(self, largest=512):
+        return max(size / self.cost(size) for size in range(1, largest + 1))
+
+
+def test_the_smallest_size_within_three_percent_of_the_best_is_chosen():
+    machine = Machine()  # size / (1 + size / 10) ms: 256 rows are within 1.9 % of 512, 128 are not
+    timings = machine.search().run()
+    assert choose(timings).micro_batch_size == 256
+    assert {timing.micro_batch_size: timing.ratio for timing in timings}[256] == pytest.approx(0.981, abs=0.01)
+
+
+def test_a_size_beyond_the_cache_is_left_alone():
+    assert choose(Machine(rows_in_cache=64).search().run()).micro_batch_size == 64
+
+
+@pytest.mark.parametrize("rows_in_cache", [16, 64, 1000])
+def test_noise_and_drift_do_not_mislead(rows_in_cache):
+    """The median of five searches on a machine whose steps take up to several times as long, and which drifts."""
+    paces = []
+    for seed in range(5):
+        machine = Machine(rows_in_cache=rows_in_cache, noise=0.3, seed=seed)
+        size = choose(machine.search().run()).micro_batch_size
+        paces.append(size / machine.cost(size) / machine.best_pace())
+    assert sorted(paces)[2] >= 0.9
+
+
+def test_the_search_ends_in_time_and_drops_the_slow():
+    machine = Machine(per_row=1e-2)  # 5 s for 512 rows
+    timings = machine.search(seconds=4.0).run()
+    assert machine.now < 10
+    assert choose(timings).num_rounds == max(timing.num_rounds for timing in timings)
+    quick = Machine().search().run()
+    assert quick[0].num_rounds == 0 < quick[-1].num_rounds  # one row takes eleven times as long
+
+
+def test_memory_that_runs_out_bounds_the_search():
+    search = Machine(most=100).search()
+    assert choose(search.run()).micro_batch_size == 64 == search.sizes[-1]
+    with pytest.raises(MemoryError):
+        Machine(most=0).search().run()
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.2), nn.Linear(32, 1))
+
+
+def plain():
+    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+QUICK = gradfold.Auto(seconds=0.05, cache=False)
+
+
+def test_the_gradient_is_the_whole_batch_s():
+    model, batch = plain().double(), torch.randn(50, 8, dtype=torch.float64) + 1e4
+    expected = full_batch_gradient(model, lambda model: loss_fn(model, batch))
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=QUICK)
+    assert accumulator.micro_batch_choice is None and accumulator.micro_batch_size is None
+    accumulator.backward(batch)
+    assert relative_error(gradients(model), expected) <= 1e-12
+    choice = accumulator.micro_batch_choice
+    assert accumulator.micro_batch_size == choice.micro_batch_size in {1, 2, 4, 8, 16, 32, 50}
+    assert choice.largest_fitting == choice.num_rows == 50 and not choice.is_cached
+    assert choice.reason and choice.timings and choice.peak_bytes > 0 and choice.elapsed_s > 0
+
+
+def test_choosing_leaves_no_trace():
+    model, batch = network(), torch.randn(24, 8)
+    outside = torch.ones(1, requires_grad=True)
+    outside.grad = torch.full((1,), 5.0)
+    loss_fn(model, batch).backward()
+    optimizer = torch.optim.Adam(model.parameters())
+    before, optimizer_before = state(model), copy.deepcopy(optimizer.state_dict())
+    accumulator = gradfold.Accumulator(
+        model, lambda model, batch: loss_fn(model, batch) * outside.sum(), micro_batch_size=QUICK
+    )
+    accumulator.choose_micro_batch(batch)
+    assert_same_state(state(model), before)
+    assert torch.equal(outside.grad, torch.full((1,), 5.0))
+    assert optimizer.state_dict() == optimizer_before
+
+
+def test_a_window_that_chooses_is_one_that_does_not():
+    """Bit for bit: the search takes nothing from the random numbers, buffers and gradients of the window after it."""
+    batch = torch.randn(24, 8)
+
+    def train(size):
+        torch.manual_seed(3)
+        model = network()
+        accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=size, batch_norm="per_micro_batch")
+        accumulator.backward(batch)
+        return accumulator.micro_batch_size, state(model)
+
+    chosen, found = train(QUICK)
+    assert_same_state(found, train(chosen)[1])
+
+
+def test_a_failed_search_rolls_back():
+    model = plain()
+    calls = []
+
+    def fails(model, batch):
+        calls.append(len(batch))
+        if len(calls) > 12:
+            raise KeyError
+        return loss_fn(model, batch)
+
+    batch = torch.randn(32, 8)
+    before = state(model)
+    with pytest.raises(KeyError):
+        gradfold.Accumulator(model, fails, micro_batch_size=QUICK).backward(batch)
+    assert_same_state(state(model), before)
+
+
+def test_a_resumed_run_takes_the_choice_over(monkeypatch):
+    """Another choice would cut batches otherwise, and end in other bits."""
+    batches = torch.randn(4, 48, 8)
+
+    def train(model, accumulator, batches):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for batch in batches:
+            gradfold.TrainStep(accumulator, optimizer)(batch)
+
+    model = plain()
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=QUICK)
+    train(model, accumulator, batches[:2])
+    saved = copy.deepcopy(model.state_dict()), json.loads(json.dumps(accumulator.state_dict()["micro_batch_choice"]))
+    kept = {**accumulator.state_dict(), "micro_batch_choice": saved[1]}
+    train(model, accumulator, batches[2:])
+
+    resumed = plain()
+    resumed.load_state_dict(saved[0])
+    again = gradfold.Accumulator(resumed, loss_fn, micro_batch_size=QUICK)
+    again.load_state_dict(kept)
+    monkeypatch.setattr("gradfold.memory.sizer.Sizer.choose", lambda *_: pytest.fail("it searched again"))
+    train(resumed, again, batches[2:])
+    assert again.micro_batch_choice == accumulator.micro_batch_choice
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_states_of_other_accumulators_go_together():
+    batch = torch.randn(8, 8)
+    fixed = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=4)
+    auto = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=QUICK)
+    auto.backward(batch)
+    fixed.load_state_dict(auto.state_dict())
+    assert fixed.micro_batch_size == 4 and fixed.micro_batch_choice is None
+    auto.load_state_dict({name: value for name, value in fixed.state_dict().items() if name != "micro_batch_choice"})
+
+
+def test_a_larger_batch_asks_again_where_rows_were_the_bound(monkeypatch):
+    model = plain()
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=QUICK)
+    asked = []
+
+    def choose(self, work):
+        rows = work.specimen.num_rows
+        asked.append(rows)
+        self.choice = MicroBatchChoice(min(rows, 16), "", (), rows, rows, 0, 0.0)
+        return self.choice
+
+    monkeypatch.setattr("gradfold.memory.sizer.Sizer.choose", choose)
+    for rows in (4, 6, 8, 3, 64, 256):
+        accumulator.backward(torch.randn(rows, 8))
+    assert asked == [4, 8, 64]
+
+
+def test_the_second_start_is_instant(folder, monkeypatch):
+    auto = gradfold.Auto(seconds=0.05)
+    batch = torch.randn(32, 8)
+    first = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
+    (file,) = folder.iterdir()
+    monkeypatch.setattr("gradfold.memory.sizer.Sizer._search", lambda *_: pytest.fail("it searched again"))
+    second = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
+    assert second.is_cached and not first.is_cached
+    assert (second.micro_batch_size, second.timings) == (first.micro_batch_size, first.timings)
+
+    searched = []
+    monkeypatch.setattr(
+        "gradfold.memory.sizer.Sizer._search",
+        lambda *_: searched.append(1) or MicroBatchChoice(1, "", (), 32, 32, 0, 0.0),
+    )
+    others = (
+        *((nn.Linear(8, 2), loss_fn, batch), (plain(), lambda model, batch: model(batch).mean(), batch)),
+        *((plain(), loss_fn, torch.randn(64, 8)), (plain().double(), loss_fn, batch.double())),
+        (plain().eval(), loss_fn, batch),
+    )
+    for model, other, of in others:
+        gradfold.Accumulator(model, other, micro_batch_size=auto).choose_micro_batch(of)
+    assert len(searched) == len(others)
+    file.write_text("{broken")
+    gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
+    assert len(searched) == len(others) + 1
+
+
+def test_the_cache_can_be_switched_off(folder, monkeypatch):
+    batch = torch.randn(8, 8)
+    gradfold.Accumulator(plain(), loss_fn, micro_batch_size=QUICK).choose_micro_batch(batch)
+    assert not folder.exists()
+    monkeypatch.setenv("GRADFOLD_CACHE_DIR", "")
+    gradfold.Accumulator(plain(), loss_fn, micro_batch_size=gradfold.Auto(seconds=0.05)).choose_micro_batch(batch)
+    assert not folder.exists() and cache.cache_folder() is None
+    monkeypatch.delenv("GRADFOLD_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    assert cache.cache_folder() == folder / "gradfold" / "micro_batch"
+
+
+def _write_many(number):
+    for turn in range(50):
+        cache.write("key", {"writer": number, "turn": turn, "text": "x" * 5000})
+        found = cache.read("key")
+        assert found is None or len(found["text"]) == 5000
+    return True
+
+
+def test_processes_write_at_once(folder):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert all(pool.map(_write_many, range(3)))
+    assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"key": "other", "value": {}}', '{"key": "key"}', "\x00\xff"])
+def test_what_cannot_be_read_is_none(folder, content):
+    cache.write("key", {"a": 1})
+    (file,) = folder.iterdir()
+    file.write_text(content)
+    assert cache.read("key") is None
+    file.unlink()
+    file.mkdir()  # nor written
+    cache.write("key", {"a": 1})
+    assert cache.read("key") is None
+
+
+def test_memory_bounds_the_choice():
+    model = nn.Sequential(nn.Linear(256, 4096), nn.Tanh(), nn.Linear(4096, 1))
+    batch = torch.randn(512, 256)
+    auto = gradfold.Auto(memory="415MiB", seconds=0.2, cache=False)
+    choice = gradfold.Accumulator(model, loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
+    assert choice.largest_fitting < 512 and choice.micro_batch_size <= choice.largest_fitting
+    assert "fits into memory" in choice.reason
+    with pytest.raises(gradfold.DoesNotFitError, match=r"not even one row fits into 300\.0 MiB.*gradfold\.plan"):
+        auto = gradfold.Auto(memory="300MiB", cache=False)
+        gradfold.Accumulator(model, loss_fn, micro_batch_size=auto).backward(batch)
+
+
+def test_out_of_memory_recovery_stays_on_behind_it():
+    """A size that fitted when it was tried, and later does not."""
+    limit = [64]
+
+    def limited(model, batch):
+        if len(batch) > limit[0]:
+            raise MemoryError
+        return loss_fn(model, batch)
+
+    model, batch = plain(), torch.randn(64, 8)
+    accumulator = gradfold.Accumulator(model, limited, micro_batch_size=QUICK)
+    accumulator.backward(batch)
+    limit[0] = max(accumulator.micro_batch_size // 2, 1)
+    if accumulator.micro_batch_size > 1:
+        assert accumulator.backward(batch).recoveries
+
+
+def test_collated_samples_and_windows():
+    samples = [torch.randn(length, 8) for length in (3, 9, 1, 4, 2, 7, 5, 6)]
+
+    def collate(samples):
+        return nn.utils.rnn.pad_sequence(samples, batch_first=True)
+
+    accumulator = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=QUICK, collate=collate, self_check=False)
+    accumulator.backward(samples)
+    assert accumulator.micro_batch_choice.num_rows == 8
+    accumulator = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=QUICK)
+    for window in gradfold.windows(torch.randn(3, 16, 8), 3):
+        accumulator.backward(window)
+    assert accumulator.micro_batch_choice.num_rows == 16
+
+
+@pytest.mark.parametrize("option", ["automatic", ""])
+def test_wrong_options(option):
+    with pytest.raises(gradfold.OptionError, match=r'expected .*"auto"'):
+        gradfold.Accumulator(plain(), loss_fn, micro_batch_size=option)
+    with pytest.raises(gradfold.OptionError, match="seconds"):
+        gradfold.Auto(seconds=0)
+    with pytest.raises(gradfold.OptionError, match="memory"):
+        gradfold.Auto(memory="lots")
+    with pytest.raises(gradfold.OptionError, match='expected "auto"'):
+        gradfold.Accumulator(plain(), loss_fn, micro_batch_size=4).choose_micro_batch(torch.randn(8, 8))
+
+
+def test_the_choice_as_json():
+    choice = MicroBatchChoice(4, "fast", (SizeTiming(4, 100.0, 1.0, 8),), 16, 16, 1000, 2.5)
+    assert MicroBatchChoice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
