@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "gradfold"
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["compare"],
+    ["compare", "doctor"],
     ["workloads"],
     ["verification"],
     ["train_step"],

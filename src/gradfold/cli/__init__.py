@@ -10,6 +10,8 @@ import typer
 from gradfold import __version__
 from gradfold.cli.compare import EPILOG as COMPARE_EPILOG
 from gradfold.cli.compare import compare
+from gradfold.cli.doctor import EPILOG as DOCTOR_EPILOG
+from gradfold.cli.doctor import doctor
 from gradfold.cli.plan import EPILOG as PLAN_EPILOG
 from gradfold.cli.plan import plan
 from gradfold.cli.verify import EPILOG as VERIFY_EPILOG
@@ -31,6 +33,7 @@ app = typer.Typer(
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=VERIFY_EPILOG)(verify)
 app.command(epilog=PLAN_EPILOG)(plan)
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command()(workloads)
 
 
@@ -51,6 +54,7 @@ def gradfold(
     Start with **gradfold compare**: it trains a small network on real data with and without accumulation, and shows
     what stays the same and what it costs. **gradfold verify** proves a workload's gradient right, or names the cause.
     **gradfold plan** says which micro-batch fits into memory, before anything is run.
+    **gradfold doctor** runs a training script that exists, without gradfold in it, and says what is wrong with it.
     """
 
 

@@ -1,0 +1,99 @@
+"""The command `gradfold doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradfold import __version__
+from gradfold.doctor.examine import Report
+from gradfold.doctor.process import diagnose
+from gradfold.doctor.report import exit_code, text
+from gradfold.doctor.rules_page import rules_page
+from gradfold.doctor.sarif import sarif
+from gradfold.errors import OptionError
+
+__all__: list[str] = []
+
+_INTERRUPTED = 130  # what shells report after Ctrl-C
+
+EPILOG = """
+**Examples**
+
+`gradfold doctor train.py` — eight updates, and the end of an epoch if that is near
+
+`gradfold doctor train.py --updates 50 --timeout 600 -- --lr 0.1 --epochs 2` — what comes after -- is the script's
+
+`gradfold doctor train.py --json` — for a program to read; the script's own output goes to standard error
+
+`gradfold doctor train.py --sarif doctor.sarif` — for editors and continuous integration
+
+`gradfold doctor --rules` — all that is looked for: why it is bad, how it is found, what to write instead
+
+`loss_sum += loss.item()  # gradfold: ignore[GF012]` — in a script, silences a rule on that line
+
+Exit codes: 0 nothing found, 1 findings, 2 wrong usage, 124 the script ran past --timeout; where the script fails by
+itself, its own.
+"""
+
+
+def doctor(
+    script: Annotated[Path | None, typer.Argument(help="The training script, as it is.", show_default=False)] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="The script's own arguments, after --.", metavar="[-- ARGS]...")
+    ] = None,
+    updates: Annotated[
+        int, typer.Option(help="Stop after so many updates (and an epoch's end, if that is not far).", metavar="N")
+    ] = 8,
+    timeout: Annotated[float, typer.Option(help="End the script after so many seconds.", metavar="S")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
+    sarif_file: Annotated[
+        Path | None, typer.Option("--sarif", help="Write the findings as SARIF 2.1.0 into this file.", metavar="FILE")
+    ] = None,
+    rules: Annotated[bool, typer.Option("--rules", help="Print all rules as Markdown and exit.")] = False,
+) -> None:
+    """Run a PyTorch training script for a few updates, and say what is wrong with it.
+
+    The script runs unchanged, with its own arguments and output; nothing of gradfold need be in it. Meanwhile every
+    backward pass, step, zeroing, clipping, scaling and schedule is traced to the line that made it. What is wrong with
+    accumulation comes out with that line, what it does to the training in numbers, and what to write instead. A
+    healthy script gets no findings, and a summary: window length, effective batch, updates per epoch, memory, time.
+
+    The script trains for real meanwhile: checkpoints it writes within these updates are written. It is ended from
+    inside, so that its `finally` blocks run.
+    """
+    if rules:
+        typer.echo(rules_page())
+        return
+    if script is None:
+        raise OptionError("which script? Write: gradfold doctor train.py -- ARGS")
+    report = _diagnose(script, arguments or [], updates, timeout, as_json)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        raise typer.Exit(exit_code(report))
+    if sarif_file is not None:
+        _write(sarif_file, report)
+    print(json.dumps(report.to_dict(), indent=1, allow_nan=False) if as_json else f"\n{text(report)}")
+    if code := exit_code(report):
+        raise typer.Exit(code)
+
+
+def _diagnose(script: Path, arguments: list[str], updates: int, timeout: float, as_json: bool) -> Report:
+    try:
+        return diagnose(
+            script, arguments, num_updates=updates, timeout_s=timeout, stdout=sys.stderr if as_json else None
+        )
+    except KeyboardInterrupt:
+        print("gradfold: interrupted", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+def _write(file: Path, report: Report) -> None:
+    try:
+        file.write_text(json.dumps(sarif(report, __version__), indent=1), "utf-8")
+    except OSError as error:
+        raise OptionError(f"--sarif {file}: {error.strerror}.") from error

@@ -1,0 +1,33 @@
+"""The process that a script runs in: `python -m gradfold.doctor REQUEST`, started by `process.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from gradfold.doctor.examine import examine
+from gradfold.doctor.run import Ending, run
+from gradfold.doctor.watch import Watch
+
+__all__: list[str] = []
+
+
+def main(request: str) -> None:
+    """Run a script and write the report where the request says."""
+    asked = json.loads(request)
+    script, answer = Path(asked["script"]), Path(asked["answer"])
+
+    def write(watch: Watch, ending: Ending, seconds: float) -> None:
+        unfinished = answer.with_suffix(".part")
+        unfinished.write_text(json.dumps(examine(script, watch, ending, seconds).to_dict()), "utf-8")
+        unfinished.replace(answer)
+
+    watch, ending, seconds = run(
+        script, asked["arguments"], asked["num_updates"], asked["timeout_s"], lambda watch, end: write(watch, end, 0.0)
+    )
+    write(watch, ending, seconds)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,136 @@
+"""An examination: a watched run becomes a case, and the case findings and a summary."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradfold.doctor.case import Case, Stray
+from gradfold.doctor.finding import Finding
+from gradfold.doctor.ignores import is_ignored
+from gradfold.doctor.memory import read_memory
+from gradfold.doctor.rules import RULES
+from gradfold.doctor.run import Ending
+from gradfold.doctor.summary import summarise
+from gradfold.doctor.training import trainings
+from gradfold.doctor.watch import Watch
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the doctor says of one script.
+
+    Attributes:
+        script: its path.
+        ending: how the run ended.
+        findings: by file, line and code.
+        summary: what the script does, in plain values.
+        num_ignored: findings that a comment silences.
+    """
+
+    script: str
+    ending: Ending
+    findings: tuple[Finding, ...]
+    summary: dict[str, Any]
+    num_ignored: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "script": self.script,
+            "ending": {"how": self.ending.how, "code": self.ending.code, "error": self.ending.error},
+            "findings": [one.to_dict() for one in self.findings],
+            "num_ignored": self.num_ignored,
+            "summary": self.summary,
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Report:
+        """The report of plain values."""
+        findings = tuple(Finding(**one) for one in values["findings"])
+        ending = Ending(**values["ending"])
+        return Report(values["script"], ending, findings, values["summary"], values["num_ignored"])
+
+
+def examine(script: Path, watch: Watch, ending: Ending, seconds: float) -> Report:
+    """Judge a watched run."""
+    watch.is_quiet += 1
+    case = _case(script, watch, ending, seconds)
+    found: dict[tuple[str, int, str], Finding] = {}
+    for rule in RULES:
+        for seen in rule.check(case):
+            key = (seen.place.file, seen.place.line, rule.code)
+            finding = Finding(
+                rule.code,
+                rule.name,
+                rule.severity,
+                seen.confidence,
+                seen.place.file or str(script),
+                seen.place.line,
+                seen.message,
+                seen.fix,
+            )
+            found.setdefault(key, finding)
+    kept = [one for key, one in sorted(found.items()) if not is_ignored(one.file, one.line, one.code)]
+    return Report(str(script), ending, tuple(kept), summarise(case), len(found) - len(kept))
+
+
+def _case(script: Path, watch: Watch, ending: Ending, seconds: float) -> Case:
+    ended = ending.how == "ended"
+    if ended:
+        watch.settle()
+    names = [type(optimizer).__name__ if (optimizer := one.optimizer()) else "" for one in watch.ledgers]
+    steps = {one.ledger: one.optimizer for one in watch.tape.events if hasattr(one, "optimizer")}
+    names = [name or steps.get(number, "Optimizer") for number, name in enumerate(names)]
+    has_batch_norms = any(one.census is not None and one.census.batch_norms for one in watch.tape.backwards)
+    models = _models() if has_batch_norms or watch.strays else []
+    return Case(
+        script,
+        watch.tape,
+        tuple(trainings(watch.tape, watch.standing() if ended else {}, names)),
+        ended,
+        read_memory(),
+        _batch_norms(models),
+        _stray(watch, models),
+        frozenset(watch.precisions),
+        seconds,
+    )
+
+
+def _models() -> list[nn.Module]:
+    """The outermost modules that are alive."""
+    everything = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+    inner = {id(child) for one in everything for child in one.children()}
+    return [one for one in everything if id(one) not in inner]
+
+
+def _batch_norms(models: list[nn.Module]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for model in models:
+        for name, module in model.named_modules():
+            mean = getattr(module, "running_mean", None)
+            if isinstance(mean, Tensor):
+                names.setdefault(mean.data_ptr(), name or type(module).__name__)
+    return names
+
+
+def _stray(watch: Watch, models: list[nn.Module]) -> Stray | None:
+    known = {id(p) for ledger in watch.ledgers for p in _all_parameters(ledger)}
+    lost = {key: one for key, one in watch.strays.items() if key not in known and not watch.moved(one)}
+    if not lost:
+        return None
+    names = [name for model in models for name, parameter in model.named_parameters() if id(parameter) in lost]
+    first = min(watch.stray_grads[key][0] for key in lost)
+    number = max(len(watch.stray_grads[key]) for key in lost)
+    return Stray(tuple(dict.fromkeys(names)), sum(one.numel() for one in lost.values()), number, first)
+
+
+def _all_parameters(ledger: Any) -> list[Tensor]:
+    optimizer = ledger.optimizer()
+    return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]

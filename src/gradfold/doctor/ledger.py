@@ -1,0 +1,147 @@
+"""A ledger: which backward passes what stands in an optimizer's `.grad` comes from, and who cleared or changed it."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__: list[str] = []
+
+_MOST_WATCHED = 64  # parameters per optimizer, evenly spread
+_MOST_SAMPLED = 4  # ... of which some elements are kept, to tell scaling from rewriting
+_ELEMENTS = 4096
+
+State = tuple[int, int] | None  # of a gradient: its tensor and version; None for none
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happened to gradients outside of backward passes.
+
+    Attributes:
+        kind: "none", "cleared", "rescaled" or "rewritten".
+        ratio: what they were multiplied by, where they were rescaled.
+    """
+
+    kind: str
+    ratio: float = 1.0
+
+
+UNCHANGED = Change("none")
+
+
+@dataclass
+class Ledger:
+    """The gradients of one optimizer.
+
+    Attributes:
+        optimizer: whose parameters these are.
+        number: of the optimizer, in order of making.
+        entries: indices of the backward passes whose sum stands in `.grad`, oldest first.
+        stepped: how many of the first entries a step has used already.
+        ratio: what the gradients were multiplied by hand since they were empty.
+        is_rewritten: whether they were changed by hand in another way.
+    """
+
+    optimizer: weakref.ref[Optimizer]
+    number: int
+    entries: list[int] = field(default_factory=list)
+    stepped: int = 0
+    ratio: float = 1.0
+    is_rewritten: bool = False
+    _watched: list[Tensor] = field(default_factory=list)
+    _num_parameters: int = -1
+    _states: list[State] = field(default_factory=list)
+    _samples: dict[int, Tensor] = field(default_factory=dict)
+    _values: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)
+
+    def watched(self) -> list[Tensor]:
+        """Some of the optimizer's parameters that need gradients."""
+        optimizer = self.optimizer()
+        if optimizer is None:
+            return []
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        if count != self._num_parameters:
+            everything = [one for group in optimizer.param_groups for one in group["params"]]
+            needed = [one for one in everything if isinstance(one, Tensor)]
+            stride = max(1, -(-len(needed) // _MOST_WATCHED))
+            self._watched, self._num_parameters = needed[::stride], count
+            self._states = [None] * len(self._watched)
+        return self._watched
+
+    def states(self) -> list[State]:
+        """Of each watched parameter's gradient."""
+        return [None if (grad := one.grad) is None else (id(grad), grad._version) for one in self.watched()]
+
+    def change(self) -> Change:
+        """What happened since `remember`, by comparing; without reading a device where nothing did."""
+        if self.optimizer() is None:
+            return UNCHANGED
+        now = self.states()
+        pairs = [(index, old, new) for index, (old, new) in enumerate(zip(self._states, now, strict=True)) if old]
+        if not pairs or all(old == new for _, old, new in pairs):
+            return UNCHANGED
+        changed = [(index, new) for index, old, new in pairs if old != new]
+        if all(new is None for _, new in changed):
+            return Change("cleared") if len(changed) == len(pairs) else Change("rewritten")
+        kept = [grad for index, new in changed if new is not None and (grad := self._watched[index].grad) is not None]
+        if len(changed) == len(pairs) and not any(bool(grad.any()) for grad in map(_dense, kept)):
+            return Change("cleared")
+        return self._scaling()
+
+    def _scaling(self) -> Change:
+        old_parts, new_parts = [], []
+        for index, old in self._samples.items():
+            grad = self._watched[index].grad
+            if grad is None:
+                return Change("rewritten")
+            new_parts.append(_sample(grad).double())
+            old_parts.append(old.double())
+        if not old_parts:
+            return Change("rewritten")
+        old, new = torch.cat(old_parts), torch.cat(new_parts)
+        square = float(old.dot(old))
+        if square == 0 or not torch.isfinite(new).all():
+            return Change("rewritten")
+        ratio = float(old.dot(new)) / square
+        off = float((new - ratio * old).norm()) / max(float(new.norm()), 1e-300)
+        if off > 1e-2:
+            return Change("rewritten")
+        return UNCHANGED if abs(ratio - 1) < 1e-4 else Change("rescaled", ratio)
+
+    def remember(self) -> None:
+        """Take the gradients as they are now for known."""
+        self._states = self.states()
+        self._samples = {}
+        for index, parameter in enumerate(self._watched):
+            if len(self._samples) == _MOST_SAMPLED:
+                break
+            if parameter.grad is not None and parameter.grad.layout == torch.strided:
+                self._samples[index] = _sample(parameter.grad).clone()
+
+    def remember_parameters(self) -> None:
+        """Take the parameters as they are now for known."""
+        some = [one for one in self.watched() if one.requires_grad and one.layout == torch.strided]
+        self._values = [(one, one._version, _sample(one, 16).clone()) for one in some[:2] + some[-1:]]
+
+    def parameters_moved(self) -> bool:
+        """Whether the parameters changed since then: by hand, if no step was made."""
+        return any(one._version != version for one, version, _ in self._values) or any(
+            not torch.equal(_sample(one, 16), values) for one, _, values in self._values
+        )
+
+    def empty(self) -> None:
+        """Nothing stands in `.grad` any more."""
+        self.entries, self.stepped, self.ratio, self.is_rewritten = [], 0, 1.0, False
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+
+
+def _sample(tensor: Tensor, most: int = _ELEMENTS) -> Tensor:
+    return tensor.detach().reshape(-1)[:most] if tensor.is_contiguous() else tensor.detach().flatten()[:most]

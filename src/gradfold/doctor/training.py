@@ -1,0 +1,186 @@
+"""A training: what one optimizer did, cut into windows: the backward passes whose gradients one step used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+from gradfold.doctor.events import Backward, Clear, Event, Step, Tape
+from gradfold.doctor.place import Place
+
+__all__: list[str] = []
+
+E = TypeVar("E", bound=Event)
+Line = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The backward passes that one step used.
+
+    Attributes:
+        step: the step.
+        backwards: those that no step had used before, oldest first.
+        num_stale: how many more there were, used by an earlier step already.
+        after: number of the event before which the window had not begun: the last step of the same optimizer.
+    """
+
+    step: Step
+    backwards: tuple[Backward, ...]
+    num_stale: int
+    after: int
+
+    @cached_property
+    def micro_batches(self) -> tuple[Backward, ...]:
+        """The backward passes from the line that most of them come from, one per micro-batch."""
+        return main_line(self.backwards)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    @property
+    def is_by_gradfold(self) -> bool:
+        """Whether gradfold ran it."""
+        return any(one.is_gradfold for one in self.backwards)
+
+    @cached_property
+    def is_distinct(self) -> bool | None:
+        """Whether its micro-batches are parts of the data, and not several losses of one; None where not known."""
+        some = self.micro_batches
+        if len(some) < 2 or self.is_by_gradfold or any(one.keeps_graph for one in some):
+            return False
+        return len({one.touched for one in some}) == 1 and are_distinct(some)
+
+    @property
+    def crosses_passes(self) -> bool:
+        """Whether its micro-batches come from two passes over the data."""
+        return len({pass_of(one) for one in self.micro_batches}) > 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one optimizer did.
+
+    Attributes:
+        ledger: number of the optimizer.
+        optimizer: name of its class.
+        windows: in order.
+        clears: gradients zeroed that no step had used.
+        pending: backward passes that no step had used when the script ended.
+        tape: all events.
+    """
+
+    ledger: int
+    optimizer: str
+    windows: tuple[Window, ...]
+    clears: tuple[Clear, ...]
+    pending: tuple[Backward, ...]
+    tape: Tape = field(repr=False)
+
+    @cached_property
+    def accumulating(self) -> tuple[Window, ...]:
+        """The windows that add up several micro-batches; those that were not looked at are as most others."""
+        known = [one.is_distinct for one in self.windows if one.is_distinct is not None and len(one) > 1]
+        usually = 2 * sum(known) > len(known)
+        return tuple(one for one in self.windows if one.is_distinct or (one.is_distinct is None and usually))
+
+    @cached_property
+    def usual(self) -> int:
+        """How many micro-batches a window has: the most common number, the larger of two that are as common."""
+        within = [len(one) for one in self.windows if not one.crosses_passes and not one.num_stale and len(one)]
+        sizes = within or [len(one) for one in self.windows if len(one)]
+        counted = Counter(sizes)
+        return max(counted, key=lambda size: (counted[size], size)) if counted else 0
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether windows usually have several micro-batches."""
+        return self.usual > 1 and 2 * len(self.accumulating) >= len(self.windows)
+
+    @cached_property
+    def full(self) -> tuple[Window, ...]:
+        """The accumulating windows of the usual length."""
+        return tuple(one for one in self.accumulating if len(one) == self.usual)
+
+    @cached_property
+    def lines(self) -> frozenset[Line]:
+        """The lines whose backward passes reach a step."""
+        return frozenset(line_of(one.place) for window in self.windows for one in window.backwards)
+
+    def inside(self, window: Window, kind: type[E]) -> list[E]:
+        """Events of a kind between a window's first and last backward pass."""
+        some = window.micro_batches or window.backwards
+        return [one for one in self.tape.events[some[0].at : some[-1].at] if isinstance(one, kind)] if some else []
+
+    def around(self, window: Window, kind: type[E]) -> list[E]:
+        """Events of a kind between the step before a window and its own."""
+        return [one for one in self.tape.events[window.after : window.step.at] if isinstance(one, kind)]
+
+    def backward(self, index: int) -> Backward:
+        """A backward pass by its number."""
+        return self.tape.backwards[index]
+
+
+def trainings(tape: Tape, pending: dict[int, tuple[int, ...]], names: Sequence[str]) -> list[Training]:
+    """One per optimizer, in order of making.
+
+    Args:
+        tape: all events.
+        pending: by optimizer's number, the backward passes that no step had used at the end.
+        names: of the optimizers' classes.
+    """
+    found = []
+    for number, name in enumerate(names):
+        steps = [one for one in tape.events if isinstance(one, Step) and one.ledger == number]
+        windows, after = [], 0
+        for step in steps:
+            fresh = tuple(tape.backwards[index] for index in step.entries[step.num_stale :])
+            windows.append(Window(step, fresh, step.num_stale, after))
+            after = step.at
+        clears = tuple(one for one in tape.events if isinstance(one, Clear) and one.ledger == number)
+        left = tuple(tape.backwards[index] for index in pending.get(number, ()))
+        found.append(Training(number, name, tuple(windows), clears, left, tape))
+    return found
+
+
+def line_of(place: Place) -> Line:
+    """File and line."""
+    return place.file, place.line
+
+
+def main_line(backwards: Iterable[Backward]) -> tuple[Backward, ...]:
+    """Those from the line that most of them come from; of two the later."""
+    by_line: dict[Line, list[Backward]] = {}
+    for one in backwards:
+        by_line.setdefault(line_of(one.place), []).append(one)
+    return tuple(max(by_line.values(), key=lambda some: (len(some), some[-1].index))) if by_line else ()
+
+
+def pass_of(one: Backward) -> tuple[object, ...]:
+    """Which pass over the data a micro-batch belongs to, as far as loaders or the loops around it tell."""
+    if one.loader is not None:
+        return one.loader, one.pass_number
+    return one.turns[:-1]
+
+
+def are_distinct(some: Sequence[Backward]) -> bool | None:
+    """Whether backward passes saw data of their own: each its batch of a loader, or inputs that differ.
+
+    None where their graphs were not looked at.
+    """
+    if len({one.fetches for one in some}) == len(some) and some[-1].fetches:
+        return len({one.loader for one in some}) == 1
+    signatures = [_signature(one) for one in some]
+    if any(signature is None for signature in signatures):
+        return None
+    return len(set(signatures)) == len(signatures)
+
+
+def _signature(one: Backward) -> tuple[object, ...] | None:
+    if one.census is not None and one.census.inputs:
+        return tuple(tuple(numbers.tolist()) for numbers in one.census.inputs)
+    targets = [term.target for term in one.terms if term.target is not None]
+    return None if not targets else tuple((target.data_ptr(), target.numel()) for target in targets)
