@@ -33,7 +33,6 @@ class Census:
             which products are summed over the rows.
         leaves: the tensors that a backward pass gives a gradient to.
         inputs: the first numbers of what needs no gradient, such as the model's inputs and targets.
-        places: where those lie in memory: (storage, offset, length in elements).
         is_whole: whether the graph was walked to its end.
     """
 
@@ -43,7 +42,6 @@ class Census:
     similarities: list[int] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
-    places: list[tuple[int, int, int]] = field(default_factory=list)
     is_whole: bool = True
 
 
@@ -156,5 +154,3 @@ def _read(node: Any, census: Census, storages: dict[int, int]) -> None:
         storages[storage.data_ptr()] = storage.nbytes()
         if name[7:] in (*_INPUTS, "target") and not saved.requires_grad and saved.dim() and saved.numel() > 1:
             census.inputs.append(saved.detach().reshape(-1)[:8].clone())
-            offset = saved.storage_offset()
-            census.places.append((storage.data_ptr(), offset, saved.numel()))

@@ -77,7 +77,6 @@ class Backward(Event):
         dtypes: of the gradients it left.
         syncs: of each DistributedDataParallel: whether its forward pass prepared a reduction, whether the backward
             pass was outside `no_sync`, and the bytes of its gradients.
-        strays: parameters that got a gradient and are in no optimizer.
     """
 
     index: int
@@ -207,14 +206,12 @@ class Read(Event):
         seconds: how long it took.
         num_backwards: backward passes so far.
         device: of the tensor.
-        is_result: whether it depends on what the model computed.
     """
 
     call: str
     seconds: float
     num_backwards: int
     device: str
-    is_result: bool
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradfold.doctor.case import Case, Stray
+from gradfold.doctor.events import Step
 from gradfold.doctor.finding import Finding
 from gradfold.doctor.ignores import is_ignored
 from gradfold.doctor.memory import read_memory
@@ -60,8 +61,8 @@ class Report:
 
 def examine(script: Path, watch: Watch, ending: Ending, seconds: float) -> Report:
     """Judge a watched run."""
-    watch.is_quiet += 1
-    case = _case(script, watch, ending, seconds)
+    with watch.quietly():
+        case = _case(script, watch, ending, seconds)
     found: dict[tuple[str, int, str], Finding] = {}
     for rule in RULES:
         for seen in rule.check(case):
@@ -86,10 +87,10 @@ def _case(script: Path, watch: Watch, ending: Ending, seconds: float) -> Case:
     if ended:
         watch.settle()
     names = [type(optimizer).__name__ if (optimizer := one.optimizer()) else "" for one in watch.ledgers]
-    steps = {one.ledger: one.optimizer for one in watch.tape.events if hasattr(one, "optimizer")}
+    steps = {one.ledger: one.optimizer for one in watch.tape.events if isinstance(one, Step)}
     names = [name or steps.get(number, "Optimizer") for number, name in enumerate(names)]
     has_batch_norms = any(one.census is not None and one.census.batch_norms for one in watch.tape.backwards)
-    models = _models() if has_batch_norms or watch.strays else []
+    models = _models() if has_batch_norms or watch.strays.parameters else []
     return Case(
         script,
         watch.tape,
@@ -121,16 +122,10 @@ def _batch_norms(models: list[nn.Module]) -> dict[int, str]:
 
 
 def _stray(watch: Watch, models: list[nn.Module]) -> Stray | None:
-    known = {id(p) for ledger in watch.ledgers for p in _all_parameters(ledger)}
-    lost = {key: one for key, one in watch.strays.items() if key not in known and not watch.moved(one)}
+    lost = watch.strays.unmoved(watch.known())
     if not lost:
         return None
     names = [name for model in models for name, parameter in model.named_parameters() if id(parameter) in lost]
-    first = min(watch.stray_grads[key][0] for key in lost)
-    number = max(len(watch.stray_grads[key]) for key in lost)
+    passes = [watch.strays.backwards[key] for key in lost]
+    first, number = min(some[0] for some in passes), max(len(some) for some in passes)
     return Stray(tuple(dict.fromkeys(names)), sum(one.numel() for one in lost.values()), number, first)
-
-
-def _all_parameters(ledger: Any) -> list[Tensor]:
-    optimizer = ledger.optimizer()
-    return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]

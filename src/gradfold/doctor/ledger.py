@@ -134,6 +134,25 @@ class Ledger:
             not torch.equal(_sample(one, 16), values) for one, _, values in self._values
         )
 
+    def what_a_step_finds(self) -> str:
+        """In `.grad`: "new" gradients, "none" (no parameter has one), "zero" (all are) or "stale" (a step's before)."""
+        grads = [one.grad for one in self.watched() if one.grad is not None]
+        if not grads:
+            return "none"
+        if len(self.entries) > self.stepped or self.is_rewritten:
+            return "new"
+        if all(grad.layout == torch.strided and not bool(grad.any()) for grad in grads):
+            return "zero"
+        return "stale" if self.entries else "new"
+
+    def dtypes(self) -> set[str]:
+        """Of the gradients."""
+        return {str(one.grad.dtype).removeprefix("torch.") for one in self.watched() if one.grad is not None}
+
+    def shares_with(self, other: Ledger) -> bool:
+        """Whether both have a parameter in common."""
+        return other is self or not {id(one) for one in self.watched()}.isdisjoint(map(id, other.watched()))
+
     def empty(self) -> None:
         """Nothing stands in `.grad` any more."""
         self.entries, self.stepped, self.ratio, self.is_rewritten = [], 0, 1.0, False

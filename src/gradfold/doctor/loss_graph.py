@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 __all__: list[str] = []
 
-MARK = "gradfold.doctor"  # in a node's metadata: what the doctor knows about it from outside the graph
+_MARK = "gradfold.doctor"  # in a node's metadata: what the doctor knows about it from outside the graph
 _MOST_NODES = 64
-_ALIKE = ("ToCopyBackward0", "CopyBackwards", "ViewBackward0", "ReshapeAliasBackward0", "CloneBackward0")
-_ALIKE += ("AliasBackward0", "UnsafeViewBackward0", "SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0")
-_ALIKE += ("ExpandBackward0", "PermuteBackward0", "TBackward0", "TransposeBackward0", "AsStridedBackward0")
+_SHAPES = (
+    "View",
+    "ReshapeAlias",
+    "UnsafeView",
+    "Squeeze",
+    "Unsqueeze",
+    "Expand",
+    "Permute",
+    "T",
+    "Transpose",
+    "AsStrided",
+)
+_COPIES = ("ToCopy", "Clone", "Alias")
+_ALIKE = frozenset(f"{name}Backward0" for name in (*_SHAPES, *_COPIES)) | {"CopyBackwards", "SqueezeBackward1"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,17 @@ class Term:
         return product
 
 
+def mark(loss: Any, what: Any) -> None:
+    """Say something about a loss, in its node."""
+    if isinstance(loss, Tensor) and loss.grad_fn is not None:
+        cast(dict[str, Any], loss.grad_fn.metadata)[_MARK] = what
+
+
+def mark_of(loss: Tensor) -> Any:
+    """What was said about a loss; None for nothing."""
+    return None if loss.grad_fn is None else cast(dict[str, Any], loss.grad_fn.metadata).get(_MARK)
+
+
 def terms_of(loss: Tensor, seed: Tensor | None) -> tuple[Term, ...]:
     """The means and sums that a loss consists of.
 
@@ -106,16 +128,14 @@ def terms_below(node: Any) -> int:
     return max(count, 1)
 
 
-def _follow(
-    node: Any, divisors: tuple[Divisor, ...], found: list[Term]
-) -> list[tuple[Any, tuple[Divisor, ...]]]:
+def _follow(node: Any, divisors: tuple[Divisor, ...], found: list[Term]) -> list[tuple[Any, tuple[Divisor, ...]]]:
     """What is further down; a term is added to `found`."""
-    mark = node.metadata.get(MARK)
+    said = node.metadata.get(_MARK)
     children = [child for child, _ in node.next_functions]
-    if mark == "scaled":  # by a GradScaler, which takes it back
+    if said == "scaled":  # by a GradScaler, which takes it back
         return [(child, divisors) for child in children if child is not None][:1]
-    if isinstance(mark, Term):
-        found.append(Term(mark.kind, mark.reduction, mark.count, mark.size, mark.rows, divisors, mark.target))
+    if isinstance(said, Term):
+        found.append(replace(said, divisors=divisors))
         return []
     name = node.name().partition("Backward")[0]
     if node.name() in _ALIKE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
@@ -60,10 +61,8 @@ def _peak() -> int:
 
 def _available() -> int:
     known = []
-    try:
+    with contextlib.suppress(ValueError, OSError):
         known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError):
-        pass
     for path in _LIMITS:
         try:
             known.append(int(Path(path).read_text()))

@@ -93,10 +93,10 @@ class Map:
             return _TORCH
         for root in self._libraries:
             if path.startswith(root) and not self._home.startswith(root):
-                return path[len(root) :].split(os.sep)[0].removesuffix(".py")
+                return Path(path[len(root) :]).parts[0].removesuffix(".py")
         for folder in (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"):
             if folder in path and folder not in self._home:
-                return path.rpartition(folder)[2].split(os.sep)[0].removesuffix(".py")
+                return Path(path.rpartition(folder)[2]).parts[0].removesuffix(".py")
         return _PYTHON if path.startswith(self._python) else _USER
 
     def caller(self, depth: int = 1) -> Place | None:

@@ -70,7 +70,9 @@ def _verdict(report: Report) -> str:
     count = len(report.findings)
     if not count:
         return f"{shown_path(report.script)}: no findings{ignored}."
-    return f"{shown_path(report.script)}: {count} finding{'s' * (count > 1)}{ignored}. `gradfold doctor --rules` explains."
+    return (
+        f"{shown_path(report.script)}: {count} finding{'s' * (count > 1)}{ignored}. `gradfold doctor --rules` explains."
+    )
 
 
 def _summary(summary: dict[str, Any]) -> str:
@@ -104,7 +106,11 @@ def _optimizer(one: dict[str, Any]) -> str:
 
 
 def _wrapped(paragraph: str, indent: str = _INDENT) -> str:
-    width = min(_WIDTH, int(os.environ.get("COLUMNS", _WIDTH) or _WIDTH)) if os.environ.get("COLUMNS", "").isdigit() else _WIDTH
+    width = (
+        min(_WIDTH, int(os.environ.get("COLUMNS", _WIDTH) or _WIDTH))
+        if os.environ.get("COLUMNS", "").isdigit()
+        else _WIDTH
+    )
     return textwrap.fill(
         paragraph,
         max(width, 40),

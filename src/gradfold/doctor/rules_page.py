@@ -9,12 +9,12 @@ __all__: list[str] = []
 
 _HEAD = """# What the doctor looks for
 
-`gradfold doctor train.py -- ARGS` runs a training script unchanged for a few updates, and looks for these. Every finding
-has a line of the script, says what was measured, and what to write instead. A comment `# gradfold: ignore[GF012]` at the
-end of a line silences a rule there.
+`gradfold doctor train.py -- ARGS` runs a training script unchanged for a few updates, and looks for these. Every
+finding has a line of the script, says what was measured, and what to write instead. A comment
+`# gradfold: ignore[GF012]` at the end of a line silences a rule there.
 
-*error*: the gradient is not the one that was meant. *warning*: the model trains in another way than the code looks like.
-*note*: right, at a needless cost. *certain*: it was seen; *likely*: what was seen has hardly another meaning.
+*error*: the gradient is not the one that was meant. *warning*: the model trains in another way than the code looks
+like. *note*: right, at a needless cost. *certain*: it was seen; *likely*: what was seen has hardly another meaning.
 
 This page is made from the rules (`gradfold doctor --rules` prints it).
 """

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+from gradfold.doctor.calls import Calls
 from gradfold.doctor.patches import Patches
 from gradfold.doctor.stop import EnoughError, Stop, TimedOutError
+from gradfold.doctor.surrounding_patches import patch_surroundings
+from gradfold.doctor.training_patches import patch_training
 from gradfold.doctor.watch import Watch
 
 __all__: list[str] = []
@@ -57,11 +60,11 @@ def run(
             come back from what it does when its time is over.
 
     Returns:
-        The watch, how it ended, and how many seconds it trained (from the first batch on, without the doctor's own work).
+        The watch, how it ended, and how many seconds it trained: from the first batch on, without the doctor's work.
     """
     stop = Stop(num_updates)
     watch = Watch(script, stop)
-    patches = Patches(watch)
+    patches, calls = Patches(), Calls(watch)
     module = _main_module(script)
     before = sys.argv, sys.path[:], sys.modules.get("__main__")
     sys.argv = [str(script), *arguments]
@@ -78,7 +81,8 @@ def run(
     timer = _Timer(timeout_s, lambda: on_last_moment(watch, Ending("timed out", 0)), leave)
     try:
         os._exit = leave_after  # type: ignore[assignment]
-        patches.apply()
+        patch_training(patches, watch, calls)
+        patch_surroundings(patches, watch, calls)
         timer.start()
         ending = _execute(script, module, stop)
     finally:
@@ -88,9 +92,8 @@ def run(
         sys.argv, sys.path[:] = before[0], before[1]
         if before[2] is not None:
             sys.modules["__main__"] = before[2]
-    watch.module = module
     now = time.perf_counter()
-    return watch, ending, max(now - (watch.first_s or now) - watch.cost_s, 1e-9)
+    return watch, ending, max(now - (watch.feeding.first_s or now) - watch.cost_s, 1e-9)
 
 
 def _main_module(script: Path) -> ModuleType:
@@ -103,7 +106,7 @@ def _main_module(script: Path) -> ModuleType:
 def _execute(script: Path, module: ModuleType, stop: Stop) -> Ending:
     try:
         code = compile(script.read_bytes(), str(script), "exec")
-        exec(code, module.__dict__)  # noqa: S102
+        exec(code, module.__dict__)
     except TimedOutError:
         return Ending("timed out", 0)
     except EnoughError:

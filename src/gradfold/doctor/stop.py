@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from gradfold.doctor.watch import Watch
+from gradfold.doctor.events import Tape
 
 __all__: list[str] = []
 
@@ -54,26 +51,25 @@ class Stop:
         if self._num_passes[loader] > 1:
             self._steps_since_pass = 0
 
-    def check(self, watch: Watch) -> None:
+    def check(self, tape: Tape) -> None:
         """Raise where enough was seen; called when a backward pass begins, so that what follows a step was seen."""
-        if self.was_reached or self._is_enough(watch):
+        if self.was_reached or self._is_enough(tape):
             self.was_reached = True
             self._num_raised += 1
             self.gives_up = self._num_raised > _MOST_SWALLOWED
-            watch.is_quiet -= 1
             raise EnoughError
 
-    def _is_enough(self, watch: Watch) -> bool:
+    def _is_enough(self, tape: Tape) -> bool:
         counts = self._steps.values()
         if not counts or (min(counts) < self.num_updates and max(counts) < _FURTHER * self.num_updates):
             return False
-        num_backwards = len(watch.tape.backwards)
+        num_backwards = len(tape.backwards)
         self._backwards_then = self._backwards_then or num_backwards
         if num_backwards >= 2 * _FURTHER * self._backwards_then:
             return True
-        loader = watch.tape.backwards[-1].loader
+        loader = tape.backwards[-1].loader
         if loader is None:
-            return self._has_seen_turn(watch) or num_backwards >= _FURTHER * self._backwards_then
+            return self._has_seen_turn(tape) or num_backwards >= _FURTHER * self._backwards_then
         if self._num_passes.get(loader, 0) > 1:
             return self._steps_since_pass >= 2  # the second pass's first window, and one that is as all others
         length = self._lengths.get(loader)
@@ -81,8 +77,8 @@ class Stop:
             length is not None and length > _FURTHER * self._backwards_then
         )
 
-    def _has_seen_turn(self, watch: Watch) -> bool:
+    def _has_seen_turn(self, tape: Tape) -> bool:
         """Whether an outer loop of the user's went on to its next pass, two updates ago or more."""
-        turns = [one.turns[:-1] for one in watch.tape.backwards]
+        turns = [one.turns[:-1] for one in tape.backwards]
         changed = [index for index in range(1, len(turns)) if turns[index] != turns[index - 1]]
         return bool(changed) and len(turns) - changed[0] >= self._backwards_then // self.num_updates * 2

@@ -156,7 +156,8 @@ def main_line(backwards: Iterable[Backward]) -> tuple[Backward, ...]:
     by_line: dict[Line, list[Backward]] = {}
     for one in backwards:
         by_line.setdefault(line_of(one.place), []).append(one)
-    return tuple(max(by_line.values(), key=lambda some: (len(some), some[-1].index))) if by_line else ()
+    longest: list[Backward] = max(by_line.values(), key=lambda some: (len(some), some[-1].index), default=[])
+    return tuple(longest)
 
 
 def pass_of(one: Backward) -> tuple[object, ...]:

@@ -21,7 +21,9 @@ def zeroing_line(here: Place, backward: Place) -> Place:
 
 @lru_cache(maxsize=64)
 def _lines(file: str) -> tuple[int, ...]:
-    return tuple(sorted({node.lineno for node in ast.walk(syntax(file)) if isinstance(node, ast.stmt) and _zeroes(node)}))
+    return tuple(
+        sorted({node.lineno for node in ast.walk(syntax(file)) if isinstance(node, ast.stmt) and _zeroes(node)})
+    )
 
 
 def _zeroes(node: ast.stmt) -> bool:

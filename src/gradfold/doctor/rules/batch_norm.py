@@ -24,11 +24,12 @@ def _check(case: Case) -> Iterator[Observation]:
         names = f" ({', '.join(named[:3])}{', ...' * (len(named) > 3)})" if named else ""
         n, rows = training.usual, micro.rows
         sizes = f" over {rows} rows, not over the {n * rows} of an update" if rows else f", {n} times per update"
+        many = f"{len(layers)} BatchNorm layers" if len(layers) > 1 else "one BatchNorm layer"
         yield Observation(
             micro.place,
-            f"{len(layers)} BatchNorm layer{'s' * (len(layers) > 1)}{names} in training mode normalise{'s' * (len(layers) == 1)} each micro-batch by itself{sizes}. The "
-            f"gradient is not the whole batch's, and the running statistics move {n} times per update.",
-            'GroupNorm or LayerNorm, frozen statistics (`.eval()`), or the whole batch\'s statistics: '
+            f"in training mode, {many}{names} normalise{'s' * (len(layers) == 1)} each micro-batch by itself{sizes}. "
+            f"The gradient is not the whole batch's, and the running statistics move {n} times per update.",
+            "GroupNorm or LayerNorm, frozen statistics (`.eval()`), or the whole batch's statistics: "
             'gradfold.Accumulator(model, loss_fn, batch_norm="exact").',
         )
 
@@ -54,8 +55,8 @@ RULE = Rule(
     "of a few rows training suffers. Running statistics advance n times per update.",
     detection="The autograd graph of a micro-batch has a batch normalisation with the batch's own statistics, in most "
     "windows.",
-    limits="Layers inside of a compiled or reentrantly checkpointed region are not in the graph. Layers in eval mode, with "
-    "frozen statistics, are left alone, and so is what gradfold runs.",
+    limits="Layers inside of a compiled or reentrantly checkpointed region are not in the graph. Layers in eval mode, "
+    "with frozen statistics, are left alone, and so is what gradfold runs.",
     wrong="""model = torchvision.models.resnet50()  # 53 BatchNorm layers
 for i, (x, y) in enumerate(loader):
     (criterion(model(x), y) / 16).backward()

@@ -39,8 +39,8 @@ def _inside(training: Training) -> Observation | None:
     return Observation(
         clips[0].place,
         f"gradients are clipped in every micro-batch, while the window's sum is still growing.{norms} The first "
-        "micro-batches are clipped again and again with those that follow; the update is not the clipped gradient of the "
-        "whole batch.",
+        "micro-batches are clipped again and again with those that follow; the update is not the clipped gradient of "
+        "the whole batch.",
         "Clip once, after the window's last backward and right before `optimizer.step()`.",
     )
 
@@ -54,8 +54,8 @@ def _scaled(case: Case, training: Training) -> Observation | None:
             norm = "" if clip.norm is None else f" (the norm it saw was {float(clip.norm):.3g})"
             return Observation(
                 clip.place,
-                f"gradients are clipped to {clip.limit:g} while they still carry the loss scale{norm}: what is left after "
-                "unscaling is a tiny fraction of the limit, and training all but stands still.",
+                f"gradients are clipped to {clip.limit:g} while they still carry the loss scale{norm}: what is left "
+                "after unscaling is a tiny fraction of the limit, and training all but stands still.",
                 "Call `scaler.unscale_(optimizer)` before clipping.",
             )
     return None
@@ -67,10 +67,11 @@ RULE = Rule(
     severity=ERROR,
     what="`clip_grad_norm_` or `clip_grad_value_` runs after every backward pass of a window, or between "
     "`scaler.scale(loss).backward()` and `scaler.step(optimizer)` without `scaler.unscale_`.",
-    why="Clipping is not linear: clipping unfinished sums gives neither the clipped gradient of the whole batch nor the "
-    "mean of clipped ones. Scaled gradients are 65,536 times as large at first, so that clipping takes nearly all away.",
-    detection="In most windows a call to clip comes before the last backward pass; or one comes while the gradients are "
-    "those of a scaled loss, and `scaler.step` follows.",
+    why="Clipping is not linear: clipping unfinished sums gives neither the clipped gradient of the whole batch nor "
+    "the mean of clipped ones. Scaled gradients are 65,536 times as large at first, so that clipping takes nearly all "
+    "away.",
+    detection="In most windows a call to clip comes before the last backward pass; or one comes while the gradients "
+    "are those of a scaled loss, and `scaler.step` follows.",
     limits="A limit of 1e9 and more only measures the norm, and is left alone. Clipping written by hand is not seen.",
     wrong="""(criterion(model(x), y) / 4).backward()
 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -43,8 +43,8 @@ RULE = Rule(
     code="GF003",
     name="loss divided twice",
     severity=ERROR,
-    what="The loss is divided by n in two places: in a function and in the loop, in the loss and in the gradients, or by "
-    "hand under a framework that divides, such as `accelerator.backward`.",
+    what="The loss is divided by n in two places: in a function and in the loop, in the loss and in the gradients, or "
+    "by hand under a framework that divides, such as `accelerator.backward`.",
     why="The gradient is n times too small, and training n times slower under SGD. The loss looks right.",
     detection="The autograd graph of the loss has two divisions by the length of the window, or one, and the gradients "
     "were divided by it once more between the last backward pass and the step.",

@@ -31,7 +31,8 @@ def _check(case: Case) -> Iterator[Observation]:
             f"{kept / 1e6:.3g} MB for its backward pass, so that {n} at once need about {whole / 1e9:.3g} GB of "
             f"{memory.available_bytes / 1e9:.3g} GB. Accumulation saves nothing that is scarce, and runs the smaller, "
             "less efficient micro-batches.",
-            f"Try a batch {n} times as large without accumulation, with the same learning rate: the update is the same.",
+            f"Try a batch {n} times as large without accumulation, with the same learning rate: the update is the "
+            "same.",
             LIKELY,
         )
 
@@ -41,11 +42,11 @@ RULE = Rule(
     name="accumulation that does not pay",
     severity=NOTE,
     what="A batch is cut into micro-batches, although the whole would take less than half of the memory there is.",
-    why="Accumulation trades time for memory: small micro-batches use a device less well and cost launches. Where memory "
-    "is not scarce it is only slower.",
+    why="Accumulation trades time for memory: small micro-batches use a device less well and cost launches. Where "
+    "memory is not scarce it is only slower.",
     detection="The peak of memory is measured, and what the graph of one micro-batch keeps for its backward pass is "
-    "counted, parameters apart. Peak plus (n - 1) times that is compared with half of what the device, the container or "
-    "the process's limits allow.",
+    "counted, parameters apart. Peak plus (n - 1) times that is compared with half of what the device, the container "
+    "or the process's limits allow.",
     limits="Whole batches that keep less than 64 MiB are demonstrations, and are not judged; neither are models under "
     "DistributedDataParallel, where accumulation saves communication, nor graphs with packed tensors (checkpointing). "
     "Larger micro-batches may need more workspace than the sum.",

@@ -19,8 +19,7 @@ def _check(case: Case) -> Iterator[Observation]:
     for training in case.accumulating:
         by_line: dict[Line, list[Read]] = {}
         for read in case.events(Read):
-            if read.is_result:
-                by_line.setdefault(line_of(read.place), []).append(read)
+            by_line.setdefault(line_of(read.place), []).append(read)
         for reads in by_line.values():
             if _share(training, reads) >= _PER_MICRO_BATCH:
                 yield _observation(case, training, reads)
@@ -42,11 +41,12 @@ def _observation(case: Case, training: Training, reads: list[Read]) -> Observati
     micro = sum(len(window) for window in training.accumulating)
     if reads[0].device == "cpu":
         cost = (
-            f"On this CPU that took {seconds * 1e3:.3g} ms of {case.seconds:.3g} s; on a GPU each waits until everything "
-            "before it is done, and the GPU then idles until the next micro-batch is launched."
+            f"On this CPU that took {seconds * 1e3:.3g} ms of {case.seconds:.3g} s; on a GPU each waits until "
+            "everything before it is done, and the GPU then idles until the next micro-batch is launched."
         )
     else:
-        cost = f"It waited {seconds:.3g} s of {case.seconds:.3g} s ({seconds / case.seconds:.0%}) for the {reads[0].device}."
+        share = f"{seconds:.3g} s of {case.seconds:.3g} s ({seconds / case.seconds:.0%})"
+        cost = f"It waited {share} for the {reads[0].device}."
     return Observation(
         reads[0].place,
         f"`{shown}` makes the host read what the device computed, in every one of {micro} micro-batches. {cost}",
@@ -61,9 +61,9 @@ RULE = Rule(
     severity=NOTE,
     what="`.item()`, `.tolist()`, `.cpu()`, `.numpy()`, `float(loss)` or `if tensor:` on what the model computed, in "
     "every micro-batch of a window.",
-    why="A GPU works ahead of Python. To read a number the host must wait until all before it is done; then the GPU waits "
-    "for Python. With the small kernels of micro-batches that is a good part of the time. The loss is needed once per "
-    "update.",
+    why="A GPU works ahead of Python. To read a number the host must wait until all before it is done; then the GPU "
+    "waits for Python. With the small kernels of micro-batches that is a good part of the time. The loss is needed "
+    "once per update.",
     detection="A line of the script (no library's) reads a tensor on a device, or on the CPU one that depends on the "
     "model's output, in at least 80 % of the micro-batches of windows; the time it took is measured.",
     limits="On a CPU nothing waits, and what a line reads is told from the names on it; so it is only *likely* there. "

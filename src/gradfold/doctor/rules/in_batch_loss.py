@@ -22,10 +22,10 @@ def _check(case: Case) -> Iterator[Observation]:
         yield Observation(
             coupled[0].place,
             f"the loss compares the samples of a batch with each other (a matrix over all pairs): each of {rows} meets "
-            f"{rows - 1} others, where in a batch of {n * rows} it would meet {n * rows - 1}. Accumulation does not make "
-            "up for that: the mean over micro-batches is another loss than that of the whole batch.",
-            "Compute the embeddings of the whole batch without a graph, the loss on all of them, and run the micro-batches "
-            "again with the gradients of their embeddings (GradCache); or use a larger micro-batch.",
+            f"{rows - 1} others, where in a batch of {n * rows} it would meet {n * rows - 1}. Accumulation does not "
+            "make up for that: the mean over micro-batches is another loss than that of the whole batch.",
+            "Compute the embeddings of the whole batch without a graph, the loss on all of them, and run the "
+            "micro-batches again with the gradients of their embeddings (GradCache); or use a larger micro-batch.",
             LIKELY,
         )
 
@@ -40,14 +40,14 @@ RULE = Rule(
     code="GF016",
     name="in-batch loss under accumulation",
     severity=WARNING,
-    what="A contrastive loss (InfoNCE, SimCLR, CLIP, triplets mined in the batch) or a statistic over the batch (Barlow "
-    "Twins) is accumulated over micro-batches.",
-    why="The other samples of the batch are the negatives. Cut into n parts, each sample meets n times fewer, and no sum "
-    "over parts makes up for the pairs between them: 512 micro-batches of one sample learn nothing.",
+    what="A contrastive loss (InfoNCE, SimCLR, CLIP, triplets mined in the batch) or a statistic over the batch "
+    "(Barlow Twins) is accumulated over micro-batches.",
+    why="The other samples of the batch are the negatives. Cut into n parts, each sample meets n times fewer, and no "
+    "sum over parts makes up for the pairs between them: 512 micro-batches of one sample learn nothing.",
     detection="The graph of the loss has a product or distance of two computed matrices (neither a parameter) over all "
     "pairs of rows of the micro-batch, or one summed over the rows, in most micro-batches.",
-    limits="Told from shapes, so *likely*. Pairs made without a matrix product (by broadcasting) are not seen, nor what "
-    "is inside of a compiled region.",
+    limits="Told from shapes, so *likely*. Pairs made without a matrix product (by broadcasting) are not seen, nor "
+    "what is inside of a compiled region.",
     wrong="""logits = image_features @ text_features.T
 loss = F.cross_entropy(logits, torch.arange(len(logits))) / 8
 loss.backward()

@@ -54,9 +54,9 @@ def _tails(case: Case, training: Training) -> Iterator[tuple[Place, Sequence[Bac
     if not some or not case.ended or leaking(training) or any(one.is_gradfold for one in some):
         return
     is_new = not training.windows and len(training.pending) > 1
-    if (training.usual > 1 and line_of(some[0].place) in training.lines and len(some) < training.usual) or is_new:
-        if _is_exhausted(case, some[-1]):
-            yield some[-1].place, some
+    is_tail = training.usual > 1 and line_of(some[0].place) in training.lines and len(some) < training.usual
+    if (is_tail or is_new) and _is_exhausted(case, some[-1]):
+        yield some[-1].place, some
 
 
 def _same_line(one: Backward, other: Backward) -> bool:
@@ -76,12 +76,12 @@ RULE = Rule(
     code="GF004",
     name="last window dropped",
     severity=ERROR,
-    what="An epoch's number of micro-batches is no multiple of n, and what is left over reaches no update: it is zeroed "
-    "when the next epoch begins, or the script ends.",
+    what="An epoch's number of micro-batches is no multiple of n, and what is left over reaches no update: it is "
+    "zeroed when the next epoch begins, or the script ends.",
     why="The same computation is thrown away every epoch. Without shuffling it is the same samples, which are never "
     "learned from. An epoch shorter than a window never updates at all.",
-    detection="Gradients of fewer micro-batches than a window has are zeroed unused between two passes over the data, or "
-    "stand in `.grad` when the loader is exhausted and the script ends.",
+    detection="Gradients of fewer micro-batches than a window has are zeroed unused between two passes over the data, "
+    "or stand in `.grad` when the loader is exhausted and the script ends.",
     limits="Loops that break off on purpose before the data ends are left alone. Epochs are known from `DataLoader`s "
     "and from the whole numbers in the variables of `for` loops.",
     wrong="""for epoch in range(3):

@@ -33,9 +33,9 @@ def _never_zeroed(training: Training) -> Observation | None:
     last = stale[-1]
     return Observation(
         last.step.place,
-        f"gradients are not zeroed between updates: this step's update {len(training.windows)} still contained those of "
-        f"{last.num_stale} backward passes that earlier steps had used, beside {len(last.backwards)} new. Updates point "
-        "at the sum of all gradients so far.",
+        f"gradients are not zeroed between updates: this step's update {len(training.windows)} still contained those "
+        f"of {last.num_stale} backward passes that earlier steps had used, beside {len(last.backwards)} new. Updates "
+        "point at the sum of all gradients so far.",
         "Call `optimizer.zero_grad()` right after `optimizer.step()`.",
     )
 
@@ -49,10 +49,11 @@ def _between_passes(training: Training) -> Observation | None:
     factor = len(window) / training.usual
     return Observation(
         window.step.place,
-        f"gradients of {old} micro-batch{'es' * (old > 1)} that the epoch before left over are in the first update of the "
-        f"next: it adds up {len(window)} micro-batches where the others have {training.usual}, and is {factor:.3g} times "
-        "too large, in part computed with older weights.",
-        "Step at the end of an epoch for what is left, divided by its own length, or count micro-batches across epochs.",
+        f"gradients of {old} micro-batch{'es' * (old > 1)} that the epoch before left over are in the first update of "
+        f"the next: it adds up {len(window)} micro-batches where the others have {training.usual}, and is {factor:.3g} "
+        "times too large, in part computed with older weights.",
+        "Step at the end of an epoch for what is left, divided by its own length, or count micro-batches across "
+        "epochs.",
     )
 
 
@@ -67,8 +68,8 @@ def _before_training(training: Training) -> Observation | None:
         return None
     return Observation(
         extra[-1].place,
-        f"the gradient of this backward pass, before training, is still in `.grad` when the first update is made: it has "
-        f"{len(first.backwards)} gradients where the others have {len(others[0].backwards)}.",
+        "the gradient of this backward pass, before training, is still in `.grad` when the first update is made: it "
+        f"has {len(first.backwards)} gradients where the others have {len(others[0].backwards)}.",
         "Call `model.zero_grad()` after a trial run, before training begins.",
     )
 
@@ -77,8 +78,8 @@ RULE = Rule(
     code="GF005",
     name="leftover gradients leak into the next epoch or run",
     severity=ERROR,
-    what="Gradients that no step has used, or that one has used already, stand in `.grad` when a new epoch, run or window "
-    "begins, and are added to it.",
+    what="Gradients that no step has used, or that one has used already, stand in `.grad` when a new epoch, run or "
+    "window begins, and are added to it.",
     why="That update is too large by the share of what is left over, and part of it was computed with older weights or "
     "for another purpose. Without any zeroing, every update points at the sum of all gradients so far.",
     detection="A window has more micro-batches than usual and they come from two passes over the data; or it contains "

@@ -27,8 +27,8 @@ def _check(case: Case) -> Iterator[Observation]:
             n = training.usual
             yield Observation(
                 undivided[0].micro_batches[0].place,
-                f"the loss is a mean over a micro-batch, and {n} of them are added up without division: the gradient is "
-                f"{n} times too large. {_effect(training, n)}{_clipping(case, training, n)}",
+                f"the loss is a mean over a micro-batch, and {n} of them are added up without division: the gradient "
+                f"is {n} times too large. {_effect(training, n)}{_clipping(case, training, n)}",
                 f"`(loss / {n}).backward()`, or `loss / len(window)` where the last window is shorter.",
             )
 
@@ -36,8 +36,8 @@ def _check(case: Case) -> Iterator[Observation]:
 def _effect(training: Training, n: int) -> str:
     if any(name.lower() in training.optimizer.lower() for name in _ADAPTIVE):
         return (
-            f"{training.optimizer} divides by the gradient's size, so that updates stay nearly as large; its eps and any "
-            f"decay that is coupled to the gradient count {n} times less."
+            f"{training.optimizer} divides by the gradient's size, so that updates stay nearly as large; its eps and "
+            f"any decay that is coupled to the gradient count {n} times less."
         )
     return f"For {training.optimizer} that is a learning rate {n} times as large as the one set."
 
@@ -62,7 +62,7 @@ RULE = Rule(
     "gradient norms are n times too large.",
     detection="In most full windows every loss is a mean (its autograd graph says so), stands undivided, its backward "
     "pass has no seed below 1, and gradients were not divided by hand before the step.",
-    limits="Sums (`reduction=\"sum\"`) are left alone: there is no number they must be divided by. So are losses whose "
+    limits='Sums (`reduction="sum"`) are left alone: there is no number they must be divided by. So are losses whose '
     "graph does not tell, such as compiled ones, losses with a weight other than 1 in front, and several losses of "
     "one batch.",
     wrong="""for i, (x, y) in enumerate(loader):

@@ -25,16 +25,16 @@ def _check(case: Case) -> Iterator[Observation]:
         by = f" by {window.micro_batches[-1].place.through[-1]}" if window.micro_batches[-1].place.through else ""
         yield Observation(
             window.micro_batches[-1].place,
-            f"a window of {m} micro-batch{'es' * (m > 1)} is divided by {n}{by}, the length of a full one: its gradient "
-            f"is {m / n:.3g} of what it should be ({len(short)} of {len(training.windows)} updates seen).",
-            f"Divide by the number that the window really has: `length = min({n}, len(loader) - i // {n} * {n})`, or let "
-            "gradfold.windows(loader, n, model=model) measure it.",
+            f"a window of {m} micro-batch{'es' * (m > 1)} is divided by {n}{by}, the length of a full one: its "
+            f"gradient is {m / n:.3g} of what it should be ({len(short)} of {len(training.windows)} updates seen).",
+            f"Divide by the number that the window really has: `length = min({n}, len(loader) - i // {n} * {n})`, or "
+            "let gradfold.windows(loader, n, model=model) measure it.",
         )
 
 
 def _divided_by(window: Window, n: int) -> bool:
     means = means_of(window)
-    return bool(means) and all(is_close(abs(mean.scale), 1 / n) for mean in means)
+    return means is not None and all(is_close(abs(mean.scale), 1 / n) for mean in means)
 
 
 RULE = Rule(
@@ -42,8 +42,8 @@ RULE = Rule(
     name="partial window divided by the full count",
     severity=ERROR,
     what="The last window of an epoch has m < n micro-batches and is stepped, with each loss divided by n.",
-    why="Its gradient is m / n of what it should be: with 1 of 8 left, the update is an eighth. Accelerate and Lightning "
-    "divide so, too.",
+    why="Its gradient is m / n of what it should be: with 1 of 8 left, the update is an eighth. Accelerate and "
+    "Lightning divide so, too.",
     detection="Full windows of n have losses scaled by 1 / n, and a shorter one that was stepped has the same scale.",
     limits="Losses whose graph does not tell their scale are left alone, and so are sums.",
     wrong="""(criterion(model(x), y) / 4).backward()

@@ -23,8 +23,8 @@ def _check(case: Case) -> Iterator[Observation]:
             if not any(prepared):
                 yield Observation(
                     place,
-                    f"none of the {n} micro-batches of an update runs outside `no_sync`: gradients are never reduced, and "
-                    "every rank trains a model of its own.",
+                    f"none of the {n} micro-batches of an update runs outside `no_sync`: gradients are never reduced, "
+                    "and every rank trains a model of its own.",
                     "Run forward and backward of the last micro-batch outside of `no_sync`.",
                 )
             elif all(prepared):
@@ -35,8 +35,8 @@ def _check(case: Case) -> Iterator[Observation]:
                 )
                 yield Observation(
                     place,
-                    f"{cause}gradients ({size / 1e6:.3g} MB) are reduced in each of {n} micro-batches instead of once per "
-                    f"update: {n} times the communication.",
+                    f"{cause}gradients ({size / 1e6:.3g} MB) are reduced in each of {n} micro-batches instead of once "
+                    f"per update: {n} times the communication.",
                     "`with model.no_sync():` around forward *and* backward of all but the window's last micro-batch.",
                 )
 
@@ -45,14 +45,14 @@ RULE = Rule(
     code="GF013",
     name="gradients reduced in every micro-batch",
     severity=WARNING,
-    what="Under DistributedDataParallel every micro-batch of a window runs outside `no_sync`, or only the backward pass "
-    "runs inside.",
+    what="Under DistributedDataParallel every micro-batch of a window runs outside `no_sync`, or only the backward "
+    "pass runs inside.",
     why="Gradients are reduced over the network n times per update where once is enough; between machines that doubles "
     "the time of a step and more. Around the backward pass alone `no_sync` does nothing, since the reduction is "
     "prepared in forward.",
     detection="`require_backward_grad_sync` is read in each forward and backward pass of the wrapped model.",
-    limits="Sharded models (`fully_shard`) are not judged: there, reducing in every micro-batch saves memory. A process "
-    "alone is judged as one of many would be.",
+    limits="Sharded models (`fully_shard`) are not judged: there, reducing in every micro-batch saves memory. A "
+    "process alone is judged as one of many would be.",
     wrong="""loss = criterion(ddp_model(x), y) / 4
 with ddp_model.no_sync():
     loss.backward()

@@ -33,7 +33,9 @@ def _meaning(call: Scaler) -> str:
         return "`scaler.update()` runs where no step or unscaling has looked for infinities: torch raises here."
     if call.call == "step":
         return "`scaler.step()` runs a second time without `scaler.update()` in between: torch raises here."
-    return "`scaler.unscale_()` runs a second time before `scaler.update()`: torch raises here, in the second micro-batch."
+    return (
+        "`scaler.unscale_()` runs a second time before `scaler.update()`: torch raises here, in the second micro-batch."
+    )
 
 
 def _inside(training: Training) -> Iterator[Observation]:
@@ -46,8 +48,8 @@ def _inside(training: Training) -> Iterator[Observation]:
             effect = (
                 "what follows is scaled again, and the sum mixes scaled and unscaled gradients"
                 if call.call == "unscale_"
-                else "if it changes the scale, gradients of different scales are added up, and its count of good updates "
-                "runs too fast"
+                else "if it changes the scale, gradients of different scales are added up, and its count of good "
+                "updates runs too fast"
             )
             yield Observation(
                 call.place,
@@ -64,8 +66,8 @@ def _never_updated(case: Case, training: Training) -> Iterator[Observation]:
         return
     yield Observation(
         steps[0].place,
-        f"`scaler.step()` ran {len(steps)} times and `scaler.update()` never: the loss scale stays as it began, whether "
-        "gradients overflow or vanish.",
+        f"`scaler.step()` ran {len(steps)} times and `scaler.update()` never: the loss scale stays as it began, "
+        "whether gradients overflow or vanish.",
         _ORDER,
     )
 

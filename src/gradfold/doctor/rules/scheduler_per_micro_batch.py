@@ -26,9 +26,9 @@ def _check(case: Case) -> Iterator[Observation]:
                 ahead = f" A schedule of {first.horizon} ticks ends after {first.horizon // training.usual} updates."
             yield Observation(
                 first.place,
-                f"{first.name} advances in every micro-batch: {len(ticks)} ticks in {updates} updates, {training.usual} "
-                f"times as fast as the updates it schedules. The learning rate went from {first.before:.3g} to "
-                f"{last.after:.3g}.{ahead}",
+                f"{first.name} advances in every micro-batch: {len(ticks)} ticks in {updates} updates, "
+                f"{training.usual} times as fast as the updates it schedules. The learning rate went from "
+                f"{first.before:.3g} to {last.after:.3g}.{ahead}",
                 "Call `scheduler.step()` right after `optimizer.step()`, under the same `if`.",
             )
 
@@ -54,8 +54,8 @@ RULE = Rule(
     name="scheduler ticks per micro-batch",
     severity=ERROR,
     what="`scheduler.step()` runs in every micro-batch, `optimizer.step()` in every n-th.",
-    why="The schedule runs n times too fast: warm-up is over after a n-th of its updates, and the learning rate reaches "
-    "its end when a n-th of the training is done.",
+    why="The schedule runs n times too fast: warm-up is over after a n-th of its updates, and the learning rate "
+    "reaches its end when a n-th of the training is done.",
     detection="In most windows a scheduler made as many steps between two steps of its optimizer as there were "
     "micro-batches.",
     limits="A schedule whose `T_max` or `total_steps` is a multiple of the loader's length was made for micro-batches, "

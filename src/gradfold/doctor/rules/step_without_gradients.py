@@ -40,8 +40,8 @@ def _stale(training: Training) -> Observation | None:
         return None
     return Observation(
         stale[0].place,
-        f"this step has no new gradients: {len(stale)} of {len(training.windows)} steps used those of the step before a "
-        "second time, which doubles that update (and moves momentum and Adam's moments twice).",
+        f"this step has no new gradients: {len(stale)} of {len(training.windows)} steps used those of the step before "
+        "a second time, which doubles that update (and moves momentum and Adam's moments twice).",
         "Step once per window, and zero right after it.",
     )
 
@@ -55,8 +55,8 @@ def _missed(case: Case) -> Iterator[Observation]:
     place = case.tape.backwards[stray.first].place
     yield Observation(
         place,
-        f"{what} get gradients here and are in no optimizer: {stray.num_elements:,} weights stay as they began, and their "
-        f"gradients were computed for nothing ({stray.num_backwards} backward passes).",
+        f"{what} get gradients here and are in no optimizer: {stray.num_elements:,} weights stay as they began, and "
+        f"their gradients were computed for nothing ({stray.num_backwards} backward passes).",
         "Give them to the optimizer (make it after the last change to the model), or freeze them: "
         "`parameter.requires_grad_(False)`.",
         LIKELY,
@@ -73,8 +73,8 @@ RULE = Rule(
     "initialised (a head that was replaced after the optimizer was made), at the full cost of its gradients.",
     detection="Gradients are looked at when a step begins, with the backward passes they come from. Parameters without "
     "an optimizer are found in the graphs of losses; they count if nothing changed them while the script ran.",
-    limits="Single steps without gradients, such as one after the loop, do nothing and are left alone, and so are steps "
-    "with a closure. Gradients of inputs are no parameters'.",
+    limits="Single steps without gradients, such as one after the loop, do nothing and are left alone, and so are "
+    "steps with a closure. Gradients of inputs are no parameters'.",
     wrong="""loss.backward()
 optimizer.zero_grad()
 optimizer.step()

@@ -29,10 +29,11 @@ def _check(case: Case) -> Iterator[Observation]:
             window.micro_batches[0].place,
             f"the loss of each micro-batch is a mean over its own valid targets, and they are not equally many: in one "
             f"window {', '.join(map(str, counts[:8]))}{', ...' * (len(counts) > 8)}. A target among {fewest} weighs "
-            f"{most / max(fewest, 1):.3g} times as much as one among {most}; weights are up to {worst:.0%} off those of "
-            "the whole batch.",
+            f"{most / max(fewest, 1):.3g} times as much as one among {most}; weights are up to {worst:.0%} off those "
+            "of the whole batch.",
             "Count the window's targets first, sum the losses, and divide by that count: `F.cross_entropy(..., "
-            'reduction="sum") / num_targets`; or gradfold.windows(loader, n, model=model, weight=token_count("labels")).',
+            'reduction="sum") / num_targets`; or '
+            'gradfold.windows(loader, n, model=model, weight=token_count("labels")).',
         )
 
 
@@ -54,13 +55,14 @@ RULE = Rule(
     code="GF007",
     name="mean of means over unequal token counts",
     severity=ERROR,
-    what="Each micro-batch's loss is a mean over its own valid targets (tokens that are not padding, pixels that are not "
-    "void, rows of a short last batch), and the means count equally.",
-    why="Targets in micro-batches with few of them weigh more than others: the gradient is not that of the whole batch, "
-    "and short sequences are learned at the cost of long ones. It is what was wrong in most trainers until 2024.",
-    detection="The number of valid targets is read from the loss's graph (`cross_entropy`, `nll_loss`, or a sum divided "
-    "by a count), differs within most windows, and the losses were scaled alike. The largest error of a weight is "
-    "measured; below 2 % nothing is said.",
+    what="Each micro-batch's loss is a mean over its own valid targets (tokens that are not padding, pixels that are "
+    "not void, rows of a short last batch), and the means count equally.",
+    why="Targets in micro-batches with few of them weigh more than others: the gradient is not that of the whole "
+    "batch, and short sequences are learned at the cost of long ones. It is what was wrong in most trainers until "
+    "2024.",
+    detection="The number of valid targets is read from the loss's graph (`cross_entropy`, `nll_loss`, or a sum "
+    "divided by a count), differs within most windows, and the losses were scaled alike. The largest error of a weight "
+    "is measured; below 2 % nothing is said.",
     limits="A last batch with fewer rows is left alone where it is in one of many windows. So are losses with class "
     "weights.",
     wrong="""loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)

@@ -44,8 +44,9 @@ def _check(case: Case) -> Iterator[Observation]:
         batch = f": an update is made from {rows} rows, not from {rows * (lost + kept) // max(kept, 1)}" * (rows > 0)
         yield Observation(
             place,
-            f"gradients are zeroed here before {training.optimizer}.step() has used them: of {lost + kept} micro-batches "
-            f"only {kept} reached an update{batch}. Nothing accumulates; the others were computed for nothing.",
+            f"gradients are zeroed here before {training.optimizer}.step() has used them: of {lost + kept} "
+            f"micro-batches only {kept} reached an update{batch}. Nothing accumulates; the others were computed for "
+            "nothing.",
             "Zero right after the step and nowhere else: `if (i + 1) % n == 0: optimizer.step(); "
             "optimizer.zero_grad()`.",
         )
@@ -56,15 +57,15 @@ RULE = Rule(
     name="gradients zeroed inside a window",
     severity=ERROR,
     what="`zero_grad()` (or `p.grad = None`, `p.grad.zero_()`) runs in every micro-batch, the step in every n-th.",
-    why="Only the last micro-batch of a window is left in `.grad` when the step comes. The batch is n times smaller than "
-    "it looks, the noise larger, and (n - 1) / n of the computation is thrown away. Where the loss is divided by n, the "
-    "gradient is n times too small besides.",
+    why="Only the last micro-batch of a window is left in `.grad` when the step comes. The batch is n times smaller "
+    "than it looks, the noise larger, and (n - 1) / n of the computation is thrown away. Where the loss is divided by "
+    "n, the gradient is n times too small besides.",
     detection="In most windows, gradients that no step, no closure and no change of the parameters by hand has used go "
     "to zero or None, in the same pass over the data as the step that follows, and they come from a line whose "
     "gradients reach a step at other times.",
     limits="Gradients that are copied elsewhere before they are zeroed (buffers of one's own) are not counted as lost "
-    "where `.grad` is written by hand before the step. Gradients of other losses, such as those that a generator's loss "
-    "leaves in the discriminator, may be zeroed at any time.",
+    "where `.grad` is written by hand before the step. Gradients of other losses, such as those that a generator's "
+    "loss leaves in the discriminator, may be zeroed at any time.",
     wrong="""for i, (x, y) in enumerate(loader):
     optimizer.zero_grad()
     (criterion(model(x), y) / 4).backward()
