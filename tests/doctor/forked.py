@@ -12,10 +12,12 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  # what the first optimizer of a process imports, in seconds
+from processes import CONTEXT
 
+import gradfold.doctor.run
 from gradfold.doctor.examine import Report, examine
-from gradfold.doctor.run import run
+from gradfold.doctor.run import Ending, run
+from gradfold.doctor.watch import Watch
 
 
 def expected(script: Path) -> set[str]:
@@ -32,36 +34,38 @@ def arguments(script: Path) -> list[str]:
     return shlex.split(found[1]) if found else []
 
 
-def diagnose(script: Path, *, num_updates: int = 8, timeout_s: float = 60) -> tuple[Report, str]:
+def diagnose(
+    script: Path, *, num_updates: int = 8, timeout_s: float = 100.0, grace_s: float = 5.0
+) -> tuple[Report, str]:
     """What the doctor says of a script, and what the script printed."""
     with tempfile.TemporaryDirectory() as folder:
-        answer, printed = Path(folder, "answer"), Path(folder, "printed")
-        child = os.fork()
-        if child == 0:
-            _run(script, num_updates, timeout_s, answer, printed)
-        os.waitpid(child, 0)
-        text = printed.read_text("utf-8", errors="replace")
-        assert answer.exists(), text
-        return pickle.loads(answer.read_bytes()), text
+        process = CONTEXT.Process(target=_run, args=(script, num_updates, timeout_s, grace_s, folder))
+        process.start()
+        process.join(timeout_s + grace_s + 20)
+        process.kill()
+        printed = Path(folder, "printed").read_text("utf-8", errors="replace")
+        answer = Path(folder, "answer")
+        assert answer.exists(), printed
+        return pickle.loads(answer.read_bytes()), printed
 
 
-def _run(script: Path, num_updates: int, timeout_s: float, answer: Path, printed: Path) -> None:
+def _run(script: Path, num_updates: int, timeout_s: float, grace_s: float, folder: str) -> None:
+    output = os.open(Path(folder, "printed"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    gradfold.doctor.run._GRACE_S = grace_s
+
+    def write(watch: Watch, ending: Ending, seconds: float = 1.0) -> None:
+        Path(folder, "answer").write_bytes(pickle.dumps(examine(script, watch, ending, seconds)))
+
     try:
-        output = os.open(printed, os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os.chdir(answer.parent)
-        torch.manual_seed(0)
-
-        def last(watch: object, ending: object) -> None:
-            raise AssertionError(ending)
-
-        watch, ending, seconds = run(script, arguments(script), num_updates, timeout_s, last)
-        answer.write_bytes(pickle.dumps(examine(script, watch, ending, seconds)))
+        write(*run(script, arguments(script), num_updates, timeout_s, write))
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(0)  # not this process's own handlers

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from gradfold.doctor.examine import examine
-from gradfold.doctor.run import Ending, run
+from gradfold.doctor.run import Ending, run, trained_s
 from gradfold.doctor.watch import Watch
 
 __all__: list[str] = []
@@ -24,7 +24,11 @@ def main(request: str) -> None:
         unfinished.replace(answer)
 
     watch, ending, seconds = run(
-        script, asked["arguments"], asked["num_updates"], asked["timeout_s"], lambda watch, end: write(watch, end, 0.0)
+        script,
+        asked["arguments"],
+        asked["num_updates"],
+        asked["timeout_s"],
+        lambda watch, end: write(watch, end, trained_s(watch)),
     )
     write(watch, ending, seconds)
 

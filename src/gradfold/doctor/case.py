@@ -43,7 +43,8 @@ class Case:
         batch_norms: names of the BatchNorm layers in the user's models, by the running mean's address.
         stray: parameters that no optimizer has, None where there are none.
         precisions: dtypes of autocast regions.
-        seconds: how long the script ran, without the doctor's own work.
+        seconds: how long the script trained after its first step, without the doctor's own work.
+        since: number of the first event of that time.
     """
 
     script: Path
@@ -55,6 +56,7 @@ class Case:
     stray: Stray | None
     precisions: frozenset[str]
     seconds: float
+    since: int
 
     @cached_property
     def accumulating(self) -> tuple[Training, ...]:

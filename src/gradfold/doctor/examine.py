@@ -101,6 +101,7 @@ def _case(script: Path, watch: Watch, ending: Ending, seconds: float) -> Case:
         _stray(watch, models),
         frozenset(watch.precisions),
         seconds,
+        0 if watch.stretch is None else watch.stretch[0],
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from typing import Any
 
@@ -24,14 +23,12 @@ class Feeding:
         loader: the one that gave the last batch, counted from 0; None before the first.
         rows: of that batch.
         num_fetches: batches so far.
-        first_s: when the first pass began.
     """
 
     def __init__(self, tape: Tape, places: Map, stop: Stop) -> None:
         self.loader: int | None = None
         self.rows = 0
         self.num_fetches = 0
-        self.first_s: float | None = None
         self._tape = tape
         self._places = places
         self._stop = stop
@@ -46,7 +43,6 @@ class Feeding:
 
     def pass_begins(self, loader: Any) -> int:
         """An iteration over a loader begins: its number among loaders."""
-        self.first_s = self.first_s or time.perf_counter()
         number = self._numbers.setdefault(loader, len(self._numbers))
         self._passes[number] = self._passes.get(number, 0) + 1
         self._positions[number] = 0

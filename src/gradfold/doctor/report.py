@@ -88,10 +88,12 @@ def _summary(summary: dict[str, Any]) -> str:
     what = "on the device" if summary["device"] == "cuda" else "in the process"
     lines.append(f"{_INDENT}peak memory {summary['peak_bytes'] / 1e9:.3g} GB{of} {what}")
     seconds = summary["seconds"]
-    total = seconds["total"] or 1.0
+    total = seconds["total"]
+    if not total:
+        return "\n".join(lines)
     names = {"data": "data", "forward_and_rest": "forward and the rest", "backward": "backward", "step": "steps"}
     shares = ", ".join(f"{label} {seconds[name] / total:.0%}" for name, label in names.items())
-    lines.append(f"{_INDENT}{seconds['total']:.3g} s from the first batch on: {shares}")
+    lines.append(f"{_INDENT}{seconds['total']:.3g} s after the first update: {shares}")
     return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ def _section(rule: Rule) -> str:
 
 *Limits.* {rule.limits}
 
-```python
+```py
 # wrong
 {rule.wrong.strip()}
 

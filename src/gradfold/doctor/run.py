@@ -60,7 +60,7 @@ def run(
             come back from what it does when its time is over.
 
     Returns:
-        The watch, how it ended, and how many seconds it trained: from the first batch on, without the doctor's work.
+        The watch, how it ended, and how many seconds it trained (see `trained_s`).
     """
     stop = Stop(num_updates)
     watch = Watch(script, stop)
@@ -78,7 +78,14 @@ def run(
             on_last_moment(watch, Ending("failed" if code else "ended", code))
         leave(code)
 
-    timer = _Timer(timeout_s, lambda: on_last_moment(watch, Ending("timed out", 0)), leave)
+    def end_hard(how: str) -> None:
+        on_last_moment(watch, Ending(how, 0))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        leave(0)
+
+    stop.on_swallowed = lambda: end_hard("stopped")
+    timer = _Timer(timeout_s, lambda: end_hard("timed out"))
     try:
         os._exit = leave_after  # type: ignore[assignment]
         patch_training(patches, watch, calls)
@@ -92,8 +99,15 @@ def run(
         sys.argv, sys.path[:] = before[0], before[1]
         if before[2] is not None:
             sys.modules["__main__"] = before[2]
-    now = time.perf_counter()
-    return watch, ending, max(now - (watch.feeding.first_s or now) - watch.cost_s, 1e-9)
+    return watch, ending, trained_s(watch)
+
+
+def trained_s(watch: Watch) -> float:
+    """Seconds since the first step, without the doctor's own work; 0 before it."""
+    if watch.stretch is None:
+        return 0.0
+    _, clock, cost_s = watch.stretch
+    return time.perf_counter() - clock - (watch.cost_s - cost_s)
 
 
 def _main_module(script: Path) -> ModuleType:
@@ -148,10 +162,9 @@ def _last_line(error: BaseException) -> str:
 class _Timer:
     """Ends the script from a thread of its own: by an exception in the main thread, and if that does not help, hard."""
 
-    def __init__(self, timeout_s: float | None, last: Callable[[], None], leave: Callable[[int], object]) -> None:
+    def __init__(self, timeout_s: float | None, end_hard: Callable[[], None]) -> None:
         self._timeout_s = timeout_s
-        self._last = last
-        self._leave = leave
+        self._end_hard = end_hard
         self._done = threading.Event()
         self._main = _thread.get_ident()
 
@@ -170,7 +183,4 @@ class _Timer:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._main), ctypes.py_object(TimedOutError))
         if self._done.wait(_GRACE_S):
             return
-        self._last()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._leave(0)
+        self._end_hard()

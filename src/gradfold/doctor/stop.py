@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gradfold.doctor.events import Tape
 
 __all__: list[str] = []
@@ -26,12 +28,13 @@ class Stop:
 
     Attributes:
         was_reached: whether the script was ended for having been seen enough.
+        on_swallowed: called where the script catches the stop again and again; it ends the process.
     """
 
     def __init__(self, num_updates: int) -> None:
         self.num_updates = num_updates
         self.was_reached = False
-        self.gives_up = False
+        self.on_swallowed: Callable[[], None] | None = None
         self._steps: dict[int, int] = {}
         self._num_passes: dict[int, int] = {}
         self._lengths: dict[int, int | None] = {}
@@ -56,7 +59,8 @@ class Stop:
         if self.was_reached or self._is_enough(tape):
             self.was_reached = True
             self._num_raised += 1
-            self.gives_up = self._num_raised > _MOST_SWALLOWED
+            if self._num_raised > _MOST_SWALLOWED and self.on_swallowed is not None:
+                self.on_swallowed()
             raise EnoughError
 
     def _is_enough(self, tape: Tape) -> bool:

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from gradfold.doctor.case import Case
-from gradfold.doctor.events import Fetch, Pass, Read, Step
+from gradfold.doctor.events import Backward, Fetch, Pass, Read, Step
 from gradfold.doctor.training import Training
 
 __all__: list[str] = []
@@ -54,11 +54,13 @@ def _updates_per_epoch(case: Case, one: Training) -> int | None:
     return sum(starts[0].at <= window.step.at < until for window in one.windows)
 
 
+def _total(case: Case, kind: type[Fetch] | type[Backward] | type[Read]) -> float:
+    return sum(one.seconds for one in case.tape.events[case.since :] if isinstance(one, kind))
+
+
 def _seconds(case: Case) -> dict[str, float]:
-    data = sum(one.seconds for one in case.events(Fetch))
-    backward = sum(one.seconds for one in case.tape.backwards)
-    steps = sum(one.seconds for one in case.events(Step) if not one.has_closure)
-    reads = sum(one.seconds for one in case.events(Read))
+    data, backward, reads = (_total(case, kind) for kind in (Fetch, Backward, Read))
+    steps = sum(one.seconds for one in case.events(Step) if one.at >= case.since and not one.has_closure)
     rest = max(case.seconds - data - backward - steps - reads, 0.0)
     split = {"data": data, "backward": backward, "step": steps, "reads": reads, "forward_and_rest": rest}
     return {name: round(value, 6) for name, value in {"total": case.seconds, **split}.items()}

@@ -141,6 +141,7 @@ def trainings(tape: Tape, pending: dict[int, tuple[int, ...]], names: Sequence[s
             windows.append(Window(step, fresh, step.num_stale, after))
             after = step.at
         clears = tuple(one for one in tape.events if isinstance(one, Clear) and one.ledger == number)
+        clears = tuple(one for one in clears if not any(tape.backwards[index].is_gradfold for index in one.entries))
         left = tuple(tape.backwards[index] for index in pending.get(number, ()))
         found.append(Training(number, name, tuple(windows), clears, left, tape))
     return found

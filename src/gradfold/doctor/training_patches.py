@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -53,8 +54,20 @@ def _backward(patches: Patches, watch: Watch) -> None:
 
         return backward
 
+    def wrap_engine(original: Any) -> Any:
+        def run_backward(losses: Any, seeds: Any, *args: Any, **options: Any) -> Any:
+            if watch.is_quiet:
+                return original(losses, seeds, *args, **options)
+            with watch.backward(list(losses), list(seeds), keeps_graph=False):
+                return original(losses, seeds, *args, **options)
+
+        return run_backward
+
     patches.replace(Tensor, "backward", wrap_method)
     patches.replace(torch.autograd, "backward", wrap_function)
+    for name, module in list(sys.modules.items()):  # gradfold calls torch's engine itself
+        if name.startswith("gradfold.") and "_engine_run_backward" in vars(module):
+            patches.replace(module, "_engine_run_backward", wrap_engine)
 
 
 def _optimizers(patches: Patches, watch: Watch) -> None:

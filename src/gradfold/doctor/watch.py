@@ -58,6 +58,8 @@ class Watch:
         has_saved_hooks: whether saved tensors are packed by hooks.
         precisions: dtypes of autocast regions.
         cost_s: seconds of the doctor's own work.
+        stretch: from where on time is measured: after the first step, since what comes before it warms up. As the number
+            of the first event, the clock and `cost_s`; None before.
     """
 
     def __init__(self, script: Path, stop: Stop) -> None:
@@ -74,6 +76,7 @@ class Watch:
         self.has_saved_hooks = False
         self.precisions: set[str] = set()
         self.cost_s = 0.0
+        self.stretch: tuple[int, float, float] | None = None
         self._precise = PreciseSums()
         self._steps: list[tuple[Ledger, int]] = []
         self._step_start_s = 0.0
@@ -263,6 +266,8 @@ class Watch:
                 one.stepped = len(one.entries)
         ledger.remember()
         self.stop.note_step(ledger.number)
+        if self.stretch is None:
+            self.stretch = self.tape.next, time.perf_counter(), self.cost_s
 
 
 def _micro_rows(fetched: int, terms: tuple[Term, ...]) -> int:

@@ -35,7 +35,7 @@ def _share(training: Training, reads: list[Read]) -> float:
 
 
 def _observation(case: Case, training: Training, reads: list[Read]) -> Observation:
-    seconds = sum(read.seconds for read in reads)
+    seconds = sum(read.seconds for read in reads if read.at >= case.since)
     call = reads[0].call.strip("_")
     shown = f".{call}()" if not reads[0].call.startswith("_") else f"{call}(tensor)"
     micro = sum(len(window) for window in training.accumulating)

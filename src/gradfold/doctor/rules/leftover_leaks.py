@@ -14,7 +14,8 @@ __all__: list[str] = []
 
 def leaking(training: Training) -> list[Window]:
     """The windows that begin with what another pass over the data left over, and so are too long."""
-    return [one for one in training.windows if one.crosses_passes and len(one) > training.usual and not one.num_stale]
+    windows = [one for one in training.windows if not one.num_stale and not one.is_by_gradfold]
+    return [one for one in windows if one.crosses_passes and len(one) > training.usual]
 
 
 def _check(case: Case) -> Iterator[Observation]:
