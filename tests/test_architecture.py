@@ -18,6 +18,8 @@ LAYERS = [
     ["verification"],
     ["train_step"],
     ["accumulator"],
+    ["opening"],
+    ["cutting"],
     ["loader"],
     ["self_check", "coupled", "memory"],
     ["examination", "padding_check"],

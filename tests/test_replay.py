@@ -148,7 +148,7 @@ def test_several_faults_in_one_window(entry):
         loss_fn = Flaky(faults=faults)
         accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=5, self_check=False)
         if entry == "warm":
-            accumulator._fitting_size.proven = 5
+            accumulator._cutting.fitting.proven = 5
         torch.manual_seed(5)
         try:
             result = accumulator.backward(batch)

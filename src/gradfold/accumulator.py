@@ -10,41 +10,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradfold import split, sync
-from gradfold.agreement import Alone, Together
+from gradfold import sync
+from gradfold.agreement import Alone
 from gradfold.backward import BackPropagation, BackwardFn, probe
 from gradfold.batch import Batch
 from gradfold.buffers import BufferKeeper
 from gradfold.coupled import batch_norm as batch_normalisation
-from gradfold.coupled import exact_batch_norm, keyed_dropout
+from gradfold.coupled import keyed_dropout
 from gradfold.coupled.batch_norm import BatchNormOption
-from gradfold.coupled.company import InLockStep
-from gradfold.coupled.phases import Phases, check_options
-from gradfold.coupled.two_phase import TwoPhaseLoss, explain, probe_of, wrap_loss
-from gradfold.errors import BatchError, NotDecomposableError, OptionError, WindowError
-from gradfold.fitting_size import FittingSize
+from gradfold.coupled.coupling import find_coupling
+from gradfold.coupled.two_phase import wrap_loss
+from gradfold.cutting import Cutting
+from gradfold.errors import OptionError
 from gradfold.gradients import SetAside, check_trainable, parameters_of
-from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
-from gradfold.loader import LoopWindow, Window
 from gradfold.loss import LossFn
-from gradfold.memory.auto import Auto, MicroBatchSize, read_auto
+from gradfold.memory.auto import MicroBatchSize
 from gradfold.memory.choice import MicroBatchChoice
-from gradfold.memory.sizer import Sizer, Work
-from gradfold.memory.specimen import Specimen
-from gradfold.padding_check import check_once
+from gradfold.memory.sizer import Work
+from gradfold.opening import Opening
 from gradfold.precision import PrecisionOption, read_option
 from gradfold.ranks import Ranks
-from gradfold.replay import Cautious, OnNonFinite, Replay, check_on_non_finite
-from gradfold.rows import Rows
+from gradfold.replay import OnNonFinite, Replay, check_on_non_finite
 from gradfold.self_check import SelfCheck
 from gradfold.sharded import Sharded
-from gradfold.split import Collate, CollateRows, MicroBatch
+from gradfold.split import Collate
 from gradfold.sync import RanksOption, find_ranks, without_reductions
 from gradfold.token_budget import TokenBudget
-from gradfold.token_split import TokenSplit
 from gradfold.transaction import Transaction
 from gradfold.weight import WeightOption, check_option, counts_samples, weigh
-from gradfold.window import AfterFirst, OpenWindow, Schedule, WindowResult, one_after_another
+from gradfold.window import OpenWindow, WindowResult
 
 __all__ = ["Accumulator"]
 
@@ -130,28 +124,17 @@ class Accumulator:
         for name, function in (("loss_fn", loss_fn), ("collate", collate), ("backward", backward)):
             if not callable(function) and (function is not None or name == "loss_fn"):
                 raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
-        self._sizer: Sizer | None = None
-        if isinstance(micro_batch_size, (str, Auto)):
-            self._sizer = Sizer(read_auto(micro_batch_size))
-            micro_batch_size = None  # until the first batch
-        self._token_split = TokenSplit(micro_batch_size) if isinstance(micro_batch_size, TokenBudget) else None
-        if not isinstance(micro_batch_size, TokenBudget):
-            split.check_size(micro_batch_size)
         check_option(weight)
         batch_normalisation.check_option(batch_norm)
         check_on_non_finite(on_non_finite)
-        if batch_norm == "exact":
-            exact_batch_norm.check_goes_with(on_non_finite)
+        sync.check_option(ranks)
         self.model = model
-        self.micro_batch_size: int | TokenBudget | None = micro_batch_size
         self.num_windows = 0
         self.loss_fn = loss_fn
         self.weight = weight
         self.collate = collate
         self.batch_norm = batch_norm
-        sync.check_option(ranks)
         self.ranks = ranks
-        self._num_weights = len(weight) if isinstance(weight, Mapping) else 1
         self.on_non_finite = on_non_finite
         self.precision = read_option(precision, model)
         if self.precision.is_scaled and backward is not None:
@@ -161,15 +144,8 @@ class Accumulator:
             )
         self._backward = backward
         self._backward_is_probed = False
-        self._hooks_warned_of: set[str] = set()
         self._back_propagate = BackPropagation(backward, self.grad_scaler)
         self._run = wrap_loss(loss_fn, self.precision.around)
-        self._phases: Phases | None = None
-        checked = self._run
-        if isinstance(self._run, TwoPhaseLoss):
-            check_options(weight, batch_norm, on_non_finite)
-            self._phases = Phases(self._run, self.precision.compute)
-            checked = probe_of(self._run)
         self._weigh = partial(weigh, weight)
         self._set_aside = partial(
             SetAside,
@@ -177,10 +153,21 @@ class Accumulator:
             keep_dtype=self.precision.keep_accumulate_dtype,
         )
         self._buffers = BufferKeeper()
-        self._fitting_size = FittingSize()
-        tried = exact_batch_norm.uncoupled(checked) if batch_norm == "exact" else checked
+        self._cutting = Cutting(micro_batch_size, collate, counts_samples(weight))
+        self._coupling = find_coupling(
+            model,
+            self._run,
+            weight=weight,
+            batch_norm=batch_norm,
+            on_non_finite=on_non_finite,
+            compute=self.precision.compute,
+            is_scaled=self.precision.is_scaled,
+        )
+        tried = self._coupling.tried
         self._self_check = SelfCheck(model, tried, weight, self._back_propagate) if self_check else None
-        self._is_looked_at = False  # in the window that is running
+        self._opening = Opening(
+            model, self._run, weight, self._back_propagate, self._coupling, self._cutting, self._self_check
+        )
 
     def backward(self, batch: Batch) -> WindowResult:
         """Add the gradient of the loss of the whole batch to `.grad`.
@@ -212,7 +199,6 @@ class Accumulator:
         modules = list(self.model.modules())
         parameters = parameters_of(modules)
         device = parameters[0].device if parameters else torch.device("cpu")
-        self._is_looked_at = False
         ranks = find_ranks(modules, device, self.ranks)
         agreement = self._agree(ranks, modules)
         dropouts = keyed_dropout.keyed_layers(modules)
@@ -225,28 +211,37 @@ class Accumulator:
         ):
             check_trainable(self.model, parameters)
             self._probe_backward(device)
-            if self._sizer is not None:
-                self._size(self._sizer, batch, device, agreement.can_replay)
-            micro_batches = self._cut(batch)
+            self._choose(batch, device, agreement.can_replay)
+            micro_batches = self._cutting.cut(batch, is_first=self.num_windows == 0)
             window = OpenWindow(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
             window.around = None if keys is None else keyed_dropout.Placed(keys, agreement.first_row)
-            prepare = partial(self._prepare, transaction, agreement, batch, modules, parameters)
-            recut = partial(split.recut, collate_rows=self._collate_rows(batch))
-            normalises = self.batch_norm == "per_micro_batch" and bool(
-                batch_normalisation.batch_statistics_layers(self.model)
+            replay = Replay(
+                transaction,
+                agreement,
+                partial(self._opening.schedule, batch, modules, parameters, transaction, agreement),
+                self._cutting.recut_of(batch),
+                self._cutting.fitting,
+                self._coupling.normalises_parts(),
+                self._coupling.is_joint,
             )
-            replay = Replay(transaction, agreement, prepare, recut, self._fitting_size, normalises)
-            replay.is_joint = self.batch_norm == "exact"
             result = replay.run(window, None if self.precision.is_scaled else self.on_non_finite)
             agreement.conclude()
-        if self._self_check is not None and len(micro_batches) > 1 and self._phases is None:
+        if self._self_check is not None and len(micro_batches) > 1 and self._coupling.tries_loss:
             self._self_check.note_terms(replay.terms)
         if not result.recoveries:
-            self._fitting_size.note_quiet(max(part.size for part in micro_batches), self._asked_size)
-            if self._token_split is not None:
-                self._token_split.settle()
+            self._cutting.note_quiet(micro_batches)
         self.num_windows += 1
         return result
+
+    @property
+    def micro_batch_size(self) -> int | TokenBudget | None:
+        """The size asked for, or chosen by "auto": rows or padded tokens to run at once."""
+        return self._cutting.size
+
+    @property
+    def cut_by(self) -> int | TokenBudget | None:
+        """`micro_batch_size`; a token budget with the cost that was measured."""
+        return self._cutting.as_measured
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
@@ -256,7 +251,7 @@ class Accumulator:
     @property
     def micro_batch_choice(self) -> MicroBatchChoice | None:
         """The size that `micro_batch_size="auto"` has found, with the reason and the timings; None before that."""
-        return None if self._sizer is None else self._sizer.choice
+        return None if self._cutting.sizer is None else self._cutting.sizer.choice
 
     def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
         """Find the size now, for batches like this one, rather than in the first `backward`; leaves no trace.
@@ -264,58 +259,65 @@ class Accumulator:
         Raises:
             OptionError: the micro-batch size was given.
         """
-        if self._sizer is None:
-            raise OptionError(f'micro_batch_size={self.micro_batch_size}; expected "auto" or an Auto to choose one.')
         modules = list(self.model.modules())
         parameters = parameters_of(modules)
         device = parameters[0].device if parameters else torch.device("cpu")
         found = self._set_aside(parameters)
         try:
             with without_reductions(modules) if find_ranks(modules, device, self.ranks) else nullcontext():
-                self._size(self._sizer, batch, device, not sync.sharded_modules(modules))
+                self._choose(batch, device, not sync.sharded_modules(modules))
         finally:
             found.put_back(self.model.parameters())
-        assert self._sizer.choice is not None
-        return self._sizer.choice
+        if self.micro_batch_choice is None:
+            raise OptionError(f'micro_batch_size={self.micro_batch_size}; expected "auto" or an Auto to choose one.')
+        return self.micro_batch_choice
 
-    def _size(self, sizer: Sizer, batch: Batch, device: torch.device, can_replay: bool) -> None:
-        """Ask for a micro-batch size where one is due."""
-        if not can_replay:
+    def _choose(self, batch: Batch, device: torch.device, can_try: bool) -> None:
+        """Find the micro-batch size, where that was asked for and is due."""
+        if self._cutting.sizer is None:
+            return
+        if not can_try:
             raise OptionError(
                 'micro_batch_size="auto" tries sizes out, which no rank can do alone under fully_shard. Give a number; '
                 "gradfold.plan on the model before it is sharded says what fits."
             )
-        of = batch[0] if isinstance(batch, Window) and batch else batch
-        specimen = Specimen(of, self.collate)
-        if sizer.is_due(specimen.num_rows):
-            work = Work(self.model, self.loss_fn, self.precision, self._back_propagate, specimen, device)
-            self.micro_batch_size = sizer.choose(work).micro_batch_size
+        self._cutting.choose(
+            batch,
+            lambda specimen: Work(self.model, self.loss_fn, self.precision, self._back_propagate, specimen, device),
+        )
 
-    def twin(self, model: nn.Module, loss_fn: LossFn, micro_batch_size: int | TokenBudget | None) -> Accumulator:
-        """An accumulator for another model in this process alone, with the same weights, collation and BatchNorm."""
+    def twin(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        micro_batch_size: int | TokenBudget | None,
+        *,
+        collate: Collate | None,
+        batch_norm: BatchNormOption,
+        ranks: RanksOption = "alone",
+    ) -> Accumulator:
+        """An accumulator for another model, with the same weights; to compare gradients, so nothing is checked."""
         twin = Accumulator(
             model,
             loss_fn,
             micro_batch_size=micro_batch_size,
             weight=self.weight,
-            collate=self.collate,
-            batch_norm=self.batch_norm,
-            ranks="alone",
+            collate=collate,
+            batch_norm=batch_norm,
+            ranks=ranks,
             self_check=False,
         )
-        if twin._token_split is not None:
-            twin._token_split.is_checked = True  # who asks for a twin compares gradients
+        if twin._cutting.by_tokens is not None:
+            twin._cutting.by_tokens.is_checked = True
         return twin
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as this one would have: the count of windows, sizes learned, the scaler."""
         return {
             "num_windows": self.num_windows,
-            "fitting_size": self._fitting_size.state_dict(),
+            **self._cutting.state_dict(),
             "self_check": None if self._self_check is None else self._self_check.state_dict(),
-            "token_split": None if self._token_split is None else self._token_split.state_dict(),
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-            "micro_batch_choice": None if self.micro_batch_choice is None else self.micro_batch_choice.to_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -325,7 +327,7 @@ class Accumulator:
             OptionError: this is no such state, or it has a loss scaler and this accumulator has none, or the other way
                 round.
         """
-        missing = {"num_windows", "fitting_size", "self_check", "grad_scaler"} - state.keys()
+        missing = self.state_dict().keys() - state.keys()
         if missing:
             raise OptionError(
                 f"this is no state of an Accumulator: it has {sorted(state)}, {sorted(missing)} are missing."
@@ -336,174 +338,34 @@ class Accumulator:
                 f"the saved state has {there} loss scaler, and this Accumulator has {here}: give it the precision= of "
                 "the one saved."
             )
-        choice = state.get("micro_batch_choice")
-        if self._sizer is not None and choice is not None:  # another one would cut batches otherwise
-            self._sizer.choice = MicroBatchChoice.from_json(choice)
-            self.micro_batch_size = self._sizer.choice.micro_batch_size
         self.num_windows = int(state["num_windows"])
-        self._fitting_size.load_state_dict(state["fitting_size"])
+        self._cutting.load_state_dict(state)
         if self._self_check is not None and state["self_check"] is not None:
             self._self_check.load_state_dict(state["self_check"])
-        if self._token_split is not None and state.get("token_split") is not None:
-            self._token_split.load_state_dict(state["token_split"])
         if self.grad_scaler is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
-
-    def _cut(self, batch: Batch) -> list[MicroBatch]:
-        if isinstance(batch, LoopWindow):
-            raise WindowError(
-                "this window has a backward of its own; for accumulator.backward(window) leave model= out: "
-                "gradfold.windows(loader, n)."
-            )
-        if isinstance(batch, Window):
-            if not batch:
-                raise BatchError("the window holds no micro-batches. Skip empty windows.")
-            if self._token_split is not None and self.collate is not None:  # one pool of samples to choose from
-                return self._cut([sample for part in batch for sample in part])
-            return split.join_batches(self._cut(part) for part in batch)
-        size = self._fitting_size.limit(self._asked_size)
-        if self.collate is not None:
-            if self._token_split is None:
-                micro_batches = split.split_samples(batch, size, self.collate)
-            else:
-                micro_batches = self._token_split.cut(batch, size, self.collate, is_first=self.num_windows == 0)
-            if counts_samples(self.weight):
-                split.check_collated(micro_batches)
-            return micro_batches
-        if self._token_split is not None:
-            return self._token_split.cut(batch, size, None, is_first=self.num_windows == 0)
-        return split.split_rows(batch, size)
-
-    def _prepare(
-        self,
-        transaction: Transaction,
-        agreement: Alone,
-        batch: Batch,
-        modules: Sequence[nn.Module],
-        parameters: Sequence[nn.Parameter],
-        window: OpenWindow,
-    ) -> Schedule:
-        """How to run a window that begins, after a look at it."""
-        if not window.micro_batches:  # all were left out, but those of other ranks were not
-            return agreement.around(one_after_another, window)
-        if self._token_split is not None:
-            can_check = self._self_check is not None and agreement.can_replay
-            check_once(self._token_split, self.model, self._run, self.weight, self._back_propagate, window, can_check)
-        is_new_size = max(part.size for part in window.micro_batches) > self._fitting_size.proven
-        plain = Cautious(transaction) if is_new_size else self._plain_schedule(window)
-        num_micro_batches = len(window.micro_batches)
-        if num_micro_batches == 1 and not isinstance(agreement, InLockStep):
-            return agreement.around(self._in_phases(plain, transaction, agreement, window), window)
-        self._check_hooks(parameters)
-        if self.batch_norm == "exact":
-            schedule: Schedule = exact_batch_norm.schedule_for(window, agreement)
-        else:
-            schedule = batch_normalisation.schedule_for(
-                self.model, modules, self.batch_norm, num_micro_batches, window.num_samples, plain
-            )
-        schedule = self._in_phases(schedule, transaction, agreement, window)
-        if self._self_check is not None and not self._is_looked_at and agreement.can_try:
-            self._is_looked_at = True
-            if self._self_check.is_due(window.micro_batches, modules):
-                dropouts = keyed_dropout.keyed_layers(modules)
-                with keyed_dropout.unkeyed(dropouts):
-                    is_plain = schedule is plain and not dropouts
-                    window.after_first = self._look(self._self_check, batch, window, is_plain)
-        return agreement.around(schedule, window)
-
-    @property
-    def cut_by(self) -> int | TokenBudget | None:
-        """`micro_batch_size`; a token budget with the cost that was measured."""
-        return self.micro_batch_size if self._token_split is None else self._token_split.budget_as_measured
-
-    @property
-    def _asked_size(self) -> int | None:
-        """The user's limit, in rows or in padded tokens."""
-        size = (
-            self.micro_batch_size.max_tokens
-            if isinstance(self.micro_batch_size, TokenBudget)
-            else self.micro_batch_size
-        )
-        assert size != "auto"
-        return size
-
-    def _plain_schedule(self, window: OpenWindow) -> Schedule:
-        if self._token_split is None:
-            return one_after_another
-        return self._token_split.timed(one_after_another, window.micro_batches, window.device)
-
-    def _in_phases(
-        self, schedule: Schedule, transaction: Transaction, agreement: Alone, window: OpenWindow
-    ) -> Schedule:
-        """The schedule, or that of a two-phase loss around it; one process runs a whole batch in one phase."""
-        if self._phases is None or (len(window.micro_batches) == 1 and not isinstance(agreement, Together)):
-            return schedule
-        raises = self.on_non_finite == "raise" and not self.precision.is_scaled
-        inner = one_after_another if isinstance(schedule, Cautious) else schedule  # it begins again as a whole
-        return self._phases.schedule(window, transaction, agreement, inner, raises)
 
     def _agree(self, ranks: Ranks | None, modules: Sequence[nn.Module]) -> Alone:
         """What this window has to agree on with other processes."""
         if ranks is None:
             return Alone(self._weigh)
+        num_totals = 1 + (len(self.weight) if isinstance(self.weight, Mapping) else 1)
         sharded = sync.sharded_modules(modules)
         if not sharded:
-            kind = InLockStep if self.batch_norm == "exact" and ranks.size > 1 else Together
-            return kind(ranks, self._weigh, self._num_weights + 1)
-        if self._phases is not None:
-            raise OptionError(
-                "fully_shard does not go with a TwoPhaseLoss, whose sweeps would have to gather parameters in step on "
-                "all ranks. Use DistributedDataParallel."
-            )
-        if self.on_non_finite == "skip_micro_batch" or self._backward is not None or self.batch_norm is not None:
+            return self._coupling.agreement(ranks, self._weigh, num_totals)
+        self._coupling.refuse_shards()
+        if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
             raise OptionError(
                 'fully_shard does not go with on_non_finite="skip_micro_batch", since no rank can run alone again, nor '
-                "with backward=, nor with batch_norm=, whose statistics blank turns would move."
+                "with backward=."
             )
         self._back_propagate.factor = sync.divide_factor(sharded, ranks.size)
         reduces_once = self.ranks == "reduce_once"
         return Sharded(
-            ranks,
-            self._weigh,
-            self._num_weights + 1,
-            lambda is_last: sync.set_reducing(sharded, is_last or not reduces_once),
+            ranks, self._weigh, num_totals, lambda is_last: sync.set_reducing(sharded, is_last or not reduces_once)
         )
-
-    def _look(self, self_check: SelfCheck, batch: Batch, window: OpenWindow, is_plain: bool) -> AfterFirst | None:
-        window.weights.arrive()  # another rank may have failed, which is not for the self-check to see
-        layers: Mapping[str, nn.Module] = {}
-        if self.batch_norm is not None:  # what is known not to fit, and was accepted
-            layers = batch_normalisation.batch_statistics_layers(self.model)
-            without = [name for name, layer in layers.items() if getattr(layer, "running_mean", None) is None]
-            if without and self.batch_norm != "exact":
-                return None
-            layers = {name: layer for name, layer in layers.items() if name not in without}
-        collate_rows = self._collate_rows(batch)
-        frozen = layers.values()
-        try:
-            return self_check.look(window.micro_batches, window.weights, window.device, is_plain, collate_rows, frozen)
-        except NotDecomposableError as error:
-            if not isinstance(self.loss_fn, TwoPhaseLoss):
-                raise
-            raise explain(self.loss_fn, error) from error
-
-    def _collate_rows(self, batch: Batch) -> CollateRows | None:
-        if self.collate is None:
-            return None
-        return partial(_collate_rows, self.collate, batch)
 
     def _probe_backward(self, device: torch.device) -> None:
         if self._backward is not None and not self._backward_is_probed:
             probe(self._backward, device)
             self._backward_is_probed = True
-
-    def _check_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
-        refuse_post_accumulate_hooks(self.model, parameters)
-        named = parameters_with_hooks(self.model, parameters)
-        if named:
-            warn_of_hooks(named, self._hooks_warned_of)
-
-
-def _collate_rows(collate: Collate, batch: Batch, rows: Rows) -> Batch:
-    samples = [sample for part in batch for sample in part] if isinstance(batch, Window) else batch
-    return collate([samples[row] for row in rows])

@@ -69,10 +69,10 @@ class Replay:
         recut: for micro-batches that do not fit.
         fitting_size: learns from those.
         normalises: whether layers normalise by micro-batch, so that a halved one has other statistics.
+        is_joint: whether all micro-batches make one gradient, so that none can be blamed for its own.
 
     Attributes:
         terms: the names of the loss terms, once it has run.
-        is_joint: whether all micro-batches make one gradient, so that none can be blamed for its own.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Replay:
         recut: Recut,
         fitting_size: FittingSize,
         normalises: bool,
+        is_joint: bool,
     ) -> None:
         self._transaction = transaction
         self._agreement = agreement
@@ -90,11 +91,11 @@ class Replay:
         self._recut = recut
         self._fitting_size = fitting_size
         self._normalises = normalises
+        self._is_joint = is_joint
         self._sizes: list[int] = []  # that did not fit
         self._unit: Unit = "rows"  # of sizes
         self._recoveries: list[Recovery] = []
         self.terms: Collection[str] = ()
-        self.is_joint = False
 
     def run(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> WindowResult:
         """Run a window; None leaves gradients that are not finite to a loss scaler.
@@ -210,7 +211,7 @@ class Replay:
 
     def _accuse(self, window: OpenWindow) -> NonFiniteGradientError:
         """The error that names the first micro-batch to blame."""
-        if self.is_joint or not self._agreement.can_replay:
+        if self._is_joint or not self._agreement.can_replay:
             return accuse(window, {})
         self._agreement.reopen()
         try:

@@ -107,6 +107,7 @@ class OpenWindow:
         current: the micro-batch that was begun last.
         looks_at_idle: whether micro-batches that weigh nothing are run for their metrics though none has come yet.
         runs_idle: whether they are run as the others, since these depend on their rows.
+        is_looked_at: whether the self-check has seen it.
         after_first: who waits for the gradient of the first micro-batch; whoever undoes it must run it again.
         around: what goes around a forward pass, told the rows.
     """
@@ -136,6 +137,7 @@ class OpenWindow:
         self.current = 0
         self.looks_at_idle = False
         self.runs_idle = False
+        self.is_looked_at = False
         self.after_first: AfterFirst | None = None
         self.around: Callable[[Rows], AbstractContextManager[object]] | None = None
         # What was cut has begun at version 0.
@@ -145,6 +147,7 @@ class OpenWindow:
         """The window with other micro-batches; those that are done keep their place: their indices here, there."""
         window = OpenWindow(self.model, self.loss_fn, micro_batches, self.weigh, self.back_propagate, self.device)
         window.num_samples = self.num_samples
+        window.is_looked_at = self.is_looked_at
         window.around = self.around
         window.done = frozenset(done.values())
         for before, now in done.items():

@@ -45,7 +45,13 @@ def prove_across_ranks(
     """
     own_rows = count_rows(accumulator, batch, least=1)  # its errors come before anybody waits
     whole_batch = _join(ranks.exchange(batch), accumulator)
-    alone = accumulator.twin(unwrapped(accumulator.model), accumulator.loss_fn, accumulator.cut_by)
+    alone = accumulator.twin(
+        unwrapped(accumulator.model),
+        accumulator.loss_fn,
+        accumulator.cut_by,
+        collate=accumulator.collate,
+        batch_norm=accumulator.batch_norm,
+    )
     found = _on_first(ranks, lambda: prove(alone, whole_batch, dtype=dtype, micro_batch_sizes=micro_batch_sizes))
     if not found.ok:
         note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."

@@ -35,7 +35,7 @@ from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
 from gradfold.random_state import HostRandomState, RandomState
 from gradfold.rows import Rows
 from gradfold.split import MicroBatch, split_rows, split_samples
-from gradfold.sync import unwrapped
+from gradfold.sync import RanksOption, unwrapped
 from gradfold.token_budget import TokenBudget
 from gradfold.token_split import PaddedRows, TokenSplit
 from gradfold.verification.draws_in_turn import DrawsInTurn
@@ -275,8 +275,8 @@ class Specimen:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             own = self.accumulator.loss_fn
-            twin = self._twin(wrap(model), own if isinstance(own, TwoPhaseLoss) else self.loss_fn, size)
-            twin.ranks = None
+            loss_fn = own if isinstance(own, TwoPhaseLoss) else self.loss_fn
+            twin = self._twin(wrap(model), loss_fn, size, ranks=None)
             with self.running():
                 result = twin.backward(self._own_batch())
         return gradients(unwrapped(model)), result.num_micro_batches
@@ -313,11 +313,11 @@ class Specimen:
         distance = math.inf if math.isnan(distance) else distance
         return Attempt(size, len(order), differences, distance, None, unknown, dims)
 
-    def _twin(self, model: nn.Module, loss_fn: LossFn, size: int | TokenBudget | None) -> Accumulator:
-        twin = self.accumulator.twin(model, loss_fn, size)
-        twin.collate = None if twin.collate is None else self.collate
-        twin.batch_norm = self.batch_norm
-        return twin
+    def _twin(
+        self, model: nn.Module, loss_fn: LossFn, size: int | TokenBudget | None, ranks: RanksOption = "alone"
+    ) -> Accumulator:
+        collate = None if self.accumulator.collate is None else self.collate
+        return self.accumulator.twin(model, loss_fn, size, collate=collate, batch_norm=self.batch_norm, ranks=ranks)
 
     def _own_batch(self) -> Batch:
         """The batch to give away: a model may change its input in place."""

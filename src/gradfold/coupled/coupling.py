@@ -1,0 +1,221 @@
+"""A coupling: whether and how the samples of a batch depend on each other, and so how a window of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from gradfold.agreement import Alone, Together, Weigh
+from gradfold.coupled import batch_norm as batch_normalisation
+from gradfold.coupled import exact_batch_norm
+from gradfold.coupled.batch_norm import BatchNormOption, batch_statistics_layers
+from gradfold.coupled.company import InLockStep
+from gradfold.coupled.phases import Phases, check_options
+from gradfold.coupled.two_phase import TwoPhaseLoss, explain, probe_of
+from gradfold.errors import NotDecomposableError, OptionError
+from gradfold.loss import LossFn
+from gradfold.ranks import Ranks
+from gradfold.replay import Cautious
+from gradfold.transaction import Transaction
+from gradfold.weight import WeightOption
+from gradfold.window import OpenWindow, Schedule, one_after_another
+
+__all__: list[str] = []
+
+
+class Coupling:
+    """Samples that do not depend on each other; or only within micro-batches, by BatchNorm, where that is accepted.
+
+    Args:
+        model: that is trained.
+        loss_fn: as it is run.
+        batch_norm: None or "per_micro_batch".
+
+    Attributes:
+        tried: what the self-check tries out on parts of a micro-batch.
+        tries_loss: whether that is the loss itself, with its terms.
+        is_joint: whether all micro-batches make one gradient, so that none can be blamed for its own.
+    """
+
+    tries_loss = True
+    is_joint = False
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batch_norm: BatchNormOption) -> None:
+        self.model = model
+        self.tried = loss_fn
+        self._batch_norm = batch_norm
+
+    def normalises_parts(self) -> bool:
+        """Whether layers normalise by micro-batch, so that a halved one has other statistics."""
+        return self._batch_norm == "per_micro_batch" and bool(batch_statistics_layers(self.model))
+
+    def agreement(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> Together:
+        """What a window has to agree on with processes that hold the whole model each."""
+        return Together(ranks, weigh, num_totals)
+
+    def refuse_shards(self) -> None:
+        """Raise OptionError where processes cannot hold a part of the model each."""
+        if self._batch_norm is not None:
+            raise OptionError(
+                "fully_shard does not go with batch_norm=, whose statistics the blank turns of a rank would move."
+            )
+
+    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+        """Whether all that depends on each other is in one micro-batch, which then runs as in plain torch."""
+        return len(window.micro_batches) == 1
+
+    def schedule(
+        self,
+        window: OpenWindow,
+        transaction: Transaction,
+        agreement: Alone,
+        modules: Iterable[nn.Module],
+        plain: Schedule,
+    ) -> Schedule:
+        """How to run a window of several micro-batches.
+
+        Args:
+            window: this one.
+            transaction: in which it runs.
+            agreement: with other ranks.
+            modules: all those of the model.
+            plain: how to run it if nothing in it were coupled.
+
+        Raises:
+            BatchNormError: layers would see a micro-batch instead of the batch, and nobody said that this is meant.
+        """
+        return batch_normalisation.schedule_for(
+            self.model, modules, self._batch_norm, len(window.micro_batches), window.num_samples, plain
+        )
+
+    def accepted(self) -> Mapping[str, nn.Module] | None:
+        """Layers that are known to depend on the split, by name, which a trial holds fixed; None: they cannot be."""
+        if self._batch_norm is None:
+            return {}
+        layers = batch_statistics_layers(self.model)
+        can_be_fixed = all(getattr(layer, "running_mean", None) is not None for layer in layers.values())
+        return layers if can_be_fixed else None
+
+    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
+        """What the self-check has found, in the user's words."""
+        return error
+
+
+class ExactCoupling(Coupling):
+    """Samples that share the statistics of BatchNorm over the whole window, of all ranks."""
+
+    is_joint = True
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__(model, loss_fn, "exact")
+        self.tried = exact_batch_norm.uncoupled(loss_fn)
+
+    def agreement(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> Together:
+        """They also meet at every BatchNorm."""
+        return (InLockStep if ranks.size > 1 else Together)(ranks, weigh, num_totals)
+
+    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+        """Not so where other ranks have rows in the same statistics."""
+        return len(window.micro_batches) == 1 and not isinstance(agreement, InLockStep)
+
+    def schedule(
+        self,
+        window: OpenWindow,
+        transaction: Transaction,
+        agreement: Alone,
+        modules: Iterable[nn.Module],
+        plain: Schedule,
+    ) -> Schedule:
+        """In lock-step."""
+        return exact_batch_norm.schedule_for(window, agreement)
+
+    def accepted(self) -> Mapping[str, nn.Module]:
+        """Layers with running statistics; the others are fixed in what is tried."""
+        layers = batch_statistics_layers(self.model)
+        return {name: layer for name, layer in layers.items() if getattr(layer, "running_mean", None) is not None}
+
+
+class TwoPhaseCoupling(Coupling):
+    """Samples that are compared with each other by a `TwoPhaseLoss`."""
+
+    tries_loss = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: TwoPhaseLoss,
+        batch_norm: BatchNormOption,
+        compute: torch.dtype | None,
+        raises: bool,
+    ) -> None:
+        super().__init__(model, probe_of(loss_fn), batch_norm)
+        self._loss_fn = loss_fn
+        self._phases = Phases(loss_fn, compute)
+        self._raises = raises
+
+    def refuse_shards(self) -> None:
+        """Raise OptionError: sweeps would have to be in step."""
+        raise OptionError(
+            "fully_shard does not go with a TwoPhaseLoss, whose sweeps would have to gather parameters in step on all "
+            "ranks. Use DistributedDataParallel."
+        )
+
+    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+        """Not so where other ranks have statistics in the same loss."""
+        return len(window.micro_batches) == 1 and not isinstance(agreement, Together)
+
+    def schedule(
+        self,
+        window: OpenWindow,
+        transaction: Transaction,
+        agreement: Alone,
+        modules: Iterable[nn.Module],
+        plain: Schedule,
+    ) -> Schedule:
+        """In two phases."""
+        inner = plain
+        if len(window.micro_batches) > 1:
+            inner = super().schedule(window, transaction, agreement, modules, plain)
+        if isinstance(inner, Cautious):  # it begins again as a whole
+            inner = one_after_another
+        return self._phases.schedule(window, transaction, agreement, inner, self._raises)
+
+    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
+        """In words about statistics, not about the probe."""
+        return explain(self._loss_fn, error)
+
+
+def find_coupling(
+    model: nn.Module,
+    loss_fn: LossFn,
+    *,
+    weight: WeightOption,
+    batch_norm: BatchNormOption,
+    on_non_finite: str,
+    compute: torch.dtype | None,
+    is_scaled: bool,
+) -> Coupling:
+    """The coupling that the options of an accumulator mean.
+
+    Args:
+        model: that is trained.
+        loss_fn: as it is run.
+        weight: as for `Accumulator`; the next two also.
+        batch_norm: likewise.
+        on_non_finite: likewise.
+        compute: autocast's dtype around `loss_fn`.
+        is_scaled: whether a loss scaler decides on what is not finite.
+
+    Raises:
+        OptionError: options do not go together.
+    """
+    if isinstance(loss_fn, TwoPhaseLoss):
+        check_options(weight, batch_norm, on_non_finite)
+        raises = on_non_finite == "raise" and not is_scaled
+        return TwoPhaseCoupling(model, loss_fn, batch_norm, compute, raises)
+    if batch_norm == "exact":
+        exact_batch_norm.check_goes_with(on_non_finite)
+        return ExactCoupling(model, loss_fn)
+    return Coupling(model, loss_fn, batch_norm)
