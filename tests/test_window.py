@@ -139,7 +139,7 @@ def test_a_schedule_may_run_all_forwards_first():
             backward(terms)
             order.append("B")
 
-    accumulator._prepare = lambda *_: forwards_first
+    accumulator._opening.schedule = lambda *_: forwards_first
     accumulator.backward(batch)
     assert "".join(order) == "FFFBBB"
     assert relative_error(gradients(model), expected) < 1e-12

@@ -165,9 +165,7 @@ class Accumulator:
         )
         tried = self._coupling.tried
         self._self_check = SelfCheck(model, tried, weight, self._back_propagate) if self_check else None
-        self._opening = Opening(
-            model, self._run, weight, self._back_propagate, self._coupling, self._cutting, self._self_check
-        )
+        self._opening = Opening(model, weight, self._back_propagate, self._coupling, self._cutting, self._self_check)
 
     def backward(self, batch: Batch) -> WindowResult:
         """Add the gradient of the loss of the whole batch to `.grad`.
@@ -281,10 +279,11 @@ class Accumulator:
                 'micro_batch_size="auto" tries sizes out, which no rank can do alone under fully_shard. Give a number; '
                 "gradfold.plan on the model before it is sharded says what fits."
             )
-        self._cutting.choose(
-            batch,
-            lambda specimen: Work(self.model, self.loss_fn, self.precision, self._back_propagate, specimen, device),
-        )
+        with keyed_dropout.unkeyed(keyed_dropout.keyed_layers(self.model.modules())):
+            self._cutting.choose(
+                batch,
+                lambda specimen: Work(self.model, self.loss_fn, self.precision, self._back_propagate, specimen, device),
+            )
 
     def twin(
         self,

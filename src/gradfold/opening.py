@@ -14,7 +14,6 @@ from gradfold.coupled.coupling import Coupling
 from gradfold.cutting import Cutting
 from gradfold.errors import NotDecomposableError
 from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
-from gradfold.loss import LossFn
 from gradfold.padding_check import check_once
 from gradfold.replay import Cautious
 from gradfold.self_check import SelfCheck
@@ -30,7 +29,6 @@ class Opening:
 
     Args:
         model: that is trained.
-        loss_fn: as it is run.
         weight: as for `Accumulator`.
         back_propagate: the backward pass.
         coupling: of samples.
@@ -41,7 +39,6 @@ class Opening:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn,
         weight: WeightOption,
         back_propagate: BackPropagation,
         coupling: Coupling,
@@ -49,7 +46,6 @@ class Opening:
         self_check: SelfCheck | None,
     ) -> None:
         self._model = model
-        self._loss_fn = loss_fn
         self._weight = weight
         self._back_propagate = back_propagate
         self._coupling = coupling
@@ -94,7 +90,9 @@ class Opening:
         by_tokens = self._cutting.by_tokens
         if by_tokens is not None:
             can_check = self._self_check is not None and agreement.can_replay
-            check_once(by_tokens, self._model, self._loss_fn, self._weight, self._back_propagate, window, can_check)
+            check_once(
+                by_tokens, self._model, self._coupling.tried, self._weight, self._back_propagate, window, can_check
+            )
 
     def _check_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
         refuse_post_accumulate_hooks(self._model, parameters)

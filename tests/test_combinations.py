@@ -1,0 +1,118 @@
+"""What was built apart goes together, or is refused by name: ways to cut, to couple, to drop out, to normalise."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from reference import relative_error
+from torch import nn
+from torch.nn import functional as F
+
+import gradfold
+
+ROWS, LENGTH, WORDS = 13, 9, 11
+
+
+def batch():
+    """Rows of 1 to 9 words, right-padded with 0; numbers to embed them near."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, WORDS, (ROWS, LENGTH), generator=generator)
+    lengths = 1 + torch.arange(ROWS) * 5 % LENGTH
+    words[torch.arange(LENGTH) >= lengths[:, None]] = 0
+    return {"words": words, "targets": torch.randn(ROWS, 4, generator=generator, dtype=torch.float64)}
+
+
+def lengths(batch):
+    return (batch["words"] != 0).sum(1)
+
+
+class Encoder(nn.Module):
+    """The mean of the words of a row, then layers."""
+
+    def __init__(self, normalises, drops):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 4, padding_idx=0)
+        self.layers = nn.Sequential(
+            nn.Linear(4, 6),
+            nn.BatchNorm1d(6) if normalises else nn.Identity(),
+            nn.Tanh(),
+            nn.Dropout(0.5) if drops else nn.Identity(),
+            nn.Linear(6, 4),
+        )
+
+    def forward(self, words):
+        mask = (words != 0)[..., None]
+        return self.layers((self.words(words) * mask).sum(1) / mask.sum(1))
+
+
+def plain(model, batch):
+    return F.mse_loss(model(batch["words"]), batch["targets"])
+
+
+def embed(model, batch):
+    return model(batch["words"]), batch["targets"]
+
+
+def match(model, embeddings):
+    return gradfold.losses.info_nce(*embeddings, temperature=0.7)
+
+
+CUTS = {
+    "rows": 3,
+    "tokens": gradfold.TokenBudget(14, lengths=lengths),
+    "auto": gradfold.Auto(cache=False, seconds=0.05),
+}
+LOSSES = {"plain": plain, "two phases": gradfold.TwoPhaseLoss(embed, match)}
+REFUSED = {  # (loss, normalises, drops)
+    ("two phases", True, False),
+    ("two phases", True, True),
+    ("plain", True, True),
+}
+
+
+def make(normalises, drops):
+    torch.manual_seed(1)
+    model = Encoder(normalises, drops).double()
+    return gradfold.convert_dropout(model, seed=3) if drops else model
+
+
+def gradients(model):
+    return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize(("cut", "loss", "normalises", "drops"), [*itertools.product(CUTS, LOSSES, (0, 1), (0, 1))])
+def test_ways_to_cut_and_to_couple(cut, loss, normalises, drops):
+    options = {"batch_norm": "exact" if normalises else None}
+    model, whole = make(normalises, drops), make(normalises, drops)
+    if (loss, bool(normalises), bool(drops)) in REFUSED:
+        with pytest.raises(gradfold.OptionError, match='batch_norm="exact" does not go with'):
+            gradfold.Accumulator(model, LOSSES[loss], micro_batch_size=CUTS[cut], **options).backward(batch())
+        return
+    accumulator = gradfold.Accumulator(model, LOSSES[loss], micro_batch_size=CUTS[cut], **options)
+    result = accumulator.backward(batch())
+    assert cut == "auto" or result.num_micro_batches > 2
+    if drops:  # the masks are those of the batch as a whole
+        expected = gradfold.Accumulator(whole, LOSSES[loss], self_check=False).backward(batch()).loss
+    else:
+        expected = LOSSES[loss](whole, batch())
+        expected.backward()
+    assert relative_error(gradients(model), gradients(whole)) < 1e-12
+    torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-12, atol=0)
+    for found, buffer in zip(model.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(found, buffer, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("cut", ["rows", "tokens"])
+def test_verify_holds_each(cut, loss):
+    accumulator = gradfold.Accumulator(make(False, True), LOSSES[loss], micro_batch_size=CUTS[cut])
+    verdict = gradfold.verify(accumulator, batch())
+    assert verdict.ok, str(verdict)
+
+
+def test_verify_holds_exact_batch_norm_by_tokens():
+    accumulator = gradfold.Accumulator(make(True, False), plain, micro_batch_size=CUTS["tokens"], batch_norm="exact")
+    verdict = gradfold.verify(accumulator, batch())
+    assert verdict.ok, str(verdict)
