@@ -1,7 +1,7 @@
 """Models of transformers under a token budget, padded on the right, as its data collators pad.
 
-Their own losses are computed in float32, whatever the model's precision: two ways of adding up the same rows then
-differ by 1e-7. So the law is shown with a loss in float64 on their logits, and their own loss is held to that noise.
+The causal models' own loss is computed in float32, whatever the model's precision, which alone moves a gradient by
+6e-8. So the law is shown with a loss in float64 on their logits, and their own loss is held to that noise.
 """
 
 from __future__ import annotations

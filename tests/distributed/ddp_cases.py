@@ -96,7 +96,7 @@ class Case:
     loss_fn: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
     wrap: Callable[[nn.Module], nn.Module] = DistributedDataParallel
-    micro_batch_sizes: tuple[int | None, ...] = (2, 5, 1, 3)
+    micro_batch_sizes: tuple[int | gradfold.TokenBudget | None, ...] = (2, 5, 1, 3)
     found: bool = False  # whether .grad holds something before
 
 
@@ -118,6 +118,24 @@ def through_list(model, batch):
 
 TOKENS = gradfold.token_count("labels")
 
+
+def uneven_batch():
+    """Rows of 0 to 5 tokens; those of the first rank are short, and it has few micro-batches."""
+    lengths = torch.arange(ROWS) % 6
+    is_padding = torch.arange(5) >= lengths[:, None]
+    batch = tagging_batch()
+    batch["ids"], batch["labels"] = (
+        batch["ids"].masked_fill(is_padding, 0),
+        batch["labels"].masked_fill(is_padding, -100),
+    )
+    return batch | {"length": lengths}
+
+
+BUDGETS = tuple(
+    gradfold.TokenBudget(max_tokens, lengths=lambda batch: batch["length"], cost=1) for max_tokens in (30, 8, 17, 5)
+)
+
+
 CASES = {
     "samples": Case(perceptron, regression_batch, regression),
     "samples far from zero": Case(perceptron, lambda: regression_batch(1e4), regression),
@@ -134,6 +152,7 @@ CASES = {
     ),
     "tokens, shared, frozen, rare and unused parameters": Case(Tagger, tagging_batch, tagging, {"weight": TOKENS}),
     "sparse gradients": Case(lambda: Tagger(sparse=True), tagging_batch, tagging, {"weight": TOKENS}),
+    "token budgets": Case(Tagger, uneven_batch, tagging, {"weight": TOKENS}, micro_batch_sizes=BUDGETS),
     "two terms and metrics": Case(
         Tagger, tagging_batch, two_terms, {"weight": {"tokens": TOKENS, "rows": "samples", "spread": "samples"}}
     ),
