@@ -1,10 +1,12 @@
 """The built-in workloads do what they say, and the registry finds them and those of the user's own."""
 
 import copy
+import gzip
 import struct
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +49,19 @@ def small_data(tmp_path_factory):
     for name in ("data_batch_1.bin", "test_batch.bin"):
         (folder / name).write_bytes(b"".join(random_bytes(1, below=10) + random_bytes(3072) for _ in range(270)))
     write_sentences(folder, generator)
+    words = [f"word{number}" for number in range(40)]
+
+    def random_text(most, least=1):
+        lengths = torch.randint(least, most + 1, (1,), generator=generator)
+        return " ".join(words[number] for number in torch.randint(0, 40, (int(lengths),), generator=generator).tolist())
+
+    for part, num in (("train", 300), ("val", 20)):
+        for language in ("de", "en"):
+            text = "\n".join(random_text(30, 3) for _ in range(num)) + "\n"
+            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    for name, num in (("valid.txt", 200), ("test.txt", 12)):
+        paragraphs = [f" \n = Heading = \n \n {random_text(300)} \n" for _ in range(num)]
+        (folder / name).write_text("".join(paragraphs))
     return folder
 
 
@@ -64,24 +79,29 @@ def write_sentences(folder, generator):
 
 @pytest.fixture(scope="session")
 def workload(small_data):
-    """Each built-in workload, built once; "resnet" is on digits, "resnet-cifar10" on images in colour."""
+    """Each built-in workload, built once; "resnet" is on digits, "resnet on cifar10" on images in colour."""
     built = {}
 
     def get(name):
         if name not in built:
-            spec, _, on_data = name.partition("-")
-            needs_data = spec in ("mnist", "cifar10", "matching") or bool(on_data)
+            spec, _, on_data = name.partition(" on ")
+            needs_data = spec in ("mnist", "cifar10", "matching", "translation") or bool(on_data)
             built[name] = load(spec, small_data if needs_data else None)
         return built[name]
 
     return get
 
 
-ALL = [*BUILT_IN, "resnet-cifar10"]
+ALL = [*BUILT_IN, "resnet on cifar10", "language-model on paragraphs"]
 
 
 def num_rows(data):
     return len(data) if isinstance(data, list) else len(pytree.tree_leaves(data)[0])
+
+
+def rows_of(workload):
+    """A global batch; of long texts a quarter of one."""
+    return list(range(workload.global_batch_size // (4 if workload.name == "language-model" else 1)))
 
 
 def batch_of(workload, rows, dtype=torch.float32):
@@ -134,10 +154,11 @@ def test_micro_batches_add_up_to_the_global_batch_except_where_samples_see_each_
     workload = workload(name)
     torch.manual_seed(0)
     model = workload.make_model().double()
-    rows = list(range(workload.global_batch_size))
+    rows = rows_of(workload)
     size = workload.micro_batch_size
     micro_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    assert len(micro_batches) == {"scalar": 2, "matching": 16}.get(name, 4)
+    expected_num = 2 if name == "scalar" or "language-model" in name else 16 if name == "matching" else 4
+    assert len(micro_batches) == expected_num
     error = relative_error(gradient(workload, model, micro_batches), gradient(workload, model, [rows]))
     if workload.batch_norm is None and not isinstance(workload.loss_fn, gradfold.TwoPhaseLoss):
         assert error < 1e-12
@@ -150,7 +171,7 @@ def test_the_accumulator_runs_it(workload, name):
     workload = workload(name)
     torch.manual_seed(0)
     model = workload.make_model().double()
-    rows = list(range(workload.global_batch_size))
+    rows = rows_of(workload)
     size = workload.micro_batch_size
     micro_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     is_whole = isinstance(workload.loss_fn, gradfold.TwoPhaseLoss)
@@ -407,16 +428,69 @@ def test_models_give_a_score_for_each_class(model, shape):
 
 
 def test_all_built_in_workloads_are_described_without_building_them():
-    assert names() == ("digits", "linear", "scalar", "mnist", "cifar10", "encoder", "resnet", "matching")
+    images = ("digits", "linear", "scalar", "mnist", "cifar10", "encoder", "resnet")
+    assert names() == (*images, "language-model", "translation", "matching")
     assert tuple(line.name for line in describe()) == names()
     by_name = {line.name: line for line in describe()}
     assert by_name["mnist"].data == "downloaded (12 MB), or --data DIR"
     assert all("\n" not in line.text and 20 < len(line.text) < 120 for line in describe())
 
 
+@pytest.mark.parametrize("name", ["language-model", "language-model on paragraphs", "translation"])
+def test_texts_carry_a_token_budget_that_takes_the_memory_of_a_fixed_number(workload, name):
+    workload = workload(name)
+    lengths = workload.token_budget.lengths(workload.train_data)
+    columns = list(lengths.values()) if isinstance(lengths, dict) else [lengths]
+    batch = batch_of(workload, range(len(workload.train_data)))
+    padded = batch.values() if isinstance(batch, dict) else [batch]
+    assert [leaf.shape[1] for leaf in padded] == [max(column) for column in columns]
+    assert workload.token_budget.max_tokens == workload.micro_batch_size * sum(map(max, columns))
+
+
+@pytest.mark.parametrize("name", ["language-model on paragraphs", "translation"])
+def test_texts_are_accumulated_under_their_token_budget(workload, name):
+    workload = workload(name)
+    torch.manual_seed(0)
+    model = workload.make_model().double()
+    rows = rows_of(workload)
+    expected = gradient(workload, model, [rows])
+    budget = replace(workload.token_budget, max_tokens=workload.token_budget.max_tokens // 4)
+    accumulator = gradfold.Accumulator(
+        model, workload.loss_fn, micro_batch_size=budget, weight=workload.weight, collate=workload.collate
+    )
+    result = accumulator.backward([workload.train_data[row] for row in rows])
+    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert relative_error(found, expected) < 1e-12 and result.num_micro_batches > 2
+    scores = workload.evaluate(model)
+    assert 0 <= scores["accuracy"] <= 1 and scores["loss"] > 0
+
+
+def test_what_a_decoder_says_of_a_word_does_not_depend_on_what_comes_after_it(workload):
+    model = workload("language-model").make_model()
+    tokens = torch.randint(1, 100, (2, 9))
+    torch.testing.assert_close(model(tokens)[:, :4], model(tokens[:, :4]))
+
+
+def test_texts_that_cannot_be_had_say_why(small_data, tmp_path):
+    with pytest.raises(DataError, match=r"translation needs Multi30k, from https://github.com/multi30k.*--data DIR"):
+        load("translation")
+    with pytest.raises(DataError, match=r"expected a file train.txt or wiki.train.tokens or .*, found an empty folder"):
+        load("language-model", tmp_path)
+    with pytest.raises(DataError, match="expected a folder with data files, found nothing"):
+        load("translation", tmp_path / "nowhere")
+    (tmp_path / "train.de.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"train\.de\.gz is damaged: expected text in UTF-8, gzipped"):
+        load("translation", tmp_path)
+    (tmp_path / "train.de.gz").unlink()
+    (tmp_path / "train.de").write_text("eins\nzwei\n")
+    (tmp_path / "train.en").write_text("one\n")
+    with pytest.raises(DataError, match="a line for each pair, found 2 and 1 lines"):
+        load("translation", tmp_path)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_workload_has_the_name_and_description_of_its_line(workload, name):
-    workload, spec = workload(name), name.partition("-")[0]
+    workload, spec = workload(name), name.partition(" on ")[0]
     assert workload.name == spec
     assert workload.description == next(line.text for line in describe() if line.name == spec)
 
@@ -489,7 +563,10 @@ def test_a_workload_of_the_users_own_gets_the_data(users_folder):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("minst", r"no workload 'minst'. Did you mean 'mnist'\? Built in: digits, .*, resnet. Write .*module:callable"),
+        (
+            "minst",
+            r"no workload 'minst'. Did you mean 'mnist'\? Built in: digits, .*, translation. Write .*module:callable",
+        ),
         ("xyzzy", "no workload 'xyzzy'. Built in: digits"),
         ("", "no workload ''"),
         ("mine.py", "which callable in it\\? Write mine.py:callable"),
@@ -541,8 +618,9 @@ def test_without_the_extras_everything_imports_and_the_rest_is_built():
         import sys
         sys.modules.update(dict.fromkeys(["numpy", "sklearn", "pooch", "scipy"]))
         from gradfold.workloads import describe, load
-        assert len(describe()) == 8
+        assert len(describe()) == 10
         assert load("linear").name == "linear"
         assert load("encoder").name == "encoder"
+        assert load("language-model").name == "language-model"
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)

@@ -28,7 +28,7 @@ DATA = "--data DIR with train.de.gz, train.en.gz, val.de.gz, val.en.gz"
 _NUM_PAIRS = 6000  # of 29,000, so that an epoch takes seconds
 _NUM_WORDS = 2000  # of each language
 _MAX_WORDS = 64
-_MICRO_BATCH_SIZE = 16
+_MICRO_BATCH_SIZE = 32
 _SOURCE = "https://github.com/multi30k/dataset"
 
 # One pair, or with a leading dimension a batch of them: "source" and "target", which begins and ends with a mark.
@@ -105,7 +105,7 @@ def held_out_scores(model: nn.Module, samples: Sequence[Sample]) -> dict[str, fl
 
 
 def translation(data: Path | None = None) -> Workload:
-    """Translation at word level: 128 pairs to an update, 16 at once, or the tokens of 16.
+    """Translation at word level: 128 pairs to an update, 32 at once, or the tokens of 32.
 
     Args:
         data: the folder with Multi30k, gzipped or not. The first 6,000 training pairs are used.
