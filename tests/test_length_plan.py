@@ -142,7 +142,7 @@ def test_many_rows_with_two_lengths_are_within_reach_of_every_cut():
     check_groups(groups, columns, 4096)
     order = [row for rows in groups for row in rows]
     exact = least_in_order(order, columns, 4096, StepCost(64))
-    assert cost_of(groups, columns, StepCost(64)) <= 1.01 * exact
+    assert cost_of(groups, columns, StepCost(64)) <= 1.02 * exact
 
 
 @pytest.mark.parametrize(

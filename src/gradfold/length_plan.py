@@ -26,7 +26,7 @@ from gradfold.errors import OptionError
 
 __all__ = ["StepCost"]
 
-_NUM_ENDS = 16  # of a micro-batch that are tried where rows have several lengths
+_NUM_ENDS = 24  # of a micro-batch that are tried where rows have several lengths
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _cut_by_one(lengths: Tensor, max_tokens: int, cost: StepCost) -> list[int]:
     of_row = lengths.double()
     of_row = of_row + cost.attention * of_row**2
     price, falling = of_row.tolist(), of_row.neg().tolist()
-    overhead = cost.overhead or 0.0
+    furthest, overhead = reach.tolist(), cost.overhead or 0.0
     least, best = [0.0] * (num + 1), [num] * (num + 1)
     # Ends that are best for some starts ahead, the furthest first, and up to which start each is better than the one
     # before it.
@@ -105,6 +105,8 @@ def _cut_by_one(lengths: Tensor, max_tokens: int, cost: StepCost) -> list[int]:
             first += 1
         end = best[start] = ends[first]
         least[start] = own = overhead + (end - start) * price[start] + least[end]
+        if start and price[start] == price[start - 1] and end < furthest[start]:
+            continue  # a cut between rows of one length is needed only before a full micro-batch
         # From here on `start` is an end as well. It is better than another one where that is out of reach, or where
         # the rows in between, at the price of a row that is long enough, cost more than by themselves.
         end = ends[last]
