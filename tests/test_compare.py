@@ -40,6 +40,7 @@ from gradfold.compare.training_run import LossLog, measure_arm
 from gradfold.compare.verdict import verdict
 from gradfold.compare.worker import describe
 from gradfold.errors import DataError, OptionError, WorkloadError
+from gradfold.token_budget import TokenBudget
 
 HERE = Path(__file__)
 ROWS, GLOBAL_BATCH, MICRO_BATCH = 22, 8, 2  # windows of 8, 8 and 6 rows: the last one has 3 micro-batches, not 4
@@ -143,7 +144,8 @@ def endless() -> Workload:
 def train_all(make: Callable[[], Workload], folder: Path, seed: int = 0) -> dict[str, tuple[Measured, Deviations]]:
     """All arms in this process, which is what the children do in theirs."""
     measured = {}
-    for name, arm in ARMS.items():
+    runnable = {name: arm for name, arm in ARMS.items() if name != "token-budget"}  # these rows have no lengths
+    for name, arm in runnable.items():
         (folder / name).mkdir()
         measured[name] = measure_arm(
             make(),
@@ -156,7 +158,7 @@ def train_all(make: Callable[[], Workload], folder: Path, seed: int = 0) -> dict
             on_update=lambda updates, samples, loss: None,
         )
     sizes = Sizes(ROWS, GLOBAL_BATCH, MICRO_BATCH, 2)
-    return {name: (measured[name], deviations(name, folder, measured, sizes)) for name in ARMS}
+    return {name: (measured[name], deviations(name, folder, measured, sizes)) for name in runnable}
 
 
 @pytest.fixture(scope="module")
@@ -568,6 +570,49 @@ def test_arms_are_chosen_for_the_workload_where_none_are_named() -> None:
     assert arms_in(None) == ()
     used = as_options(Settings(), complete(Settings(), normed()), GROUP_NORM_ARMS)
     assert used.to_json()["arms"] == ["group-norm-full-batch", "group-norm"]
+
+
+def of_texts() -> Workload:
+    """Rows of 1 to 9 tokens, whose sums a linear map knows."""
+    samples = [torch.arange(1.0, 2 + number % 9) for number in range(ROWS)]
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        loss: Tensor = model(batch[..., None]).square().sum() / (batch > 0).sum()
+        return loss
+
+    return dataclasses.replace(
+        tiny(),
+        make_model=lambda: nn.Linear(1, 2, bias=False),
+        loss_fn=loss_fn,
+        train_data=samples,
+        weight=lambda batch: (batch > 0).sum(),
+        collate=lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        token_budget=TokenBudget(18, lengths=lambda rows: list(map(len, rows)), cost=1),
+        evaluate=None,
+    )
+
+
+def test_texts_are_trained_under_their_token_budget_too() -> None:
+    workload = of_texts()
+    assert chosen_arms(Settings(), workload) == ("full-batch", "gradfold", "token-budget", "plain-loop", "small-batch")
+    with pytest.raises(OptionError, match="--arms token-budget: the rows of workload 'tiny' have no lengths"):
+        chosen_arms(Settings(arms=("token-budget",)), tiny())
+    model = workload.make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    training = Training(workload, model, optimizer, GLOBAL_BATCH, 6, Clock(torch.device("cpu")))
+    assert training.token_budget.max_tokens == 18 * 6 // workload.micro_batch_size
+    losses = {
+        name: [
+            (update.num_samples, update.loss, update.weight) for update in ARMS[name].train(training, orders_of_rows())
+        ]
+        for name in ("full-batch", "gradfold", "token-budget")
+    }
+    for found, expected in zip(losses["token-budget"], losses["full-batch"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def orders_of_rows() -> list[Tensor]:
+    return [epoch_order(ROWS, 7, epoch, shuffle=True) for epoch in range(2)]
 
 
 def test_an_unknown_workload_is_refused() -> None:

@@ -265,6 +265,20 @@ def test_seq2seq(run):
     assert accuracies == pytest.approx(expected, rel=1e-6)  # whole sentences are counted in float32
 
 
+def test_token_budget(run):
+    example, (model, right) = run("token_budget")
+    loader, reference = example.make_loader(), example.Classifier()
+    optimizer = torch.optim.Adam(reference.parameters(), lr=3e-3)
+    for _ in range(example.NUM_EPOCHS):
+        expected = []
+        for batch in loader:
+            loss, metrics = example.loss_fn(reference, batch)
+            expected.append(metrics["is_right"])
+            update(reference, optimizer, loss)
+    assert distance(model, reference) < TOLERANCE
+    assert all(map(torch.equal, right, expected))  # of the last epoch, row by row
+
+
 def test_multi_task(run):
     example, model = run("multi_task")
     generator, reference = torch.Generator().manual_seed(0), example.TwoHeads()

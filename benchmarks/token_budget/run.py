@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,8 @@ QUESTION = "What does a token budget save, at the same gradient and no more memo
 RESULT = Path(__file__).parent / "results" / "cpu.json"
 GLOBAL_BATCH_SIZE, NUM_WARMUP = 256, 3
 ROWS_IN_FLOAT64 = 48
-FIXED, SORTED, GREEDY, BUDGET, LIMIT = (
-    "fixed count",
-    "sorted, fixed count",
-    "greedy budget",
-    "TokenBudget",
-    "no padding",
-)
+FIXED, SORTED, GREEDY = "fixed count", "sorted, fixed count", "greedy budget"
+BUDGET, LIMIT = "TokenBudget", "no padding"
 ARMS = (FIXED, SORTED, GREEDY, BUDGET, LIMIT)
 
 Sample = Any
@@ -73,7 +68,7 @@ def measure(spec: str, data: Path | None, num_rounds: int) -> dict[str, Any]:
     arms = {name: ways.windows(name) for name in ARMS}
     random.seed(0)
     elapsed_s = time_rounds({name: arm.__next__ for name, arm in arms.items()}, num_rounds, NUM_WARMUP)
-    real = ways.num_real_tokens[NUM_WARMUP : NUM_WARMUP + num_rounds]
+    real = ways.count(num_rounds)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
         memory = dict(zip(ARMS, fresh.map(peak_memory, ARMS, [spec] * 5, [data] * 5), strict=True))
@@ -117,9 +112,9 @@ def planning() -> dict[str, Any]:
         for column in lengths:
             elapsed_s = []
             for _ in range(21):
-                start = time.perf_counter()
+                start = time.thread_time()  # of this thread: other programs take the cores for longer than a plan
                 plan([column], 8192, StepCost(64))
-                elapsed_s.append(time.perf_counter() - start)
+                elapsed_s.append(time.thread_time() - start)
             found[f"milliseconds, {len(column)} rows, sigma {sigma}"] = round(1e3 * statistics.median(elapsed_s), 2)
         padding = []
         for seed in range(50):
@@ -148,7 +143,6 @@ class Ways:
         assert workload.token_budget is not None and isinstance(workload.token_budget.max_tokens, int)
         self.budget = workload.token_budget
         self.max_tokens = workload.token_budget.max_tokens
-        self.num_real_tokens: list[int] = []
         self.computed = dict.fromkeys(ARMS, 0)
         self.num_micro_batches = dict.fromkeys(ARMS, 0)
         self.largest = dict.fromkeys(ARMS, 0)
@@ -161,12 +155,18 @@ class Ways:
         for samples in self._batches():
             for parameter in model.parameters():
                 parameter.grad = None
-            if name == LIMIT:
-                self.num_real_tokens.append(self._num_tokens(samples))
-            if len(self.num_real_tokens) <= 1:
-                self._note(name, samples)
             accumulator.backward(self._cut(name, samples))
             yield
+
+    def count(self, num_rounds: int) -> list[int]:
+        """Count what each way computed in the timed rounds; gives the real tokens of each round."""
+        batches = list(islice(self._batches(), NUM_WARMUP, NUM_WARMUP + num_rounds))
+        for name, samples in product(ARMS, batches):
+            sizes = [self._padded(part) for part in self._parts(name, samples)]
+            self.computed[name] += sum(sizes)
+            self.num_micro_batches[name] += len(sizes)
+            self.largest[name] = max(self.largest[name], *sizes)
+        return list(map(self._num_tokens, batches))
 
     def overhead(self) -> float | None:
         """What the token budget measured."""
@@ -179,12 +179,10 @@ class Ways:
         model = self._model().double()
         output = self.workload.loss_fn(model, self._collate(samples))
         (output[0] if isinstance(output, tuple) else output).backward()  # type: ignore[union-attr]
-        expected = torch.cat(
-            [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-        )
+        expected = _gradient(model)
         model = self._model().double()
         self._accumulator(name, model).backward(self._cut(name, samples))
-        found = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+        found = _gradient(model)
         return float((found - expected).norm() / expected.norm())
 
     def _model(self) -> torch.nn.Module:
@@ -259,19 +257,20 @@ class Ways:
     def _padded(self, samples: Sequence[Sample]) -> int:
         return len(samples) * sum(map(max, self._lengths(samples)))
 
-    def _note(self, name: str, samples: list[Sample]) -> None:
-        """How the first batch is cut."""
+    def _parts(self, name: str, samples: list[Sample]) -> list[list[Sample]]:
+        """The micro-batches."""
         cut = self._cut(name, samples)
         if name in (FIXED, SORTED):
-            parts = [cut[start : start + self.num_at_once] for start in range(0, len(cut), self.num_at_once)]
-        elif name == BUDGET:
+            return [cut[start : start + self.num_at_once] for start in range(0, len(cut), self.num_at_once)]
+        if name == BUDGET:
             lengths = [torch.tensor(column) for column in self._lengths(samples)]
-            parts = [[samples[row] for row in rows] for rows in plan(lengths, self.max_tokens, StepCost(64))]
-        else:
-            parts = list(cut)
-        self.computed[name] = sum(map(self._padded, parts))
-        self.num_micro_batches[name] = len(parts)
-        self.largest[name] = max(map(self._padded, parts))
+            plans = plan(lengths, self.max_tokens, StepCost(self.overhead()))
+            return [[samples[row] for row in rows] for rows in plans]
+        return list(cut)
+
+
+def _gradient(model: torch.nn.Module) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
 if __name__ == "__main__":
