@@ -22,6 +22,7 @@ MODULES = sorted(
 WITH_EXAMPLES = {
     *("gradfold.accumulator", "gradfold.coupled.convert", "gradfold.coupled.dropout", "gradfold.loader"),
     *("gradfold.coupled.keyed_dropout", "gradfold.coupled.two_phase", "gradfold.losses.info_nce"),
+    *("gradfold.length_plan", "gradfold.rows", "gradfold.token_budget"),
     *("gradfold.memory.amount", "gradfold.memory.auto", "gradfold.memory.largest"),
     *("gradfold.memory.measure", "gradfold.memory.plan"),
     *("gradfold.split", "gradfold.train_step", "gradfold.verification.verify", "gradfold.weight"),
