@@ -280,3 +280,32 @@ def test_dropout_is_neither_refused_nor_warned_of():
         warnings.simplefilter("error")
         make_accumulator(model).backward(collate(make_samples()))
     assert gradients(model)
+
+
+@pytest.mark.parametrize("kind", ["packed", "nested"])
+def test_what_collate_packs_is_left_as_it_is(kind):
+    """Nothing is padded there, and rows of like length may run together all the same."""
+    torch.manual_seed(0)
+    model, samples = Tagger(), [one for one in make_samples() if len(one["tokens"])]
+
+    def pack(samples):
+        rows = [sample["tokens"] for sample in samples]
+        if kind == "packed":
+            return nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)
+        return torch.nested.nested_tensor(rows, layout=torch.jagged)
+
+    def loss_fn(model, batch):
+        tokens = batch.data if kind == "packed" else batch.values()
+        return model.head(model.embedding(tokens)).square().mean()
+
+    expected = full_batch_gradient(model, lambda model: loss_fn(model, pack(samples)))
+    budget = gradfold.TokenBudget(20, lengths=lengths_of_samples, cost=2)
+    result = gradfold.Accumulator(
+        model,
+        loss_fn,
+        micro_batch_size=budget,
+        collate=pack,
+        weight=lambda batch: len(batch.data) if kind == "packed" else len(batch.values()),
+        self_check=kind == "packed",
+    ).backward(samples)
+    assert relative_error(gradients(model), expected) <= 1e-12 and result.num_micro_batches > 2

@@ -62,6 +62,7 @@ class TokenSplit:
         self._stopwatch: Stopwatch | None = None
         self._padded_rows: Callable[[], PaddedRows] | None = None
         self._longest_warned_of = 0
+        self._num_looks = 0  # at the padding
 
     def cut(self, batch: Batch, limit: int | None, collate: Collate | None, is_first: bool) -> list[MicroBatch]:
         """Cut a nesting of padded tensors, or a list of samples where there is a collate function.
@@ -83,7 +84,7 @@ class TokenSplit:
                 raise OptionError("trim= is for padded tensors; with collate= every micro-batch is padded by itself.")
             widths: Mapping[str, Tensor] = {name: length.clamp(min=1) for name, length in found.items()}
             groups = self._plan(widths, max_tokens, is_first)
-            self._padded_rows = _samples_to_check(batch, collate, widths, groups)
+            self._padded_rows = _samples_to_check(batch, collate, widths, groups, self._num_looks)
             return [
                 MicroBatch(collate([batch[row] for row in rows]), rows, False, _width(widths, rows)) for rows in groups
             ]
@@ -91,13 +92,14 @@ class TokenSplit:
         trimming = Trimming(batch, found, self.budget.padding_side, named.__getitem__)
         self._trimmed = trimming.paths
         groups = self._plan(trimming.widths, max_tokens, is_first)
-        self._padded_rows = _rows_to_check(trimming, found, groups, max_tokens)
+        self._padded_rows = _rows_to_check(trimming, found, groups, max_tokens, self._num_looks)
         if len(groups) == 1 and _width(trimming.widths, groups[0]) == trimming.full_width:
             return [MicroBatch(batch, groups[0], width=trimming.full_width)]
         return [MicroBatch(trimming.of_rows(rows), rows, True, _width(trimming.widths, rows)) for rows in groups]
 
     def padded_rows(self) -> PaddedRows | None:
         """Rows of the last batch by which to see whether padding matters; None where all are of one length."""
+        self._num_looks += 1
         return None if self._padded_rows is None else self._padded_rows()
 
     @property
@@ -236,13 +238,13 @@ def _with_probes(groups: list[Rows]) -> list[Rows]:
 
 
 def _rows_to_check(
-    trimming: Trimming, lengths: Mapping[str, Tensor], groups: Sequence[Rows], max_tokens: int
+    trimming: Trimming, lengths: Mapping[str, Tensor], groups: Sequence[Rows], max_tokens: int, look: int
 ) -> Callable[[], PaddedRows] | None:
-    """The shortest rows, as many as fit with all of their padding."""
-    shortest = groups[-1]
-    rows = shortest[-max(1, min(_MOST_PADDED_ROWS, max_tokens // max(1, trimming.full_width))) :]
-    if _width(trimming.widths, rows) == trimming.full_width:
+    """Some rows that need half of the padded length at most, as many as fit with all of it."""
+    group = _half_as_long(groups, trimming.widths, trimming.full_width, look)
+    if group is None:
         return None
+    rows = group[: max(1, min(_MOST_PADDED_ROWS, max_tokens // trimming.full_width))]
 
     def make() -> PaddedRows:
         whole = MicroBatch(trimming.untrimmed(rows), range(len(rows)))
@@ -253,12 +255,14 @@ def _rows_to_check(
 
 
 def _samples_to_check(
-    samples: Sequence[Any], collate: Collate, widths: Mapping[str, Tensor], groups: Sequence[Rows]
+    samples: Sequence[Any], collate: Collate, widths: Mapping[str, Tensor], groups: Sequence[Rows], look: int
 ) -> Callable[[], PaddedRows] | None:
-    """The shortest samples together with the longest, beside both by themselves."""
-    longest, rows = groups[0][0], groups[-1][-_MOST_PADDED_ROWS:]
-    if len(groups) < 2 or _width(widths, rows) == _width(widths, (longest,)):
+    """Some samples together with the longest, of which they are half as long at most, beside both by themselves."""
+    longest = int(torch.stack(list(widths.values())).sum(0).argmax())
+    group = _half_as_long(groups, widths, _width(widths, (longest,)), look)
+    if group is None or longest in group:
         return None
+    rows = group[:_MOST_PADDED_ROWS]
 
     def make() -> PaddedRows:
         short, long = [samples[row] for row in rows], [samples[longest]]
@@ -270,3 +274,14 @@ def _samples_to_check(
         )
 
     return make
+
+
+def _half_as_long(groups: Sequence[Rows], widths: Mapping[str, Tensor], padded: int, look: int) -> Rows | None:
+    """The longest rows that are half as long at most, which have tokens and are much padded; else the shortest.
+
+    At the next look others, since these may weigh nothing.
+    """
+    shorter = [rows for rows in groups if _width(widths, rows) < padded]
+    half = [rows for rows in shorter if 2 * _width(widths, rows) <= padded]
+    found = half or shorter[-1:]
+    return found[look % len(found)] if found else None
