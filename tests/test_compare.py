@@ -249,6 +249,25 @@ def test_small_batch_updates_more_often_and_goes_elsewhere(arms: dict[str, tuple
     assert far.last_window_float64.value is None and far.last_window_float64.note == "it has no windows"
 
 
+def test_overlapping_forward_passes_count_once() -> None:
+    clock = Clock(torch.device("cpu"))
+    clock.start()
+    with clock.phase("forward"), clock.phase("forward"):
+        time.sleep(0.01)
+    clock.stop()
+    assert 0.01 <= clock.seconds().forward <= clock.seconds().total
+
+
+def test_exact_batch_norm_is_the_full_batch(normed_arms: dict[str, tuple[Measured, Deviations]]) -> None:
+    own, far = normed_arms["batch-norm-exact"]
+    assert value(far.gradient_float64.value) < 1e-12
+    assert value(far.last_window_float64.value) < 1e-12
+    assert value(far.gradient_float32.value) < 2e-6
+    assert value(far.weights.value) < 1e-4
+    assert own.curve.loss == pytest.approx(normed_arms["full-batch"][0].curve.loss, rel=1e-4)
+    assert own.seconds.forward < own.seconds.total
+
+
 def test_batch_norm_by_micro_batch_is_not_the_full_batch_and_group_norm_is(
     normed_arms: dict[str, tuple[Measured, Deviations]],
 ) -> None:
@@ -555,8 +574,8 @@ def test_settings_are_completed_from_the_workload() -> None:
 def test_arms_are_chosen_for_the_workload_where_none_are_named() -> None:
     assert chosen_arms(Settings(), tiny()) == DEFAULT_ARMS == ("full-batch", "gradfold", "plain-loop", "small-batch")
     by_default = chosen_arms(Settings(), normed())
-    assert by_default[1] == "batch-norm-per-micro" and "gradfold" not in by_default
-    assert by_default[-2:] == ("group-norm-full-batch", "group-norm") and len(by_default) == len(DEFAULT_ARMS) + 2
+    assert by_default[1:3] == ("batch-norm-exact", "batch-norm-per-micro") and "gradfold" not in by_default
+    assert by_default[-2:] == ("group-norm-full-batch", "group-norm") and len(by_default) == len(DEFAULT_ARMS) + 3
     assert chosen_arms(Settings(arms=("group-norm",)), normed()) == ("group-norm",)
     lower = ("full-batch-fp16", "gradfold-fp16")
     assert chosen_arms(Settings(precision="fp16"), tiny()) == (*DEFAULT_ARMS, *lower)

@@ -15,7 +15,7 @@ from rich.console import Console
 from gradfold.cli.compare_progress import showing_progress
 from gradfold.cli.compare_table import print_comparison
 from gradfold.cli.ranks import launch_ranks
-from gradfold.compare.arms import DEFAULT_ARMS, GROUP_NORM_ARMS, TOKEN_BUDGET
+from gradfold.compare.arms import DEFAULT_ARMS, EXACT_BATCH_NORM, GROUP_NORM_ARMS, TOKEN_BUDGET
 from gradfold.compare.report import make_folder, write_report
 from gradfold.compare.results import Comparison
 from gradfold.compare.run import accompany
@@ -25,7 +25,8 @@ from gradfold.rendezvous import INTERRUPTED, find_place, meeting
 
 __all__: list[str] = []
 
-_DEFAULT_ARMS = f"{','.join(DEFAULT_ARMS)}; in resnet also {','.join(GROUP_NORM_ARMS)}, in texts {TOKEN_BUDGET}"
+_OF_BATCH_NORM = ",".join((EXACT_BATCH_NORM, *GROUP_NORM_ARMS))
+_DEFAULT_ARMS = f"{','.join(DEFAULT_ARMS)}; in resnet also {_OF_BATCH_NORM}, in texts {TOKEN_BUDGET}"
 
 EPILOG = """
 **Examples**
@@ -38,7 +39,7 @@ EPILOG = """
 
 `gradfold compare encoder --arms full-batch,gradfold --json` — two of the four ways, for a program to read
 
-`gradfold compare resnet` — what micro-batches do to BatchNorm, and not to GroupNorm
+`gradfold compare resnet` — what micro-batches do to BatchNorm, and neither to exact BatchNorm nor to GroupNorm
 
 `gradfold compare language-model` — the same training in a fraction of the time, with rows of like length together
 
@@ -99,6 +100,9 @@ def compare(
 
     - **reordered** (only when asked for): the full batch with its rows in reverse. Rounding grows while a network
       trains; this shows how far it goes by itself
+
+    - **batch-norm-exact** (where BatchNorm sees micro-batches, as in resnet): the workload's own model by gradfold with
+    batch_norm="exact", which is the full batch
 
     - **batch-norm-per-micro** (in the place of gradfold where BatchNorm sees micro-batches, as in resnet): the
       workload's own model by gradfold, which is not the full batch

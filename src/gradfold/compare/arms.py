@@ -211,9 +211,14 @@ def mixed_precision(
             yield Update(rows, loss.item(), weight_of(training.workload, batch, rows), is_applied)
 
 
-def gradfold(training: Training, epochs: Iterable[Tensor], precision: LowerPrecision | None = None) -> Iterator[Update]:
-    """The library: each global batch in micro-batches, one update."""
-    return _accumulate(training, epochs, training.micro_batch_size, precision)
+def gradfold(
+    training: Training,
+    epochs: Iterable[Tensor],
+    precision: LowerPrecision | None = None,
+    batch_norm: Literal["exact"] | None = None,
+) -> Iterator[Update]:
+    """The library: each global batch in micro-batches, one update; BatchNorm as the workload has it, unless given."""
+    return _accumulate(training, epochs, training.micro_batch_size, precision, batch_norm)
 
 
 def by_tokens(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
@@ -226,6 +231,7 @@ def _accumulate(
     epochs: Iterable[Tensor],
     micro_batch_size: int | TokenBudget,
     precision: LowerPrecision | None = None,
+    batch_norm: Literal["exact"] | None = None,
 ) -> Iterator[Update]:
     workload = training.workload
     accumulator = Accumulator(
@@ -235,7 +241,7 @@ def _accumulate(
         weight=workload.weight,
         collate=workload.collate,
         precision=precision,
-        batch_norm=workload.batch_norm,
+        batch_norm=batch_norm or workload.batch_norm,
         self_check=False,  # what does not fit is shown here, not refused
     )
     accumulator._back_propagate = TimedBackPropagation(training.clock, accumulator.grad_scaler)
@@ -296,6 +302,7 @@ def as_it_is(model: nn.Module) -> nn.Module:
 REFERENCE = "full-batch"
 GROUP_NORM_REFERENCE = "group-norm-full-batch"
 BATCH_NORM = "batch-norm-per-micro"
+EXACT_BATCH_NORM = "batch-norm-exact"
 CONTROL = "reordered"
 TOKEN_BUDGET = "token-budget"
 
@@ -356,6 +363,11 @@ ARMS: dict[str, Arm] = {
         Arm("plain-loop", "the loop as articles print it: loss / n, a step every n micro-batches", plain_loop),
         Arm("small-batch", "no accumulation: an update for every micro-batch", small_batch, accumulates=False),
         Arm(CONTROL, "the control: the full batch with its rows in reverse, which changes rounding alone", reordered),
+        Arm(
+            EXACT_BATCH_NORM,
+            "each global batch by gradfold, BatchNorm normalised by the whole batch, in lock-step",
+            partial(gradfold, batch_norm="exact"),
+        ),
         Arm(BATCH_NORM, "each global batch by gradfold, BatchNorm normalised by micro-batch", gradfold),
         Arm(
             GROUP_NORM_REFERENCE,
@@ -376,20 +388,21 @@ ARMS: dict[str, Arm] = {
     )
 }
 GROUP_NORM_ARMS = tuple(name for name, arm in ARMS.items() if arm.reference == GROUP_NORM_REFERENCE)
-_ON_REQUEST = (CONTROL, BATCH_NORM, TOKEN_BUDGET, *GROUP_NORM_ARMS)
+_ON_REQUEST = (CONTROL, EXACT_BATCH_NORM, BATCH_NORM, TOKEN_BUDGET, *GROUP_NORM_ARMS)
 DEFAULT_ARMS = tuple(name for name, arm in ARMS.items() if name not in _ON_REQUEST and arm.precision is None)
 
 
 def default_arms(workload: Workload) -> tuple[str, ...]:
     """The arms that answer what one asks of a workload.
 
-    Where rows differ in length, also what a token budget does; with BatchNorm by micro-batch, what GroupNorm would do.
+    Where rows differ in length, also what a token budget does; with BatchNorm by micro-batch, also what else there is.
     """
     if workload.token_budget is not None:
         return (*DEFAULT_ARMS[:2], TOKEN_BUDGET, *DEFAULT_ARMS[2:])
     if workload.batch_norm != "per_micro_batch":
         return DEFAULT_ARMS
-    return (*(BATCH_NORM if name == "gradfold" else name for name in DEFAULT_ARMS), *GROUP_NORM_ARMS)
+    at = DEFAULT_ARMS.index("gradfold")
+    return (*DEFAULT_ARMS[:at], EXACT_BATCH_NORM, BATCH_NORM, *DEFAULT_ARMS[at + 1 :], *GROUP_NORM_ARMS)
 
 
 def arms_in(precision: str | None) -> tuple[str, ...]:

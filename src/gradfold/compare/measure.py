@@ -23,6 +23,8 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._spent = dict.fromkeys((*PHASES, "excluded"), 0.0)
+        self._num_open = dict.fromkeys(self._spent, 0)
+        self._opened = dict.fromkeys(self._spent, 0.0)
         self._since = 0.0
         self._update_since = 0.0
         self.total_s = 0.0
@@ -37,10 +39,19 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block as part of a phase; "excluded" takes it out of the total."""
-        since = self._now()
-        yield
-        self._spent[name] += self._now() - since
+        """Time a block as part of a phase; "excluded" takes it out of the total.
+
+        Blocks of one phase may overlap, as forward passes in lock-step do: what they have in common counts once.
+        """
+        if not self._num_open[name]:
+            self._opened[name] = self._now()
+        self._num_open[name] += 1
+        try:
+            yield
+        finally:
+            self._num_open[name] -= 1
+            if not self._num_open[name]:
+                self._spent[name] += self._now() - self._opened[name]
 
     def begin_update(self) -> None:
         """The optimizer starts to step."""

@@ -29,6 +29,7 @@ Draw = Callable[[Axes, Comparison], None]
 COLORS = {
     "full-batch": "#8a8f98",
     "gradfold": "#0072b2",
+    "batch-norm-exact": "#004a77",
     "batch-norm-per-micro": "#56b4e9",
     "token-budget": "#009e73",
     "plain-loop": "#e69f00",
@@ -43,12 +44,14 @@ COLORS = {
 }
 _WIDTHS = {
     **{"full-batch": 8.0, "plain-loop": 4.4, "gradfold": 1.6, "small-batch": 1.6, "reordered": 2.8},
-    **{"batch-norm-per-micro": 1.6, "token-budget": 2.8, "group-norm-full-batch": 8.0, "group-norm": 1.6},
+    **{"batch-norm-exact": 1.6, "batch-norm-per-micro": 1.6, "group-norm-full-batch": 8.0, "group-norm": 1.6},
+    "token-budget": 2.8,
     **{"full-batch-bf16": 6.2, "gradfold-bf16": 3.0, "full-batch-fp16": 6.2, "gradfold-fp16": 3.0},
 }
 _ON_TOP = (
     *("small-batch", "group-norm-full-batch", "group-norm", "full-batch", "full-batch-bf16", "full-batch-fp16"),
     *("plain-loop", "gradfold-bf16", "gradfold-fp16", "reordered", "token-budget", "gradfold", "batch-norm-per-micro"),
+    "batch-norm-exact",
 )
 _NUM_POINTS = 60
 _PHASES = (("forward", 1.0), ("backward", 0.68), ("update", 0.4), ("other", 0.17))

@@ -9,6 +9,7 @@ from typing import Any
 from gradfold.compare.arms import (
     ARMS,
     BATCH_NORM,
+    EXACT_BATCH_NORM,
     GROUP_NORM_ARMS,
     LOWER_PRECISIONS,
     TOKEN_BUDGET,
@@ -124,7 +125,7 @@ def chosen_arms(settings: Settings, workload: Workload) -> tuple[str, ...]:
             budget, and the workload has none.
     """
     arms = default_arms(workload) if settings.arms is None else settings.arms
-    needless = [name for name in arms if name in (BATCH_NORM, *GROUP_NORM_ARMS)]
+    needless = [name for name in arms if name in (EXACT_BATCH_NORM, BATCH_NORM, *GROUP_NORM_ARMS)]
     if needless and workload.batch_norm is None:
         raise OptionError(
             f"--arms {','.join(needless)}: there is no BatchNorm by micro-batch in workload "

@@ -6,6 +6,7 @@ from gradfold.compare.arms import (
     ARMS,
     BATCH_NORM,
     CONTROL,
+    EXACT_BATCH_NORM,
     GROUP_NORM_REFERENCE,
     LOWER_PRECISIONS,
     REFERENCE,
@@ -58,7 +59,8 @@ def _of_token_budget(row: Row, comparison: Comparison) -> str:
 def _of_group_norm(row: Row, comparison: Comparison) -> str:
     words = [_explained_gradient(row, comparison), _cost(row, comparison)]
     with_batch_norm = comparison.row(BATCH_NORM) or comparison.row("gradfold")
-    if with_batch_norm is not None and is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
+    is_exact = comparison.row(EXACT_BATCH_NORM) is not None  # which says more
+    if with_batch_norm is not None and not is_exact and is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
         far = with_batch_norm.deviations.gradient_float64
         if far.value is not None and not is_rounding(far, FLOAT64_ROUNDING):
             words.insert(1, "So accumulation is the large batch with GroupNorm, and is not with BatchNorm.")
@@ -69,7 +71,8 @@ def _explained_gradient(row: Row, comparison: Comparison) -> str:
     """How close the first gradient of an arm that ought to be exact is, and why not, where it is not."""
     words = _gradient(row, comparison)
     if words and not is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
-        if comparison.workload.batch_norm == "per_micro_batch" and row.reference == REFERENCE:
+        is_by_micro_batch = comparison.workload.batch_norm == "per_micro_batch" and row.arm != EXACT_BATCH_NORM
+        if is_by_micro_batch and row.reference == REFERENCE:
             words += (
                 ' BatchNorm normalises by micro-batch here, as the workload asks for (batch_norm="per_micro_batch").'
             )
@@ -232,7 +235,7 @@ def _growth(comparison: Comparison) -> str:
     parted = [
         row.arm
         for row in comparison.rows
-        if row.arm in ("gradfold", "group-norm")
+        if row.arm in ("gradfold", "group-norm", EXACT_BATCH_NORM)
         and (row.deviations.weights.value or 0.0) >= _NOTICEABLE
         and is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING)
     ]
@@ -279,6 +282,7 @@ _WORDS = {
     "gradfold": _of_gradfold,
     TOKEN_BUDGET: _of_token_budget,
     BATCH_NORM: _of_gradfold,
+    EXACT_BATCH_NORM: _of_gradfold,
     "group-norm": _of_group_norm,
     **{name: _of_lower_precision for name, arm in ARMS.items() if arm.precision is not None},
     "plain-loop": _of_plain_loop,

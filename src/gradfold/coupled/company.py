@@ -126,9 +126,9 @@ class InLockStep(Together):
             self.share(None)  # raises
         if len({channels for _, _, channels in greetings}) > 1:
             self._may_be_greeted = False  # all ranks see it, and raise
-            channels = sorted({int(one) for _, _, one in greetings})
+            found = sorted({int(one) for _, _, one in greetings})
             raise BatchNormError(
-                f"ranks are at BatchNorm layers with {channels} channels (0: at none): "
+                f"ranks are at BatchNorm layers with {found} channels (0: at none): "
                 'their forward passes take different ways. batch_norm="exact" needs a loss_fn that calls the same '
                 "layers for all rows of all ranks.",
                 (),

@@ -99,7 +99,8 @@ class Interception(TorchFunctionMode):
                 return self._on_call(call)
         elif func in _UNREAD:
             raise BatchNormError(
-                f"loss_fn calls torch.{func.__name__}, which gradfold does not follow. Call torch.nn.functional.batch_norm.",
+                f"loss_fn calls torch.{func.__name__}, which gradfold does not follow. Call "
+                "torch.nn.functional.batch_norm.",
                 (),
             )
         elif func in _COUNTS and not self._counts and id(args[0]) in self._counters:

@@ -1,4 +1,4 @@
-"""A joint call: one call of BatchNorm by all micro-batches of a window, whose statistics are those of all their rows.
+r"""A joint call: one call of BatchNorm by all micro-batches of a window, whose statistics are those of all their rows.
 
 The mathematics is SyncBatchNorm's, over micro-batches (and ranks) in the place of devices. For N values per channel,
 
@@ -8,9 +8,9 @@ The mathematics is SyncBatchNorm's, over micro-batches (and ranks) in the place 
 with mean, var and both sums over the whole window. In the autograd graph it is one function with an entrance and an
 exit for every micro-batch:
 
-    x[k] -> Entrance -> \\                / -> Exit -> y[k]          forward     y[k] is made when micro-batch k goes on
+    x[k] -> Entrance -> \                / -> Exit -> y[k]        forward: Exit makes y[k] when micro-batch k goes on
                          > --- Join --- <
-    x[j] -> Entrance -> /                \\ -> Exit -> y[j]          backward    Exit sums, Join adds up, Entrance makes dx[k]
+    x[j] -> Entrance -> /                \ -> Exit -> y[j]        backward: Exit sums, Join adds up, Entrance makes dx
 
 since Join alone would need y, dy and dx of all micro-batches at once, where this needs them of one. Join also passes a
 token to the next joint call, which fixes the order of joint calls in the backward pass: ranks meet in each.

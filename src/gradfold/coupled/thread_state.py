@@ -49,8 +49,8 @@ class ThreadState:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Put it on in another thread."""
-        # What makes torch tell OpenMP, which counts by thread, of torch.set_num_threads: else oneDNN would run a convolution
-        # on all cores in each new thread, 100 times as slow as it is where these are busy.
+        # What makes torch tell OpenMP, which counts by thread, of torch.set_num_threads: else oneDNN would run
+        # convolutions of each new thread on all cores, 100 times as slow where these are busy.
         torch.get_num_threads()
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self._has_grad))

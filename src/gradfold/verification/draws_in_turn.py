@@ -63,7 +63,8 @@ class DrawsInTurn(RandomOperators):  # type: ignore[no-untyped-call]
 
     def restore_generators(self) -> bool:
         """Set the user's own generators back to where they were when first seen; whether there were any."""
-        return any([mode.restore_generators() for mode in self._modes[::-1]])
+        found = [mode.restore_generators() for mode in self._modes[::-1]]  # the first to have seen it has the last word
+        return any(found)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
