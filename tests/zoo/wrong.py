@@ -306,7 +306,9 @@ WRONG += COUPLED
 
 # --- BatchNorm
 
-NORMS = '`gradfold.convert_batch_norm(model)`, `layer.eval()`, or `batch_norm="per_micro_batch"` to accept it'
+NORMS = (
+    '`batch_norm="exact"`, `gradfold.convert_batch_norm(model)`, `layer.eval()`, or `"per_micro_batch"` to accept it'
+)
 
 
 def batch_norm(model, batch, name, **rest):
@@ -342,7 +344,7 @@ batch_norm(block(nn.SyncBatchNorm, 32), images, "SyncBatchNorm", proof=False)  #
     "wrong",
     cause="batch_norm",
     says="batch_norm",
-    remedy="GroupNorm, or `training=False` with running statistics",
+    remedy='`batch_norm="exact"`, GroupNorm, or `training=False` with running statistics',
     why="Normalises by the micro-batch, and is no module that could be found.",
 )
 def functional_batch_norm():
@@ -358,7 +360,7 @@ def functional_batch_norm():
     "wrong",
     cause="batch_norm",
     says="batch_norm",
-    remedy="GroupNorm, or `training=False`",
+    remedy='`batch_norm="exact"`, GroupNorm, or `training=False`',
     why="The same within a hand-written layer; its buffers move, but it is the micro-batch that normalises.",
 )
 def functional_batch_norm_with_buffers():
