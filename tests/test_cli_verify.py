@@ -40,6 +40,13 @@ def test_batch_norm_layers_are_named():
     assert "Cause: batch_norm" in printed and "'blocks.0.bn1'" in printed and "nothing else is wrong" in printed
 
 
+def test_exact_batch_norm_holds():
+    code, printed = run("resnet", "--global-batch", "8", "--micro-batch", "3", "--batch-norm", "exact")
+    assert code == 0 and "RIGHT" in printed
+    code, printed = run("resnet", "--global-batch", "8", "--micro-batch", "4", "--batch-norm", "refuse")
+    assert code == 1 and "would accept" in " ".join(printed.split())
+
+
 def test_json_and_sizes():
     code, printed = run(
         "linear", "--json", "--micro-batch", "5,7", "--micro-batch", "16", "--dtype", "float32", "--seed", "3"

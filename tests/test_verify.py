@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from reference import assert_same_state, state
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from zoo.case import Module, classes, images, net, pad, sentences, tagger, tokens, two_views
 from zoo.right import convolution, cross_entropy, token_cross_entropy
 from zoo.unknowable import contrastive
@@ -658,3 +659,55 @@ def test_numbers_and_lists_in_words():
     ]
     assert [listed(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
     assert listed(list("abcdefghij")).endswith("h and 2 more")
+
+
+class TestExactBatchNorm:
+    """Lock-step, in which micro-batches begin one after another and draw in turns."""
+
+    def network(self, *more):
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), *more, nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+    def squares(self, model, batch):
+        return model(batch).tanh().square().mean()
+
+    def test_it_holds(self):
+        verdict = verify(self.network(), self.squares, torch.randn(16, 4), {"batch_norm": "exact"})
+        assert verdict.ok and not verdict.notes and verdict.max_relative_error < 1e-12
+
+    def test_with_dropout_between(self):
+        model = nn.Sequential(nn.Dropout(0.3), self.network(nn.Dropout(), nn.Dropout(0.1)), nn.Dropout(0.2))
+        verdict = verify(model, self.squares, torch.randn(16, 4), {"batch_norm": "exact"})
+        assert verdict.ok and not verdict.notes and verdict.max_relative_error < 1e-12
+
+    def test_with_dropout_that_a_checkpoint_draws_again(self):
+        model = self.network(nn.Dropout(), nn.Dropout())
+
+        def loss_fn(model, batch):
+            hidden = checkpoint(model[2:5], model[:2](batch), use_reentrant=False)
+            return model[5:](hidden).tanh().square().mean()
+
+        verdict = verify(model, loss_fn, torch.randn(16, 4), {"batch_norm": "exact"})
+        assert verdict.ok and "ran in evaluation mode" in verdict.notes[0]
+
+    def test_what_is_wrong_besides(self):
+        def total(model, batch):
+            return model(batch).tanh().square().sum()
+
+        verdict = verify(self.network(), total, torch.randn(16, 4), {"batch_norm": "exact"})
+        assert causes(verdict) == ["sum"]
+
+        def ranked(model, batch):
+            return (model(batch).tanh() - model(batch).tanh().sum(0)).square().mean()
+
+        assert causes(verify(self.network(), ranked, torch.randn(16, 4), {"batch_norm": "exact"})) == ["coupled"]
+
+    def test_ways_that_differ_are_refused(self):
+        def loss_fn(model, batch):
+            return (model if float(batch[0, 0]) > 0 else model[1:])(batch).square().mean()
+
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+        batch = torch.randn(16, 4)
+        batch[:, 0] = torch.arange(16) - 7.5
+        batch[0, 0] = 1.0
+        with pytest.raises(gradfold.BatchNormError, match="take different ways"):
+            verify(model, loss_fn, batch, {"batch_norm": "exact"})

@@ -220,7 +220,7 @@ class Accumulator:
                 self._cutting.recut_of(batch),
                 self._cutting.fitting,
                 self._coupling.normalises_parts(),
-                self._coupling.is_joint,
+                self._coupling.find_culprit,
             )
             result = replay.run(window, None if self.precision.is_scaled else self.on_non_finite)
             agreement.conclude()

@@ -67,6 +67,19 @@ def accuse(window: OpenWindow, bad: Mapping[int, tuple[str, ...]]) -> NonFiniteG
     )
 
 
+def accuse_all(window: OpenWindow) -> NonFiniteGradientError:
+    """The error for micro-batches that make one gradient, of which none has its own."""
+    names = non_finite_names(window.model)
+    return NonFiniteGradientError(
+        f"the gradient of the batch is not finite ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), though "
+        "its losses are. All micro-batches are in it together, so none can be named. Look for sqrt or norm at 0, "
+        'division by a standard deviation of 0, or overflow. on_non_finite="skip_update" leaves such batches out.',
+        None,
+        range(window.num_samples),
+        names,
+    )
+
+
 def _unexplained(window: OpenWindow) -> NonFiniteGradientError:
     return NonFiniteGradientError(
         "the gradient of the batch is not finite, and no micro-batch could be found whose own is not when it runs "

@@ -191,10 +191,14 @@ class LossTerms:
         """The micro-batches of a settled window whose loss is NaN or infinite."""
         return {index for (_, index), value in self._values.items() if not math.isfinite(value)}
 
-    def refuse_non_finite(self) -> None:
-        """Raise NonFiniteLossError where the loss of a settled window is not finite; names the first to blame."""
+    def refuse_non_finite(self, culprit: int | None = None) -> None:
+        """Raise NonFiniteLossError where the loss of a settled window is not finite.
+
+        Args:
+            culprit: the micro-batch to name; None names the first whose loss is not finite.
+        """
         for (name, index), value in self._values.items():
-            if not math.isfinite(value):
+            if not math.isfinite(value) and culprit in (None, index):
                 part = self._micro_batches[index]
                 raise NonFiniteLossError(
                     f"the loss term {name!r} is {float(value)} in micro-batch {index} of {len(self._micro_batches)}"

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 from gradfold.agreement import Alone
 from gradfold.errors import BatchError, DoesNotFitError, GradfoldError, ModelError, NonFiniteGradientError, OptionError
 from gradfold.fitting_size import FittingSize
-from gradfold.inspection import Inspection, accuse
+from gradfold.inspection import Inspection, accuse, accuse_all
 from gradfold.out_of_memory import give_back, is_out_of_memory
 from gradfold.recovery import Recovery, Unit
 from gradfold.split import MicroBatch
@@ -28,6 +28,8 @@ from gradfold.window import Backward, Forward, OpenWindow, Schedule, WindowResul
 __all__: list[str] = []
 
 OnNonFinite: TypeAlias = Literal["raise", "skip_update", "skip_micro_batch"]
+
+FindCulprit: TypeAlias = Callable[[OpenWindow], int | None]
 
 Recut: TypeAlias = Callable[[MicroBatch, int], list[MicroBatch]]
 """Cuts a micro-batch into parts of at most this size (`MicroBatch.size`)."""
@@ -69,7 +71,7 @@ class Replay:
         recut: for micro-batches that do not fit.
         fitting_size: learns from those.
         normalises: whether layers normalise by micro-batch, so that a halved one has other statistics.
-        is_joint: whether all micro-batches make one gradient, so that none can be blamed for its own.
+        find_culprit: where micro-batches depend on each other, so that one that is not finite spoils all: finds it.
 
     Attributes:
         terms: the names of the loss terms, once it has run.
@@ -83,7 +85,7 @@ class Replay:
         recut: Recut,
         fitting_size: FittingSize,
         normalises: bool,
-        is_joint: bool,
+        find_culprit: FindCulprit | None,
     ) -> None:
         self._transaction = transaction
         self._agreement = agreement
@@ -91,7 +93,7 @@ class Replay:
         self._recut = recut
         self._fitting_size = fitting_size
         self._normalises = normalises
-        self._is_joint = is_joint
+        self._find_culprit = find_culprit
         self._sizes: list[int] = []  # that did not fit
         self._unit: Unit = "rows"  # of sizes
         self._recoveries: list[Recovery] = []
@@ -123,7 +125,7 @@ class Replay:
         window = self._run_through(window)
         while not self._settle(window, on_non_finite) and on_non_finite is not None:
             if on_non_finite == "raise":
-                window.losses.refuse_non_finite()
+                window.losses.refuse_non_finite(self._culprit(window))
                 raise self._accuse(window)
             rest = None if on_non_finite == "skip_update" else self._leave_out(window)
             if rest is None:
@@ -209,9 +211,18 @@ class Replay:
         window.losses.settle()
         return window, dict.fromkeys(window.losses.non_finite(), ()) | inspection.bad
 
+    def _culprit(self, window: OpenWindow) -> int | None:
+        """The micro-batch that made the losses of others not finite as well; None where each has its own to answer."""
+        if self._find_culprit is None or not window.losses.non_finite():
+            return None
+        self._transaction.rewind()  # the buffers may hold what is not finite
+        return self._find_culprit(window)
+
     def _accuse(self, window: OpenWindow) -> NonFiniteGradientError:
         """The error that names the first micro-batch to blame."""
-        if self._is_joint or not self._agreement.can_replay:
+        if self._find_culprit is not None:
+            return accuse_all(window)
+        if not self._agreement.can_replay:
             return accuse(window, {})
         self._agreement.reopen()
         try:

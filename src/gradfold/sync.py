@@ -194,8 +194,8 @@ def _refuse_sync_batch_norm(modules: Sequence[nn.Module]) -> None:
     if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules):
         raise RanksError(
             "SyncBatchNorm normalises by one micro-batch of every rank, which is not the batch, and waits for ranks "
-            "that have fewer micro-batches. Use GroupNorm: gradfold.convert_batch_norm(model), before wrapping it; or "
-            'BatchNorm with batch_norm="per_micro_batch".'
+            'that have fewer micro-batches. Use nn.BatchNorm layers with batch_norm="exact", which takes the rows of '
+            'all ranks, or with "per_micro_batch"; or GroupNorm: gradfold.convert_batch_norm(model), before wrapping.'
         )
 
 

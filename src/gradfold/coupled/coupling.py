@@ -17,7 +17,7 @@ from gradfold.coupled.two_phase import TwoPhaseLoss, explain, probe_of
 from gradfold.errors import NotDecomposableError, OptionError
 from gradfold.loss import LossFn
 from gradfold.ranks import Ranks
-from gradfold.replay import Cautious
+from gradfold.replay import Cautious, FindCulprit
 from gradfold.transaction import Transaction
 from gradfold.weight import WeightOption
 from gradfold.window import OpenWindow, Schedule, one_after_another
@@ -36,11 +36,11 @@ class Coupling:
     Attributes:
         tried: what the self-check tries out on parts of a micro-batch.
         tries_loss: whether that is the loss itself, with its terms.
-        is_joint: whether all micro-batches make one gradient, so that none can be blamed for its own.
+        find_culprit: where one micro-batch that is not finite spoils all: finds it.
     """
 
     tries_loss = True
-    is_joint = False
+    find_culprit: FindCulprit | None = None
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batch_norm: BatchNormOption) -> None:
         self.model = model
@@ -106,7 +106,7 @@ class Coupling:
 class ExactCoupling(Coupling):
     """Samples that share the statistics of BatchNorm over the whole window, of all ranks."""
 
-    is_joint = True
+    find_culprit = staticmethod(exact_batch_norm.find_culprit)
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         super().__init__(model, loss_fn, "exact")

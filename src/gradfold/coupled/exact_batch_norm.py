@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from gradfold.agreement import Alone
 from gradfold.backward import Weighed
+from gradfold.batch import in_own_containers
 from gradfold.coupled.attendance import Attendance, Passage, passage, refused_checkpoint
 from gradfold.coupled.batch_norm import batch_statistics_layers
 from gradfold.coupled.company import Company, InLockStep, OneProcess
@@ -36,7 +37,7 @@ from gradfold.coupled.moments import Moments, merge
 from gradfold.coupled.offload import Offload
 from gradfold.coupled.thread_state import ThreadState
 from gradfold.errors import BatchNormError, OptionError
-from gradfold.loss import LossFn, LossOutput
+from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
 from gradfold.window import Backward, Forward, OpenWindow
 
 __all__: list[str] = []
@@ -215,6 +216,22 @@ def check_goes_with(on_non_finite: str) -> None:
             'batch_norm="exact" does not go with on_non_finite="skip_micro_batch": every micro-batch is in the '
             'statistics of all, so none can be left out for its own gradient. Write "raise" or "skip_update".'
         )
+
+
+@torch.no_grad()
+def find_culprit(window: OpenWindow) -> int | None:
+    """The first micro-batch whose loss is not finite though no other is in its statistics; None where there is none.
+
+    A single NaN is in the statistics of all, and so in every loss.
+    """
+    loss_fn = uncoupled(window.loss_fn)
+    for index in sorted(window.losses.non_finite()):
+        output = loss_fn(window.model, in_own_containers(window.take(index)))
+        terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
+        names = window.weights.names_at(index)
+        if not all(bool(term.isfinite()) for name, term in terms.items() if names is None or name in names):
+            return index
+    return None
 
 
 def uncoupled(loss_fn: LossFn) -> LossFn:
