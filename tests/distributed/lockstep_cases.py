@@ -66,6 +66,7 @@ def run(rank, size):
     return {
         "micro-batches": window(rank, size, micro_batch_size=2),
         "one micro-batch each": window(rank, size),
+        "a frozen stem and a teacher": frozen(DistributedDataParallel(Branching()), cut(batch(), rows_of(rank, size))),
         "bfloat16": outcome(lambda: half(rank, size)),
         "an error in a forward pass": failing(rank, size, "forward"),
         "an error in the stem's backward pass": failing(rank, size, "stem"),
@@ -92,6 +93,28 @@ def window(rank, size, **options):
     result = accumulator.backward(cut(batch(), rows_of(rank, size)))
     buffers = {name: one.clone() for name, one in model.module.named_buffers()}
     return gradients(model.module), buffers, result.num_micro_batches, result.metrics["mean"]
+
+
+def frozen(model, rows):
+    """Layers that need no gradient, and joint calls under no_grad, between others."""
+    inner = getattr(model, "module", model)
+    inner.first.requires_grad_(False)
+    inner.a.requires_grad_(False)
+    seen = []
+
+    def with_teacher(model, batch):
+        with torch.no_grad():
+            target = inner.head(inner.first(batch[0]))
+        stem = inner.a(inner.first(batch[0]))
+        seen.append(stem.requires_grad)
+        main, head = model(batch[0])
+        return (main - target).square().mean() + (head + stem[:, :2]).square().mean()
+
+    if model is inner:
+        with_teacher(model, rows).backward()
+    else:
+        gradfold.Accumulator(model, with_teacher, batch_norm="exact", micro_batch_size=2).backward(rows)
+    return gradients(inner), dict(inner.named_buffers()), seen
 
 
 def half(rank, size):

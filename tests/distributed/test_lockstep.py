@@ -41,6 +41,17 @@ def test_gradients_and_running_statistics_are_those_of_all_rows(ranks, name):
     assert counts == [1] * len(ranks) if name == "one micro-batch each" else counts[0] > counts[-1]
 
 
+def test_frozen_layers_have_no_graph_and_joint_calls_without_grad_break_no_chain(ranks):
+    expected, buffers, _ = lockstep_cases.frozen(lockstep_cases.Branching(), lockstep_cases.batch())
+    for result in ranks:
+        found, found_buffers, seen = result["a frozen stem and a teacher"]
+        present = {name: one for name, one in expected.items() if one is not None}
+        assert relative_error({name: found[name] for name in present}, present) < 1e-12
+        for name, one in buffers.items():
+            torch.testing.assert_close(found_buffers[name], one, rtol=1e-12, atol=1e-12)
+        assert not any(seen)
+
+
 def test_three_ranks():
     for of_ranks in zip(*run_on(3, lockstep_cases.windows), strict=True):
         assert_exact(of_ranks)

@@ -159,7 +159,9 @@ class ExactBatchNorm:
         with torch.set_grad_enabled(first.has_grad):
             token = self._company.begin_token(call.values.device) if self._token is None else self._token
             entered = [request.entered for request in requests]
-            self._token, joined = join(joint, token.to(call.values.device), call.scale, call.shift, entered)
+            token, joined = join(joint, token.to(call.values.device), call.scale, call.shift, entered)
+        if first.has_grad:  # else the chain of those that have would end here
+            self._token = token
         return joined
 
     def _run_backward(self, terms: list[tuple[Tensor, float]], backward: Backward) -> None:

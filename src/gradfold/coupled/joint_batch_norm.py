@@ -168,6 +168,8 @@ class Join(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.dtypes = [None if one is None else one.dtype for one in (scale, shift)]
+        if not any(ctx.needs_input_grad[2:]):  # frozen so far: the token alone has a graph
+            ctx.mark_non_differentiable(*entered)
         return (token.clone(), *entered)
 
     @staticmethod
