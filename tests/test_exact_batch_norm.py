@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from reference import assert_same_state, gradients, relative_error, state
 from resnet18 import classify, resnet18
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
@@ -288,8 +290,11 @@ def test_statistics_without_a_gradient():
 
 def test_a_loss_that_leaves_a_branch_out():
     model = TwoHeads().double()
-    assert_exact(model, lambda model, batch: (model.a(batch) + 0 * model.b(batch).detach()).square().sum(1).mean() +
-                 model.last(batch).square().mean(), rows(), micro_batch_size=5)  # fmt: skip
+
+    def loss_fn(model, batch):
+        return (model.a(batch) + model.b(batch).detach()).square().mean() + squares(model.last, batch)
+
+    assert_exact(model, loss_fn, rows(), micro_batch_size=5)
 
 
 def test_lazy_layers():
@@ -357,21 +362,26 @@ def test_bfloat16_parameters_sum_in_float32():
 
 
 def test_state_of_the_calling_thread_is_that_of_the_others():
-    model = perceptron(nn.BatchNorm1d(4))
+    model = perceptron(nn.BatchNorm1d(4)).float()
     seen = []
 
     def loss_fn(model, batch):
-        seen.append((torch.is_autocast_enabled("cpu"), torch.zeros(1).device.type, torch.get_num_threads()))
+        seen.append((torch.is_autocast_enabled("cpu"), torch.zeros(1).device.type, note.get()))
         return squares(model, batch)
 
-    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        with torch.device("cpu"):
-            exact(model, lambda model, batch: squares(model.float(), batch.float()), micro_batch_size=6,
-                  self_check=False)  # fmt: skip
-        accumulator = exact(model.double(), loss_fn, micro_batch_size=6, self_check=False)
-        with torch.device("cpu"):
-            accumulator.backward(rows())
-    assert seen == [(True, "cpu", torch.get_num_threads())] * 2
+    class Device(TorchFunctionMode):
+        """A mode of the user's, as torch.set_default_device is one."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            given = {"device": "meta"} if func is torch.zeros else {}
+            return func(*args, **(given | (kwargs or {})))
+
+    note = ContextVar("note")
+    note.set("from the caller")
+    accumulator = exact(model, loss_fn, micro_batch_size=6, self_check=False)
+    with torch.autocast("cpu", torch.bfloat16), Device():
+        accumulator.backward(rows().float())
+    assert seen == [(True, "meta", "from the caller")] * 2
 
 
 def test_compiled_models():
