@@ -253,6 +253,14 @@ def test_rows_and_columns_are_dropped_at_the_rate():
             assert abs(chi_square - len(counts)) < 5 * math.sqrt(2 * len(counts))
 
 
+def test_both_words_of_a_row_count():
+    """Two rows among many may agree in one word of 32 bits; in both they will not."""
+    words = torch.tensor([[5, 5, 6], [7, 8, 7]])
+    first, other_second, other_first = gradfold.coupled.keyed_dropout._keep(*words, [3, 4096], 0, 0.5)
+    for other in (other_second, other_first):
+        assert 0.45 < (first == other).double().mean() < 0.55
+
+
 def test_first_and_last_elements_of_many_updates_are_fair():
     bits = torch.stack([masks(rows=4, elements=4, update=update) for update in range(2000)]).double()
     assert bool(((bits.mean(0) - 0.5).abs() < 4.5 * 0.5 / math.sqrt(2000)).all())

@@ -464,7 +464,7 @@ def test_under_bfloat16_autocast_the_gradient_is_that_of_the_whole_batch():
 
 
 def test_autocast_around_the_whole_step_keeps_no_casts_without_a_graph():
-    """Casts of parameters that the sweep made would cut the replays off from the parameters."""
+    """Casts of parameters that the sweep made would cut the replays off from the parameters; torch keeps none."""
     model = towers().float()
     batch = {key: value.float() if value.is_floating_point() else value for key, value in pairs().items()}
     with torch.autocast("cpu", torch.bfloat16):

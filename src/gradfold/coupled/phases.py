@@ -131,8 +131,6 @@ class Phases:
             for index in indices:
                 states[index] = _States.record(window.model)
                 statistics.add(index, window.call(index))
-        # Where autocast goes around the whole step, it keeps the casts of parameters, which here have no graph.
-        torch.clear_autocast_cache()
         return states
 
     def _run_loss(self, window: OpenWindow, agreement: Alone, statistics: Statistics) -> _WholeLoss:

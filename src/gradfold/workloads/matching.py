@@ -127,7 +127,8 @@ def matching(data: Path | None = None) -> Workload:
         description=DESCRIPTION,
         make_model=partial(Matcher, num_words=_NUM_WORDS + 2),
         loss_fn=TwoPhaseLoss(embed, contrast),
-        make_optimizer=partial(torch.optim.Adam, lr=1e-3),
+        # With the default eps of 1e-8 rounding errors in the gradients of rare words become whole steps.
+        make_optimizer=partial(torch.optim.Adam, lr=1e-3, eps=1e-6),
         train_data=samples,
         global_batch_size=512,
         micro_batch_size=32,
