@@ -107,7 +107,7 @@ def test_only_the_loss_may_be_trained():
     model = towers()
     for tower in ("a", "b"):
         model[tower].requires_grad_(False)
-    accumulator = gradfold.Accumulator(model, LOSS, micro_batch_size=5, self_check=False)
+    accumulator = gradfold.Accumulator(model, LOSS, micro_batch_size=5)
     accumulator.backward(pairs())
     torch.testing.assert_close(model.log_scale.grad, whole(model, pairs())[0]["log_scale"], rtol=1e-12, atol=0)
 
@@ -387,6 +387,55 @@ def test_activations_of_one_micro_batch_are_alive_at_a_time():
     loss_fn = gradfold.TwoPhaseLoss(statistic, match)
     gradfold.Accumulator(model, loss_fn, micro_batch_size=3, self_check=False).backward(pairs())
     assert len(most) == 22 and max(most) <= 2  # the two towers of the one before
+
+
+def test_compiled_and_checkpointed_models():
+    from torch.utils.checkpoint import checkpoint
+
+    expected, _ = whole(towers(), pairs())
+    model = towers()
+    torch._dynamo.reset()
+    for tower in ("a", "b"):
+        model[tower] = torch.compile(model[tower], backend="aot_eager")
+    gradfold.Accumulator(model, LOSS, micro_batch_size=5).backward(pairs())
+    found = {name.replace("_orig_mod.", ""): one for name, one in gradients(model).items()}
+    assert relative_error(found, expected) < 1e-12
+    for use_reentrant in (False, True):
+        model = towers()
+
+        def statistic(model, batch, use_reentrant=use_reentrant):
+            x = batch["x"].clone().requires_grad_(torch.is_grad_enabled())
+            first = checkpoint(model["a"], x, use_reentrant=use_reentrant) if torch.is_grad_enabled() else model["a"](x)
+            return {"pair": (first, model["b"](batch["y"])), "label": batch["label"]}
+
+        loss_fn = gradfold.TwoPhaseLoss(statistic, match)
+        gradfold.Accumulator(model, loss_fn, micro_batch_size=5, self_check=False).backward(pairs())
+        assert relative_error(gradients(model), expected) < 1e-12
+
+
+def test_a_batch_whose_rows_cannot_be_counted_is_warned_of():
+    class Graph:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def to(self, device):
+            return self
+
+    samples = [{key: value[row] for key, value in pairs(12).items()} for row in range(12)]
+    loss_fn = gradfold.TwoPhaseLoss(lambda model, graph: embed(model, graph.batch), match)
+
+    def collate(samples):
+        return Graph(torch.utils.data.default_collate(samples))
+
+    model = towers()
+    accumulator = gradfold.Accumulator(
+        model, loss_fn, micro_batch_size=5, collate=collate, weight="samples", self_check=False
+    )
+    accumulator.backward(samples)
+    assert relative_error(gradients(model), whole(model, pairs(12))[0]) < 1e-12
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=5, collate=collate)
+    with pytest.warns(RuntimeWarning, match="cannot know"):
+        accumulator.backward(samples)
 
 
 # --- memory that runs out

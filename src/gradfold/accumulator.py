@@ -189,7 +189,8 @@ class Accumulator:
             BatchError: the batch cannot be cut by rows.
             ModelError: nothing to train, BatchNorm, hooks, or processes that cannot train together: the message names
                 the cause. RanksError also where another rank has failed in this window.
-            LossError: `loss_fn` returned no loss, or one that is NaN or infinite.
+            LossError: `loss_fn` returned no loss, or one that is NaN or infinite; ReplayError where a `TwoPhaseLoss`
+                did not give the same twice.
             NonFiniteGradientError: the gradient is NaN or infinite, though the losses are finite.
             DoesNotFitError: one row does not fit in memory, or fewer rows than do not fit cannot be run.
             WeightError: a weight is negative, not finite or not a number, or fits no loss term.

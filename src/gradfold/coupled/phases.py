@@ -11,7 +11,7 @@ in [3], all begin again, since with other micro-batches its statistics may be ot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,10 +71,15 @@ def check_options(weight: WeightOption, batch_norm: str | None, on_non_finite: s
 
 @dataclass(frozen=True)
 class _WholeLoss:
-    """What the loss of the whole batch gave: its terms, detached, and metrics."""
+    """What the loss of the whole batch gave: its terms, detached, and metrics.
+
+    Attributes:
+        reaches_parameters: whether some parameter got a gradient from it by itself.
+    """
 
     loss: Loss
     metrics: Mapping[str, Any]
+    reaches_parameters: bool
 
 
 class Phases:
@@ -116,6 +121,7 @@ class Phases:
                 whole = self._run_loss(window, agreement, statistics)
                 with _Replay(window, self._loss_fn.statistic, statistics, states, whole, forward) as replay:
                     inner(indices, replay.forward, backward)
+                    replay.check_reach()
                 self._check(window, statistics, whole, replay.deviations, raises)
                 self._waited_for = None
                 if all(agreement.share(True)):
@@ -127,9 +133,10 @@ class Phases:
     def _sweep(self, window: OpenWindow, indices: Sequence[int], statistics: Statistics) -> dict[int, _States]:
         """Collect the statistics; gives the random states with which each micro-batch began."""
         states = {}
+        parameters = parameters_of(list(window.model.modules()))
         with _without_trace(window.model, self._buffers), _calling(window, self._loss_fn.statistic), torch.no_grad():
             for index in indices:
-                states[index] = _States.record(window.model)
+                states[index] = _States.record(parameters)
                 statistics.add(index, window.call(index))
         return states
 
@@ -150,11 +157,13 @@ class Phases:
                 f"(gradfold.losses.info_nce(..., tile=256)), or take a smaller batch. The error was: {error}",
                 (),
             ) from error
+        parameters = list(window.model.parameters())
+        reaches = any(parameter.grad is not None for parameter in parameters)
         if isinstance(agreement, Together) and agreement.ranks.rank > 0:
-            for parameter in window.model.parameters():
+            for parameter in parameters:
                 parameter.grad = None  # all ranks have the same, and sums over ranks shall count it once
         detached = {name: term.detach() for name, term in terms.items()}
-        return _WholeLoss(loss.detach() if isinstance(loss, Tensor) else detached, metrics)
+        return _WholeLoss(loss.detach() if isinstance(loss, Tensor) else detached, metrics, reaches)
 
     def _check(
         self,
@@ -195,9 +204,9 @@ class _States:
     host: HostRandomState
 
     @classmethod
-    def record(cls, model: nn.Module) -> _States:
-        """The states now."""
-        return cls(RandomState.record(parameters_of(list(model.modules()))), HostRandomState.record())
+    def record(cls, parameters: Iterable[Tensor]) -> _States:
+        """The states now, of the devices of some tensors."""
+        return cls(RandomState.record(parameters), HostRandomState.record())
 
     def restore(self) -> None:
         """Set the generators back."""
@@ -228,12 +237,13 @@ class _Replay:
         self._states = states
         self._whole = whole
         self._forward = forward
+        self._reaches_parameters = whole.reaches_parameters
         self._weighed: Weighed = []
         self._stack = ExitStack()
 
     def __enter__(self) -> _Replay:
         self._stack.enter_context(_calling(self._window, self._run))
-        self._end = _States.record(self._window.model)
+        self._end = _States.record(self._window.model.parameters())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -246,7 +256,16 @@ class _Replay:
         self._states[index].restore()
         self._forward(index)
         weighed, self._weighed = self._weighed, []
+        self._reaches_parameters |= bool(weighed)
         return weighed
+
+    def check_reach(self) -> None:
+        """Raise LossError where neither the loss nor the statistics of any micro-batch led to a parameter."""
+        if not self._reaches_parameters:
+            raise LossError(
+                "no statistic requires grad: nothing connects the loss to the model's parameters. Look for "
+                "torch.no_grad(), .detach() or an argmax in statistic(model, micro_batch), and for frozen parameters."
+            )
 
     def _run(self, model: nn.Module, batch: Any) -> LossOutput:
         index = self._window.current

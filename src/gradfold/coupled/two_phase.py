@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.batch import every_leaf, rows_if_any
-from gradfold.errors import LossError, NotDecomposableError, OptionError
+from gradfold.errors import NotDecomposableError, OptionError
+from gradfold.examined import CannotKnowError, UndecidedError
 from gradfold.loss import LossFn, LossOutput
 
 __all__ = ["TwoPhaseLoss"]
@@ -109,12 +110,9 @@ def probe_of(loss_fn: TwoPhaseLoss) -> LossFn:
         leaves = [leaf for leaf in every_leaf(loss_fn.statistic(model, batch)) if _has_gradient(leaf)]
         num_rows = rows_if_any(batch)
         if not leaves:
-            raise LossError(
-                "no statistic requires grad: nothing connects them to the model's parameters. Look for "
-                "torch.no_grad(), .detach() or an argmax in statistic(model, micro_batch), and for frozen parameters."
-            )
+            raise UndecidedError  # all of it may be frozen, and the loss trained alone
         if num_rows is None:
-            raise LossError("the rows of this batch cannot be counted")
+            raise CannotKnowError("the rows of this batch cannot be counted")
         generator = torch.Generator().manual_seed(0)
         dtype = torch.promote_types(leaves[0].dtype, torch.float32)
         total: Tensor = leaves[0].new_zeros((), dtype=dtype)
