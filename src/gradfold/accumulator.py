@@ -56,7 +56,8 @@ class Accumulator:
         loss_fn: `(model, micro_batch) -> loss` or `-> (loss, metrics)`; it may be called again for the same rows.
             `loss` is a 0-d tensor, the mean over the micro-batch (a sum has lost its denominator), or a dict of such
             terms, whose plain sum is the loss. `metrics` is a dict; 0-d values are combined as weighted means, values
-            with one entry per row are concatenated in the batch's own order.
+            with one entry per row are concatenated in the batch's own order. For losses that compare the rows of a
+            batch, a `TwoPhaseLoss`.
         micro_batch_size: rows to run at once, at most; the batch is cut into nearly equal parts. None: as it is given.
             A `TokenBudget`: padded tokens to run at once, in micro-batches of rows of like length.
             Where memory runs out, half as many are run from there on (see `WindowResult.recoveries`), so that with None

@@ -11,10 +11,8 @@ in [3], all begin again, since with other micro-batches its statistics may be ot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +20,20 @@ from torch.nn.parameter import is_lazy
 
 from gradfold.agreement import Alone, Together
 from gradfold.attributes import Attributes
-from gradfold.backward import Weighed
 from gradfold.buffers import BufferKeeper
+from gradfold.coupled.second_run import SecondRun, States, WholeLoss, calling
 from gradfold.coupled.statistics import Statistics
-from gradfold.coupled.two_phase import Statistic, TwoPhaseLoss
+from gradfold.coupled.two_phase import TwoPhaseLoss
 from gradfold.errors import (
     DoesNotFitError,
-    LossError,
     NonFiniteGradientError,
     NonFiniteLossError,
     OptionError,
     ReplayError,
 )
 from gradfold.gradients import parameters_of
-from gradfold.loss import Loss, LossOutput, read_pair, read_terms
+from gradfold.loss import read_pair, read_terms
 from gradfold.out_of_memory import is_out_of_memory
-from gradfold.random_state import HostRandomState, RandomState
 from gradfold.transaction import Transaction
 from gradfold.weight import WeightOption
 from gradfold.window import Backward, Forward, OpenWindow, Schedule
@@ -67,19 +63,6 @@ def check_options(weight: WeightOption, batch_norm: str | None, on_non_finite: s
             'on_non_finite="skip_micro_batch" does not go with a TwoPhaseLoss: one statistic that is not finite makes '
             'the whole loss so. Write on_non_finite="skip_update", or leave such rows out of the batch.'
         )
-
-
-@dataclass(frozen=True)
-class _WholeLoss:
-    """What the loss of the whole batch gave: its terms, detached, and metrics.
-
-    Attributes:
-        reaches_parameters: whether some parameter got a gradient from it by itself.
-    """
-
-    loss: Loss
-    metrics: Mapping[str, Any]
-    reaches_parameters: bool
 
 
 class Phases:
@@ -119,7 +102,7 @@ class Phases:
                 statistics.join(agreement, window.num_samples)
                 self._waited_for = agreement
                 whole = self._run_loss(window, agreement, statistics)
-                with _Replay(window, self._loss_fn.statistic, statistics, states, whole, forward) as replay:
+                with SecondRun(window, self._loss_fn.statistic, statistics, states, whole, forward) as replay:
                     inner(indices, replay.forward, backward)
                     replay.check_reach()
                 self._check(window, statistics, whole, replay.deviations, raises)
@@ -130,17 +113,17 @@ class Phases:
 
         return run
 
-    def _sweep(self, window: OpenWindow, indices: Sequence[int], statistics: Statistics) -> dict[int, _States]:
+    def _sweep(self, window: OpenWindow, indices: Sequence[int], statistics: Statistics) -> dict[int, States]:
         """Collect the statistics; gives the random states with which each micro-batch began."""
         states = {}
         parameters = parameters_of(list(window.model.modules()))
-        with _without_trace(window.model, self._buffers), _calling(window, self._loss_fn.statistic), torch.no_grad():
+        with _without_trace(window.model, self._buffers), calling(window, self._loss_fn.statistic), torch.no_grad():
             for index in indices:
-                states[index] = _States.record(parameters)
+                states[index] = States.record(parameters)
                 statistics.add(index, window.call(index))
         return states
 
-    def _run_loss(self, window: OpenWindow, agreement: Alone, statistics: Statistics) -> _WholeLoss:
+    def _run_loss(self, window: OpenWindow, agreement: Alone, statistics: Statistics) -> WholeLoss:
         """The loss of the whole batch, back-propagated to the statistics and to parameters that it uses itself."""
         try:
             with torch.enable_grad():
@@ -163,13 +146,13 @@ class Phases:
             for parameter in parameters:
                 parameter.grad = None  # all ranks have the same, and sums over ranks shall count it once
         detached = {name: term.detach() for name, term in terms.items()}
-        return _WholeLoss(loss.detach() if isinstance(loss, Tensor) else detached, metrics, reaches)
+        return WholeLoss(loss.detach() if isinstance(loss, Tensor) else detached, metrics, reaches)
 
     def _check(
         self,
         window: OpenWindow,
         statistics: Statistics,
-        whole: _WholeLoss,
+        whole: WholeLoss,
         deviations: Mapping[int, Tensor],
         raises: bool,
     ) -> None:
@@ -194,109 +177,6 @@ class Phases:
         dtypes = {self._compute, statistics.lowest(), *_dtypes(window.model)} - {None}
         if worst > max(_TOLERANCES.get(dtype, _OF_HALF_TYPES) for dtype in dtypes if dtype is not None):
             raise _not_reproduced(window, index, worst)
-
-
-@dataclass(frozen=True)
-class _States:
-    """The random states of torch, numpy and Python."""
-
-    torch: RandomState
-    host: HostRandomState
-
-    @classmethod
-    def record(cls, parameters: Iterable[Tensor]) -> _States:
-        """The states now, of the devices of some tensors."""
-        return cls(RandomState.record(parameters), HostRandomState.record())
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        self.torch.restore()
-        self.host.restore()
-
-
-class _Replay:
-    """The third phase. In its `with` block `loss_fn` of the window gives each micro-batch its part of what is known.
-
-    Attributes:
-        deviations: by micro-batch, how far its statistics are from what they were.
-    """
-
-    def __init__(
-        self,
-        window: OpenWindow,
-        statistic: Statistic,
-        statistics: Statistics,
-        states: Mapping[int, _States],
-        whole: _WholeLoss,
-        forward: Forward,
-    ) -> None:
-        self.deviations: dict[int, Tensor] = {}
-        self._window = window
-        self._statistic = statistic
-        self._statistics = statistics
-        self._states = states
-        self._whole = whole
-        self._forward = forward
-        self._reaches_parameters = whole.reaches_parameters
-        self._weighed: Weighed = []
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Replay:
-        self._stack.enter_context(_calling(self._window, self._run))
-        self._end = _States.record(self._window.model.parameters())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end.restore()
-        self._stack.close()
-
-    def forward(self, index: int) -> Weighed:
-        """Run a micro-batch again; gives its statistics, each with the gradient that has arrived at it."""
-        self._window.check_unchanged(index)
-        self._states[index].restore()
-        self._forward(index)
-        weighed, self._weighed = self._weighed, []
-        self._reaches_parameters |= bool(weighed)
-        return weighed
-
-    def check_reach(self) -> None:
-        """Raise LossError where neither the loss nor the statistics of any micro-batch led to a parameter."""
-        if not self._reaches_parameters:
-            raise LossError(
-                "no statistic requires grad: nothing connects the loss to the model's parameters. Look for "
-                "torch.no_grad(), .detach() or an argmax in statistic(model, micro_batch), and for frozen parameters."
-            )
-
-    def _run(self, model: nn.Module, batch: Any) -> LossOutput:
-        index = self._window.current
-        output = self._statistic(model, batch)
-        self._weighed = self._statistics.weigh(index, output)
-        self.deviations[index] = self._statistics.deviation(index, output)
-        metrics = {name: self._of_rows(name, value, index) for name, value in self._whole.metrics.items()}
-        return (self._whole.loss, metrics) if metrics else self._whole.loss
-
-    def _of_rows(self, name: str, value: Any, index: int) -> Any:
-        """A metric of the whole batch, or its rows for a micro-batch."""
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
-        total = self._statistics.num_samples
-        if len(value) != total:
-            raise LossError(
-                f"the metric {name!r} has shape {tuple(value.shape)} for a batch of {total} rows; expected a 0-d "
-                "tensor or one entry per row in dim 0."
-            )
-        before = sum(len(part.rows) for part in self._window.micro_batches[:index])
-        return value.narrow(0, self._statistics.first_sample + before, len(self._window.micro_batches[index].rows))
-
-
-@contextmanager
-def _calling(window: OpenWindow, loss_fn: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """The window calls another `loss_fn`."""
-    before, window.loss_fn = window.loss_fn, loss_fn
-    try:
-        yield
-    finally:
-        window.loss_fn = before
 
 
 @contextmanager

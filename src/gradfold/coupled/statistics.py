@@ -7,8 +7,6 @@ it here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,23 +15,13 @@ from torch import Tensor
 from gradfold.agreement import Alone, Together
 from gradfold.backward import Weighed
 from gradfold.batch import Batch, every_leaf, leaves_by_path, map_leaves
+from gradfold.coupled.gathering import Contribution, check_alike, gathered, listed, plus, same, summed
 from gradfold.coupled.two_phase import Combine
 from gradfold.errors import LossError
 
 __all__: list[str] = []
 
 _MAX_SAMPLE = 4096  # elements of a sum that are kept of each micro-batch, to see whether it comes out again
-
-
-@dataclass(frozen=True)
-class _Contribution:
-    """What a rank tells the others of its own statistics, before tensors are sent."""
-
-    paths: list[str]
-    shapes: list[tuple[int, ...] | None]  # None for numbers and text
-    dtypes: list[torch.dtype | None]
-    values: list[Any]
-    num_samples: int
 
 
 class Statistics:
@@ -72,7 +60,7 @@ class Statistics:
                 _check(path, leaf, self._combine)
         elif paths != self._paths:
             raise LossError(
-                f"statistic returned {_listed(paths)} for micro-batch {index}, and {_listed(self._paths)} for another. "
+                f"statistic returned {listed(paths)} for micro-batch {index}, and {listed(self._paths)} for another. "
                 "Return the same nesting every time."
             )
         if self._combine == "concatenate":
@@ -81,14 +69,14 @@ class Statistics:
         self._parts[index] = [_sample(leaf) for leaf in leaves]
         wide = [_widened(leaf) for leaf in leaves]
         if self._sums:
-            wide = [_plus(total, leaf, path) for total, leaf, path in zip(self._sums, wide, paths, strict=True)]
+            wide = [plus(total, leaf, path) for total, leaf, path in zip(self._sums, wide, paths, strict=True)]
         self._sums = wide
         self._dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
 
     def join(self, agreement: Alone, num_samples: int) -> None:
         """Combine, over all ranks in their order; every rank must come."""
         own = self._concatenated() if self._combine == "concatenate" else self._sums
-        contribution = _Contribution(
+        contribution = Contribution(
             self._paths,
             [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in own],
             [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in own],
@@ -96,15 +84,15 @@ class Statistics:
             num_samples,
         )
         of_all = agreement.share(contribution)
-        _check_alike(of_all, self._combine)
+        check_alike(of_all, self._combine)
         counts = [one.num_samples for one in of_all]
         rank = agreement.ranks.rank if isinstance(agreement, Together) else 0
         self.num_samples, self.first_sample = sum(counts), sum(counts[:rank])
         shift = [0] * len(own)
         if isinstance(agreement, Together) and self._combine == "concatenate":
-            own, shift = _gathered(agreement, own, of_all)
+            own, shift = gathered(agreement, own, of_all)
         elif isinstance(agreement, Together):
-            own = _summed(agreement, own, of_all)
+            own = summed(agreement, own, of_all)
         if self._combine == "concatenate":
             self._place(shift)
         else:
@@ -239,36 +227,10 @@ def _widened(leaf: Any) -> Any:
     return leaf.to(torch.float32) if is_narrow else leaf.clone()
 
 
-def _plus(total: Any, leaf: Any, path: str) -> Any:
-    if isinstance(total, Tensor) and isinstance(leaf, Tensor):
-        if total.shape != leaf.shape:
-            raise LossError(
-                f"the statistic {path or 'S'} has shape {tuple(leaf.shape)} in one micro-batch and "
-                f'{tuple(total.shape)} in another, which cannot be added up. For rows, write combine="concatenate".'
-            )
-        return total.add_(leaf)
-    if isinstance(total, (int, float)) and isinstance(leaf, (int, float)) and not isinstance(total, bool):
-        return total + leaf
-    return _same(total, leaf, path)
-
-
-def _same(one: Any, other: Any, path: str) -> Any:
-    if isinstance(one, Tensor) or isinstance(other, Tensor) or one != other:
-        raise LossError(
-            f"the statistic {path or 'S'} is {_kind(one)} in one micro-batch and {_kind(other)} in another; only "
-            "tensors are combined."
-        )
-    return one
-
-
-def _kind(leaf: Any) -> str:
-    return "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
-
-
 def _below(column: Sequence[Any], path: str, indices: Sequence[int] | dict[int, Any]) -> Any:
     if not any(isinstance(leaf, Tensor) for leaf in column):
         for leaf in column:
-            _same(column[0], leaf, path)
+            same(column[0], leaf, path)
         return column[0]
     for index, leaf in zip(indices, column, strict=True):
         if not isinstance(leaf, Tensor) or leaf.dtype != column[0].dtype or leaf.shape[1:] != column[0].shape[1:]:
@@ -286,60 +248,3 @@ def _shape(leaf: Any) -> str:
 def _as_input(leaf: Any) -> Any:
     has_gradient = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
     return leaf.requires_grad_() if has_gradient else leaf
-
-
-def _listed(paths: Sequence[str]) -> str:
-    return ", ".join(path or "a tensor" for path in paths) or "nothing"
-
-
-def _check_alike(of_all: Sequence[_Contribution], combine: Combine) -> None:
-    """Raise LossError, on all ranks, where their statistics do not go together."""
-    first = 1 if combine == "concatenate" else 0
-    forms = [
-        (one.paths, one.dtypes, [None if shape is None else shape[first:] for shape in one.shapes]) for one in of_all
-    ]
-    for rank, form in enumerate(forms):
-        if form != forms[0]:
-            raise LossError(
-                f"the statistics of rank {rank} ({_listed(form[0])}: {form[2]}, {form[1]}) do not go with those of "
-                f"rank 0 ({_listed(forms[0][0])}: {forms[0][2]}, {forms[0][1]})."
-            )
-
-
-def _gathered(agreement: Together, own: Sequence[Any], of_all: Sequence[_Contribution]) -> tuple[list[Any], list[int]]:
-    """The rows of all ranks, and where those of this one begin in each leaf."""
-    rank = agreement.ranks.rank
-    counts = [
-        [0 if one.shapes[number] is None else one.shapes[number][0] for one in of_all]  # type: ignore[index]
-        for number in range(len(own))
-    ]
-    whole: list[Any] = []
-    for number, leaf in enumerate(own):
-        if isinstance(leaf, Tensor):
-            rows = leaf.new_empty((sum(counts[number]), *leaf.shape[1:]))
-            start = sum(counts[number][:rank])
-            rows[start : start + len(leaf)] = leaf
-            whole.append(rows)
-        else:
-            for one in of_all:
-                _same(leaf, one.values[number], one.paths[number])
-            whole.append(leaf)
-    agreement.share(None)  # all have the memory; from here on the others wait
-    for number, leaf in enumerate(whole):
-        if isinstance(leaf, Tensor):
-            agreement.ranks.fill_in(leaf, counts[number])
-    return whole, [list(accumulate(of_leaf, initial=0))[rank] for of_leaf in counts]
-
-
-def _summed(agreement: Together, own: Sequence[Any], of_all: Sequence[_Contribution]) -> list[Any]:
-    whole: list[Any] = []
-    for number, leaf in enumerate(own):
-        if isinstance(leaf, Tensor):
-            agreement.ranks.add_up(leaf)
-            whole.append(leaf)
-            continue
-        total = of_all[0].values[number]
-        for one in of_all[1:]:
-            total = _plus(total, one.values[number], one.paths[number])
-        whole.append(total)
-    return whole
