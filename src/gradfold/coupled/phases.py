@@ -76,7 +76,6 @@ class Phases:
     def __init__(self, loss_fn: TwoPhaseLoss, compute: torch.dtype | None) -> None:
         self._loss_fn = loss_fn
         self._compute = compute
-        self._buffers = BufferKeeper()
         self._waited_for: Alone | None = None  # by other ranks, until all micro-batches of this one are done
 
     def schedule(
@@ -117,7 +116,7 @@ class Phases:
         """Collect the statistics; gives the random states with which each micro-batch began."""
         states = {}
         parameters = parameters_of(list(window.model.modules()))
-        with _without_trace(window.model, self._buffers), calling(window, self._loss_fn.statistic), torch.no_grad():
+        with _without_trace(window.model), calling(window, self._loss_fn.statistic), torch.no_grad():
             for index in indices:
                 states[index] = States.record(parameters)
                 statistics.add(index, window.call(index))
@@ -180,22 +179,19 @@ class Phases:
 
 
 @contextmanager
-def _without_trace(model: nn.Module, buffers: BufferKeeper) -> Iterator[None]:
+def _without_trace(model: nn.Module) -> Iterator[None]:
     """Put back what forward passes change in buffers and plain attributes, so that replays change it, once."""
     modules = list(model.modules())
     # A layer that does not know its shape yet learns it here, and for good.
     attributes = None if any(map(is_lazy, model.parameters())) else Attributes(modules)
+    buffers = BufferKeeper()  # a new one keeps them all: what it has not kept it could not put back
     buffers.open(modules)
     try:
         yield
     finally:
         if attributes is not None:
             attributes.restore()
-        if buffers.have_changed():
-            buffers.restore()
-        else:
-            buffers.learn()
-            buffers.close()
+        buffers.restore()
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
