@@ -438,6 +438,25 @@ def test_seconds_are_split_and_memory_is_read(arms: dict[str, tuple[Measured, De
         assert measured.metrics == {"accuracy": 0.5}
 
 
+def test_arms_of_the_library_choose_their_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADFOLD_CACHE_DIR", str(tmp_path))
+    found = compare(
+        Settings(f"{HERE}:tiny", arms=("full-batch", "gradfold", "plain-loop"), num_threads=1, chooses_micro_batch=True)
+    )
+    measured = found.measured("gradfold")
+    assert measured is not None and measured.choice is not None
+    assert 1 <= measured.choice.micro_batch_size <= GLOBAL_BATCH == measured.choice.num_rows
+    others = [found.measured(arm) for arm in ("full-batch", "plain-loop")]
+    assert all(other is not None and other.choice is None for other in others)
+    row = found.row("gradfold")
+    assert row is not None and row.deviations.gradient_float64.value is not None
+    assert row.deviations.gradient_float64.value <= 1e-12
+    words = " ".join(verdict(found))
+    assert f"It ran micro-batches of {measured.choice.micro_batch_size}, which it found in " in words
+    assert "the speed of plain-loop with micro-batches of 2." in words
+    assert Measured.from_json(json.loads(json.dumps(measured.to_json()))).choice == measured.choice
+
+
 def test_measurements_survive_json(arms: dict[str, tuple[Measured, Deviations]]) -> None:
     for measured, _ in arms.values():
         assert Measured.from_json(json.loads(json.dumps(measured.to_json()))) == measured

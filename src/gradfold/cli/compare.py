@@ -21,6 +21,7 @@ from gradfold.compare.results import Comparison
 from gradfold.compare.run import accompany
 from gradfold.compare.run import compare as run_comparison
 from gradfold.compare.settings import Settings
+from gradfold.errors import OptionError
 from gradfold.rendezvous import INTERRUPTED, find_place, meeting
 
 __all__: list[str] = []
@@ -39,9 +40,11 @@ EPILOG = """
 
 `gradfold compare encoder --arms full-batch,gradfold --json` — two of the four ways, for a program to read
 
-`gradfold compare resnet` — what micro-batches do to BatchNorm, and neither to exact BatchNorm nor to GroupNorm
+`gradfold compare mnist --data DIR --micro-batch auto` â gradfold finds its micro-batch, in seconds
 
-`gradfold compare language-model` — the same training in a fraction of the time, with rows of like length together
+`gradfold compare resnet` â what micro-batches do to BatchNorm, and neither to exact BatchNorm nor to GroupNorm
+
+`gradfold compare language-model` â the same training in a fraction of the time, with rows of like length together
 
 `gradfold compare cifar10 --data DIR --precision bf16` — is accumulation faster here, or bfloat16, or both?
 
@@ -59,7 +62,12 @@ def compare(
     ] = "digits",
     global_batch: Annotated[int | None, typer.Option(help="Samples of one update. [default: the workload's]")] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Samples that are run at once. [default: the workload's]")
+        str | None,
+        typer.Option(
+            help="Samples that are run at once; auto: gradfold finds the fastest, the other arms keep the workload's. "
+            "[default: the workload's]",
+            metavar="N|auto",
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: the workload's]")] = None,
     seed: Annotated[int, typer.Option(help="Draws the first weights and the order of samples.")] = 0,
@@ -127,7 +135,8 @@ def compare(
         workload=workload,
         data=data,
         global_batch_size=global_batch,
-        micro_batch_size=micro_batch,
+        micro_batch_size=None if micro_batch in (None, "auto") else _number(micro_batch),
+        chooses_micro_batch=micro_batch == "auto",
         num_epochs=epochs,
         seed=seed,
         arms=None if arms is None else tuple(name.strip() for name in arms.split(",") if name.strip()),
@@ -149,6 +158,12 @@ def compare(
         print_comparison(comparison, written)
     if comparison.has_failures:
         raise typer.Exit(1)
+
+
+def _number(text: str) -> int:
+    if not text.lstrip("-").isdecimal():
+        raise OptionError(f"--micro-batch {text}: expected the number of samples to run at once, or auto.")
+    return int(text)
 
 
 def _run(settings: Settings) -> Comparison:

@@ -334,6 +334,11 @@ class Arm:
         """Whether it runs in one process though others share the batches of the rest: where it takes them whole."""
         return self.train in (full_batch, reordered) or getattr(self.train, "func", None) is mixed_precision
 
+    @property
+    def is_gradfold(self) -> bool:
+        """Whether the library trains it, which may choose its micro-batch itself."""
+        return getattr(self.train, "func", self.train) is gradfold
+
 
 def _in_lower_precision(precision: LowerPrecision) -> tuple[Arm, Arm]:
     """The full batch and the library once more, under autocast; measured against the full batch in float32."""

@@ -11,6 +11,7 @@ from typing import Any
 from gradfold.compare.arms import ARMS
 from gradfold.compare.measure import Memory, Seconds
 from gradfold.compare.settings import Settings, Sizes
+from gradfold.memory.choice import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory
 
 __all__ = ["Comparison", "Deviation", "Measured", "Row"]
@@ -58,6 +59,7 @@ class Measured:
         curve: loss against samples seen.
         notes: why something could not be measured, by its name.
         tracked: peak memory of tensors, with its make-up, in updates of its own.
+        choice: the micro-batch that the arm chose itself, where it was to.
     """
 
     num_updates: int
@@ -72,6 +74,7 @@ class Measured:
     notes: Mapping[str, str] = field(default_factory=dict)
     num_skipped: int = 0
     tracked: PeakMemory | None = None
+    choice: MicroBatchChoice | None = None
 
     @property
     def samples_per_s(self) -> float:
@@ -90,6 +93,7 @@ class Measured:
             "seconds": self.seconds.to_json(),
             "memory": self.memory.to_json(),
             "tracked_memory": None if self.tracked is None else self.tracked.to_json(),
+            "micro_batch_choice": None if self.choice is None else self.choice.to_json(),
             "final_loss": _finite(self.final_loss),
             "metrics": {name: _finite(value) for name, value in self.metrics.items()},
             "notes": dict(self.notes),
@@ -99,7 +103,8 @@ class Measured:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Measured:
         """The measurements from `to_json`."""
-        seconds, memory, tracked = data["seconds"], data["memory"], data["tracked_memory"]
+        seconds, memory = data["seconds"], data["memory"]
+        tracked, choice = data["tracked_memory"], data["micro_batch_choice"]
         return cls(
             num_updates=data["num_updates"],
             num_samples=data["num_samples"],
@@ -113,6 +118,7 @@ class Measured:
             notes=data["notes"],
             num_skipped=data["num_skipped"],
             tracked=None if tracked is None else PeakMemory.from_json(tracked),
+            choice=None if choice is None else MicroBatchChoice.from_json(choice),
         )
 
 

@@ -146,6 +146,7 @@ def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path, place: Place
         num_threads=settings.num_threads,
         folder=str(folder / arm),
         place=None if ARMS[arm].runs_on_one else place,
+        chooses_micro_batch=settings.chooses_micro_batch and ARMS[arm].is_gradfold,
     )
 
 

@@ -38,6 +38,7 @@ class Settings:
         num_threads: threads of torch in each arm.
         num_ranks: processes that share each global batch, in the arms that can.
         precision: "bf16" or "fp16" adds the arms that compute in it.
+        chooses_micro_batch: the library's arms choose their micro-batch themselves; the others keep `micro_batch_size`.
     """
 
     workload: str = "digits"
@@ -50,6 +51,7 @@ class Settings:
     num_threads: int | None = None
     precision: str | None = None
     num_ranks: int = 1
+    chooses_micro_batch: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The settings without the data folder, which is a path of this machine."""
@@ -63,6 +65,7 @@ class Settings:
             "num_threads": self.num_threads,
             "precision": self.precision,
             "num_ranks": self.num_ranks,
+            "chooses_micro_batch": self.chooses_micro_batch,
         }
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gradfold.accumulator import Accumulator
 from gradfold.compare.arms import Arm, Training, Update
 from gradfold.compare.measure import Clock, MemoryMeter
 from gradfold.compare.results import Curve, Measured
-from gradfold.compare.samples import epoch_order, in_float64, num_samples, tensors
+from gradfold.compare.samples import epoch_order, in_float64, num_samples, share, take, tensors
 from gradfold.compare.tensor_files import Tensors, save_gradients, save_parameters
+from gradfold.memory.choice import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory, measure_peak
 from gradfold.ranks import Ranks
 from gradfold.workloads.workload import Workload
@@ -38,6 +40,7 @@ def measure_arm(
     folder: Path,
     on_update: Callable[[int, int, float], None],
     ranks: Ranks | None = None,
+    chooses_micro_batch: bool = False,
 ) -> Measured:
     """Train an arm from the seeded start and measure it; leaves its tensors in the folder.
 
@@ -45,6 +48,13 @@ def measure_arm(
     before tensors are tracked, so that none of these touches them.
     """
     make_model = functools.partial(_seeded_model, workload, arm, seed)
+    num = num_samples(workload)
+    orders = [epoch_order(num, seed, epoch, workload.shuffle) for epoch in range(num_epochs)]
+    choice = None
+    if chooses_micro_batch:
+        first = orders[0][:global_batch_size]
+        choice = _choose(workload, arm, make_model(), first if ranks is None else share(first, ranks.rank, ranks.size))
+        micro_batch_size = choice.micro_batch_size
     _rehearse(workload, arm, make_model(), ranks)
     model = make_model()
     save_parameters(model, folder, Tensors.START)
@@ -57,8 +67,6 @@ def measure_arm(
         Clock(next(model.parameters()).device),
         ranks,
     )
-    num = num_samples(workload)
-    orders = [epoch_order(num, seed, epoch, workload.shuffle) for epoch in range(num_epochs)]
     log = LossLog(num * num_epochs)
     _watch_updates(training, folder, log)
 
@@ -91,6 +99,7 @@ def measure_arm(
         notes=notes,
         num_skipped=log.num_skipped,
         tracked=tracked,
+        choice=choice,
     )
 
 
@@ -151,6 +160,22 @@ def _mean(updates: list[Update]) -> float:
 def _seeded_model(workload: Workload, arm: Arm, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return arm.prepare(workload.make_model())
+
+
+def _choose(workload: Workload, arm: Arm, model: nn.Module, order: Tensor) -> MicroBatchChoice:
+    """The micro-batch that the library finds for an arm, before anything is timed, on a model to be thrown away."""
+    accumulator = Accumulator(
+        model,
+        workload.loss_fn,
+        micro_batch_size="auto",
+        weight=workload.weight,
+        collate=workload.collate,
+        precision=arm.precision,
+        batch_norm=workload.batch_norm,
+        ranks="alone",
+        self_check=False,
+    )
+    return accumulator.choose_micro_batch(take(workload, order))
 
 
 def _rehearse(workload: Workload, arm: Arm, model: nn.Module, ranks: Ranks | None) -> None:

@@ -13,7 +13,7 @@ from gradfold.compare.arms import (
     TOKEN_BUDGET,
     LowerPrecision,
 )
-from gradfold.compare.readable import metric, share, size
+from gradfold.compare.readable import metric, seconds, share, size
 from gradfold.compare.results import Comparison, Deviation, Row
 
 __all__: list[str] = []
@@ -42,7 +42,23 @@ def verdict(comparison: Comparison) -> list[str]:
 
 
 def _of_gradfold(row: Row, comparison: Comparison) -> str:
-    return " ".join(filter(None, [_explained_gradient(row, comparison), _cost(row, comparison)]))
+    words = [_explained_gradient(row, comparison), _cost(row, comparison), _choice(row, comparison)]
+    return " ".join(filter(None, words))
+
+
+def _choice(row: Row, comparison: Comparison) -> str:
+    """The micro-batch that an arm chose itself, and what it made of it."""
+    if row.measured is None or row.measured.choice is None:
+        return ""
+    choice = row.measured.choice
+    source = "an earlier start had found" if choice.is_cached else f"it found in {seconds(choice.elapsed_s)}"
+    words = f"It ran micro-batches of {choice.micro_batch_size}, which {source}: {choice.reason}."
+    loop = comparison.measured("plain-loop")
+    if loop is not None:
+        pace = row.measured.samples_per_s / loop.samples_per_s
+        words += f" That is {pace:.2f} times the speed of plain-loop with micro-batches of "
+        words += f"{comparison.sizes.micro_batch_size}."
+    return words
 
 
 def _of_token_budget(row: Row, comparison: Comparison) -> str:

@@ -45,6 +45,7 @@ class Task:
         num_threads: threads of torch.
         folder: where the gradients and weights are left for the parent.
         place: which of several processes that share each global batch; None: this one has all of it.
+        chooses_micro_batch: whether an arm of the library chooses its micro-batch itself.
     """
 
     workload: str
@@ -57,6 +58,7 @@ class Task:
     num_threads: int | None
     folder: str
     place: Place | None = None
+    chooses_micro_batch: bool = False
 
     def to_json(self) -> str:
         """The task as one argument of a command line."""
@@ -108,6 +110,7 @@ def run(task: Task, tell: Callable[[Mapping[str, Any]], None]) -> Measured:
             folder=Path(task.folder),
             on_update=on_update,
             ranks=ranks,
+            chooses_micro_batch=task.chooses_micro_batch,
         )
 
 
