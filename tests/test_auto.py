@@ -289,7 +289,7 @@ def test_what_cannot_be_read_is_none(folder, content):
 def test_memory_bounds_the_choice():
     model = nn.Sequential(nn.Linear(256, 4096), nn.Tanh(), nn.Linear(4096, 1))
     batch = torch.randn(512, 256)
-    auto = gradfold.Auto(memory="415MiB", seconds=0.2, cache=False)
+    auto = gradfold.Auto(memory="671MiB", seconds=0.2, cache=False)
     choice = gradfold.Accumulator(model, loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
     assert choice.largest_fitting < 512 and choice.micro_batch_size <= choice.largest_fitting
     assert "fits into memory" in choice.reason
@@ -345,3 +345,18 @@ def test_wrong_options(option):
 def test_the_choice_as_json():
     choice = MicroBatchChoice(4, "fast", (SizeTiming(4, 100.0, 1.0, 8),), 16, 16, 1000, 2.5)
     assert MicroBatchChoice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
+
+
+def test_sizes_are_timed_as_in_windows():
+    """A batch at once finds no gradient to add to; of two halves the second does."""
+    seen = {8: set(), 4: set()}
+
+    def watching(model, batch):
+        if len(batch) in seen and accumulator.micro_batch_choice is None:
+            seen[len(batch)].add(model[0].weight.grad is None)
+        return loss_fn(model, batch)
+
+    model = plain()
+    accumulator = gradfold.Accumulator(model, watching, micro_batch_size=QUICK)
+    accumulator.choose_micro_batch(torch.randn(8, 8))
+    assert seen == {8: {True}, 4: {True, False}}

@@ -145,6 +145,10 @@ class Trial:
         terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
         self._back_propagate([(term, shares(name)) for name, term in terms.items()])
 
+    def drop_gradient(self) -> None:
+        """Begin a window anew, after steps."""
+        self._empty_gradients(self.parameters)
+
     def _empty_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.grad = None

@@ -30,11 +30,11 @@ EPILOG = """
 
 `gradfold plan mnist --memory 1GiB` — all of the workload's global batch fits at once
 
-`gradfold plan cifar10 --memory 1GiB --global-batch 50000` — a batch of the whole data set: which micro-batch?
+`gradfold plan cifar10 --memory 4GiB --global-batch 50000` — a batch of the whole data set: which micro-batch?
 
 `gradfold plan resnet --memory 16GiB --global-batch 1437 --device cuda` — for a GPU that is not here
 
-`gradfold plan encoder --memory 600MiB --global-batch 1024 --json` — for a program to read
+`gradfold plan encoder --memory 850MiB --global-batch 1024 --json` — for a program to read
 
 `gradfold plan train.py:workload --memory 16GiB` — your own model: a function that returns a gradfold.Workload
 

@@ -13,7 +13,9 @@ from gradfold.memory.amount import written
 __all__: list[str] = []
 
 _SHARE = 0.1
-_HOST_BYTES = 384 * 2**20  # Python, torch and its threads, seen in fresh processes
+# Python, torch and its threads (some 230 MiB), what convolutions rearrange, freed tensors that the heap keeps: see
+# benchmarks/memory.
+_HOST_BYTES = 640 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # a CUDA context with its modules, and cuBLAS's two workspaces of 32 MiB
 
 _UNKNOWN_ANYWHERE = "what kernels take for themselves while they run"

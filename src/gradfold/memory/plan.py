@@ -177,7 +177,7 @@ def plan(
     ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
     >>> accumulator = gradfold.Accumulator(model, loss_fn)
     >>> batch = {"x": torch.randn(16384, 1000), "labels": torch.randint(0, 10, (16384,))}
-    >>> found = gradfold.plan(accumulator, batch, torch.optim.Adam(model.parameters()), memory="800MiB")
+    >>> found = gradfold.plan(accumulator, batch, torch.optim.Adam(model.parameters()), memory="1GiB")
     >>> 4096 < found.micro_batch_size < 16384
     True
     """

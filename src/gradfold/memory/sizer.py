@@ -175,6 +175,8 @@ class _Steps:
         self._trial = trial
         self._work = work
         self._batches: dict[int, Iterator[Batch]] = {}
+        self._size = 0  # of the last step
+        self._num_left = 0  # of its window
 
     def run(self, size: int) -> None:
         """One forward and backward pass; it waits for the device."""
@@ -184,6 +186,11 @@ class _Steps:
             self._batches[size] = cycle(batches)
             # With care: this also finds tensors outside the model that it trains, and inputs that it changes.
             self._trial.run(batches[0], lambda name: share)
+        if size != self._size or not self._num_left:
+            # As in a window, whose first micro-batch finds no gradient to add to: a batch at once is spared all adding.
+            self._trial.drop_gradient()
+            self._size, self._num_left = size, -(-self._work.specimen.num_rows // size)
+        self._num_left -= 1
         self._trial.step(next(self._batches[size]), lambda name: share)
         if self._work.device.type not in ("cpu", "meta"):
             torch.get_device_module(self._work.device).synchronize()
