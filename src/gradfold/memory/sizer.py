@@ -129,7 +129,7 @@ class Sizer:
         num_rows = work.specimen.num_rows
         with Trial(work.model, work.precision.around(work.loss_fn), work.back_propagate) as trial:
             steps = _Steps(trial, work)
-            search = Search(steps.run, _ladder(largest), self._option.seconds)
+            search = Search(steps.run, _ladder(largest), self._option.seconds, stopwatch=_stopwatch(work.device))
             timings = search.run()
         if search.sizes[-1] < largest:  # memory ran out
             give_back(work.device)
@@ -203,6 +203,12 @@ class _Steps:
     def _take(self, size: int, start: int) -> Batch:
         taken = self._work.specimen.take_as_it_is(size, start)
         return map_tensors(lambda tensor: tensor.to(self._work.device), taken)
+
+
+def _stopwatch(device: torch.device) -> Callable[[], float]:
+    """What times a step: where one thread does all the work its own time, in which no other program has a part."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 def _ladder(largest: int) -> list[int]:

@@ -38,15 +38,22 @@ class Search:
         step: what is timed.
         sizes: ascending.
         seconds: for how long at most; what is begun is ended.
-        clock: gives seconds.
+        clock: gives the seconds that pass.
+        stopwatch: gives the seconds that a step takes; None: `clock`.
 
     Attributes:
         sizes: those that fit: a size for which memory runs out is dropped, with all above it.
     """
 
     def __init__(
-        self, step: Step, sizes: Sequence[int], seconds: float, clock: Callable[[], float] = time.perf_counter
+        self,
+        step: Step,
+        sizes: Sequence[int],
+        seconds: float,
+        clock: Callable[[], float] = time.perf_counter,
+        stopwatch: Callable[[], float] | None = None,
     ) -> None:
+        self._stopwatch = stopwatch or clock
         self._step = step
         self._clock = clock
         self._end = clock() + seconds
@@ -117,10 +124,10 @@ class Search:
 
     def _pace(self, size: int, num_steps: int) -> float:
         """Samples per second."""
-        start = self._clock()
+        start = self._stopwatch()
         for _ in range(num_steps):
             self._step(size)
-        return size * num_steps / max(self._clock() - start, 1e-9)
+        return size * num_steps / max(self._stopwatch() - start, 1e-9)
 
     def _ratios(self, sizes: Iterable[int], reference: int) -> dict[int, float]:
         """Of the paces of some sizes to that of the reference, medians over the rounds in which they ran."""
