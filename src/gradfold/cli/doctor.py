@@ -68,7 +68,7 @@ def doctor(
     inside, so that its `finally` blocks run.
     """
     if rules:
-        typer.echo(rules_page())
+        typer.echo(rules_page(), nl=False)
         return
     if script is None:
         raise OptionError("which script? Write: gradfold doctor train.py -- ARGS")

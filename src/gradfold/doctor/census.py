@@ -11,6 +11,7 @@ from torch import Tensor
 __all__: list[str] = []
 
 _MOST_NODES = 20_000
+_NUMBERS = 8  # kept of each input
 _LEAF = "torch::autograd::AccumulateGrad"
 _ALIKE = frozenset(
     f"{name}Backward0"
@@ -62,6 +63,7 @@ def take(loss: Tensor, may_read: bool) -> Census:
     """
     census = Census()
     storages: dict[int, int] = {}
+    factors: list[Tensor] = []  # of products by element: a model's input where it has no layers, else often a mask
     seen, queue = set(), [loss.grad_fn]
     while queue:
         node = queue.pop()
@@ -77,9 +79,10 @@ def take(loss: Tensor, may_read: bool) -> Census:
         else:
             _look_at(node, name, census)
             if may_read:
-                _read(node, census, storages)
+                _read(node, census, storages, factors)
         queue += [child for child, _ in node.next_functions]
     census.num_nodes = len(seen)
+    census.inputs = census.inputs or factors
     leaves = {leaf.untyped_storage().data_ptr() for leaf in census.leaves if leaf.layout == torch.strided}
     census.activation_bytes = sum(size for pointer, size in storages.items() if pointer not in leaves)
     return census
@@ -143,7 +146,7 @@ def _is_parameter(node: Any) -> bool:
     return False
 
 
-def _read(node: Any, census: Census, storages: dict[int, int]) -> None:
+def _read(node: Any, census: Census, storages: dict[int, int], factors: list[Tensor]) -> None:
     for name in dir(node):
         if not name.startswith("_saved_") or name.endswith(("_sym_sizes", "_sym_strides", "_sym_numel")):
             continue
@@ -152,5 +155,9 @@ def _read(node: Any, census: Census, storages: dict[int, int]) -> None:
             continue
         storage = saved.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        if name[7:] in (*_INPUTS, "target") and not saved.requires_grad and saved.dim() and saved.numel() > 1:
-            census.inputs.append(saved.detach().reshape(-1)[:8].clone())
+        if saved.requires_grad or saved.dim() == 0 or saved.numel() < 2:
+            continue
+        if name[7:] in (*_INPUTS, "target"):
+            census.inputs.append(saved.detach().reshape(-1)[:_NUMBERS].clone())
+        elif name[7:] == "other":
+            factors.append(saved.detach().reshape(-1)[:_NUMBERS].clone())

@@ -24,7 +24,7 @@ def rules_page() -> str:
     """The page, as Markdown."""
     rows = [f"| [{one.code}](#{one.code.lower()}) | {one.name} | {one.severity} |" for one in RULES]
     table = "\n".join(["| code | name | severity |", "|---|---|---|", *rows])
-    return "\n".join([_HEAD, table, "", *map(_section, RULES)])
+    return "\n".join([_HEAD, table, "", *map(_section, RULES)]).rstrip() + "\n"
 
 
 def _section(rule: Rule) -> str:
