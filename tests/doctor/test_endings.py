@@ -162,7 +162,8 @@ def test_the_script_sees_itself_as_the_main_program(tmp_path):
     path.write_text(
         "# args: --lr 0.1\nimport sys, pickle, beside\nclass Config: pass\n"
         "assert type(pickle.loads(pickle.dumps(Config()))) is Config\n"
-        "print(__name__, sys.argv[1:], beside.NAME, sys.modules['__main__'].__file__ == __file__, sys.argv[0] == __file__)"
+        "main = sys.modules['__main__']\n"
+        "print(__name__, sys.argv[1:], beside.NAME, main.__file__ == __file__, sys.argv[0] == __file__)"
     )
     _, printed = diagnose(path)
     assert printed.strip() == "__main__ ['--lr', '0.1'] beside True True"

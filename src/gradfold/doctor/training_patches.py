@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,39 +36,33 @@ def _as_list(value: Any) -> list[Any]:
 def _backward(patches: Patches, watch: Watch) -> None:
     def wrap_method(original: Any) -> Any:
         def backward(self: Tensor, gradient: Any = None, *args: Any, **options: Any) -> Any:
-            if watch.is_quiet:
-                return original(self, gradient, *args, **options)
-            keeps = bool(options.get("retain_graph") or (args and args[0]))
-            with watch.backward([self], [gradient], keeps):
+            with _watching(watch, self, gradient, args, options):
                 return original(self, gradient, *args, **options)
 
         return backward
 
     def wrap_function(original: Any) -> Any:
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **options: Any) -> Any:
-            if watch.is_quiet:
-                return original(tensors, grad_tensors, *args, **options)
-            losses = _as_list(tensors)
-            seeds = [None] * len(losses) if grad_tensors is None else _as_list(grad_tensors)
-            with watch.backward(losses, seeds, bool(options.get("retain_graph") or (args and args[0]))):
+            with _watching(watch, tensors, grad_tensors, args, options):
                 return original(tensors, grad_tensors, *args, **options)
 
         return backward
-
-    def wrap_engine(original: Any) -> Any:
-        def run_backward(losses: Any, seeds: Any, *args: Any, **options: Any) -> Any:
-            if watch.is_quiet:
-                return original(losses, seeds, *args, **options)
-            with watch.backward(list(losses), list(seeds), keeps_graph=False):
-                return original(losses, seeds, *args, **options)
-
-        return run_backward
 
     patches.replace(Tensor, "backward", wrap_method)
     patches.replace(torch.autograd, "backward", wrap_function)
     for name, module in list(sys.modules.items()):  # gradfold calls torch's engine itself
         if name.startswith("gradfold.") and "_engine_run_backward" in vars(module):
-            patches.replace(module, "_engine_run_backward", wrap_engine)
+            patches.replace(module, "_engine_run_backward", wrap_function)
+
+
+def _watching(
+    watch: Watch, tensors: Any, seeds: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> AbstractContextManager[None]:
+    if watch.is_quiet:
+        return nullcontext()
+    losses = _as_list(tensors)
+    given = [None] * len(losses) if seeds is None else _as_list(seeds)
+    return watch.backward(losses, given, keeps_graph=bool(options.get("retain_graph") or (args and args[0])))
 
 
 def _optimizers(patches: Patches, watch: Watch) -> None:

@@ -58,8 +58,8 @@ class Watch:
         has_saved_hooks: whether saved tensors are packed by hooks.
         precisions: dtypes of autocast regions.
         cost_s: seconds of the doctor's own work.
-        stretch: from where on time is measured: after the first step, since what comes before it warms up. As the number
-            of the first event, the clock and `cost_s`; None before.
+        stretch: from where on time is measured: after the first step, since what comes before it warms up. The number
+            of the first event, the clock and `cost_s` then; None before.
     """
 
     def __init__(self, script: Path, stop: Stop) -> None:

@@ -26,8 +26,8 @@ net = make_model(in_size, out_size, num_layers)
 opt = torch.optim.SGD(net.parameters(), lr=0.001)
 scaler = torch.amp.GradScaler(device)
 
-for epoch in range(epochs):
-    for input, target in zip(data, targets):
+for _ in range(epochs):
+    for input, target in zip(data, targets, strict=True):
         with torch.autocast(device_type=device, dtype=dtype):
             output = net(input)
             loss = loss_fn(output, target)

@@ -11,7 +11,7 @@ accumulation_steps = 4
 
 class LeNet(nn.Module):
     def __init__(self):
-        super(LeNet, self).__init__()
+        super().__init__()
         self.conv1 = nn.Conv2d(3, 6, 5)
         self.pool = nn.MaxPool2d(2, 2)
         self.conv2 = nn.Conv2d(6, 16, 5)
@@ -49,5 +49,5 @@ for epoch in range(2):
         if (i + 1) % accumulation_steps == 0:
             optimizer.step()
         if i % 20 == 19:
-            print("[%d, %5d] loss: %.3f" % (epoch + 1, i + 1, loss.item() * accumulation_steps))
+            print(f"[{epoch + 1}, {i + 1:5d}] loss: {loss.item() * accumulation_steps:.3f}")
 print("Finished Training")
