@@ -77,6 +77,8 @@ class Calls:
     def tick(self, scheduler: Any, before: float) -> None:
         """A scheduler made a step."""
         watch, optimizer = self._watch, getattr(scheduler, "optimizer", None)
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner  # what a framework has wrapped
         ledger = watch.ledger_of(optimizer).number if isinstance(optimizer, Optimizer) else None
         lengths = [getattr(scheduler, name, None) for name in ("T_max", "total_steps")]
         horizon = next((length for length in lengths if isinstance(length, int)), None)

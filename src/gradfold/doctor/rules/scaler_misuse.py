@@ -14,7 +14,7 @@ __all__: list[str] = []
 
 _ORDER = "Per window: `scaler.scale(loss).backward()` n times, then once `scaler.unscale_(optimizer)` (if you clip), "
 _ORDER += "`scaler.step(optimizer)`, `scaler.update()`."
-_RAISED = ("already been called", "No inf checks", "is being called after step")
+_RAISED = ("already been called", "No inf checks", "is being called after step", "_scale is None")
 
 
 def _check(case: Case) -> Iterator[Observation]:
@@ -29,6 +29,8 @@ def _check(case: Case) -> Iterator[Observation]:
 
 
 def _meaning(call: Scaler) -> str:
+    if "_scale is None" in call.error:
+        return f"`scaler.{call.call}()` runs though no loss was scaled: torch raises here."
     if call.call == "update":
         return "`scaler.update()` runs where no step or unscaling has looked for infinities: torch raises here."
     if call.call == "step":
