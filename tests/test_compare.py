@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from gradfold import Accumulator, TrainStep, TwoPhaseLoss, Workload
 from gradfold.cli.compare_table import print_comparison
 from gradfold.compare import Comparison, Progress, Settings, compare
-from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, Training, Update, arms_in
+from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, arms_in
 from gradfold.compare.deviation import deviations
 from gradfold.compare.machine import OtherPrograms, describe_machine
 from gradfold.compare.measure import Clock, MemoryMeter, Seconds
@@ -36,6 +36,7 @@ from gradfold.compare.results import Deviation, Deviations, Measured, Row, Workl
 from gradfold.compare.samples import cut, epoch_order, num_samples
 from gradfold.compare.settings import Sizes, as_options, check_options, chosen_arms, complete
 from gradfold.compare.tensor_files import Tensors, difference, load, norm
+from gradfold.compare.training import Training, Update
 from gradfold.compare.training_run import LossLog, measure_arm
 from gradfold.compare.verdict import verdict
 from gradfold.compare.worker import describe

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.accumulator import Accumulator
-from gradfold.compare.arms import Arm, Training, Update
+from gradfold.compare.arms import Arm
 from gradfold.compare.measure import Clock, MemoryMeter
 from gradfold.compare.results import Curve, Measured
 from gradfold.compare.samples import epoch_order, in_float64, num_samples, share, take, tensors
 from gradfold.compare.tensor_files import Tensors, save_gradients, save_parameters
+from gradfold.compare.training import Training, Update
 from gradfold.memory.choice import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory, measure_peak
 from gradfold.ranks import Ranks
