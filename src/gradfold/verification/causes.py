@@ -19,7 +19,8 @@ from gradfold.trial import Trial
 from gradfold.verification.comparison import Allowance, Comparison, measure
 from gradfold.verification.coupling import find_coupling
 from gradfold.verification.hidden_state import find_hidden_state
-from gradfold.verification.specimen import Attempt, Specimen, WholeRun
+from gradfold.verification.runs import Attempt, WholeRun
+from gradfold.verification.specimen import Specimen
 from gradfold.verification.verdict import Cause, listed, number
 from gradfold.weight import weigh
 

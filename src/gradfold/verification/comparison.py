@@ -14,7 +14,8 @@ from gradfold.recovery import Unit
 from gradfold.split import check_size, cut_range
 from gradfold.token_budget import TokenBudget
 from gradfold.verification.reference import difference_norm, relative_error
-from gradfold.verification.specimen import Attempt, Specimen, WholeRun
+from gradfold.verification.runs import Attempt, WholeRun
+from gradfold.verification.specimen import Specimen
 from gradfold.verification.verdict import ParameterRow, SizeRow
 
 __all__: list[str] = []

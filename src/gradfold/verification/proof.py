@@ -19,7 +19,9 @@ from gradfold.split import split_samples
 from gradfold.token_budget import TokenBudget
 from gradfold.verification import causes
 from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare, measure
-from gradfold.verification.specimen import Specimen, WholeRun, own_dtypes
+from gradfold.verification.copies import own_dtypes
+from gradfold.verification.runs import WholeRun
+from gradfold.verification.specimen import Specimen
 from gradfold.verification.untouched import Untouched
 from gradfold.verification.verdict import Cause, Verdict, listed, name_of
 

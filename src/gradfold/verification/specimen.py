@@ -10,26 +10,23 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.rnn import PackedSequence
 
 from gradfold.accumulator import Accumulator
 from gradfold.backward import BackPropagation
-from gradfold.batch import Batch, every_leaf, map_leaves, map_tensors
+from gradfold.batch import Batch, every_leaf, map_tensors
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.coupled.exact_batch_norm import uncoupled
 from gradfold.coupled.keyed_dropout import keyed_dropout
 from gradfold.coupled.two_phase import TwoPhaseLoss, probe_of
 from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
-from gradfold.errors import BatchNormError, GradfoldError, ModelError, NonFiniteLossError
+from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
 from gradfold.feed import feed
-from gradfold.gradients import check_trainable
 from gradfold.jitter import Jitter
 from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
 from gradfold.random_state import HostRandomState, RandomState
@@ -38,55 +35,15 @@ from gradfold.split import MicroBatch, split_rows, split_samples
 from gradfold.sync import RanksOption, unwrapped
 from gradfold.token_budget import TokenBudget
 from gradfold.token_split import PaddedRows, TokenSplit
+from gradfold.verification.copies import batch_in, copy_of
 from gradfold.verification.draws_in_turn import DrawsInTurn
 from gradfold.verification.graph import Graph
 from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
+from gradfold.verification.runs import Attempt, WholeRun
 from gradfold.verification.untouched import Untouched
 from gradfold.weight import weigh
 
 __all__: list[str] = []
-
-
-@dataclass(frozen=True)
-class WholeRun:
-    """The whole batch at once, in plain torch.
-
-    Attributes:
-        gradients: by parameter.
-        loss: its value.
-        recorded: the random numbers that were drawn.
-        graph: between parameters and loss.
-        drew: what else was drawn from, which cannot be handed to rows: "collate", "random", "numpy.random".
-    """
-
-    gradients: dict[str, Tensor]
-    loss: float
-    recorded: RecordedDraws
-    graph: Graph
-    drew: str | None
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """The batch in micro-batches, by gradfold.
-
-    Attributes:
-        size: rows of a micro-batch, at most, or a budget of padded tokens.
-        num_micro_batches: how many there are.
-        differences: by parameter, how far its gradient is from that of the whole; None where it failed.
-        error: the same over all parameters, relative; NaN where it failed, infinite where a loss is not finite.
-        failure: what the user's own functions raised, or a loss that is not finite, or BatchNorm.
-        unknown: the operator whose random numbers could not be handed to rows, if any.
-        dims: by number of a draw, the dimension that was taken for its rows.
-    """
-
-    size: int | TokenBudget
-    num_micro_batches: int
-    differences: dict[str, float] | None
-    error: float
-    failure: Exception | None = None
-    unknown: str | None = None
-    dims: Mapping[int, int] = field(default_factory=dict)
 
 
 class _EqualDraws(EqualDraws):  # type: ignore[no-untyped-call]
@@ -352,51 +309,7 @@ class Specimen:
         return graph
 
     def _convert(self, batch: Batch) -> Batch:
-        dtype = self.dtype
-        if dtype is None:
-            return batch
-
-        def convert(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                return _in_dtype(leaf, dtype)
-            return leaf.to(dtype) if isinstance(leaf, PackedSequence) and leaf.data.is_floating_point() else leaf
-
-        return map_leaves(convert, batch)
-
-
-def own_dtypes(model: nn.Module) -> set[torch.dtype]:
-    """The floating point dtypes of a model's parameters."""
-    return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-
-
-def copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of a model, in another precision if there is one given.
-
-    Raises:
-        ModelError: it has nothing to train, has lazy layers, or cannot be copied.
-    """
-    check_trainable(model, list(model.parameters()))
-    if any(map(is_lazy, model.parameters())):
-        raise ModelError("the model has lazy layers that have not run yet: run one forward pass, then verify.")
-    # Results of an earlier forward pass (weight_norm keeps one) refuse to be copied as they are.
-    results = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    memo: dict[int, Any] = {id(value): value.detach().clone() for value in results if not value.is_leaf}
-    try:
-        other = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and a proof runs on a copy. "
-            "Let copy.deepcopy(model) work: look for locks, files, generators and tensors with a graph in attributes."
-        ) from error
-    if dtype is not None:  # not .to(dtype), which makes complex parameters real
-        other._apply(lambda tensor: _in_dtype(tensor, dtype))  # type: ignore[no-untyped-call]
-    return other
-
-
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_floating_point():
-        return tensor.to(dtype)
-    return tensor.to(dtype.to_complex()) if tensor.is_complex() else tensor
+        return batch if self.dtype is None else batch_in(self.dtype, batch)
 
 
 def _in_order(
