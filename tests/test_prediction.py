@@ -196,10 +196,11 @@ def test_what_reads_values_falls_back_to_probes():
 
 def test_a_loss_that_trains_another_model_is_not_run_on_fakes():
     other, model, batch = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(8, 8)
+    other.weight.grad = torch.ones(8, 8)
     prediction = predict(model, lambda model, batch: other(model(batch)).square().mean(), batch)
     assert prediction.source == "probes" and "not in the model" in prediction.reason
     # A probe trains a copy of the model, but the other one as it is: its gradient would be a trace.
-    assert other.weight.grad is None
+    assert torch.equal(other.weight.grad, torch.ones(8, 8)) and other.bias.grad is None
 
 
 def test_a_model_that_cannot_run_is_refused():
