@@ -184,6 +184,7 @@ class _Steps:
         if size not in self._batches:
             batches = [self._take(size, start) for start in self._starts(size)]
             self._batches[size] = cycle(batches)
+            self._trial.drop_gradient()
             # With care: this also finds tensors outside the model that it trains, and inputs that it changes.
             self._trial.run(batches[0], lambda name: share)
         if size != self._size or not self._num_left:
