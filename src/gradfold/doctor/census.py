@@ -11,6 +11,7 @@ from torch import Tensor
 __all__: list[str] = []
 
 _MOST_NODES = 20_000
+_MOST_NODES_OF_LOSS = 2_000
 _NUMBERS = 8  # kept of each input
 _LEAF = "torch::autograd::AccumulateGrad"
 _ALIKE = frozenset(
@@ -33,6 +34,7 @@ class Census:
         similarities: rows of the square matrices in which samples are compared with each other, and of the matrices of
             which products are summed over the rows.
         leaves: the tensors that a backward pass gives a gradient to.
+        parameters: their ids.
         inputs: the first numbers of what needs no gradient, such as the model's inputs and targets.
         is_whole: whether the graph was walked to its end.
     """
@@ -42,6 +44,7 @@ class Census:
     activation_bytes: int = 0
     similarities: list[int] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
+    parameters: frozenset[int] = frozenset()
     inputs: list[Tensor] = field(default_factory=list)
     is_whole: bool = True
 
@@ -77,10 +80,14 @@ def take(loss: Tensor, may_read: bool) -> Census:
         if name == _LEAF:
             census.leaves.append(node.variable)  # type: ignore[attr-defined]
         else:
-            _look_at(node, name, census)
+            if "BatchNorm" in name and getattr(node, "_saved_training", True) and not _is_instance_norm(node):
+                census.batch_norms.append(getattr(node, "_saved_running_mean", None))
             if may_read:
                 _read(node, census, storages, factors)
         queue += [child for child, _ in node.next_functions]
+    if may_read:
+        census.similarities = _similarities_in_loss(loss.grad_fn)
+    census.parameters = frozenset(map(id, census.leaves))
     census.num_nodes = len(seen)
     census.inputs = census.inputs or factors
     leaves = {leaf.untyped_storage().data_ptr() for leaf in census.leaves if leaf.layout == torch.strided}
@@ -88,17 +95,35 @@ def take(loss: Tensor, may_read: bool) -> Census:
     return census
 
 
-def _look_at(node: Any, name: str, census: Census) -> None:
-    if "BatchNorm" in name and getattr(node, "_saved_training", True):
-        census.batch_norms.append(getattr(node, "_saved_running_mean", None))
-    census.similarities += [rows for rows in _similarities(node, name) if rows > 1]
+def _is_instance_norm(node: Any) -> bool:
+    """InstanceNorm is computed as a batch normalisation of one row, with copies of its weights for every sample."""
+    rows = getattr(node, "_saved_input", None)
+    is_single = isinstance(rows, Tensor) and rows.dim() > 1 and rows.shape[0] == 1
+    return is_single and not any(child is not None and child.name() == _LEAF for child, _ in node.next_functions[1:])
+
+
+def _similarities_in_loss(root: Any) -> list[int]:
+    """Of the part of a graph between the loss and the last layers of the model: attention inside of it is not meant."""
+    found: list[int] = []
+    seen: set[Any] = set()
+    queue = [root]
+    while queue and len(seen) < _MOST_NODES_OF_LOSS:
+        node = queue.pop()
+        if node is None or node in seen or node.name() == _LEAF:
+            continue
+        seen.add(node)
+        rows = [rows for rows in _similarities(node, node.name()) if rows > 1]
+        found += rows
+        if not rows and not any(_is_parameter(child) for child, _ in node.next_functions):
+            queue += [child for child, _ in node.next_functions]
+    return found
 
 
 def _similarities(node: Any, name: str) -> tuple[int, ...]:
     """Rows of a square matrix of products or distances between samples, or rows that a product is summed over."""
     if name not in ("MmBackward0", "BmmBackward0", "CdistBackward0", "EuclideanDistBackward0", "AddmmBackward0"):
         return ()
-    if any(_is_parameter(child) for child, _ in node.next_functions):
+    if not all(_depends_on_data(child) for child, _ in node.next_functions[:2]):
         return ()
     first, second = _sizes(node, ("self", "x1", "mat1")), _sizes(node, ("mat2", "x2"))
     if not first or not second:
@@ -134,12 +159,30 @@ def _sizes(node: Any, names: tuple[str, ...]) -> tuple[int, ...]:
     return ()
 
 
+def _depends_on_data(node: Any) -> bool:
+    """Whether something that needs no gradient went into a product or a look-up below: not weights alone."""
+    seen: set[Any] = set()
+    queue = [node]
+    while queue and len(seen) < _MOST_NODES_OF_LOSS:
+        one = queue.pop()
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        for name in _INPUTS:
+            saved = getattr(one, f"_saved_{name}", None)
+            if isinstance(saved, Tensor) and not saved.requires_grad and saved.numel() > 1:
+                return True
+        queue += [child for child, _ in one.next_functions]
+    return False
+
+
 def _is_parameter(node: Any) -> bool:
+    """Whether this is a parameter of more than one number, as it is or in another shape."""
     for _ in range(8):
         if node is None:
             return False
         if node.name() == _LEAF:
-            return True
+            return bool(node.variable.numel() > 1)
         if node.name() not in _ALIKE:
             return False
         node = node.next_functions[0][0]

@@ -48,7 +48,7 @@ def mean_of(one: Backward, ratio: float = 1.0) -> Mean | None:
 
 def means_of(window: Window) -> list[Mean] | None:
     """Of every micro-batch of a window; None where one has none, or gradients were rewritten by hand."""
-    if window.step.is_rewritten:
+    if window.step.is_rewritten or any(one.is_hooked for one in window.micro_batches):
         return None
     means = [mean_of(one, window.step.ratio) for one in window.micro_batches]
     known = [mean for mean in means if mean is not None]

@@ -66,14 +66,17 @@ class Backward(Event):
         index: of the pass, from 0.
         seconds: how long it took.
         turns: the loops around the line.
+        path: the user's calls that led there, innermost first.
         is_gradfold: whether gradfold ran it.
         terms: what the loss consists of.
         census: what stands in its graph, where it was looked through.
         fetches: how many batches had been fetched, and which pass of which loader the last was from.
         rows: of the micro-batch, 0 where unknown.
+        fetched_rows: of the batch that was fetched last.
         touched: numbers of the optimizers whose parameters it gave gradients to.
         keeps_graph: whether `retain_graph=True`.
         is_scaled: whether a GradScaler had scaled the loss.
+        is_hooked: whether hooks of the user's may have changed the gradients.
         dtypes: of the gradients it left.
         syncs: of each DistributedDataParallel: whether its forward pass prepared a reduction, whether the backward
             pass was outside `no_sync`, and the bytes of its gradients.
@@ -82,6 +85,7 @@ class Backward(Event):
     index: int
     seconds: float
     turns: Turns
+    path: tuple[tuple[str, int], ...]
     is_gradfold: bool
     terms: tuple[Term, ...]
     census: Census | None
@@ -89,9 +93,11 @@ class Backward(Event):
     loader: int | None
     pass_number: int
     rows: int
+    fetched_rows: int
     touched: tuple[int, ...]
     keeps_graph: bool
     is_scaled: bool
+    is_hooked: bool
     dtypes: frozenset[str]
     syncs: tuple[tuple[bool, bool, int], ...] = ()
 

@@ -151,7 +151,18 @@ class Ledger:
 
     def shares_with(self, other: Ledger) -> bool:
         """Whether both have a parameter in common."""
-        return other is self or not {id(one) for one in self.watched()}.isdisjoint(map(id, other.watched()))
+        if not self._watched or not other._watched:  # of an optimizer that is gone they are still known
+            return other is self
+        return other is self or not {id(one) for one in self._watched}.isdisjoint(map(id, other._watched))
+
+    def has_hooks(self) -> bool:
+        """Whether hooks of the user's see the gradients of parameters, and may change them."""
+        return any(
+            not hasattr(hook, "gradfold_doctor")
+            for one in self.watched()
+            for hooks in (one._backward_hooks, getattr(one, "_post_accumulate_grad_hooks", None))
+            for hook in (hooks or {}).values()
+        )
 
     def empty(self) -> None:
         """Nothing stands in `.grad` any more."""

@@ -53,11 +53,13 @@ class Surroundings:
         place: the innermost line of the user's.
         turns: for every loop of the user's that encloses it, outermost first, where the loop is and the whole numbers
             that its variables hold: they tell one pass of an outer loop from the next.
+        path: file and line of every call of the user's, innermost first.
         is_gradfold: whether gradfold itself is at work, further out.
     """
 
     place: Place
     turns: tuple[tuple[str, int, tuple[int, ...]], ...]
+    path: tuple[tuple[str, int], ...]
     is_gradfold: bool
 
 
@@ -121,6 +123,7 @@ class Map:
         through: list[str] = []
         place: Place | None = None
         turns: list[tuple[str, int, tuple[int, ...]]] = []
+        path: list[tuple[str, int]] = []
         is_gradfold = False
         while frame is not None:
             code = frame.f_code
@@ -128,6 +131,7 @@ class Map:
             if owner == _USER:
                 if place is None:
                     place = Place(code.co_filename, frame.f_lineno, code.co_name, tuple(through))
+                path.append((code.co_filename, frame.f_lineno))
                 if with_turns:
                     turns[:0] = _turns(frame)
             elif owner == "gradfold":
@@ -135,7 +139,7 @@ class Map:
             if place is None and owner not in (_USER, _TORCH, _DOCTOR, _PYTHON, *through[-1:]):
                 through.append(owner)
             frame = frame.f_back
-        return Surroundings(place or Place("", 0, through=tuple(through)), tuple(turns), is_gradfold)
+        return Surroundings(place or Place("", 0, through=tuple(through)), tuple(turns), tuple(path), is_gradfold)
 
 
 def _turns(frame: FrameType) -> list[tuple[str, int, tuple[int, ...]]]:

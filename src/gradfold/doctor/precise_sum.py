@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,8 +58,9 @@ class PreciseSums:
         return float((grads - ratio * sums).norm()) / (abs(ratio) * square**0.5) if ratio else None
 
 
-def _adding_to(total: Tensor):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _adding_to(total: Tensor) -> Callable[[Tensor], None]:
     def add(grad: Tensor) -> None:
         total.add_(grad.detach())
 
+    add.gradfold_doctor = True  # type: ignore[attr-defined]
     return add

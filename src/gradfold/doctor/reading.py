@@ -13,6 +13,8 @@ from gradfold.doctor.place import Place, syntax, variables
 
 __all__: list[str] = []
 
+_MOST_ASSIGNMENTS = 3  # in a row
+
 
 def depends_on_result(tensor: Tensor, place: Place) -> bool:
     """Whether a tensor has a graph, or a name in the statement that reads it stands for one that has.
@@ -32,7 +34,31 @@ def depends_on_result(tensor: Tensor, place: Place) -> bool:
 
 @lru_cache(maxsize=1024)
 def _names(file: str, line: int) -> frozenset[str]:
-    """The names that a simple statement, or the head of a compound one, reads."""
+    """The names that a statement (or the head of a compound one) reads, and those that they were assigned from."""
+    names = _read_on(file, line)
+    assignments = [node for node in ast.walk(_function(file, line)) if isinstance(node, ast.Assign)]
+    for _ in range(_MOST_ASSIGNMENTS):
+        for node in assignments:
+            targets = {one.id for target in node.targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+            if targets & names:
+                names |= _loaded(node.value)
+    return frozenset(names)
+
+
+def _function(file: str, line: int) -> ast.AST:
+    """The innermost function around a line, else the module."""
+    tree: ast.AST = syntax(file)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.lineno <= line <= (node.end_lineno or 0):
+            tree = node  # walked from the outside in
+    return tree
+
+
+def _loaded(node: ast.AST) -> set[str]:
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
+
+
+def _read_on(file: str, line: int) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(syntax(file)):
         head: ast.AST | None = None
@@ -42,5 +68,5 @@ def _names(file: str, line: int) -> frozenset[str]:
             head = node
         if head is None or not head.lineno <= line <= (head.end_lineno or head.lineno):  # type: ignore[attr-defined]
             continue
-        names |= {one.id for one in ast.walk(head) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
-    return frozenset(names)
+        names |= _loaded(head)
+    return names

@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import TypeVar
 
 from gradfold.doctor.events import Backward, Clear, Event, Step, Tape
-from gradfold.doctor.place import Place
 
 __all__: list[str] = []
 
 E = TypeVar("E", bound=Event)
-Line = tuple[str, int]
+_FETCHED_AHEAD = 0.9
+Path = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,12 @@ class Window:
 
     @cached_property
     def micro_batches(self) -> tuple[Backward, ...]:
-        """The backward passes from the line that most of them come from, one per micro-batch."""
-        return main_line(self.backwards)
+        """One backward pass per micro-batch: each its batch of one loader, or those from the same line."""
+        some = self.backwards
+        fetches = {one.fetches for one in some}
+        if len(fetches) == len(some) and 0 not in fetches and len({one.loader for one in some}) == 1:
+            return some
+        return main_line(some)
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -52,7 +56,8 @@ class Window:
         some = self.micro_batches
         if len(some) < 2 or self.is_by_gradfold or any(one.keeps_graph for one in some):
             return False
-        return len({one.touched for one in some}) == 1 and are_distinct(some)
+        reached = {one.census.parameters for one in some if one.census is not None}
+        return len({one.touched for one in some}) == 1 and len(reached) < 2 and are_distinct(some)
 
     @property
     def crosses_passes(self) -> bool:
@@ -106,9 +111,9 @@ class Training:
         return tuple(one for one in self.accumulating if len(one) == self.usual)
 
     @cached_property
-    def lines(self) -> frozenset[Line]:
-        """The lines whose backward passes reach a step."""
-        return frozenset(line_of(one.place) for window in self.windows for one in window.backwards)
+    def lines(self) -> frozenset[Path]:
+        """The calls whose backward passes reach a step."""
+        return frozenset(one.path for window in self.windows for one in window.backwards)
 
     def inside(self, window: Window, kind: type[E]) -> list[E]:
         """Events of a kind between a window's first and last backward pass."""
@@ -147,16 +152,11 @@ def trainings(tape: Tape, pending: dict[int, tuple[int, ...]], names: Sequence[s
     return found
 
 
-def line_of(place: Place) -> Line:
-    """File and line."""
-    return place.file, place.line
-
-
 def main_line(backwards: Iterable[Backward]) -> tuple[Backward, ...]:
     """Those from the line that most of them come from; of two the later."""
-    by_line: dict[Line, list[Backward]] = {}
+    by_line: dict[Path, list[Backward]] = {}
     for one in backwards:
-        by_line.setdefault(line_of(one.place), []).append(one)
+        by_line.setdefault(one.path, []).append(one)
     longest: list[Backward] = max(by_line.values(), key=lambda some: (len(some), some[-1].index), default=[])
     return tuple(longest)
 
@@ -175,6 +175,10 @@ def are_distinct(some: Sequence[Backward]) -> bool | None:
     """
     if len({one.fetches for one in some}) == len(some) and some[-1].fetches:
         return len({one.loader for one in some}) == 1
+    are_fetched_ahead = some[-1].fetches > _FETCHED_AHEAD * some[-1].index  # as many batches as backward passes
+    is_more_than_parts = sum(one.rows for one in some) > max(one.fetched_rows for one in some)
+    if some[-1].fetches and is_more_than_parts and not are_fetched_ahead:
+        return False  # several losses, or views, of one batch
     signatures = [_signature(one) for one in some]
     if any(signature is None for signature in signatures):
         return None

@@ -80,6 +80,7 @@ class Watch:
         self._precise = PreciseSums()
         self._steps: list[tuple[Ledger, int]] = []
         self._step_start_s = 0.0
+        self._found: tuple[tuple[int, ...], int, str] = (), 0, "none"  # in `.grad` when the step began
         self._censuses: dict[Place, int] = {}
 
     @contextmanager
@@ -99,6 +100,10 @@ class Watch:
         ledger = Ledger(weakref.ref(optimizer), len(self.ledgers))
         self.ledgers.append(ledger)
         ledger.entries = self.strays.entries(ledger.watched())
+        for other in self.ledgers[:-1]:  # what another optimizer of the same parameters has left
+            if other.shares_with(ledger) and any(one.grad is not None for one in ledger.watched()):
+                ledger.entries = sorted({*ledger.entries, *other.entries[other.stepped :]})
+                other.stepped = len(other.entries)
         ledger.remember()
         ledger.remember_parameters()
         return ledger
@@ -203,6 +208,7 @@ class Watch:
             index=index,
             seconds=seconds,
             turns=one.around.turns,
+            path=one.around.path,
             is_gradfold=one.around.is_gradfold,
             terms=one.terms,
             census=one.census,
@@ -210,9 +216,11 @@ class Watch:
             loader=feeding.loader,
             pass_number=feeding.pass_number,
             rows=_micro_rows(feeding.rows, one.terms),
+            fetched_rows=feeding.rows,
             touched=tuple(ledger.number for ledger in touched),
             keeps_graph=one.keeps_graph,
             is_scaled=one.is_scaled,
+            is_hooked=any(ledger.has_hooks() for ledger in touched),
             dtypes=frozenset(dtype for ledger in touched for dtype in ledger.dtypes()),
             syncs=self._syncs(),
         )
@@ -235,6 +243,8 @@ class Watch:
             self.settle()
             self._step_start_s = time.perf_counter()
         self._steps.append((ledger, len(self.tape.backwards)))
+        if len(self._steps) == 1:
+            self._found = tuple(ledger.entries), ledger.stepped, ledger.what_a_step_finds()
 
     def step_ends(self, optimizer: Optimizer) -> None:
         """It ends."""
@@ -244,19 +254,25 @@ class Watch:
         if self._steps or ledger.optimizer() is not optimizer:
             return
         seconds = time.perf_counter() - self._step_start_s
+        has_closure = len(self.tape.backwards) > first
+        entries, num_stale, gradients = self._found
+        if has_closure:
+            entries, num_stale, gradients = tuple(ledger.entries), ledger.stepped, ledger.what_a_step_finds()
+        elif gradients == "new" and not ledger.parameters_moved():
+            return  # an optimizer that counts micro-batches by itself, and has not come to its update
         event = Step(
             self.tape.next,
             self.map.here(),
             ledger=ledger.number,
             optimizer=type(optimizer).__name__,
             seconds=seconds,
-            entries=tuple(ledger.entries),
-            num_stale=ledger.stepped,
+            entries=entries,
+            num_stale=num_stale,
             ratio=ledger.ratio,
-            is_rewritten=ledger.is_rewritten,
-            gradients=ledger.what_a_step_finds(),
+            is_rewritten=ledger.is_rewritten or (entries != tuple(ledger.entries)),
+            gradients=gradients,
             through_scaler=self.num_scaler_steps > 0,
-            has_closure=len(self.tape.backwards) > first,
+            has_closure=has_closure,
             rounding=self._precise.error(ledger.number),
         )
         self.tape.add(event)

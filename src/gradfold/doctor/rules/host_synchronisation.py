@@ -8,7 +8,7 @@ from gradfold.doctor.case import Case
 from gradfold.doctor.events import Read
 from gradfold.doctor.finding import LIKELY, NOTE, Observation
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Line, Training, line_of
+from gradfold.doctor.training import Training
 
 __all__: list[str] = []
 
@@ -17,9 +17,9 @@ _PER_MICRO_BATCH = 0.8  # share of micro-batches with a read
 
 def _check(case: Case) -> Iterator[Observation]:
     for training in case.accumulating:
-        by_line: dict[Line, list[Read]] = {}
+        by_line: dict[tuple[str, int], list[Read]] = {}
         for read in case.events(Read):
-            by_line.setdefault(line_of(read.place), []).append(read)
+            by_line.setdefault((read.place.file, read.place.line), []).append(read)
         for reads in by_line.values():
             if _share(training, reads) >= _PER_MICRO_BATCH:
                 yield _observation(case, training, reads)
@@ -66,8 +66,8 @@ RULE = Rule(
     "once per update.",
     detection="A line of the script (no library's) reads a tensor on a device, or on the CPU one that depends on the "
     "model's output, in at least 80 % of the micro-batches of windows; the time it took is measured.",
-    limits="On a CPU nothing waits, and what a line reads is told from the names on it; so it is only *likely* there. "
-    "Loops without accumulation are left alone.",
+    limits="On a CPU nothing waits, and what a line reads is told from the names on it; so it is only *likely* there, "
+    "and a detached loss read in another function is not seen. Loops without accumulation are left alone.",
     wrong="""(loss / 4).backward()
 running_loss += loss.item()
 """,

@@ -11,7 +11,7 @@ from gradfold.doctor.place import Place
 from gradfold.doctor.rules.leftover_leaks import leaking
 from gradfold.doctor.rules.rule import Rule
 from gradfold.doctor.rules.zeroed_in_window import lost_in_windows
-from gradfold.doctor.training import Training, line_of, main_line, pass_of
+from gradfold.doctor.training import Training, main_line, pass_of
 
 __all__: list[str] = []
 
@@ -45,7 +45,7 @@ def _check(case: Case) -> Iterator[Observation]:
 def _tails(case: Case, training: Training) -> Iterator[tuple[Place, Sequence[Backward]]]:
     for clear in training.clears:
         some = main_line(training.backward(index) for index in clear.entries)
-        if clear.is_used or not 0 < len(some) < max(training.usual, 2) or line_of(some[0].place) not in training.lines:
+        if clear.is_used or not 0 < len(some) < max(training.usual, 2) or some[0].path not in training.lines:
             continue
         following = next((one for one in case.tape.backwards[some[-1].index + 1 :] if _same_line(one, some[0])), None)
         if training.usual > 1 and (following is None or pass_of(following) != pass_of(some[-1])):
@@ -54,13 +54,13 @@ def _tails(case: Case, training: Training) -> Iterator[tuple[Place, Sequence[Bac
     if not some or not case.ended or leaking(training) or any(one.is_gradfold for one in some):
         return
     is_new = not training.windows and len(training.pending) > 1
-    is_tail = training.usual > 1 and line_of(some[0].place) in training.lines and len(some) < training.usual
+    is_tail = training.usual > 1 and some[0].path in training.lines and len(some) < training.usual
     if (is_tail or is_new) and _is_exhausted(case, some[-1]):
         yield some[-1].place, some
 
 
 def _same_line(one: Backward, other: Backward) -> bool:
-    return line_of(one.place) == line_of(other.place)
+    return one.path == other.path
 
 
 def _is_exhausted(case: Case, last: Backward) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gradfold.doctor.case import Case
 from gradfold.doctor.finding import ERROR, Observation
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Training, Window, line_of, pass_of
+from gradfold.doctor.training import Training, Window, pass_of
 
 __all__: list[str] = []
 
@@ -62,9 +62,9 @@ def _before_training(training: Training) -> Observation | None:
     if len(training.windows) < 2:
         return None
     first, *others = training.windows
-    usual = {line_of(one.place) for window in others for one in window.backwards}
-    extra = [one for one in first.backwards if line_of(one.place) not in usual]
-    main = [one for one in first.backwards if line_of(one.place) in usual]
+    usual = {one.path for window in others for one in window.backwards}
+    extra = [one for one in first.backwards if one.path not in usual]
+    main = [one for one in first.backwards if one.path in usual]
     if not extra or not main or extra[-1].index > main[0].index or extra[-1].fetches or not main[0].fetches:
         return None
     return Observation(

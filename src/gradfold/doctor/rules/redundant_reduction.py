@@ -27,6 +27,13 @@ def _check(case: Case) -> Iterator[Observation]:
                     "and every rank trains a model of its own.",
                     "Run forward and backward of the last micro-batch outside of `no_sync`.",
                 )
+            elif not prepared[-1]:
+                yield Observation(
+                    place,
+                    "the last micro-batch of an update runs inside `no_sync`, and an earlier one outside: what is "
+                    "added after the reduction stays on its rank, and ranks step with gradients that differ.",
+                    "Run forward and backward of the *last* micro-batch outside of `no_sync`, and no other.",
+                )
             elif all(prepared):
                 only = not all(allowed)
                 cause = (

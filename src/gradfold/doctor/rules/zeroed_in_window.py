@@ -9,7 +9,7 @@ from gradfold.doctor.case import Case
 from gradfold.doctor.events import Clear
 from gradfold.doctor.finding import ERROR, Observation
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Training, line_of, pass_of
+from gradfold.doctor.training import Training, pass_of
 
 __all__: list[str] = []
 
@@ -23,10 +23,12 @@ def lost_in_windows(training: Training) -> list[Clear]:
     found: dict[int, list[Clear]] = {}
     for clear in training.clears:
         window = next((index for index, one in enumerate(training.windows) if one.step.at > clear.at), None)
-        if window is None or clear.is_used or not training.windows[window].backwards:
+        if window is None or clear.is_used or training.windows[window].step.is_rewritten:
+            continue
+        if not training.windows[window].backwards:
             continue
         lost, kept = training.backward(clear.entries[-1]), training.windows[window].backwards[-1]
-        if line_of(lost.place) in training.lines and pass_of(lost) == pass_of(kept):
+        if lost.path in training.lines and pass_of(lost) == pass_of(kept):
             found.setdefault(window, []).append(clear)
     clears = [clear for some in found.values() for clear in some]
     return clears if len(clears) > 1 and 2 * len(found) > len(training.windows) else []
