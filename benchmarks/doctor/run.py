@@ -21,7 +21,7 @@ from gradfold.doctor.training_patches import patch_training
 from gradfold.doctor.watch import Watch
 
 QUESTION = "How much slower is a script while the doctor watches it?"
-NUM_UPDATES, NUM_MICRO_BATCHES, NUM_ROUNDS = 8, 4, 40
+NUM_UPDATES, NUM_MICRO_BATCHES, NUM_ROUNDS = 8, 4, 12
 RESULT = Path(__file__).parent / "results" / "cpu.json"
 
 

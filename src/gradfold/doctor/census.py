@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -189,10 +190,15 @@ def _is_parameter(node: Any) -> bool:
     return False
 
 
+@cache
+def _saved_names(kind: type) -> tuple[str, ...]:
+    """What operators of a kind keep."""
+    names = [name for name in dir(kind) if name.startswith("_saved_")]
+    return tuple(name for name in names if not name.endswith(("_sym_sizes", "_sym_strides", "_sym_numel")))
+
+
 def _read(node: Any, census: Census, storages: dict[int, int], factors: list[Tensor]) -> None:
-    for name in dir(node):
-        if not name.startswith("_saved_") or name.endswith(("_sym_sizes", "_sym_strides", "_sym_numel")):
-            continue
+    for name in _saved_names(type(node)):
         saved = getattr(node, name)
         if not isinstance(saved, Tensor) or saved.layout != torch.strided:
             continue
