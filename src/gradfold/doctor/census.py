@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -191,14 +192,14 @@ def _is_parameter(node: Any) -> bool:
 
 
 @cache
-def _saved_names(kind: type) -> tuple[str, ...]:
+def _saved_names(kind: Hashable) -> tuple[str, ...]:
     """What operators of a kind keep."""
     names = [name for name in dir(kind) if name.startswith("_saved_")]
     return tuple(name for name in names if not name.endswith(("_sym_sizes", "_sym_strides", "_sym_numel")))
 
 
 def _read(node: Any, census: Census, storages: dict[int, int], factors: list[Tensor]) -> None:
-    for name in _saved_names(type(node)):
+    for name in _saved_names(cast(Hashable, type(node))):
         saved = getattr(node, name)
         if not isinstance(saved, Tensor) or saved.layout != torch.strided:
             continue
