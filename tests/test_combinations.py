@@ -63,6 +63,7 @@ CUTS = {
     "rows": 3,
     "tokens": gradfold.TokenBudget(14, lengths=lengths),
     "auto": gradfold.Auto(cache=False, seconds=0.05),
+    "auto tokens": gradfold.TokenBudget("auto", lengths=lengths),
 }
 LOSSES = {"plain": plain, "two phases": gradfold.TwoPhaseLoss(embed, match)}
 REFUSED = {  # (loss, normalises, drops)
@@ -70,6 +71,11 @@ REFUSED = {  # (loss, normalises, drops)
     ("two phases", True, True),
     ("plain", True, True),
 }
+
+
+@pytest.fixture(autouse=True)
+def cache_of_choices(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADFOLD_CACHE_DIR", str(tmp_path))
 
 
 def make(normalises, drops):
@@ -92,7 +98,7 @@ def test_ways_to_cut_and_to_couple(cut, loss, normalises, drops):
         return
     accumulator = gradfold.Accumulator(model, LOSSES[loss], micro_batch_size=CUTS[cut], **options)
     result = accumulator.backward(batch())
-    assert cut == "auto" or result.num_micro_batches > 2
+    assert "auto" in cut or result.num_micro_batches > 2
     if drops:  # the masks are those of the batch as a whole
         expected = gradfold.Accumulator(whole, LOSSES[loss], self_check=False).backward(batch()).loss
     else:
@@ -116,3 +122,13 @@ def test_verify_holds_exact_batch_norm_by_tokens():
     accumulator = gradfold.Accumulator(make(True, False), plain, micro_batch_size=CUTS["tokens"], batch_norm="exact")
     verdict = gradfold.verify(accumulator, batch())
     assert verdict.ok, str(verdict)
+
+
+def test_a_budget_that_sets_itself_is_in_the_state():
+    accumulator = gradfold.Accumulator(make(False, False), plain, micro_batch_size=CUTS["auto tokens"])
+    accumulator.backward(batch())
+    budget, rows = accumulator.micro_batch_size, accumulator.micro_batch_choice.micro_batch_size
+    assert budget.max_tokens == rows * LENGTH
+    resumed = gradfold.Accumulator(make(False, False), plain, micro_batch_size=CUTS["auto tokens"])
+    resumed.load_state_dict(accumulator.state_dict())
+    assert resumed.micro_batch_size == budget

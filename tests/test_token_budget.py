@@ -19,7 +19,6 @@ def budget(**arguments):
         ({"max_tokens": 0}, "max_tokens=0; expected at least 1"),
         ({"max_tokens": 2.5}, "max_tokens=2.5 is a float; expected the number of padded tokens"),
         ({"max_tokens": True}, "is a bool"),
-        ({"max_tokens": "auto"}, r'TokenBudget\("auto"\) is not in this version yet. Write a number of padded tokens'),
         ({"lengths": [1, 2]}, r"lengths= is a list; expected a callable .*attention_mask.*collate"),
         ({"padding_side": "top"}, 'padding_side=\'top\'; expected "right" or "left"'),
         ({"trim": "position_ids"}, r"trim='position_ids'; expected the names of tensors, trim=\(\"position_ids\",\)"),

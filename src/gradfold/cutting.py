@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,8 @@ class Cutting:
         elif isinstance(micro_batch_size, TokenBudget):
             self.size = micro_batch_size
             self.by_tokens = TokenSplit(micro_batch_size)
+            if micro_batch_size.max_tokens == "auto":
+                self.sizer = Sizer(Auto())
         else:
             split.check_size(micro_batch_size)
             self.size = micro_batch_size
@@ -64,9 +67,15 @@ class Cutting:
         """Have the sizer choose, where a choice is due."""
         if self.sizer is None:
             return
-        specimen = Specimen(batch[0] if isinstance(batch, Window) and batch else batch, self._collate)
-        if self.sizer.is_due(specimen.num_rows):
-            self.size = self.sizer.choose(work_on(specimen)).micro_batch_size
+        one = batch[0] if isinstance(batch, Window) and batch else batch
+        specimen = Specimen(one, self._collate)
+        if not self.sizer.is_due(specimen.num_rows):
+            return
+        num_rows = self.sizer.choose(work_on(specimen)).micro_batch_size
+        if isinstance(self.size, TokenBudget):
+            self._set_budget(num_rows * self.size.longest_of(one, specimen.num_rows))
+        else:
+            self.size = num_rows
 
     def cut(self, batch: Batch, is_first: bool) -> list[MicroBatch]:
         """The micro-batches of a batch, or of a window; `is_first`: whether the accumulator has seen none before.
@@ -117,6 +126,7 @@ class Cutting:
         return {
             "fitting_size": self.fitting.state_dict(),
             "token_split": None if self.by_tokens is None else self.by_tokens.state_dict(),
+            "max_tokens": self._limit if isinstance(self.size, TokenBudget) else None,
             "micro_batch_choice": None if choice is None else choice.to_json(),
         }
 
@@ -127,14 +137,20 @@ class Cutting:
             self.by_tokens.load_state_dict(state["token_split"])
         if self.sizer is not None and state["micro_batch_choice"] is not None:  # another would cut batches otherwise
             self.sizer.choice = MicroBatchChoice.from_json(state["micro_batch_choice"])
-            self.size = self.sizer.choice.micro_batch_size
+            if isinstance(self.size, TokenBudget):
+                self._set_budget(state["max_tokens"])
+            else:
+                self.size = self.sizer.choice.micro_batch_size
+
+    def _set_budget(self, max_tokens: int) -> None:
+        assert isinstance(self.size, TokenBudget) and self.by_tokens is not None
+        self.size = self.by_tokens.budget = replace(self.size, max_tokens=max_tokens)
 
     @property
     def _limit(self) -> int | None:
         """The user's limit, in rows or in padded tokens."""
         size = self.size.max_tokens if isinstance(self.size, TokenBudget) else self.size
-        assert size != "auto"
-        return size
+        return None if size == "auto" else size  # "auto" until the first batch
 
 
 def _collate_rows(collate: Collate, batch: Batch, rows: Rows) -> Batch:

@@ -32,7 +32,8 @@ class TokenBudget:
 
     Args:
         max_tokens: padded tokens to run at once, at most: rows times the longest length. A row that is longer runs
-            alone. Memory that runs out halves it, as it does a number of rows.
+            alone. Memory that runs out halves it, as it does a number of rows. "auto": found in the first window, as
+            `micro_batch_size="auto"` is: as many of the longest rows as run fastest and fit.
         lengths: from the batch (with `collate`: the list of samples) to the length of each row, in tokens: a tensor
             (rows,) or a list of numbers; or a dict of them, by name, where a row has several inputs, such as source
             and target.
@@ -109,6 +110,10 @@ class TokenBudget:
             }
         return {SINGLE: _read_lengths(found, num_rows, "lengths= gave")}
 
+    def longest_of(self, batch: Batch, num_rows: int) -> int:
+        """The tokens of the longest row, all inputs together."""
+        return max(1, int(torch.stack(list(self.lengths_of(batch, num_rows).values())).sum(0).max()))
+
     def trim_of(self, name: str, names: Sequence[str]) -> dict[str | int, tuple[int, ...] | None]:
         """What the user says of the tensors of an input: their dimensions, None where those are to be found.
 
@@ -133,14 +138,11 @@ class TokenBudget:
 
 def _check_max_tokens(max_tokens: Any) -> None:
     if max_tokens == "auto":
-        raise OptionError(
-            'TokenBudget("auto") is not in this version yet. Write a number of padded tokens: what runs today, '
-            "micro_batch_size times the longest length, needs no more memory than today."
-        )
+        return
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
         raise OptionError(
             f"max_tokens={max_tokens!r} is a {type(max_tokens).__name__}; expected the number of padded tokens to run "
-            "at once (an int of at least 1)."
+            'at once (an int of at least 1), or "auto".'
         )
     if max_tokens < 1:
         raise OptionError(f"max_tokens={max_tokens}; expected at least 1 token.")
