@@ -55,10 +55,9 @@ def small_data(tmp_path_factory):
         lengths = torch.randint(least, most + 1, (1,), generator=generator)
         return " ".join(words[number] for number in torch.randint(0, 40, (int(lengths),), generator=generator).tolist())
 
-    for part, num in (("train", 300), ("val", 20)):
-        for language in ("de", "en"):
-            text = "\n".join(random_text(30, 3) for _ in range(num)) + "\n"
-            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    for language in ("de", "en"):
+        text = "\n".join(random_text(30, 3) for _ in range(20)) + "\n"
+        (folder / f"val.{language}.gz").write_bytes(gzip.compress(text.encode()))
     for name, num in (("valid.txt", 200), ("test.txt", 12)):
         paragraphs = [f" \n = Heading = \n \n {random_text(300)} \n" for _ in range(num)]
         (folder / name).write_text("".join(paragraphs))
@@ -565,7 +564,7 @@ def test_a_workload_of_the_users_own_gets_the_data(users_folder):
     [
         (
             "minst",
-            r"no workload 'minst'. Did you mean 'mnist'\? Built in: digits, .*, translation. Write .*module:callable",
+            r"no workload 'minst'. Did you mean 'mnist'\? Built in: digits, .*, matching. Write .*module:callable",
         ),
         ("xyzzy", "no workload 'xyzzy'. Built in: digits"),
         ("", "no workload ''"),

@@ -328,7 +328,7 @@ class Accumulator:
             OptionError: this is no such state, or it has a loss scaler and this accumulator has none, or the other way
                 round.
         """
-        missing = self.state_dict().keys() - state.keys()
+        missing = {"num_windows", "fitting_size", "self_check", "grad_scaler"} - state.keys()
         if missing:
             raise OptionError(
                 f"this is no state of an Accumulator: it has {sorted(state)}, {sorted(missing)} are missing."

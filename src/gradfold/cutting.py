@@ -131,11 +131,13 @@ class Cutting:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave; states of other ways to cut have less in them."""
         self.fitting.load_state_dict(state["fitting_size"])
-        if self.by_tokens is not None and state["token_split"] is not None:
+        if self.by_tokens is not None and state.get("token_split") is not None:
             self.by_tokens.load_state_dict(state["token_split"])
-        if self.sizer is not None and state["micro_batch_choice"] is not None:  # another would cut batches otherwise
+        if (
+            self.sizer is not None and state.get("micro_batch_choice") is not None
+        ):  # another would cut batches otherwise
             self.sizer.choice = MicroBatchChoice.from_json(state["micro_batch_choice"])
             if isinstance(self.size, TokenBudget):
                 self._set_budget(state["max_tokens"])
