@@ -207,7 +207,7 @@ class Accumulator:
             agreement,
             Transaction(self.model, modules, parameters, self._buffers, self._set_aside) as transaction,
             nullcontext() if ranks is None else without_reductions(modules),
-            keyed_dropout.keyed(dropouts, self.num_windows, device) as keys,
+            keyed_dropout.keyed(dropouts, self.num_windows, device) if dropouts else nullcontext() as keys,
         ):
             check_trainable(self.model, parameters)
             self._probe_backward(device)

@@ -106,6 +106,10 @@ class Cutting:
             split.check_collated(micro_batches)
         return micro_batches
 
+    def largest(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """The size of the largest, in rows or in padded tokens: the first one, where they are cut by rows."""
+        return len(micro_batches[0].rows) if self.by_tokens is None else max(part.size for part in micro_batches)
+
     def recut_of(self, batch: Batch) -> Callable[[MicroBatch, int], list[MicroBatch]]:
         """What cuts a micro-batch of this batch further."""
         return partial(split.recut, collate_rows=self.collate_rows(batch))
@@ -116,7 +120,7 @@ class Cutting:
 
     def note_quiet(self, micro_batches: Sequence[MicroBatch]) -> None:
         """A window of these has gone through without a fault."""
-        self.fitting.note_quiet(max(part.size for part in micro_batches), self._limit)
+        self.fitting.note_quiet(self.largest(micro_batches), self._limit)
         if self.by_tokens is not None:
             self.by_tokens.settle()
 

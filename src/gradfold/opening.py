@@ -70,7 +70,7 @@ class Opening:
         if not window.micro_batches:  # all were left out, but those of other ranks were not
             return agreement.around(one_after_another, window)
         self._check_padding(window, agreement)
-        is_new_size = max(part.size for part in window.micro_batches) > self._cutting.fitting.proven
+        is_new_size = self._cutting.largest(window.micro_batches) > self._cutting.fitting.proven
         plain = Cautious(transaction) if is_new_size else self._plain(window)
         if self._coupling.is_whole(window, agreement):
             return agreement.around(plain, window)
