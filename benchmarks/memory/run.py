@@ -214,7 +214,7 @@ def main() -> None:
     }
     for part in arguments.parts:
         settings = {"global batch": GLOBAL_BATCH, "sizes": SIZES} if part == "predicted" else {}
-        write(FOLDER / f"{part}.json", str(parts[part].__doc__ or chosen.__doc__), settings, parts[part]())
+        write(FOLDER / f"{part}.json", str(globals()[part].__doc__), settings, parts[part]())
 
 
 if __name__ == "__main__":
