@@ -18,14 +18,15 @@ def _check(case: Case) -> Iterator[Observation]:
         coupled = [one for one in looked if _compares(one)]
         if not coupled or 2 * len(coupled) <= len(looked):
             continue
-        rows, n = coupled[0].rows, training.usual
         yield Observation(
             coupled[0].place,
-            f"the loss compares the samples of a batch with each other (a matrix over all pairs): each of {rows} meets "
-            f"{rows - 1} others, where in a batch of {n * rows} it would meet {n * rows - 1}. Accumulation does not "
-            "make up for that: the mean over micro-batches is another loss than that of the whole batch.",
+            "the loss compares the samples of a batch with each other, or makes a statistic of them (a matrix over all "
+            f"pairs): cut into {training.usual} micro-batches, each sample sees 1/{training.usual} of its batch. "
+            "Accumulation does not make up for that: the mean over micro-batches is another loss than that of the "
+            "whole batch.",
             "Compute the embeddings of the whole batch without a graph, the loss on all of them, and run the "
-            "micro-batches again with the gradients of their embeddings (GradCache); or use a larger micro-batch.",
+            "micro-batches again with the gradients of their embeddings (GradCache): `gradfold.TwoPhaseLoss(statistic, "
+            "loss)` does that. Or use a larger micro-batch.",
             LIKELY,
         )
 

@@ -34,7 +34,7 @@ def _never_zeroed(training: Training) -> Observation | None:
     last = stale[-1]
     return Observation(
         last.step.place,
-        f"gradients are not zeroed between updates: this step's update {len(training.windows)} still contained those "
+        f"gradients are not zeroed between updates: update {len(training.windows)} of this step still contained those "
         f"of {last.num_stale} backward passes that earlier steps had used, beside {len(last.backwards)} new. Updates "
         "point at the sum of all gradients so far.",
         "Call `optimizer.zero_grad()` right after `optimizer.step()`.",

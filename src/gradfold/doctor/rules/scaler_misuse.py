@@ -84,8 +84,9 @@ def _plain_step(training: Training) -> Iterator[Observation]:
             continue
         yield Observation(
             step.place,
-            "the loss was scaled by a GradScaler, but the step is the optimizer's own: it uses gradients 65,536 times "
-            "too large (the scaler's first scale), and an overflow is not noticed.",
+            "the loss was scaled by a GradScaler, but the step is the optimizer's own: it uses gradients as many times "
+            "too large as the scale is (65,536 at first, unless `init_scale` says otherwise), and an overflow is not "
+            "noticed.",
             "`scaler.step(optimizer)` and `scaler.update()` instead of `optimizer.step()`.",
         )
         return
