@@ -66,6 +66,7 @@ def write(path: Path, question: str, settings: Mapping[str, Any], results: Mappi
         "settings": dict(settings),
         "results": dict(results),
     }
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
