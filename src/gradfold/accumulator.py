@@ -163,6 +163,7 @@ class Accumulator:
             on_non_finite=on_non_finite,
             compute=self.precision.compute,
             is_scaled=self.precision.is_scaled,
+            is_in_order=self._cutting.by_tokens is None,
         )
         tried = self._coupling.tried
         self._self_check = SelfCheck(model, tried, weight, self._back_propagate) if self_check else None

@@ -84,6 +84,11 @@ class Cutting:
             BatchError: it cannot be cut by rows.
             WindowError: it is a window of a loop body.
         """
+        if self.by_tokens is not None:
+            self.by_tokens.begin()
+        return self._cut(batch, is_first)
+
+    def _cut(self, batch: Batch, is_first: bool) -> list[MicroBatch]:
         if isinstance(batch, LoopWindow):
             raise WindowError(
                 "this window has a backward of its own; for accumulator.backward(window) leave model= out: "
@@ -93,8 +98,8 @@ class Cutting:
             if not batch:
                 raise BatchError("the window holds no micro-batches. Skip empty windows.")
             if self.by_tokens is not None and self._collate is not None:  # one pool of samples to choose from
-                return self.cut([sample for part in batch for sample in part], is_first)
-            return split.join_batches(self.cut(part, is_first) for part in batch)
+                return self._cut([sample for part in batch for sample in part], is_first)
+            return split.join_batches(self._cut(part, is_first) for part in batch)
         size = self.fitting.limit(self._limit)
         if self.by_tokens is not None:
             micro_batches = self.by_tokens.cut(batch, size, self._collate, is_first=is_first)

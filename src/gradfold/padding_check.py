@@ -115,7 +115,8 @@ class PaddingCheck:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                return False
+                self._cannot_know("memory runs out on rows with the padding of the batch")
+                return True
 
     def _check_weights(self, whole: WindowWeights, parts: WindowWeights) -> None:
         for of_whole, of_parts in zip(whole.own_totals(), parts.own_totals(), strict=True):

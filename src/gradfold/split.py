@@ -132,16 +132,19 @@ def recut(part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | N
     if len(ranges) == 1:
         return [part]
     rows = [part.rows[own.start : own.stop] for own in ranges]
-    if collate_rows is not None and not _is_cut_by_rows(part):
+    if collate_rows is not None and not _is_cut_by_rows(part, collate_rows):
         return [MicroBatch(collate_rows(own), own, False, part.width) for own in rows]
     parts = cut_rows(part.data, [len(own) for own in rows])
     return list(map(MicroBatch, parts, rows, repeat(True), repeat(part.width)))
 
 
-def _is_cut_by_rows(part: MicroBatch) -> bool:
-    """Whether all of it has one entry per row: a list of names beside the tensors would be passed on whole."""
+def _is_cut_by_rows(part: MicroBatch, collate_rows: CollateRows) -> bool:
+    """Whether all of it has one entry per row: a list of names beside the tensors would be passed on whole.
+
+    Time may come first and be as long by accident, so one row is collated by itself.
+    """
     try:
-        return num_rows(part.data) == len(part.rows)
+        return num_rows(part.data) == len(part.rows) and num_rows(collate_rows(part.rows[:1])) == 1
     except BatchError:
         return False
 

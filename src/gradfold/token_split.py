@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradfold.backward import Weighed
 from gradfold.batch import Batch, num_rows
-from gradfold.errors import OptionError
+from gradfold.errors import BatchError, OptionError
 from gradfold.length_plan import StepCost, plan
 from gradfold.rows import Rows
 from gradfold.split import Collate, MicroBatch, split_samples
@@ -63,6 +63,7 @@ class TokenSplit:
         self._padded_rows: Callable[[], PaddedRows] | None = None
         self._longest_warned_of = 0
         self._num_looks = 0  # at the padding
+        self._places: dict[str, str] = {}  # that go with the tokens, and with which input
 
     def cut(self, batch: Batch, limit: int | None, collate: Collate | None, is_first: bool) -> list[MicroBatch]:
         """Cut a nesting of padded tensors, or a list of samples where there is a collate function.
@@ -84,18 +85,38 @@ class TokenSplit:
                 raise OptionError("trim= is for padded tensors; with collate= every micro-batch is padded by itself.")
             widths: Mapping[str, Tensor] = {name: length.clamp(min=1) for name, length in found.items()}
             groups = self._plan(widths, max_tokens, is_first)
-            self._padded_rows = _samples_to_check(batch, collate, widths, groups, self._num_looks)
+            self._padded_rows = self._padded_rows or _samples_to_check(batch, collate, widths, groups, self._num_looks)
             return [
                 MicroBatch(collate([batch[row] for row in rows]), rows, False, _width(widths, rows)) for rows in groups
             ]
         named = {name: self.budget.trim_of(name, list(found)) for name in found}
         trimming = Trimming(batch, found, self.budget.padding_side, named.__getitem__)
-        self._trimmed = trimming.paths
+        self._trimmed = {*self._trimmed, *trimming.paths}
+        self._settle_places(trimming.places)
         groups = self._plan(trimming.widths, max_tokens, is_first)
-        self._padded_rows = _rows_to_check(trimming, found, groups, max_tokens, self._num_looks)
+        self._padded_rows = self._padded_rows or _rows_to_check(trimming, found, groups, max_tokens, self._num_looks)
         if len(groups) == 1 and _width(trimming.widths, groups[0]) == trimming.full_width:
             return [MicroBatch(batch, groups[0], width=trimming.full_width)]
         return [MicroBatch(trimming.of_rows(rows), rows, True, _width(trimming.widths, rows)) for rows in groups]
+
+    def begin(self) -> None:
+        """A window begins: what its batches show of padding is to be looked at, of the first that shows any."""
+        self._padded_rows, self._trimmed = None, ()
+
+    def _settle_places(self, places: Mapping[str, str]) -> None:
+        """Note what goes with the tokens, as the first batches show it.
+
+        Raises:
+            BatchError: this batch shows something else.
+        """
+        for place, name in places.items():
+            if self._places and self._places.get(place) != name:
+                before = f"went with {self._places[place]!r}" if place in self._places else "did not go with the tokens"
+                raise BatchError(
+                    f"batch{place} looks as if it went with the tokens{f' of {name!r}' if name else ''}, and in "
+                    f"earlier batches it {before}. Name what does, and with () what does not: trim=(...)."
+                )
+        self._places = self._places or dict(places)
 
     def padded_rows(self) -> PaddedRows | None:
         """Rows of the last batch by which to see whether padding matters; None where all are of one length."""
@@ -137,13 +158,14 @@ class TokenSplit:
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned, without which a resumed run would cut its batches otherwise."""
-        return {"overhead": self.overhead, "is_checked": self.is_checked}
+        return {"overhead": self.overhead, "is_checked": self.is_checked, "places": dict(self._places)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave; what the user says counts more."""
         if self.budget.step_cost.overhead is None:
             self.overhead = state["overhead"]
         self.is_checked = state["is_checked"]
+        self._places = dict(state.get("places", {}))
 
     def _limit(self, limit: int | None) -> int:
         max_tokens = self.budget.max_tokens

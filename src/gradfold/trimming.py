@@ -71,6 +71,12 @@ class Trimming:
 
         return map_tensors(cut, self._batch)
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Of which input each dimension is that is trimmed, by the path of its tensor and its number."""
+        found = {id(leaf): path for path, leaf in leaves_by_path(self._batch)}
+        return {f"{found[key]} dim {dim}": name for key, dims in self._dims.items() for dim, name in dims.items()}
+
     def untrimmed(self, rows: Rows) -> Batch:
         """These rows with all of their padding."""
         index = torch.tensor(rows)
@@ -152,7 +158,9 @@ class Trimming:
             if leaves[path].shape[dim] in self.padded.values():
                 raise self._is_unclear(path, dim, leaves[path])
         for (path, dim), name in fitting.items():
-            if leaves[path].shape[dim] == self.padded[name]:
+            # One column beyond every row is the same everywhere in it, whatever it holds: that says nothing.
+            is_evident = self.padded[name] - int(lengths[name].min()) > 1
+            if leaves[path].shape[dim] == self.padded[name] and is_evident:
                 self._trim(path, leaves[path], (dim,), name)
 
     def _settle_size(self, name: str, sizes: set[int], lengths: Tensor, leaves: Mapping[str, Tensor]) -> None:

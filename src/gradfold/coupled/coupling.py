@@ -196,6 +196,7 @@ def find_coupling(
     on_non_finite: str,
     compute: torch.dtype | None,
     is_scaled: bool,
+    is_in_order: bool,
 ) -> Coupling:
     """The coupling that the options of an accumulator mean.
 
@@ -207,15 +208,26 @@ def find_coupling(
         on_non_finite: likewise.
         compute: autocast's dtype around `loss_fn`.
         is_scaled: whether a loss scaler decides on what is not finite.
+        is_in_order: whether micro-batches take the rows as they come, with the padding that they have.
 
     Raises:
         OptionError: options do not go together.
     """
     if isinstance(loss_fn, TwoPhaseLoss):
         check_options(weight, batch_norm, on_non_finite)
+        if loss_fn.combine == "concatenate" and not is_in_order:
+            raise OptionError(
+                "a TokenBudget takes rows in another order, in which the loss of a TwoPhaseLoss would see them. Give a "
+                'number of rows as micro_batch_size, or statistics that are sums (combine="sum").'
+            )
         raises = on_non_finite == "raise" and not is_scaled
         return TwoPhaseCoupling(model, loss_fn, batch_norm, compute, raises)
     if batch_norm == "exact":
         exact_batch_norm.check_goes_with(on_non_finite)
+        if not is_in_order:
+            raise OptionError(
+                'batch_norm="exact" does not go with a TokenBudget: padding may be in the statistics of the batch, and '
+                "the budget leaves most of it out. Give a number of rows as micro_batch_size."
+            )
         return ExactCoupling(model, loss_fn)
     return Coupling(model, loss_fn, batch_norm)

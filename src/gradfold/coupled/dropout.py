@@ -72,6 +72,13 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
 
 def _converted(module: _DropoutNd, name: str, seed: int, row_dim: int) -> KeyedDropout:
     feature_dims, is_alpha = _KINDS[type(module)]
+    held = [key.strip("_") for key, value in vars(module).items() if key.endswith("_hooks") and value]
+    if module.inplace or held:
+        what = "works in place" if module.inplace else f"carries hooks ({', '.join(held)})"
+        raise ModelError(
+            f"{name or 'the model itself'} ({type(module).__name__}) {what}, which the new layer would not. "
+            f"{'Write h = dropout(h), and inplace=False' if module.inplace else 'Remove them, and set them anew'}."
+        )
     if feature_dims is not None and row_dim:
         raise OptionError(
             f"row_dim={row_dim} does not go with {type(module).__name__} ({name!r}), whose inputs are (N, C, ...)."

@@ -32,6 +32,7 @@ from gradfold.coupled.interception import (
     by_fixed_statistics,
 )
 from gradfold.coupled.joint_batch_norm import Entrance, Exit, JointCall, Place, join
+from gradfold.coupled.leftovers import Leftovers
 from gradfold.coupled.lockstep import Runner, Runners
 from gradfold.coupled.moments import Moments, merge
 from gradfold.coupled.offload import Offload
@@ -124,10 +125,13 @@ class ExactBatchNorm:
         Where there is no BatchNorm on the way, each micro-batch is back-propagated when it is through.
         """
         terms: list[tuple[Tensor, float]] = []
+        leftovers = Leftovers(self._window.model) if len(indices) > 1 else None
         while True:
             for index, runner in zip(indices, runners, strict=True):
                 self._window.current = index
                 runner.advance()
+                if leftovers is not None and runner is runners[0] and not runner.is_done:
+                    leftovers.refuse(lambda: str(runners[0].request.layer))
                 if runners[0].is_done and runner.is_done and not self._calls:
                     backward(runner.result)
                     runner.result = None

@@ -12,7 +12,6 @@ search for the least bias. In 64-bit integers its products of 32-bit words canno
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -208,6 +207,11 @@ def refuse_options(layers: Sequence[KeyedDropout], batch_norm: str | None, is_sh
             f'batch_norm="{batch_norm}" does not go with the layers of convert_dropout, which must know whose forward '
             "pass runs: micro-batches run in turns there. Use torch's dropout."
         )
+    if len({(layer.seed, layer.name) for layer in layers}) < len(layers):
+        raise OptionError(
+            "two layers of convert_dropout have the same name and seed, and so the same masks: parts of the model were "
+            "converted one by one. Convert the whole model, or give each part a seed of its own."
+        )
     if layers and is_sharded:
         raise OptionError(
             "fully_shard does not go with the layers of convert_dropout, which have no masks for the blank turns of a "
@@ -240,9 +244,8 @@ def _keep(first: Tensor, second: Tensor, shape: Sequence[int], row_dim: int, p: 
     """The mask of a layer, from two words per row: the hash of every element, above the share to be dropped."""
     rest = [1 if dim == row_dim else size for dim, size in enumerate(shape)]
     column = [-1 if dim == row_dim else 1 for dim in range(len(shape))]
-    elements = torch.arange(math.prod(rest), device=first.device) * _GOLDEN & _WORD
     # One after another on the same numbers: this is all the memory that a mask takes, and half the time.
-    hashed = elements.view(rest) ^ first.view(column)
+    hashed = _places(rest, first.device) ^ first.view(column)
     hashed ^= hashed >> 16
     hashed *= _FIRST
     hashed &= _WORD
@@ -251,6 +254,16 @@ def _keep(first: Tensor, second: Tensor, shape: Sequence[int], row_dim: int, p: 
     hashed *= _SECOND
     hashed &= _WORD
     return hashed >= round(p * 2**32)
+
+
+def _places(shape: Sequence[int], device: torch.device) -> Tensor:
+    """A word for every element, from its coordinates alone: padding that makes a dimension longer changes none."""
+    places = torch.zeros([1] * len(shape), dtype=torch.int64, device=device)
+    for dim, size in enumerate(shape):
+        if size > 1:
+            steps = torch.arange(size, device=device) * _OF_DIMS[dim % len(_OF_DIMS)]
+            places = places + steps.view([-1 if dim == other else 1 for other in range(len(shape))])
+    return places.expand(shape) & _WORD
 
 
 def _mix(words: Tensor) -> Tensor:
@@ -278,3 +291,6 @@ def _alpha_dropped(input: Tensor, keep: Tensor, p: float) -> Tensor:
     scale = 0.0 if p == 1.0 else ((1 - p) * (1 + p * _DROPPED**2)) ** -0.5
     shift = -scale * p * _DROPPED
     return torch.where(keep, input, _DROPPED) * scale + shift
+
+
+_OF_DIMS = tuple(_hash("dimension", dim)[0] | 1 for dim in range(8))

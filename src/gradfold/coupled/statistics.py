@@ -126,25 +126,23 @@ class Statistics:
 
         NaN where it is not finite, which is no matter of replays.
         """
-        differences, sizes = [], []
+        found = []
         for number, leaf in enumerate(every_leaf(output)):
             if not isinstance(leaf, Tensor):
                 continue
             before = self._before(index, number, leaf)
             now = leaf.detach() if self._combine == "concatenate" else _sample(leaf)
             if before.shape != now.shape:
-                differences.append(torch.full((), torch.inf, device=leaf.device))
+                found.append(torch.full((), torch.inf, device=leaf.device, dtype=torch.float64))
             elif leaf.is_floating_point() or leaf.is_complex():
-                differences.append(torch.linalg.vector_norm(now - before))
-                sizes.append(torch.linalg.vector_norm(before))
+                size = torch.linalg.vector_norm(before).double().clamp(min=torch.finfo(torch.float32).tiny)
+                found.append(torch.linalg.vector_norm(now - before).double() / size)
             else:
-                differences.append(torch.where((now != before).any(), torch.inf, 0.0))
-        if not differences:
+                found.append(torch.where((now != before).any(), torch.inf, 0.0).double())
+        if not found:
             return torch.zeros(())
-        device = differences[0].device
-        apart = torch.stack([one.to(device, torch.float64) for one in differences]).square().sum().sqrt()
-        size = torch.stack([one.to(device, torch.float64) for one in sizes] or [apart.new_ones(())]).square().sum()
-        return apart / size.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        # Each by itself: among large labels a guess that has changed would not be seen.
+        return torch.stack([one.to(found[0].device) for one in found]).max()
 
     def non_finite(self) -> list[int]:
         """The micro-batches of this rank whose statistics are not all finite."""
