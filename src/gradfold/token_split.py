@@ -92,7 +92,7 @@ class TokenSplit:
         named = {name: self.budget.trim_of(name, list(found)) for name in found}
         trimming = Trimming(batch, found, self.budget.padding_side, named.__getitem__)
         self._trimmed = {*self._trimmed, *trimming.paths}
-        self._settle_places(trimming.places)
+        self._settle_places(trimming.found)
         groups = self._plan(trimming.widths, max_tokens, is_first)
         self._padded_rows = self._padded_rows or _rows_to_check(trimming, found, groups, max_tokens, self._num_looks)
         if len(groups) == 1 and _width(trimming.widths, groups[0]) == trimming.full_width:

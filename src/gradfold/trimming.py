@@ -37,6 +37,7 @@ class Trimming:
         widths: for each input, what every row needs by itself: its length and, on the left, the column before it.
         padded: for each input, the padded length of the batch.
         paths: of the tensors that are trimmed, with their dimensions.
+        found: of which input each dimension is that was found to go with the tokens, and was not named.
 
     Raises:
         BatchError: it cannot be known what goes with the tokens.
@@ -51,6 +52,7 @@ class Trimming:
         self._dims: dict[int, dict[int, str]] = {}  # by tensor, of which input each dimension is that is trimmed
         self.padded: dict[str, int] = {}
         self.paths: dict[str, tuple[int, ...]] = {}
+        self.found: dict[str, str] = {}
         kept = self._take_named(leaves, lengths, named)
         self._find(leaves, lengths, kept)
         self.widths = {
@@ -70,12 +72,6 @@ class Trimming:
             return done.get(id(leaf), leaf)
 
         return map_tensors(cut, self._batch)
-
-    @property
-    def places(self) -> dict[str, str]:
-        """Of which input each dimension is that is trimmed, by the path of its tensor and its number."""
-        found = {id(leaf): path for path, leaf in leaves_by_path(self._batch)}
-        return {f"{found[key]} dim {dim}": name for key, dims in self._dims.items() for dim, name in dims.items()}
 
     def untrimmed(self, rows: Rows) -> Batch:
         """These rows with all of their padding."""
@@ -162,6 +158,7 @@ class Trimming:
             is_evident = self.padded[name] - int(lengths[name].min()) > 1
             if leaves[path].shape[dim] == self.padded[name] and is_evident:
                 self._trim(path, leaves[path], (dim,), name)
+                self.found[f"{path} dim {dim}"] = name
 
     def _settle_size(self, name: str, sizes: set[int], lengths: Tensor, leaves: Mapping[str, Tensor]) -> None:
         known, longest = self.padded.get(name), int(lengths.max())
