@@ -243,9 +243,10 @@ def test_the_second_start_is_instant(folder, monkeypatch):
     for model, other, of in others:
         gradfold.Accumulator(model, other, micro_batch_size=auto).choose_micro_batch(of)
     assert len(searched) == len(others)
-    file.write_text("{broken")
-    gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
-    assert len(searched) == len(others) + 1
+    for content in ("{broken", json.dumps(first.to_json() | {"micro_batch_size": 0})):
+        file.write_text(content)
+        gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
+    assert len(searched) == len(others) + 2
 
 
 def test_the_cache_can_be_switched_off(folder, monkeypatch):

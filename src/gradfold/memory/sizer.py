@@ -99,9 +99,12 @@ class Sizer:
     def _remembered(self, key: str) -> MicroBatchChoice | None:
         found = cache.read(key) if self._option.cache else None
         try:
-            return None if found is None else replace(MicroBatchChoice.from_json(found), is_cached=True)
+            choice = None if found is None else replace(MicroBatchChoice.from_json(found), is_cached=True)
         except (TypeError, KeyError):  # of another version, or damaged
             return None
+        if choice is None or type(choice.micro_batch_size) is not int or choice.micro_batch_size < 1:
+            return None
+        return choice
 
     def _largest(self, work: Work) -> tuple[int, Callable[[int], MakeUp] | None]:
         """The largest size that fits, and what gives the memory of each; all of the batch where nobody can tell."""
