@@ -279,3 +279,53 @@ def test_a_window_of_padded_batches_is_looked_at_where_it_is_padded():
     accumulator = gradfold.Accumulator(Mean(), loss_fn, micro_batch_size=budget)
     with pytest.raises(gradfold.PaddingError):
         accumulator.backward(next(iter(gradfold.windows(parts, 2))))
+
+
+def two_inputs(first, second):
+    model = nn.Module()
+    model.source, model.target = first, second
+    return model
+
+
+def lengths_of_both(batch):
+    return {"source": (batch["source"] > 0).sum(1), "target": (batch["target"] > 0).sum(1)}
+
+
+def test_a_mask_that_would_go_with_the_other_input_is_refused():
+    """With every row of the source full, its mask of ones was cut to the width of the target: 70 % off."""
+
+    def batch(source, target, width):
+        words_of_source = words(source, 8)
+        return {
+            "source": words_of_source,
+            "mask": (words_of_source > 0).double(),
+            "target": words(target, width),
+            "labels": torch.arange(8) % 3,
+        }
+
+    def loss_fn(model, batch):
+        scores = model.source(batch["source"]) / batch["mask"].sum(1, keepdim=True) + model.target(batch["target"])
+        return F.cross_entropy(scores, batch["labels"])
+
+    budget = gradfold.TokenBudget(24, lengths=lengths_of_both, cost=1)
+    accumulator = gradfold.Accumulator(two_inputs(Pool(), Pool()), loss_fn, micro_batch_size=budget)
+    accumulator.backward(batch([8, 3, 4, 2, 7, 2, 1, 1], [6, 3, 2, 4, 2, 3, 1, 1], 6))
+    with pytest.raises(gradfold.BatchError, match=r"mask.*'target'.*went with 'source'"):
+        accumulator.backward(batch([8] * 8, [8, 3, 2, 4, 2, 3, 1, 1], 8))
+
+
+def test_rows_that_tell_of_both_inputs_are_looked_at():
+    """Those with one of them trimmed counted as checked: 76 % off where the other one's padding counts."""
+
+    class Mean(Pool):
+        def forward(self, words):
+            return self.out(self.words(words).mean(1))
+
+    def loss_fn(model, batch):
+        scores = model.source(batch["source"]) + model.target(batch["target"])
+        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.int64))
+
+    batch = {"source": words([8, 8, 8, 8, 8, 2, 2, 2], 8), "target": words([24, 24, 5, 5, 5, 3, 3, 3], 24)}
+    budget = gradfold.TokenBudget(64, lengths=lengths_of_both, cost=1)
+    with pytest.raises(gradfold.PaddingError):
+        gradfold.Accumulator(two_inputs(Mean(), Pool()), loss_fn, micro_batch_size=budget).backward(batch)

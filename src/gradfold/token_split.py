@@ -263,7 +263,7 @@ def _rows_to_check(
     trimming: Trimming, lengths: Mapping[str, Tensor], groups: Sequence[Rows], max_tokens: int, look: int
 ) -> Callable[[], PaddedRows] | None:
     """Some rows that need half of the padded length at most, as many as fit with all of it."""
-    group = _half_as_long(groups, trimming.widths, trimming.full_width, look)
+    group = _half_as_long(groups, trimming.widths, trimming.padded, look)
     if group is None:
         return None
     rows = group[: max(1, min(_MOST_PADDED_ROWS, max_tokens // trimming.full_width))]
@@ -281,7 +281,7 @@ def _samples_to_check(
 ) -> Callable[[], PaddedRows] | None:
     """Some samples together with the longest, of which they are half as long at most, beside both by themselves."""
     longest = int(torch.stack(list(widths.values())).sum(0).argmax())
-    group = _half_as_long(groups, widths, _width(widths, (longest,)), look)
+    group = _half_as_long(groups, widths, {name: int(width[longest]) for name, width in widths.items()}, look)
     if group is None or longest in group:
         return None
     rows = group[:_MOST_PADDED_ROWS]
@@ -298,12 +298,20 @@ def _samples_to_check(
     return make
 
 
-def _half_as_long(groups: Sequence[Rows], widths: Mapping[str, Tensor], padded: int, look: int) -> Rows | None:
+def _half_as_long(
+    groups: Sequence[Rows], widths: Mapping[str, Tensor], padded: Mapping[str, int], look: int
+) -> Rows | None:
     """The longest rows that are half as long at most, which have tokens and are much padded; else the shortest.
 
-    At the next look others, since these may weigh nothing.
+    Of several inputs all are shorter, if there are such rows. At the next look others, since these may weigh nothing.
     """
-    shorter = [rows for rows in groups if _width(widths, rows) < padded]
-    half = [rows for rows in shorter if 2 * _width(widths, rows) <= padded]
-    found = half or shorter[-1:]
+    total = sum(padded.values())
+    shorter = [rows for rows in groups if _width(widths, rows) < total]
+    half = [rows for rows in shorter if 2 * _width(widths, rows) <= total]
+    in_all = [
+        rows
+        for rows in half or shorter
+        if all(int(width[torch.tensor(rows)].max()) < padded[name] for name, width in widths.items())
+    ]
+    found = in_all or half or shorter[-1:]
     return found[look % len(found)] if found else None
