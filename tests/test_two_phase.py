@@ -165,7 +165,7 @@ def test_numbers_are_added_in_sums_and_must_agree_beside_rows():
         )
         accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=5, self_check=False)
         if rows is None:
-            with pytest.raises(gradfold.LossError, match=r"\['rows'\] is 5 in one micro-batch and 4 in another"):
+            with pytest.raises(gradfold.LossError, match=r"\['rows'\] is 5"):
                 accumulator.backward(pairs())
         else:
             accumulator.backward(pairs())

@@ -64,6 +64,7 @@ class Statistics:
                 "Return the same nesting every time."
             )
         if self._combine == "concatenate":
+            _refuse_counts(leaves, paths)
             self._parts[index] = leaves
             return
         self._parts[index] = [_sample(leaf) for leaf in leaves]
@@ -191,6 +192,17 @@ def _own(leaf: Any) -> Any:
     leaf = leaf.detach()
     is_view = leaf.layout is torch.strided and leaf.untyped_storage().nbytes() > leaf.numel() * leaf.itemsize
     return leaf.clone() if is_view else leaf
+
+
+def _refuse_counts(leaves: Sequence[Any], paths: Sequence[str]) -> None:
+    """Raise LossError for a number that is as large as the micro-batch: of the whole batch it would be another."""
+    rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+    for leaf, path in zip(leaves, paths, strict=True):
+        if type(leaf) is int and leaf > 1 and leaf in rows:
+            raise LossError(
+                f"the statistic {path or 'S'} is {leaf}, the number of rows of this micro-batch. loss(model, "
+                "statistics) would take it for that of the batch: let it count the rows of another statistic, len(...)."
+            )
 
 
 def _check(path: str, leaf: Any, combine: Combine) -> None:
