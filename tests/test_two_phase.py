@@ -165,7 +165,10 @@ def test_numbers_are_added_in_sums_and_must_agree_beside_rows():
         )
         accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=5, self_check=False)
         if rows is None:
-            with pytest.raises(gradfold.LossError, match=r"\['rows'\] is 5"):
+            with (
+                pytest.warns(RuntimeWarning, match="which is the number of rows"),
+                pytest.raises(gradfold.LossError, match=r"\['rows'\] is 5 in one micro-batch and 4 in another"),
+            ):
                 accumulator.backward(pairs())
         else:
             accumulator.backward(pairs())
@@ -354,7 +357,7 @@ def test_a_batch_that_is_changed_in_place_is_refused():
 def test_a_sweep_keeps_no_activations():
     statistics = Statistics("concatenate")
     hidden = torch.randn(4, 1000, 8)
-    statistics.add(0, {"first": hidden[:, 0], "all": torch.ones(4)})
+    statistics.add(0, {"first": hidden[:, 0], "all": torch.ones(4)}, 4)
     first, _ = statistics._parts[0]
     assert first.untyped_storage().nbytes() == 4 * 8 * 4
 

@@ -119,7 +119,7 @@ class Phases:
         with _without_trace(window.model), calling(window, self._loss_fn.statistic), torch.no_grad():
             for index in indices:
                 states[index] = States.record(parameters)
-                statistics.add(index, window.call(index))
+                statistics.add(index, window.call(index), len(window.micro_batches[index].rows))
         return states
 
     def _run_loss(self, window: OpenWindow, agreement: Alone, statistics: Statistics) -> WholeLoss:

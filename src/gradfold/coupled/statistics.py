@@ -18,6 +18,7 @@ from gradfold.batch import Batch, every_leaf, leaves_by_path, map_leaves
 from gradfold.coupled.gathering import Contribution, check_alike, gathered, listed, plus, same, summed
 from gradfold.coupled.two_phase import Combine
 from gradfold.errors import LossError
+from gradfold.warning import warn
 
 __all__: list[str] = []
 
@@ -46,7 +47,7 @@ class Statistics:
         self.num_samples = 0
         self.first_sample = 0
 
-    def add(self, index: int, output: Batch) -> None:
+    def add(self, index: int, output: Batch, num_rows: int) -> None:
         """Take what a micro-batch gave.
 
         Raises:
@@ -64,7 +65,7 @@ class Statistics:
                 "Return the same nesting every time."
             )
         if self._combine == "concatenate":
-            _refuse_counts(leaves, paths)
+            _warn_of_counts(leaves, paths, num_rows)
             self._parts[index] = leaves
             return
         self._parts[index] = [_sample(leaf) for leaf in leaves]
@@ -194,14 +195,14 @@ def _own(leaf: Any) -> Any:
     return leaf.clone() if is_view else leaf
 
 
-def _refuse_counts(leaves: Sequence[Any], paths: Sequence[str]) -> None:
-    """Raise LossError for a number that is as large as the micro-batch: of the whole batch it would be another."""
-    rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+def _warn_of_counts(leaves: Sequence[Any], paths: Sequence[str], num_rows: int) -> None:
+    """Warn of a number that is as large as the micro-batch: where it counts rows, the batch has another."""
     for leaf, path in zip(leaves, paths, strict=True):
-        if type(leaf) is int and leaf > 1 and leaf in rows:
-            raise LossError(
-                f"the statistic {path or 'S'} is {leaf}, the number of rows of this micro-batch. loss(model, "
-                "statistics) would take it for that of the batch: let it count the rows of another statistic, len(...)."
+        if type(leaf) is int and leaf == num_rows > 1:
+            warn(
+                f"the statistic {path or 'S'} is {leaf}, which is the number of rows of a micro-batch. If that is what "
+                "it means, loss(model, statistics) takes it for that of the batch: let it count the rows of another "
+                "statistic there, len(...)."
             )
 
 
