@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gradfold.batch import Batch, cut_rows, every_leaf, num_rows, rows_if_any
@@ -141,10 +142,13 @@ def recut(part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | N
 def _is_cut_by_rows(part: MicroBatch, collate_rows: CollateRows) -> bool:
     """Whether all of it has one entry per row: a list of names beside the tensors would be passed on whole.
 
-    Time may come first and be as long by accident, so one row is collated by itself.
+    Time may come first and be as long by accident, so one row is collated by itself; what that draws is drawn again.
     """
     try:
-        return num_rows(part.data) == len(part.rows) and num_rows(collate_rows(part.rows[:1])) == 1
+        if num_rows(part.data) != len(part.rows):
+            return False
+        with torch.random.fork_rng(devices=[]):
+            return num_rows(collate_rows(part.rows[:1])) == 1
     except BatchError:
         return False
 
