@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import assert_same_state, gradients, relative_error, state
 from resnet18 import classify, resnet18
@@ -126,14 +126,13 @@ def test_small_networks(dims, channels, layers, parts, affine, momentum, tracks,
     shape = {1: (), 2: (2, 3), 3: (2, 1, 2)}[dims]
     batches = [torch.randn(sum(parts), channels, *shape, dtype=torch.float64) + mean for _ in "ab"]
     # Where BatchNorm makes all of a gradient vanish, what is left is rounding: two rows of one channel, for example.
-    if all(one.norm() < 1e-3 for one in gradients(whole(model, squares, batches[0])).values()):
-        return
+    assume(any(one.norm() >= 1e-3 for one in gradients(whole(model, squares, batches[0])).values()))
     accumulator = exact(model, squares)
     for batch in batches:
         expected = whole(model, squares, batch)
         model.zero_grad()
         accumulator.backward(cut(batch, parts))
-        assert_equal(model, expected, 1e-11 if sum(parts) * len(shape) < 4 else 1e-12)
+        assert_equal(model, expected)
 
 
 def test_a_mean_of_1e4_in_float32():
