@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import atexit
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -17,6 +20,27 @@ __all__: list[str] = []
 _BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
 
 T = TypeVar("T")
+
+_sent: deque[list[Tensor]] = deque(maxlen=4)  # in the last meetings
+_PATIENCE_S = 1.0
+
+
+@atexit.register
+def wait_for_threads() -> None:
+    """Before Python ends, let threads of a backend drop the tensors that were sent last.
+
+    To drop a tensor they need Python, and a thread of gloo that comes for it too late aborts the process ("terminate
+    called without an active exception", torch 2.13), where `destroy_process_group` has not ended them: not after a
+    DistributedDataParallel.
+    """
+    end = time.monotonic() + _PATIENCE_S
+    while any(_is_held(tensor) for tensors in _sent for tensor in tensors) and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Whether others than Python hold it."""
+    return tensor._use_count() > 1  # type: ignore[attr-defined, no-any-return]
 
 
 class Ranks:
@@ -37,6 +61,7 @@ class Ranks:
         """Begin to collect these numbers from every rank; the function that comes back waits for them, by rank."""
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         of_all = [torch.empty_like(own) for _ in range(self.size)]
+        _sent.append([own, *of_all])
         work = dist.all_gather(of_all, own, group=self.group, async_op=True)
 
         def wait() -> list[list[float]]:
