@@ -28,7 +28,7 @@ LAYERS = [
     ["trial", "replay", "sharded"],
     ["inspection", "agreement", "token_split"],
     ["transaction", "window"],
-    ["precision", "metric", "feed"],
+    ["precision", "metric", "feed", "sharding"],
     ["loss"],
     ["weight"],
     [
@@ -111,7 +111,7 @@ def test_nothing_is_a_drawer_for_everything():
 
 def test_torch_distributed_is_named_in_one_place():
     naming = {part(path) for path in MODULES if "torch.distributed" in path.read_text()}
-    assert naming <= {"ranks", "sync", "rendezvous"}
+    assert naming <= {"ranks", "sync", "sharding", "rendezvous"}
 
 
 def test_only_the_command_line_prints():

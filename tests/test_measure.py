@@ -142,6 +142,31 @@ def test_what_is_ignored_does_not_count():
     assert counted.make_up.inputs - spared.make_up.inputs == 10000 * IN * FLOAT
 
 
+def test_storage_that_is_resized_counts_as_it_stands():
+    """As fully_shard frees whole parameters, and takes them again; no operator shows that."""
+    whole = torch.empty(1000)
+
+    def free_and_take():
+        whole.add_(1)
+        whole.untyped_storage().resize_(0)
+        half = torch.ones(500)
+        del half
+        whole.untyped_storage().resize_(3000 * FLOAT)
+        whole.untyped_storage().resize_(1000 * FLOAT)
+        torch.ones(2500)
+
+    assert gradfold.measure_peak(free_and_take).peak_bytes == 3500 * FLOAT
+    whole.untyped_storage().resize_(0)
+
+    def take():
+        whole.untyped_storage().resize_(1000 * FLOAT)
+        whole.zero_()
+
+    peak = gradfold.measure_peak(take)
+    assert (peak.peak_bytes, peak.make_up.parameters) == (1000 * FLOAT, 1000 * FLOAT)
+    assert "resize_" not in vars(torch.UntypedStorage)
+
+
 def test_a_failure_comes_out_and_leaves_no_hook():
     model = perceptron()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -198,6 +198,7 @@ class Accumulator:
             WeightError: a weight is negative, not finite or not a number, or fits no loss term.
         """
         modules = list(self.model.modules())
+        sync.reshard(modules)
         parameters = parameters_of(modules)
         device = parameters[0].device if parameters else torch.device("cpu")
         ranks = find_ranks(modules, device, self.ranks)

@@ -56,6 +56,7 @@ def find_ranks(modules: Sequence[nn.Module], device: torch.device, option: Ranks
     if sharded:
         if wrapped:
             raise RanksError("the model has both DistributedDataParallel and fully_shard modules; use one of them.")
+        _refuse_unsharded(modules)
         return Ranks(_group_of(sharded), device)
     if not wrapped:
         _refuse_unwrapped()
@@ -114,6 +115,12 @@ def sharded_modules(modules: Sequence[nn.Module]) -> list[FSDPModule]:
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 
+def reshard(modules: Sequence[nn.Module]) -> None:
+    """Have modules hold shards, which the outermost one does not after a forward pass without a backward pass."""
+    for module in sharded_modules(modules):
+        module.reshard()
+
+
 def divide_factor(sharded: Sequence[FSDPModule], size: int) -> float:
     """What fully_shard modules divide gradients by when they sum them over ranks, to be undone in the seeds."""
     groups = [group for module in sharded for group in _parameter_groups(module)]
@@ -170,6 +177,17 @@ def _refuse_unwrapped() -> None:
             "would train a model of its own. Wrap it: DistributedDataParallel(model); or say that this is meant: "
             'ranks="alone".'
         )
+
+
+def _refuse_unsharded(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and not hasattr(parameter, "full_tensor"):
+                raise RanksError(
+                    f"{type(module).__name__}.{name}, of shape {tuple(parameter.shape)}, is trained, but fully_shard "
+                    "was told to ignore it, or not applied around it: nothing sums its gradient over the ranks. Apply "
+                    "fully_shard to the whole model in the end, without ignored_params; or freeze it."
+                )
 
 
 def _refuse_options(module: nn.parallel.DistributedDataParallel) -> None:

@@ -109,6 +109,16 @@ def scenarios(rank, size):
     accumulator.backward(batch)
     accumulator.backward(batch)
 
+    evaluated = fully_shard(perceptron(), mesh=mesh_of(size))
+    accumulator = gradfold.Accumulator(evaluated, regression, micro_batch_size=4)
+    for _ in range(2):
+        with torch.no_grad():
+            evaluated(batch[0])  # leaves the outermost parameters whole
+        accumulator.backward(batch)
+
+    ignoring = perceptron()
+    fully_shard(ignoring, mesh=mesh_of(size), ignored_params={ignoring[0].bias})
+
     bad = numbers(*batch[0].shape), batch[1].clone()
     if rank == size - 1:
         bad[1][0] = float("nan")
@@ -126,6 +136,8 @@ def scenarios(rank, size):
         "trained": trained,
         "grad_norm": result.grad_norm,
         "found": whole(found),
+        "evaluated": whole(evaluated),
+        "ignored": outcome(lambda: gradfold.Accumulator(ignoring, regression).backward(batch)),
         "refused": refused,
         "skipped": (skipped.is_skipped, [one.grad is None for one in skipping.parameters()]),
         "mixed": whole(mixed),

@@ -68,6 +68,17 @@ def test_gradients_found_are_added_to(scenes):
         assert relative_error(scene["found"], {name: 2 * one for name, one in expected.items()}) < 1e-12
 
 
+def test_an_evaluation_before_makes_no_difference(scenes):
+    expected, _, _ = fsdp_cases.expect("samples")
+    for scene in scenes:
+        assert relative_error(scene["evaluated"], {name: 2 * one for name, one in expected.items()}) < 1e-12
+
+
+def test_parameters_that_nobody_sums_are_refused(scenes):
+    for kind, message in (scene["ignored"] for scene in scenes):
+        assert kind == "RanksError" and "Linear.bias" in message and "ignored_params" in message
+
+
 def test_what_is_not_finite_on_one_rank_is_refused_on_all(scenes):
     assert all(scene["refused"][0] in ("NonFiniteLossError", "NonFiniteGradientError") for scene in scenes)
     assert all(scene["skipped"] == (True, [True] * 4) for scene in scenes)

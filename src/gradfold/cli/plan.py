@@ -109,7 +109,7 @@ def _print(workload: Workload, found: Plan) -> None:
     console.print(_table("\nPredicted peak", [row for row in found.rows if not row.lever], found.choice))
     levers = [row for row in found.rows if row.lever]
     if levers:
-        console.print(_table("\nWhat would allow more", levers, found.choice))
+        console.print(_table("\nWhat would change it", levers, found.choice))
         for row in levers:
             console.print(Padding(Text(f"{row.lever}: {row.price}", style="dim"), (0, 0, 0, 2)))
     choice = found.choice

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradfold.memory.program import Program
 from gradfold.precision import Precision
+from gradfold.sync import sharded_modules
 
 __all__: list[str] = []
 
@@ -57,12 +58,28 @@ def levers_of(program: Program, device: torch.device) -> Iterator[Lever]:
             "precision=Precision(accumulate_dtype=None)",
             replace(program, precision=Precision(program.precision.compute, accumulate_dtype=None)),
         )
+    if sharded_modules(list(program.model.modules())):
+        yield _of_shards(program)
     if device.type != "cpu":
         yield Lever(
             "offload saved tensors",
             "saved tensors travel to the host and back: with torch.autograd.graph.save_on_cpu(pin_memory=True)",
             replace(program, around=offloaded),
         )
+
+
+def _of_shards(program: Program) -> Lever:
+    if program.reduces_once:
+        name, price = (
+            "reduce every time",
+            "gradients travel once per micro-batch, and no rank keeps whole ones: ranks=None",
+        )
+    else:
+        name, price = (
+            "reduce once",
+            'gradients travel once per window, and every rank keeps whole ones until then: ranks="reduce_once"',
+        )
+    return Lever(name, price, replace(program, reduces_once=not program.reduces_once))
 
 
 def longest_list(model: nn.Module) -> str | None:

@@ -23,6 +23,7 @@ from gradfold.memory.program import Program
 from gradfold.memory.specimen import Specimen
 from gradfold.precision import Precision
 from gradfold.split import Collate
+from gradfold.sync import RanksOption
 
 __all__ = ["Plan", "PlanRow", "plan"]
 
@@ -36,6 +37,7 @@ class Planned(Protocol):
     loss_fn: LossFn
     collate: Collate | None
     precision: Precision
+    ranks: RanksOption
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,10 @@ def plan(
     budget = read_bytes(memory)
     target = _device(device, accumulator.model)
     specimen = Specimen(batch, accumulator.collate)
-    program = Program(accumulator.model, accumulator.loss_fn, specimen, optimizer, accumulator.precision)
+    program = Program(
+        *(accumulator.model, accumulator.loss_fn, specimen, optimizer, accumulator.precision),
+        reduces_once=accumulator.ranks == "reduce_once",
+    )
     held_back = margin_for(target, margin, is_process_there=False)
     table = _Table(specimen.num_rows, budget, held_back)
     prediction = Prediction(program, target)
@@ -194,7 +199,7 @@ def plan(
         raise _does_not_fit(table, prediction, program, target, budget)
     rows = [table.row(prediction, rows_at_once) for rows_at_once in _sizes(specimen.num_rows, size)]
     if size < specimen.num_rows:
-        rows += [row for row in _with_levers(table, program, target) if row.micro_batch_size > size]
+        rows += [row for row in _with_levers(table, program, target) if row.micro_batch_size != size]
     return Plan(
         choice=table.row(prediction, size),
         rows=tuple(rows),
@@ -276,8 +281,8 @@ def _does_not_fit(
 
 
 _ADVICE = {
-    "parameters": "a smaller model, or fully_shard over several processes",
-    "gradients": "parameters that are frozen, or fully_shard over several processes",
+    "parameters": "a smaller model, or fully_shard over more processes",
+    "gradients": "parameters that are frozen, or fully_shard over more processes",
     "optimizer_state": "an optimizer with less state (SGD has none, Adam two tensors per parameter)",
     "saved_activations": "activation checkpointing, or shorter samples",
     "temporaries": "a fused optimizer (fused=True) where the update is the peak, or shorter samples",

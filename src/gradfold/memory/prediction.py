@@ -87,13 +87,13 @@ class Prediction:
         self._is_linear = True
         if not self.reason:
             try:
-                self._course(min(2, self.num_rows))
+                self._course(self._num_micro_batches(1))
                 return
             except Exception as error:
                 self.reason = f"it does not run on fake tensors ({_first_line(error)})"
         self.source = "probes"
         try:
-            self._course(min(2, self.num_rows))
+            self._course(self._num_micro_batches(1))
         except Exception as error:
             raise ModelError(
                 f"the memory of {type(program.model).__name__} cannot be predicted: {self.reason}, and real runs of a "
@@ -138,7 +138,7 @@ class Prediction:
         return self._is_linear
 
     def _num_micro_batches(self, size: int) -> int:
-        return min(2, -(-self.num_rows // size))  # from the second on all are alike
+        return min(self._program.num_unlike, -(-self.num_rows // size))
 
     def _run_two(self, num_micro_batches: int) -> Course:
         if self.source == "fake tensors":

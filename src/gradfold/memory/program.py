@@ -1,13 +1,10 @@
 """A program: what training on one global batch runs, a window and an update, on copies that nobody else sees.
 
-On fake tensors it takes no memory and next to no time, and writes the same ledger as on real ones. Source of the
-tensors: `FakeTensorMode`; models are copied with their tensors replaced, since building or copying them under the mode
-fails for some (a 0-d buffer, as BatchNorm has).
+On fake tensors (`FakeTensorMode`) it takes no memory and next to no time, and writes the same ledger as on real ones.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, every_leaf, map_tensors
 from gradfold.gradients import SetAside
 from gradfold.loss import LossFn, read_pair, read_terms
 from gradfold.memory.ledger import Ledger
+from gradfold.memory.replica import Replica, fake_replica, real_replica
 from gradfold.memory.specimen import Specimen
-from gradfold.memory.tracker import Tracker, state_tensors
+from gradfold.memory.tracker import Tracker
 from gradfold.precision import Precision
 from gradfold.random_state import HostRandomState, RandomState
+from gradfold.sharding import gathered_parameters
+from gradfold.sync import set_reducing, sharded_modules
 from gradfold.trial import graph_leaves
 
 __all__: list[str] = []
@@ -49,6 +48,7 @@ class Program:
         precision: as for `Accumulator`, read.
         prepare: changes the copy of the model before it is run.
         around: a context for forward and backward passes.
+        reduces_once: sum gradients of shards over ranks once per window, and keep them whole until then.
         as_on_cuda: run what torch would by default on CUDA: optimizers that work on all parameters at once.
     """
 
@@ -59,7 +59,13 @@ class Program:
     precision: Precision
     prepare: Callable[[nn.Module], None] = leave_as_it_is
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    reduces_once: bool = False
     as_on_cuda: bool = False
+
+    @property
+    def num_unlike(self) -> int:
+        """Micro-batches after which nothing new comes: the first finds no gradient, the last one may reduce it."""
+        return 3 if self.reduces_once else 2
 
     def buffer_bytes(self, num_micro_batches: int) -> int:
         """What a window keeps of BatchNorm: statistics as it found them, twice, and those of every micro-batch."""
@@ -74,9 +80,8 @@ class Program:
             Exception: whatever a model raises that cannot run on them.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = {id(tensor): _fake(tensor, mode) for tensor in self._tensors()}
         batches = [self._take(size, mode.from_tensor) for _ in range(num_micro_batches)]
-        return self._run(fakes, batches, mode)
+        return self._run(fake_replica(self.model, self.optimizer, mode), batches, mode)
 
     def run_real(self, size: int, num_micro_batches: int) -> Ledger:
         """The same on copies of the real ones, which takes the memory that it says.
@@ -86,25 +91,13 @@ class Program:
         """
         device = next(self.model.parameters()).device
         batches = [self._take(size, lambda tensor: tensor.to(device, copy=True)) for _ in range(num_micro_batches)]
-        return self._run({}, batches, nullcontext())
+        return self._run(real_replica(self.model, self.optimizer), batches, nullcontext())
 
     def _take(self, size: int, convert: Callable[[Tensor], Tensor]) -> Batch:
         return map_tensors(convert, self.specimen.take(size))
 
-    def _tensors(self) -> list[Tensor]:
-        """Every tensor that a copy of model and optimizer would copy."""
-        found = [*self.model.parameters(), *self.model.buffers()]
-        for module in self.model.modules():
-            found += [leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-        if self.optimizer is not None:
-            found += [one for group in self.optimizer.param_groups for one in group["params"]]
-            found += state_tensors(self.optimizer)
-        return found
-
-    def _run(self, replaced: dict[int, Any], batches: Sequence[Batch], mode: AbstractContextManager[Any]) -> Ledger:
-        memo = dict(replaced)
-        model = copy.deepcopy(self.model, memo)
-        optimizer = copy.deepcopy(self.optimizer, memo)
+    def _run(self, replica: Replica, batches: Sequence[Batch], mode: AbstractContextManager[Any]) -> Ledger:
+        model, optimizer = replica
         if optimizer is not None and self.as_on_cuda:
             _work_on_all_at_once(optimizer)
         self.prepare(model)
@@ -130,10 +123,13 @@ class Program:
 
     def _window(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         parameters = list(model.parameters())
+        modules = list(model.modules())
+        sharded = sharded_modules(modules)
         precision = self.precision
         gradients = SetAside(parameters, precision.accumulate_dtype, precision.keep_accumulate_dtype)
         run, back_propagate, metrics = precision.around(self.loss_fn), BackPropagation(), []
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            set_reducing(sharded, index == len(batches) - 1 or not self.reduces_once)
             with self.around():
                 output = run(model, batch)
                 if isinstance(output, tuple):
@@ -141,7 +137,7 @@ class Program:
                     metrics.append({name: one.detach() for name, one in of_batch.items() if isinstance(one, Tensor)})
                 terms = read_terms(output)
                 del output
-                strangers = _set_aside_strangers(parameters, terms.values())
+                strangers = _set_aside_strangers([*parameters, *gathered_parameters(modules)], terms.values())
                 back_propagate([(term, 1.0) for term in terms.values()])
                 del terms
                 for tensor, gradient in strangers:
@@ -167,15 +163,6 @@ def _set_aside_strangers(
     for other in others:
         other.grad = None  # else the backward pass would add to the very tensor
     return found
-
-
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A fake of a tensor; of a number on the host one that keeps its value, since optimizers read their counts."""
-    if tensor.dim() or not tensor.is_cpu or isinstance(tensor, nn.Parameter):
-        return mode.from_tensor(tensor)
-    value = tensor.item()
-    with mode:
-        return torch.tensor(value, dtype=tensor.dtype)
 
 
 def _work_on_all_at_once(optimizer: torch.optim.Optimizer) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import partial, partialmethod
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +26,7 @@ from gradfold.memory.ledger import Kind, Ledger
 __all__: list[str] = []
 
 BACKWARD, UPDATE = "forward and backward", "update"
+_SHARDS = ("fsdp", "c10d")  # whose operators gather parameters and sum gradients
 
 
 class Tracker(TorchDispatchMode):
@@ -76,6 +78,10 @@ class Tracker(TorchDispatchMode):
         # Autograd's own threads, which accelerators have, would write into the ledger beside this one.
         self._threads = torch.autograd.set_multithreading_enabled(False)
         self._threads.__enter__()
+        self._mode = active_fake_mode()
+        self._resize = torch.UntypedStorage.resize_
+        self._is_inherited = "resize_" not in vars(torch.UntypedStorage)
+        torch.UntypedStorage.resize_ = partialmethod(_resize, self._resize, self._note_size)  # type: ignore[assignment]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -84,22 +90,31 @@ class Tracker(TorchDispatchMode):
     ) -> None:
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         self._threads.__exit__(kind, error, traceback)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        if self._is_inherited:
+            del torch.UntypedStorage.resize_
         for hook in self._hooks:
             hook.remove()
         self._note_gradients()
         self._live = {}  # with the references, so that nothing is written down any more
         self._parameters = {}
 
-    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and note what it makes."""
         kwargs = kwargs or {}
+        if any(hasattr(kind, "full_tensor") for kind in types):
+            return NotImplemented  # a shard, whose operators come here one by one
+        if active_fake_mode() is not self._mode:
+            return function(*args, **kwargs)  # shards find out about shapes so
         is_backward = torch._C._current_graph_task_id() != -1
         if is_backward is not self._is_backward:
             self._turn(is_backward)
-        is_of_parameters = is_backward
+        is_of_parameters = is_backward or function.namespace in _SHARDS
         for tensor in _tensors((args, kwargs)):
             number = self._find(tensor, "parameters" if isinstance(tensor, nn.Parameter) else "inputs")
             is_of_parameters |= number in self._made_of_parameters
+            if function.namespace in _SHARDS:
+                self._note_shard(number)
         made = function(*args, **kwargs)
         held = held_bytes(function, args, made)
         for tensor in _tensors(made):
@@ -142,21 +157,35 @@ class Tracker(TorchDispatchMode):
         """The number of a storage, which gets one here if it is new or has another size than it had."""
         address, num_bytes = storage._cdata, storage.nbytes()
         known = self._live.get(address)
+        if known is not None and known[0]() is not storage:  # gone, though a thread has not come round to say so
+            self.free(address, known[1])
+            known = None
         if known is not None:
             if num_bytes == known[2]:
                 return known[1]
             self.ledger.give_back(known[1])
             enter, kind = self.ledger.take, self.ledger.kinds[known[1]]
         number = enter(num_bytes if held is None else held, kind)
-        reference = weakref.ref(storage, partial(_on_free, weakref.ref(self), address))
+        reference = weakref.ref(storage, partial(_on_free, weakref.ref(self), address, number))
         self._live[address] = reference, number, num_bytes
         return number
 
-    def free(self, address: int) -> None:
-        """The storage at this address is gone."""
-        known = self._live.pop(address, None)
-        if known is not None:
-            self.ledger.give_back(known[1])
+    def _note_size(self, storage: torch.UntypedStorage) -> None:
+        """A storage is given another size, which no operator shows: whole parameters of shards come and go so."""
+        number = self._number(storage, self.ledger.find if storage.nbytes() else self.ledger.take, "parameters")
+        self._made_of_parameters.add(number)
+
+    def _note_shard(self, number: int) -> None:
+        """What is made to gather parameters in, or gradients, is no input."""
+        if number >= 0 and self.ledger.kinds[number] == "inputs":
+            self.ledger.kinds[number] = "temporaries"
+            self._made_of_parameters.add(number)
+
+    def free(self, address: int, number: int) -> None:
+        """The storage of this number, at this address, is gone."""
+        if address in self._live and self._live[address][1] == number:
+            del self._live[address]
+            self.ledger.give_back(number)
 
     def _turn(self, is_backward: bool) -> None:
         """A backward pass begins or has ended."""
@@ -201,15 +230,28 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    return [] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+    parts = [] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+    return [part for part in parts if isinstance(part, Tensor)]  # a shard's device mesh is none
 
 
 def _tensors(nested: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
-def _on_free(tracker: weakref.ref[Tracker], address: int, _: object) -> None:
+def _resize(
+    storage: torch.UntypedStorage,
+    resize: Callable[[torch.UntypedStorage, int], object],
+    note: Callable[[torch.UntypedStorage], None],
+    size: int,
+) -> object:
+    note(storage)
+    made = resize(storage, size)
+    note(storage)
+    return made
+
+
+def _on_free(tracker: weakref.ref[Tracker], address: int, number: int, _: object) -> None:
     # Through a weak reference: the storage must not keep the tracker, nor the tracker's end be missed.
     alive = tracker()
     if alive is not None:
-        alive.free(address)
+        alive.free(address, number)
