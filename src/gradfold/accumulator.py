@@ -26,7 +26,7 @@ from gradfold.gradients import SetAside, check_trainable, parameters_of
 from gradfold.loss import LossFn
 from gradfold.memory.auto import MicroBatchSize
 from gradfold.memory.choice import MicroBatchChoice
-from gradfold.memory.sizer import Work
+from gradfold.memory.work import Work
 from gradfold.opening import Opening
 from gradfold.precision import PrecisionOption, read_option
 from gradfold.ranks import Ranks

@@ -14,8 +14,9 @@ from gradfold.fitting_size import FittingSize
 from gradfold.loader import LoopWindow, Window
 from gradfold.memory.auto import Auto, MicroBatchSize, read_auto
 from gradfold.memory.choice import MicroBatchChoice
-from gradfold.memory.sizer import Sizer, Work
+from gradfold.memory.sizer import Sizer
 from gradfold.memory.specimen import Specimen
+from gradfold.memory.work import Work
 from gradfold.rows import Rows
 from gradfold.split import Collate, CollateRows, MicroBatch
 from gradfold.token_budget import TokenBudget

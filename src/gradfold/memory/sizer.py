@@ -5,61 +5,34 @@ What fits is predicted, what is fastest is timed. It is asked from inside a wind
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
-from typing import Any
 
 import torch
-from torch import nn
 
-from gradfold.backward import BackPropagation
-from gradfold.batch import Batch, map_tensors, structure
+from gradfold.batch import Batch, map_tensors
 from gradfold.errors import DoesNotFitError, ModelError
-from gradfold.loss import LossFn
 from gradfold.memory import cache
-from gradfold.memory.amount import read_bytes, written
+from gradfold.memory.amount import written
 from gradfold.memory.auto import Auto
+from gradfold.memory.budget import Budget
 from gradfold.memory.choice import MicroBatchChoice
+from gradfold.memory.key import key_of
 from gradfold.memory.largest import largest_that_fits
 from gradfold.memory.ledger import MakeUp
-from gradfold.memory.margin import margin_for
 from gradfold.memory.prediction import Prediction
 from gradfold.memory.program import Program
-from gradfold.memory.specimen import Specimen
-from gradfold.memory.system import free_bytes
 from gradfold.memory.tune import GOOD_ENOUGH, Search, choose
+from gradfold.memory.work import Work
 from gradfold.out_of_memory import give_back
-from gradfold.precision import Precision
 from gradfold.trial import Trial
 
 __all__: list[str] = []
 
 _ENOUGH_ROWS = 64
 _MAX_BATCHES = 8  # of one size, which stay on the device while sizes are timed
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be sized.
-
-    Args:
-        model: that is trained.
-        loss_fn: as for `Accumulator`.
-        precision: as for `Accumulator`, read.
-        back_propagate: the backward pass of the engine.
-        specimen: of a global batch.
-        device: of the model.
-    """
-
-    model: nn.Module
-    loss_fn: LossFn
-    precision: Precision
-    back_propagate: BackPropagation
-    specimen: Specimen
-    device: torch.device
 
 
 class Sizer:
@@ -86,7 +59,7 @@ class Sizer:
             Exception: whatever the model raises on one row.
         """
         since = time.perf_counter()
-        key = _key(work, self._option)
+        key = key_of(work, self._option)
         self.choice = self._remembered(key)
         if self.choice is None:
             largest, make_up_of = self._largest(work)
@@ -146,28 +119,6 @@ class Sizer:
             search.sizes[-1],
             0 if make_up_of is None else make_up_of(chosen.micro_batch_size).total,
             elapsed_s=0.0,
-        )
-
-
-class Budget:
-    """What a window may take: the option's, for all of the process or device; or what is free, on top of what is there.
-
-    Attributes:
-        num_bytes: None where nobody says.
-    """
-
-    def __init__(self, option: Auto, work: Work) -> None:
-        self._is_for_all = option.memory is not None
-        self._margin = margin_for(work.device, option.margin, is_process_there=not self._is_for_all)
-        self.num_bytes = free_bytes(work.device) if option.memory is None else read_bytes(option.memory)
-        # Optimizers make their state in the first update; Adam's is two tensors per parameter.
-        self._state_bytes = 2 * sum(one.nbytes for one in work.model.parameters() if one.requires_grad)
-
-    def has_room_for(self, peak: MakeUp) -> bool:
-        """Whether a predicted peak fits, with its margin and an optimizer that has no state yet."""
-        there = 0 if self._is_for_all else peak.parameters + peak.inputs
-        return (
-            self.num_bytes is None or self._margin.with_margin(peak.total - there + self._state_bytes) <= self.num_bytes
         )
 
 
@@ -231,37 +182,3 @@ def _reason(size: int, fastest: int, largest: int, num_rows: int) -> str:
         f"the smallest within {100 * (1 - GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest}), of those up to "
         f"{largest} ({bound})"
     )
-
-
-def _key(work: Work, option: Auto) -> str:
-    """What a choice depends on, as text: model, loss, shapes, dtypes, device, threads, versions, options."""
-    model = [
-        (name, type(module).__qualname__, module.training, _code(type(module).forward))
-        for name, module in work.model.named_modules()
-    ]
-    tensors = [
-        (name, str(one.dtype), tuple(one.shape), one.requires_grad) for name, one in work.model.named_parameters()
-    ]
-    batch = work.specimen.take(1)
-    shapes: list[Any] = []
-    map_tensors(lambda tensor: shapes.append(tuple(tensor.shape)), batch)
-    return repr(
-        (
-            *(model, tensors, _code(work.loss_fn), repr(structure(batch)), shapes, work.specimen.num_rows),
-            *(str(work.precision.compute), str(work.precision.accumulate_dtype), option.memory, option.margin),
-            *(_device_name(work.device), torch.get_num_threads(), torch.__version__, platform.python_version()),
-        )
-    )
-
-
-def _code(function: Any) -> str:
-    """The code of a function, so that another one of the same name is another."""
-    inner = getattr(function, "func", function)  # of a partial
-    code = getattr(inner, "__code__", None)
-    return f"{getattr(inner, '__qualname__', type(inner).__qualname__)} {'' if code is None else code.co_code.hex()}"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
