@@ -1,0 +1,168 @@
+"""The surroundings of functions and modules: what of the user's is within their reach, kept and put back.
+
+A list that losses are appended to, a counter, a dict of masks, a generator, the moving average of a teacher: runs that
+are to leave no trace change these as they change the model, and runs on fake tensors leave fake ones there, which fail
+when something real meets them.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfold.attributes import Attributes
+from gradfold.buffers import BufferKeeper
+from gradfold.random_state import HostRandomState, RandomState
+from gradfold.reach import MAPPINGS, SEQUENCES, contents, is_the_user_s_class, names_of, reach
+
+__all__: list[str] = []
+
+Undo = Callable[[], object]
+
+_MOST_BYTES = 2**20  # of a tensor that is copied: a larger one is data, or a weight
+_NOTHING = object()
+
+
+class Surroundings:
+    """Keeps what is around functions and modules while a `with` block runs, and puts back what has changed.
+
+    Modules are kept with their attributes and buffers, generators with their states, and the global random states are
+    part of it. What is out of reach: iterators, files, and what installed packages keep.
+
+    Args:
+        roots: functions, callable objects and modules.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self._roots = roots
+
+    def __enter__(self) -> Surroundings:
+        reached = list(reach(*self._roots))
+        modules = [one for one in reached if isinstance(one, nn.Module)]
+        parameters = chain.from_iterable(module.parameters(recurse=False) for module in modules)
+        self._random_states = RandomState.record(parameters), HostRandomState.record()
+        self._attributes = Attributes(modules)
+        self._buffers = BufferKeeper()
+        self._buffers.open(modules)
+        self._undo = [undo for undo in map(_keep, reached) if undo is not None]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for undo in self._undo:
+            undo()
+        self._attributes.restore()
+        self._buffers.restore()
+        for state in self._random_states:
+            state.restore()
+
+
+def _keep(one: Any) -> Undo | None:
+    """What puts an object back as it is now; None where nothing can change, or others keep it."""
+    if isinstance(one, nn.Module):
+        return None
+    if type(one) in SEQUENCES:
+        return partial(_put_back_elements, one, list(one))
+    if type(one) in MAPPINGS:
+        return partial(_put_back_entries, one, dict(one))
+    if isinstance(one, types.CellType):
+        return partial(_put_back_cell, one, contents(one))
+    if isinstance(one, types.FunctionType):
+        return _keep_function(one)
+    if isinstance(one, type):
+        return partial(_put_back_class, one, dict(vars(one))) if is_the_user_s_class(one) else None
+    if isinstance(one, Tensor):
+        return _keep_tensor(one)
+    return _keep_generator(one) or _keep_object(one)
+
+
+def _keep_function(function: types.FunctionType) -> Undo:
+    bound = [(space, name, space.get(name, _NOTHING)) for space, name in names_of(function)]
+    entries = dict(vars(function))
+
+    def undo() -> None:
+        _put_back_entries(vars(function), entries)
+        for space, name, value in bound:
+            if value is _NOTHING:
+                space.pop(name, None)
+            elif space.get(name, _NOTHING) is not value:
+                space[name] = value
+
+    return undo
+
+
+def _keep_tensor(tensor: Tensor) -> Undo | None:
+    if tensor.layout is not torch.strided or tensor.is_inference() or tensor.nbytes > _MOST_BYTES:
+        return None
+    return partial(_put_back_tensor, tensor, tensor._version, tensor.detach().clone())
+
+
+def _keep_generator(one: Any) -> Undo | None:
+    numpy = sys.modules.get("numpy")
+    if isinstance(one, torch.Generator):
+        return partial(one.set_state, one.get_state())
+    if isinstance(one, random.Random) and not isinstance(one, random.SystemRandom):
+        return partial(one.setstate, one.getstate())
+    if numpy is not None and isinstance(one, numpy.random.RandomState):
+        return partial(one.set_state, one.get_state())
+    if numpy is not None and isinstance(one, numpy.random.Generator):
+        return partial(setattr, one.bit_generator, "state", one.bit_generator.state)
+    return None
+
+
+def _keep_object(one: Any) -> Undo | None:
+    if is_the_user_s_class(type(one)) and hasattr(one, "__dict__"):
+        return partial(_put_back_entries, vars(one), dict(vars(one)))
+    return None
+
+
+def _put_back_elements(container: Any, elements: list[Any]) -> None:
+    if not _are_same(list(container), elements):
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(elements)
+
+
+def _put_back_entries(mapping: dict[Any, Any], entries: dict[Any, Any]) -> None:
+    if not _are_same(list(mapping), list(entries)) or not _are_same(list(mapping.values()), list(entries.values())):
+        mapping.clear()
+        mapping.update(entries)
+
+
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(_is, now, before))
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def _put_back_cell(cell: types.CellType, found: tuple[Any, ...]) -> None:
+    if not _are_same(list(contents(cell)), list(found)):
+        if found:
+            cell.cell_contents = found[0]
+        else:
+            del cell.cell_contents
+
+
+def _put_back_class(kind: type, attributes: dict[str, Any]) -> None:
+    now = dict(vars(kind))
+    for name in {*now, *attributes}:
+        if name.startswith("__") or now.get(name, _NOTHING) is attributes.get(name, _NOTHING):
+            continue
+        if name in attributes:
+            setattr(kind, name, attributes[name])
+        else:
+            delattr(kind, name)
+
+
+@torch.no_grad()
+def _put_back_tensor(tensor: Tensor, version: int, content: Tensor) -> None:
+    if tensor._version != version:
+        tensor.copy_(content)
