@@ -16,6 +16,7 @@ import gradfold
 from gradfold.memory import cache
 from gradfold.memory.choice import MicroBatchChoice, SizeTiming
 from gradfold.memory.tune import Search, choose
+from gradfold.trial import Trial
 
 
 @pytest.fixture(autouse=True)
@@ -348,16 +349,29 @@ def test_the_choice_as_json():
     assert MicroBatchChoice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
 
 
-def test_sizes_are_timed_as_in_windows():
+def test_sizes_are_timed_as_in_windows(monkeypatch):
     """A batch at once finds no gradient to add to; of two halves the second does."""
-    seen = {32: set(), 16: set()}  # sizes that no prediction runs twice in a row
-
-    def watching(model, batch):
-        if len(batch) in seen and accumulator.micro_batch_choice is None:
-            seen[len(batch)].add(model[0].weight.grad is None)
-        return loss_fn(model, batch)
-
+    seen = {32: [], 16: []}
     model = plain()
-    accumulator = gradfold.Accumulator(model, watching, micro_batch_size=QUICK)
-    accumulator.choose_micro_batch(torch.randn(32, 8))
-    assert seen == {32: {True}, 16: {True, False}}
+
+    class Searched:
+        """No clock: what a search runs."""
+
+        def __init__(self, step, sizes, seconds, stopwatch):
+            self.step, self.sizes = step, sizes
+
+        def run(self):
+            for size in (32, 32, 16, 16, 16, 16):
+                self.step(size)
+            return (SizeTiming(16, 1.0, 1.0, 1),)
+
+    step = Trial.step
+
+    def watching(self, batch, shares):
+        seen[len(batch)].append(model[0].weight.grad is None)
+        step(self, batch, shares)
+
+    monkeypatch.setattr("gradfold.memory.sizer.Search", Searched)
+    monkeypatch.setattr(Trial, "step", watching)
+    gradfold.Accumulator(model, loss_fn, micro_batch_size=QUICK).choose_micro_batch(torch.randn(32, 8))
+    assert seen == {32: [True, True], 16: [True, False, True, False]}

@@ -13,6 +13,7 @@ from itertools import cycle
 import torch
 
 from gradfold.batch import Batch, map_tensors
+from gradfold.draws import OwnGenerators
 from gradfold.errors import DoesNotFitError, ModelError
 from gradfold.memory import cache
 from gradfold.memory.amount import written
@@ -23,10 +24,11 @@ from gradfold.memory.key import key_of
 from gradfold.memory.largest import largest_that_fits
 from gradfold.memory.ledger import MakeUp
 from gradfold.memory.prediction import Prediction
-from gradfold.memory.program import Program
+from gradfold.memory.rehearsal import Rehearsal, seen_by
 from gradfold.memory.tune import GOOD_ENOUGH, Search, choose
 from gradfold.memory.work import Work
 from gradfold.out_of_memory import give_back
+from gradfold.surroundings import Surroundings
 from gradfold.trial import Trial
 
 __all__: list[str] = []
@@ -58,6 +60,10 @@ class Sizer:
             DoesNotFitError: not even one row fits.
             Exception: whatever the model raises on one row.
         """
+        with Surroundings(work.model, work.loss_fn, work.specimen.collate):
+            return self._choose(work)
+
+    def _choose(self, work: Work) -> MicroBatchChoice:
         since = time.perf_counter()
         key = key_of(work, self._option)
         self.choice = self._remembered(key)
@@ -83,7 +89,8 @@ class Sizer:
         """The largest size that fits, and what gives the memory of each; all of the batch where nobody can tell."""
         num_rows = work.specimen.num_rows
         try:
-            prediction = Prediction(Program(work.model, work.loss_fn, work.specimen, None, work.precision), work.device)
+            rehearsal = Rehearsal(work.model, work.loss_fn, work.specimen, None, work.precision)
+            prediction = Prediction(rehearsal, work.device)
         except ModelError:  # recovery stands behind what is tried
             return num_rows, None
         budget = Budget(self._option, work)
@@ -106,7 +113,10 @@ class Sizer:
         with Trial(work.model, work.precision.around(work.loss_fn), work.back_propagate) as trial:
             steps = _Steps(trial, work)
             search = Search(steps.run, _ladder(largest), self._option.seconds, stopwatch=_stopwatch(work.device))
-            timings = search.run()
+            try:
+                timings = search.run()
+            finally:
+                steps.own_generators.restore_generators()
         if search.sizes[-1] < largest:  # memory ran out
             give_back(work.device)
         chosen = choose(timings)
@@ -123,11 +133,16 @@ class Sizer:
 
 
 class _Steps:
-    """Micro-steps of any size, whose batches are cut and moved before they are timed."""
+    """Micro-steps of any size, whose batches are cut and moved before they are timed.
+
+    Attributes:
+        own_generators: of the user's, that the first step of a size has shown.
+    """
 
     def __init__(self, trial: Trial, work: Work) -> None:
         self._trial = trial
         self._work = work
+        self.own_generators = OwnGenerators()
         self._batches: dict[int, Iterator[Batch]] = {}
         self._size = 0  # of the last step
         self._num_left = 0  # of its window
@@ -139,8 +154,9 @@ class _Steps:
             batches = [self._take(size, start) for start in self._starts(size)]
             self._batches[size] = cycle(batches)
             self._trial.drop_gradient()
-            # With care: this also finds tensors outside the model that it trains, and inputs that it changes.
-            self._trial.run(batches[0], lambda name: share)
+            # With care: this also finds tensors outside the model that it trains, generators that it draws from, and
+            # inputs that it changes.
+            self._trial.run(batches[0], lambda name: share, seen_by(self.own_generators, self._work.model))
         if size != self._size or not self._num_left:
             # As in a window, whose first micro-batch finds no gradient to add to: a batch at once is spared all adding.
             self._trial.drop_gradient()

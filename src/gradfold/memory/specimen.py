@@ -27,6 +27,7 @@ class Specimen:
         collate: as for `Accumulator`.
 
     Attributes:
+        collate: as given.
         num_rows: of the batch.
 
     Raises:
@@ -36,7 +37,7 @@ class Specimen:
 
     def __init__(self, batch: Batch, collate: Collate | None) -> None:
         self._batch = batch
-        self._collate = collate
+        self.collate = collate
         if collate is None:
             self.num_rows = num_rows(batch)
             return
@@ -49,19 +50,19 @@ class Specimen:
         """A micro-batch of `size` rows, on the host."""
         if not 1 <= size <= self.num_rows:
             raise OptionError(f"a micro-batch of {size} rows; expected 1 to {self.num_rows}, which the batch has.")
-        if self._collate is not None:
-            return self._collate([self._longest] * size)
+        if self.collate is not None:
+            return self.collate([self._longest] * size)
         return cut_rows(self._batch, [size, self.num_rows - size])[0]
 
     def take_as_it_is(self, size: int, start: int = 0) -> Batch:
         """Some rows, with the lengths that they have."""
-        if self._collate is not None:
-            return self._collate(list(self._batch[start : start + size]))
+        if self.collate is not None:
+            return self.collate(list(self._batch[start : start + size]))
         return cut_rows(self._batch, [start, size, self.num_rows - start - size])[1]
 
     def host_bytes(self, size: int) -> int:
         """What a window's inputs take on the host: the batch itself and, where it is collated, all its parts."""
-        if self._collate is None:
+        if self.collate is None:
             return storage_bytes(every_leaf(self._batch))
         collated = storage_bytes(every_leaf(self.take(1))) * size
         return storage_bytes(every_leaf(self._batch)) + -(-self.num_rows // size) * collated
