@@ -49,7 +49,7 @@ LAYERS = [
     ["draws", "mixture", "weight_search", "accusation", "jitter", "dropout"],
     ["batch", "rows", "losses"],
     ["length_plan"],
-    ["errors", "warning"],
+    ["errors", "warning", "version"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -45,9 +45,8 @@ from gradfold.train_step import StepResult as StepResult
 from gradfold.train_step import TrainStep as TrainStep
 from gradfold.verification.verdict import Verdict as Verdict
 from gradfold.verification.verify import verify as verify
+from gradfold.version import __version__ as __version__
 from gradfold.weight import TokenCount as TokenCount
 from gradfold.weight import token_count as token_count
 from gradfold.window import WindowResult as WindowResult
 from gradfold.workloads.workload import Workload as Workload
-
-__version__ = "0.1.0.dev0"
