@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import os
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from reference import assert_same_state, full_batch_gradient, gradients, relativ
 from torch import nn
 
 import gradfold
-from gradfold.memory import cache
+from gradfold.memory import cache, key
 from gradfold.memory.choice import MicroBatchChoice, SizeTiming
 from gradfold.memory.tune import Search, choose
 from gradfold.trial import Trial
@@ -236,18 +238,27 @@ def test_the_second_start_is_instant(folder, monkeypatch):
         "gradfold.memory.sizer.Sizer._search",
         lambda *_: searched.append(1) or MicroBatchChoice(1, "", (), 32, 32, 0, 0.0),
     )
+    with_a_number = plain()
+    with_a_number.num_blocks = 3
     others = (
         *((nn.Linear(8, 2), loss_fn, batch), (plain(), lambda model, batch: model(batch).mean(), batch)),
         *((plain(), loss_fn, torch.randn(64, 8)), (plain().double(), loss_fn, batch.double())),
         (plain().eval(), loss_fn, batch),
+        (nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1)), loss_fn, batch),
+        (plain(), lambda model, batch: model(batch).sum(), batch),  # another name in the same code
+        (with_a_number, loss_fn, batch),
+        (plain(), lambda model, batch: loss_fn(model, 3 * batch), batch),
+        (plain(), lambda model, batch: loss_fn(model, 4 * batch), batch),
     )
     for model, other, of in others:
         gradfold.Accumulator(model, other, micro_batch_size=auto).choose_micro_batch(of)
     assert len(searched) == len(others)
-    for content in ("{broken", json.dumps(first.to_json() | {"micro_batch_size": 0})):
+    kept = json.loads(file.read_text())
+    damaged = [{"choice": first.to_json() | {"micro_batch_size": 0}}, {"choice": {}}, {"make_up": {"other": 1}}]
+    for content in ("{broken", *[json.dumps(kept | {"value": kept["value"] | change}) for change in damaged]):
         file.write_text(content)
         gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
-    assert len(searched) == len(others) + 2
+    assert len(searched) == len(others) + 4
 
 
 def test_the_cache_can_be_switched_off(folder, monkeypatch):
@@ -260,6 +271,57 @@ def test_the_cache_can_be_switched_off(folder, monkeypatch):
     monkeypatch.delenv("GRADFOLD_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     assert cache.cache_folder() == folder / "gradfold" / "micro_batch"
+
+
+def chosen_again(monkeypatch, choice, budget_bytes, free_bytes, change=None):
+    """Whether a size is searched for once more, under a key that an earlier start has left."""
+    searched = []
+    monkeypatch.setattr("gradfold.memory.sizer.Sizer._search", lambda *_: searched.append(1) or choice)
+    monkeypatch.setattr("gradfold.memory.budget.free_bytes", lambda _: budget_bytes)
+    choose = partial(gradfold.Accumulator, loss_fn=loss_fn, micro_batch_size=gradfold.Auto(seconds=0.05))
+    batch = torch.randn(32, 8)
+    choose(plain()).choose_micro_batch(batch)
+    assert len(searched) == 1
+    if change is not None:
+        change()
+    monkeypatch.setattr("gradfold.memory.budget.free_bytes", lambda _: free_bytes)
+    choose(plain()).choose_micro_batch(batch)
+    return len(searched) == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "largest", "budget_bytes", "free_bytes", "is_due"),
+    [
+        *[(32, 32, 2**30, 2**30, False), (32, 32, 2**30, 17_000, False), (32, 32, None, 2**30, False)],
+        *[(32, 32, 2**30, 16_000, True), (1, 32, 2**30, 16_000, False), (32, 32, None, 16_000, True)],
+        (8, 8, 2**20, 2**21 - 1, False),  # bound by memory
+        *[(8, 8, 2**20, 2**21, True), (4, 8, 2**20, 2**30, False), (32, 32, 2**20, 2**30, False)],
+        *[(8, 8, None, 2**30, False), (8, 8, 2**20, None, False)],
+    ],
+)
+def test_what_is_remembered_is_held_against_memory(monkeypatch, size, largest, budget_bytes, free_bytes, is_due):
+    """One row takes 5 654 bytes beside the weights, with a state that is still to come, and 32 take 16 495."""
+    choice = MicroBatchChoice(size, "", (), 32, largest, 0, 0.0)
+    assert chosen_again(monkeypatch, choice, budget_bytes, free_bytes) is is_due
+
+
+def test_what_another_version_chose_is_searched_anew(monkeypatch):
+    choice = MicroBatchChoice(32, "", (), 32, 32, 0, 0.0)
+    again = partial(chosen_again, monkeypatch, choice, 2**30, 2**30)
+    assert not again()
+    for name, value in (("__version__", "0.0.1"), ("_searching", lambda: "other constants")):
+        monkeypatch.setenv("GRADFOLD_CACHE_DIR", os.environ["GRADFOLD_CACHE_DIR"] + "_")  # another, empty
+        assert again(lambda name=name, value=value: monkeypatch.setattr(f"gradfold.memory.key.{name}", value))
+
+
+def test_a_digest_of_what_searches_is_made_of_its_files(monkeypatch, tmp_path):
+    before = key._searching.__wrapped__()
+    (tmp_path / "key.py").write_text("")
+    (tmp_path / "tune.py").write_text("GOOD_ENOUGH = 0.97")
+    monkeypatch.setattr("gradfold.memory.key.__file__", str(tmp_path / "key.py"))
+    first = key._searching.__wrapped__()
+    (tmp_path / "tune.py").write_text("GOOD_ENOUGH = 0.96")
+    assert len({before, first, key._searching.__wrapped__()}) == 3
 
 
 def _write_many(number):

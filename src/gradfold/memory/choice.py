@@ -55,6 +55,11 @@ class MicroBatchChoice:
         """Whether the batch had no more rows to choose, so that a larger one may want more."""
         return self.micro_batch_size == self.num_rows
 
+    @property
+    def is_bound_by_memory(self) -> bool:
+        """Whether more rows might have been faster, and did not fit."""
+        return self.micro_batch_size == self.largest_fitting < self.num_rows
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self) | {"timings": [asdict(timing) for timing in self.timings]}

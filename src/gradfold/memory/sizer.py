@@ -23,6 +23,7 @@ from gradfold.memory.choice import MicroBatchChoice
 from gradfold.memory.key import key_of
 from gradfold.memory.largest import largest_that_fits
 from gradfold.memory.ledger import MakeUp
+from gradfold.memory.memo import Memo
 from gradfold.memory.prediction import Prediction
 from gradfold.memory.rehearsal import Rehearsal, seen_by
 from gradfold.memory.tune import GOOD_ENOUGH, Search, choose
@@ -66,26 +67,25 @@ class Sizer:
     def _choose(self, work: Work) -> MicroBatchChoice:
         since = time.perf_counter()
         key = key_of(work, self._option)
-        self.choice = self._remembered(key)
+        budget = Budget(self._option, work)
+        self.choice = self._remembered(key, budget)
         if self.choice is None:
-            largest, make_up_of = self._largest(work)
-            found = self._search(work, largest, make_up_of)
-            self.choice = replace(found, elapsed_s=time.perf_counter() - since)
+            largest, make_up_of = self._largest(work, budget)
+            found = self._search(work, largest)
+            make_up = None if make_up_of is None else make_up_of(found.micro_batch_size)
+            peak_bytes = 0 if make_up is None else make_up.total
+            self.choice = replace(found, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
             if self._option.cache:
-                cache.write(key, self.choice.to_json())
+                cache.write(key, Memo(self.choice, make_up, budget.num_bytes).to_json())
         return self.choice
 
-    def _remembered(self, key: str) -> MicroBatchChoice | None:
+    def _remembered(self, key: str, budget: Budget) -> MicroBatchChoice | None:
+        """What an earlier start has chosen, if that is as good as ever."""
         found = cache.read(key) if self._option.cache else None
-        try:
-            choice = None if found is None else replace(MicroBatchChoice.from_json(found), is_cached=True)
-        except (TypeError, KeyError):  # of another version, or damaged
-            return None
-        if choice is None or type(choice.micro_batch_size) is not int or choice.micro_batch_size < 1:
-            return None
-        return choice
+        memo = None if found is None else Memo.from_json(found)
+        return replace(memo.choice, is_cached=True) if memo is not None and memo.holds_under(budget) else None
 
-    def _largest(self, work: Work) -> tuple[int, Callable[[int], MakeUp] | None]:
+    def _largest(self, work: Work, budget: Budget) -> tuple[int, Callable[[int], MakeUp] | None]:
         """The largest size that fits, and what gives the memory of each; all of the batch where nobody can tell."""
         num_rows = work.specimen.num_rows
         try:
@@ -93,7 +93,6 @@ class Sizer:
             prediction = Prediction(rehearsal, work.device)
         except ModelError:  # recovery stands behind what is tried
             return num_rows, None
-        budget = Budget(self._option, work)
         if budget.num_bytes is None:
             return num_rows, prediction.peak
         size = largest_that_fits(lambda size: budget.has_room_for(prediction.peak(size)), num_rows)
@@ -108,7 +107,7 @@ class Sizer:
             )
         return size, prediction.peak
 
-    def _search(self, work: Work, largest: int, make_up_of: Callable[[int], MakeUp] | None) -> MicroBatchChoice:
+    def _search(self, work: Work, largest: int) -> MicroBatchChoice:
         num_rows = work.specimen.num_rows
         with Trial(work.model, work.precision.around(work.loss_fn), work.back_propagate) as trial:
             steps = _Steps(trial, work)
@@ -127,7 +126,7 @@ class Sizer:
             timings,
             num_rows,
             search.sizes[-1],
-            0 if make_up_of is None else make_up_of(chosen.micro_batch_size).total,
+            peak_bytes=0,
             elapsed_s=0.0,
         )
 
