@@ -206,6 +206,42 @@ def test_states_of_other_accumulators_go_together():
     auto.load_state_dict({name: value for name, value in fixed.state_dict().items() if name != "micro_batch_choice"})
 
 
+OPTIONS = {
+    "auto rows": QUICK,
+    "auto tokens": gradfold.TokenBudget("auto", lengths=lambda batch: [batch.shape[1]] * len(batch), cost=2),
+    "rows": 5,
+    "tokens": gradfold.TokenBudget(40, lengths=lambda batch: [batch.shape[1]] * len(batch), cost=2),
+}
+
+
+@pytest.mark.parametrize("saved", OPTIONS)
+@pytest.mark.parametrize("here", OPTIONS)
+def test_a_run_may_be_resumed_with_another_option(saved, here, monkeypatch):
+    """What was learned in rows says nothing of padded tokens, and a number that is given is what counts."""
+
+    def choose(self, work):
+        self.choice = MicroBatchChoice(len(searched) + 2, "", (), 16, 16, 0, 0.0)
+        searched.append(self.choice)
+        return self.choice
+
+    searched = []
+    monkeypatch.setattr("gradfold.memory.sizer.Sizer.choose", choose)
+    batch = torch.randn(16, 8)
+    before, after = (gradfold.Accumulator(plain(), loss_fn, micro_batch_size=OPTIONS[one]) for one in (saved, here))
+    before.backward(batch)
+    before._cutting.fitting.shrink(16)  # two rows of eight tokens, or sixteen rows
+    before.backward(batch)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.num_windows == 2
+    same_unit = saved.split()[-1] == here.split()[-1]
+    assert after._cutting.fitting.rows == (16 if same_unit else None)
+    after.backward(batch)
+    taken_over = saved == here and here.startswith("auto")
+    assert len(searched) == saved.startswith("auto") + (here.startswith("auto") and not taken_over)
+    expected = {"rows": 5, "tokens": 40, "auto rows": len(searched) + 1, "auto tokens": 8 * (len(searched) + 1)}[here]
+    assert getattr(after.micro_batch_size, "max_tokens", after.micro_batch_size) == expected
+
+
 def test_a_larger_batch_asks_again_where_rows_were_the_bound(monkeypatch):
     model = plain()
     accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=QUICK)

@@ -141,14 +141,20 @@ class Cutting:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave; states of other ways to cut have less in them."""
+        """Take over what `state_dict` gave, but for sizes in another unit: in rows, say, where padded tokens count.
+
+        A run that was resumed with another option cuts its batches otherwise in any case, and learns anew. A number
+        that the user gives counts more than a choice that was saved.
+        """
+        split_by_tokens = state.get("token_split")
+        if (split_by_tokens is None) is not (self.by_tokens is None):
+            return
         self.fitting.load_state_dict(state["fitting_size"])
-        if self.by_tokens is not None and state.get("token_split") is not None:
-            self.by_tokens.load_state_dict(state["token_split"])
-        if (
-            self.sizer is not None and state.get("micro_batch_choice") is not None
-        ):  # another would cut batches otherwise
-            self.sizer.choice = MicroBatchChoice.from_json(state["micro_batch_choice"])
+        if self.by_tokens is not None and split_by_tokens is not None:
+            self.by_tokens.load_state_dict(split_by_tokens)
+        choice = state.get("micro_batch_choice")
+        if self.sizer is not None and choice is not None:  # another would cut batches otherwise
+            self.sizer.choice = MicroBatchChoice.from_json(choice)
             if isinstance(self.size, TokenBudget):
                 self._set_budget(state["max_tokens"])
             else:
