@@ -43,6 +43,7 @@ LAYERS = [
         "rendezvous",
         "draws_ahead",
         "reach",
+        "lazy",
     ],
     ["ranks"],
     ["recovery", "fitting_size", "out_of_memory", "token_budget", "trimming"],

@@ -442,6 +442,34 @@ def test_wrong_options(option):
         gradfold.Accumulator(plain(), loss_fn, micro_batch_size=4).choose_micro_batch(torch.randn(8, 8))
 
 
+def lazy():
+    return nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(affine=False), nn.ModuleDict({"last": nn.LazyLinear(1)}))
+
+
+def last(model, batch):
+    return model[2]["last"](model[:2](batch)).square().mean()
+
+
+def test_lazy_layers_are_named_with_what_to_do():
+    """A number works, since the first window makes the layers; a size cannot be looked for without them."""
+    batch = torch.randn(32, 8)
+    model = lazy()
+    accumulator = gradfold.Accumulator(model, last, micro_batch_size=QUICK, batch_norm="per_micro_batch")
+    before = torch.get_rng_state()
+    for ask in (accumulator.backward, accumulator.choose_micro_batch):
+        with pytest.raises(gradfold.ModelError, match=r"lazy.*: '0', '1', '2\.last'\. Run one.*model\(inputs\[:2\]\)"):
+            ask(batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        last(model, batch[:2])
+    assert accumulator.backward(batch).num_micro_batches >= 1
+    for size in (5, 1, None):
+        model = lazy() if size != 1 else nn.Sequential(nn.LazyLinear(2))
+        run = last if size != 1 else loss_fn
+        found = gradfold.Accumulator(model, run, micro_batch_size=size, batch_norm="per_micro_batch").backward(batch)
+        assert found.num_micro_batches == (1 if size is None else -(-32 // size))
+
+
 def test_the_choice_as_json():
     choice = MicroBatchChoice(4, "fast", (SizeTiming(4, 100.0, 1.0, 8),), 16, 16, 1000, 2.5)
     assert MicroBatchChoice.from_json(json.loads(json.dumps(choice.to_json()))) == choice

@@ -15,6 +15,7 @@ import torch
 from gradfold.batch import Batch, map_tensors
 from gradfold.draws import OwnGenerators
 from gradfold.errors import DoesNotFitError, ModelError
+from gradfold.lazy import refuse_lazy
 from gradfold.memory import cache
 from gradfold.memory.amount import written
 from gradfold.memory.auto import Auto
@@ -59,8 +60,10 @@ class Sizer:
 
         Raises:
             DoesNotFitError: not even one row fits.
+            ModelError: it has lazy layers that have not run.
             Exception: whatever the model raises on one row.
         """
+        refuse_lazy(work.model, 'micro_batch_size="auto"')
         with Surroundings(work.model, work.loss_fn, work.specimen.collate):
             return self._choose(work)
 
