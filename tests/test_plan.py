@@ -152,6 +152,17 @@ def test_wrong_arguments(parts, options):
         gradfold.plan(*parts, **options)
 
 
+def test_lazy_layers_are_named_with_what_to_do():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(10))
+    accumulator, batch = gradfold.Accumulator(model, loss_fn), (torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(gradfold.ModelError, match=r"gradfold.plan needs .*: '0', '1'. Run one"):
+        gradfold.plan(accumulator, batch, memory="2GiB")
+    model(batch[0][:2])
+    assert gradfold.plan(accumulator, batch, memory="2GiB").micro_batch_size == 8
+    with pytest.raises(gradfold.ModelError, match="'LazyLinear'"):
+        gradfold.plan(gradfold.Accumulator(nn.LazyLinear(1), loss_fn), batch, memory="2GiB")
+
+
 def test_amounts():
     assert read_bytes("16GiB") == read_bytes("16g") == 2**34
     assert read_bytes("16 GB") == 16 * 10**9

@@ -12,6 +12,7 @@ from torch import nn
 
 from gradfold.batch import Batch
 from gradfold.errors import DoesNotFitError, OptionError
+from gradfold.lazy import refuse_lazy
 from gradfold.loss import LossFn
 from gradfold.memory.amount import read_bytes, written
 from gradfold.memory.largest import largest_that_fits
@@ -171,7 +172,7 @@ def plan(
         DoesNotFitError: one row does not fit; with its peak, and what would reduce it.
         OptionError: an argument cannot work.
         BatchError: the batch cannot be cut by rows.
-        ModelError: the model can run neither on fake tensors nor in a copy.
+        ModelError: the model can run neither on fake tensors nor in a copy, or has lazy layers that have not run.
 
     >>> import torch, gradfold
     >>> model = torch.nn.Sequential(torch.nn.Linear(1000, 4000), torch.nn.ReLU(), torch.nn.Linear(4000, 10))
@@ -184,6 +185,7 @@ def plan(
     True
     """
     since = time.perf_counter()
+    refuse_lazy(accumulator.model, "gradfold.plan")
     budget = read_bytes(memory)
     target = _device(device, accumulator.model)
     specimen = Specimen(batch, accumulator.collate)
