@@ -158,6 +158,55 @@ def test_the_make_up_is_what_is_measured():
         assert predicted[kind] == pytest.approx(num_bytes, rel=0.01, abs=64), kind
 
 
+METRICS = {
+    "logits": lambda outputs, batch: {"logits": outputs},
+    "wide, and a mean": lambda outputs, batch: {"wide": outputs.detach().repeat(1, 20), "mean": outputs.mean()},
+    "views": lambda outputs, batch: {"first": outputs[:, 0]},
+    "of the batch": lambda outputs, batch: {"labels": batch[1], "hit": outputs.argmax(1) == batch[1]},
+}
+
+
+@pytest.mark.parametrize("optimizer", [None, "Adam"])
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_are_counted_for_all_micro_batches(name, optimizer):
+    """A window keeps them to its end, and joins those with an entry per row, which outlive the update."""
+
+    def loss_fn(model, batch):
+        outputs = model(batch[0])
+        return F.cross_entropy(outputs, batch[1]), METRICS[name](outputs, batch)
+
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 512))
+    batch = torch.randn(96, 64), torch.randint(0, 512, (96,))
+    own = torch.optim.SGD(model.parameters(), 0.1) if optimizer is None else OPTIMIZERS[optimizer](model.parameters())
+    prediction = predict(model, loss_fn, batch, own)
+    for size in (4, 16, 48, 96):
+        measured = measure(model, loss_fn, batch, own, size).by_phase
+        for phase, found in prediction.peaks(size).items():
+            assert found.total == pytest.approx(measured[phase].total, abs=256), (size, phase)
+
+
+def test_metrics_are_counted_where_no_lines_hold_and_in_probes():
+    def pairs(model, batch):
+        features = model(batch)
+        return (features @ features.t()).tanh().mean(), {"features": features}
+
+    def reads(model, batch):
+        features = model(batch)
+        return features.mean() * (2.0 if features.sum().item() else 1.0), {"features": features}
+
+    model, batch = nn.Linear(4, 16), torch.randn(256, 4)
+    for loss_fn, source in ((pairs, "fake tensors"), (reads, "probes")):
+        prediction = predict(model, loss_fn, batch)
+        assert prediction.source == source and prediction.check(64) is (source == "probes")
+        found = gradfold.measure_peak(
+            lambda loss_fn=loss_fn: gradfold.Accumulator(
+                model, loss_fn, micro_batch_size=64, self_check=False
+            ).backward(batch),
+            model=model,
+        )
+        assert prediction.peak(64).total == pytest.approx(found.peak_bytes, rel=0.01)
+
+
 def test_a_prediction_leaves_no_trace():
     model, batch = (
         nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)),

@@ -63,6 +63,8 @@ class Ledger:
         first: pieces that were there before the first entry.
         entries: a piece's number where it was taken, its complement where it was given back.
         phases: where each stretch of entries begins, and its name.
+        held_metrics: bytes that stay in use for the metrics of one micro-batch until the window ends.
+        row_metrics: bytes of those with an entry per row, which are joined there.
     """
 
     def __init__(self) -> None:
@@ -71,6 +73,8 @@ class Ledger:
         self.first: list[int] = []
         self.entries: list[int] = []
         self.phases: list[tuple[int, str]] = []
+        self.held_metrics = 0
+        self.row_metrics = 0
 
     def begin(self, phase: str) -> None:
         """What comes now belongs to this phase."""

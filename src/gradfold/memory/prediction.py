@@ -17,6 +17,7 @@ from torch import nn
 from gradfold.errors import ModelError
 from gradfold.memory.ledger import Ledger, MakeUp
 from gradfold.memory.program import Program
+from gradfold.memory.tracker import BACKWARD, UPDATE
 from gradfold.out_of_memory import give_back, is_out_of_memory
 
 __all__: list[str] = []
@@ -54,6 +55,13 @@ class Course:
             high = second[phase].to_json()
             found[phase] = MakeUp(**{k: max(round(a + (high[k] - a) * step), 0) for k, a in low.to_json().items()})
         return found
+
+    def metrics(self, size: int) -> tuple[int, int]:
+        """What stays in use for the metrics of a micro-batch, and those with an entry per row; in bytes."""
+        first, second = ((ledger.held_metrics, ledger.row_metrics) for ledger in self.ledgers)
+        step = self._step(size)
+        held, rows = (max(round(a + (b - a) * step), 0) for a, b in zip(first, second, strict=True))
+        return held, rows
 
     def _step(self, size: int) -> float:
         low, high = self.sizes
@@ -105,19 +113,47 @@ class Prediction:
         """The make-up when most is in use, by phase."""
         num_micro_batches = self._num_micro_batches(size)
         course = self._course(num_micro_batches)
+        metrics = course.metrics(size)
         if self._is_linear and course.is_linear:
             peaks = course.peaks(size, self._round_up)
         elif self.source == "probes":
             peaks = course.peaks_of_phases(size)
         else:
             ledger = self._exact(size, num_micro_batches)
+            metrics = ledger.held_metrics, ledger.row_metrics
             peaks = ledger.peaks([self._round_up(num_bytes) for num_bytes in ledger.num_bytes])
         inputs = self._input_bytes(size)
         kept = self._program.buffer_bytes(-(-self.num_rows // size))
-        return {
+        peaks = {
             phase: replace(found, inputs=found.inputs + inputs, temporaries=found.temporaries + kept)
             for phase, found in peaks.items()
         }
+        return self._with_metrics(peaks, size, *metrics)
+
+    def _with_metrics(self, peaks: dict[str, MakeUp], size: int, held: int, of_rows: int) -> dict[str, MakeUp]:
+        """With the metrics that micro-batches beyond those run keep, those joined at the end, and for the update.
+
+        `held` and `of_rows` are bytes of one micro-batch, as `Course.metrics` gives them.
+        """
+        if not held and not of_rows:
+            return peaks
+        held_by_all = round(held * self.num_rows / size)
+        joined = round(of_rows * self.num_rows / size)
+        last = peaks[BACKWARD]
+        more = max(held_by_all - self._num_micro_batches(size) * held, 0)
+        end = MakeUp(
+            parameters=last.parameters,
+            gradients=_gradient_bytes(self._program.model),
+            optimizer_state=last.optimizer_state,
+            saved_activations=held_by_all,
+            temporaries=joined,
+            inputs=last.inputs,
+        )
+        last = replace(last, saved_activations=last.saved_activations + more)
+        found = peaks | {BACKWARD: max(last, end, key=lambda make_up: make_up.total)}
+        if UPDATE in peaks:
+            found[UPDATE] = replace(peaks[UPDATE], temporaries=peaks[UPDATE].temporaries + joined)
+        return found
 
     def peak(self, size: int) -> MakeUp:
         """The make-up when most is in use."""
@@ -182,3 +218,9 @@ def _needs_probes(model: nn.Module, device: torch.device) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+
+
+def _gradient_bytes(model: nn.Module) -> int:
+    """Of all gradients; where parameters are shards, of their own."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(getattr(parameter, "_local_tensor", parameter).nbytes for parameter in trained)

@@ -6,7 +6,7 @@ On fake tensors (`FakeTensorMode`) it takes no memory and next to no time, and w
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from gradfold.gradients import SetAside
 from gradfold.loss import LossFn, read_pair, read_terms
 from gradfold.memory.ledger import Ledger
 from gradfold.memory.replica import Replica, fake_replica, real_replica
-from gradfold.memory.specimen import Specimen
+from gradfold.memory.specimen import Specimen, storage_bytes
 from gradfold.memory.tracker import Tracker
 from gradfold.precision import Precision
 from gradfold.random_state import HostRandomState, RandomState
@@ -116,18 +116,28 @@ class Program:
         if optimizer is not None:
             tracker.know_optimizer(optimizer)
         with tracker:
-            self._window(model, batches)
+            metrics = self._window(model, batches)
+            self._note_metrics(tracker.ledger, metrics, batches)
+            metrics.clear()
             if optimizer is not None:
                 optimizer.step()
         return tracker.ledger
 
-    def _window(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+    def _note_metrics(self, ledger: Ledger, metrics: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]) -> None:
+        of_last = list(metrics[-1].values()) if metrics else []
+        # On the host a window has all of its batches to the end in any case; on a device what holds on to them does.
+        given = [] if self.as_on_cuda else [leaf for batch in batches for leaf in every_leaf(batch)]
+        ledger.held_metrics = storage_bytes([*given, *of_last]) - storage_bytes(given)
+        ledger.row_metrics = sum(one.nbytes for one in of_last if one.dim())
+
+    def _window(self, model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
         parameters = list(model.parameters())
         modules = list(model.modules())
         sharded = sharded_modules(modules)
         precision = self.precision
         gradients = SetAside(parameters, precision.accumulate_dtype, precision.keep_accumulate_dtype)
-        run, back_propagate, metrics = precision.around(self.loss_fn), BackPropagation(), []
+        run, back_propagate = precision.around(self.loss_fn), BackPropagation()
+        metrics: list[dict[str, Tensor]] = []
         for index, batch in enumerate(batches):
             set_reducing(sharded, index == len(batches) - 1 or not self.reduces_once)
             with self.around():
@@ -143,6 +153,7 @@ class Program:
                 for tensor, gradient in strangers:
                     tensor.grad = gradient
         gradients.settle()
+        return metrics
 
 
 def _set_aside_strangers(
