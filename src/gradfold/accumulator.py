@@ -34,7 +34,7 @@ from gradfold.replay import OnNonFinite, Replay, check_on_non_finite
 from gradfold.self_check import SelfCheck
 from gradfold.sharded import Sharded
 from gradfold.split import Collate
-from gradfold.sync import RanksOption, find_ranks, without_reductions
+from gradfold.sync import RanksOption, find_ranks, on_its_own, without_reductions
 from gradfold.token_budget import TokenBudget
 from gradfold.transaction import Transaction
 from gradfold.weight import WeightOption, check_option, counts_samples, weigh
@@ -258,6 +258,8 @@ class Accumulator:
     def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
         """Find the size now, for batches like this one, rather than in the first `backward`; leaves no trace.
 
+        Of several ranks each finds its own, and waits for no other.
+
         Raises:
             OptionError: the micro-batch size was given.
         """
@@ -266,7 +268,7 @@ class Accumulator:
         device = parameters[0].device if parameters else torch.device("cpu")
         found = self._set_aside(parameters)
         try:
-            with without_reductions(modules) if find_ranks(modules, device, self.ranks) else nullcontext():
+            with on_its_own(modules) if find_ranks(modules, device, self.ranks) else nullcontext():
                 self._choose(batch, device, not sync.sharded_modules(modules))
         finally:
             found.put_back(self.model.parameters())

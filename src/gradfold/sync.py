@@ -159,10 +159,18 @@ def without_reductions(modules: Sequence[nn.Module]) -> Iterator[None]:
 
     That is what a DistributedDataParallel does once per update, too, where it broadcasts buffers.
     """
+    for module in parallel_modules(modules):
+        if module.broadcast_buffers and list(module.module.buffers()):
+            module._sync_buffers()  # type: ignore[no-untyped-call]
+    with on_its_own(modules):
+        yield
+
+
+@contextmanager
+def on_its_own(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No collective operations in forward and backward passes of these modules, nor before: no other rank need come."""
     with ExitStack() as stack:
         for module in parallel_modules(modules):
-            if module.broadcast_buffers and list(module.module.buffers()):
-                module._sync_buffers()  # type: ignore[no-untyped-call]
             stack.enter_context(module.no_sync())
             stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
             module.require_forward_param_sync = False
