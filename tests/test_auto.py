@@ -483,7 +483,7 @@ def test_sizes_are_timed_as_in_windows(monkeypatch):
     class Searched:
         """No clock: what a search runs."""
 
-        def __init__(self, step, sizes, seconds, stopwatch):
+        def __init__(self, step, sizes, seconds, clock, stopwatch):
             self.step, self.sizes = step, sizes
 
         def run(self):

@@ -26,6 +26,8 @@ from gradfold.gradients import SetAside, check_trainable, parameters_of
 from gradfold.loss import LossFn
 from gradfold.memory.auto import MicroBatchSize
 from gradfold.memory.choice import MicroBatchChoice
+from gradfold.memory.company import Company, InStep
+from gradfold.memory.specimen import Specimen
 from gradfold.memory.work import Work
 from gradfold.opening import Opening
 from gradfold.precision import PrecisionOption, read_option
@@ -213,7 +215,7 @@ class Accumulator:
         ):
             check_trainable(self.model, parameters)
             self._probe_backward(device)
-            self._choose(batch, device, agreement.can_replay)
+            self._choose(batch, device, _company(modules, ranks))
             micro_batches = self._cutting.cut(batch, is_first=self.num_windows == 0)
             window = OpenWindow(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
             window.around = None if keys is None else keyed_dropout.Placed(keys, agreement.first_row)
@@ -258,38 +260,38 @@ class Accumulator:
     def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
         """Find the size now, for batches like this one, rather than in the first `backward`; leaves no trace.
 
-        Of several ranks each finds its own, and waits for no other.
+        Of several ranks each finds its own, and waits for no other; under fully_shard all have to come, and find the
+        same.
 
         Raises:
             OptionError: the micro-batch size was given.
         """
         modules = list(self.model.modules())
+        sync.reshard(modules)
         parameters = parameters_of(modules)
         device = parameters[0].device if parameters else torch.device("cpu")
+        ranks = find_ranks(modules, device, self.ranks)
         found = self._set_aside(parameters)
         try:
-            with on_its_own(modules) if find_ranks(modules, device, self.ranks) else nullcontext():
-                self._choose(batch, device, not sync.sharded_modules(modules))
+            with on_its_own(modules) if ranks is not None else nullcontext():
+                self._choose(batch, device, _company(modules, ranks))
         finally:
             found.put_back(self.model.parameters())
         if self.micro_batch_choice is None:
             raise OptionError(f'micro_batch_size={self.micro_batch_size}; expected "auto" or an Auto to choose one.')
         return self.micro_batch_choice
 
-    def _choose(self, batch: Batch, device: torch.device, can_try: bool) -> None:
+    def _choose(self, batch: Batch, device: torch.device, company: Company) -> None:
         """Find the micro-batch size, where that was asked for and is due."""
         if self._cutting.sizer is None:
             return
-        if not can_try:
-            raise OptionError(
-                'micro_batch_size="auto" tries sizes out, which no rank can do alone under fully_shard. Give a number; '
-                "gradfold.plan on the model before it is sharded says what fits."
-            )
+
+        def work_on(specimen: Specimen) -> Work:
+            of_loss = self.model, self.loss_fn, self.precision, self._back_propagate
+            return Work(*of_loss, specimen, device, company, self.ranks == "reduce_once")
+
         with keyed_dropout.unkeyed(keyed_dropout.keyed_layers(self.model.modules())):
-            self._cutting.choose(
-                batch,
-                lambda specimen: Work(self.model, self.loss_fn, self.precision, self._back_propagate, specimen, device),
-            )
+            self._cutting.choose(batch, company, work_on)
 
     def twin(
         self,
@@ -374,3 +376,8 @@ class Accumulator:
         if self._backward is not None and not self._backward_is_probed:
             probe(self._backward, device)
             self._backward_is_probed = True
+
+
+def _company(modules: Sequence[nn.Module], ranks: Ranks | None) -> Company:
+    """Who has to try micro-batch sizes together: ranks of which none can run its shards alone."""
+    return Company() if ranks is None or not sync.sharded_modules(modules) else InStep(ranks)

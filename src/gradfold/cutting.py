@@ -14,6 +14,7 @@ from gradfold.fitting_size import FittingSize
 from gradfold.loader import LoopWindow, Window
 from gradfold.memory.auto import Auto, MicroBatchSize, read_auto
 from gradfold.memory.choice import MicroBatchChoice
+from gradfold.memory.company import Company
 from gradfold.memory.sizer import Sizer
 from gradfold.memory.specimen import Specimen
 from gradfold.memory.work import Work
@@ -64,12 +65,12 @@ class Cutting:
         """The size; a token budget with the cost that was measured."""
         return self.size if self.by_tokens is None else self.by_tokens.budget_as_measured
 
-    def choose(self, batch: Batch, work_on: Callable[[Specimen], Work]) -> None:
-        """Have the sizer choose, where a choice is due."""
-        if self.sizer is None:
+    def choose(self, batch: Batch, company: Company, work_on: Callable[[Specimen], Work]) -> None:
+        """Have the sizer choose, where a choice is due; several that have to come together for it do so once."""
+        if self.sizer is None or (company.size > 1 and self.sizer.choice is not None):
             return
         one = batch[0] if isinstance(batch, Window) and batch else batch
-        specimen = Specimen(one, self._collate)
+        specimen = company.attempt(lambda: Specimen(one, self._collate))
         if not self.sizer.is_due(specimen.num_rows):
             return
         num_rows = self.sizer.choose(work_on(specimen)).micro_batch_size

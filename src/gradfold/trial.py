@@ -171,6 +171,8 @@ def sample_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
 
 
 def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
+    if gradient is not None and hasattr(gradient, "to_local"):  # of a shard
+        gradient = gradient.to_local()
     if gradient is None or not gradient.numel():
         return None
     if gradient.is_sparse:

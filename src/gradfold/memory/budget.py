@@ -6,6 +6,7 @@ from gradfold.memory.amount import read_bytes
 from gradfold.memory.auto import Auto
 from gradfold.memory.ledger import MakeUp
 from gradfold.memory.margin import margin_for
+from gradfold.memory.specimen import storage_bytes
 from gradfold.memory.system import free_bytes
 from gradfold.memory.work import Work
 
@@ -24,7 +25,7 @@ class Budget:
         self._margin = margin_for(work.device, option.margin, is_process_there=not self._is_for_all)
         self.num_bytes = free_bytes(work.device) if option.memory is None else read_bytes(option.memory)
         # Optimizers make their state in the first update; Adam's is two tensors per parameter.
-        self._state_bytes = 2 * sum(one.nbytes for one in work.model.parameters() if one.requires_grad)
+        self._state_bytes = 2 * storage_bytes(one for one in work.model.parameters() if one.requires_grad)
 
     def has_room_for(self, peak: MakeUp) -> bool:
         """Whether a predicted peak fits, with its margin and an optimizer that has no state yet."""

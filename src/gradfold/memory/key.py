@@ -41,7 +41,7 @@ def key_of(work: Work, option: Auto) -> str:
             *(model, tensors, functions, repr(structure(batch)), shapes, work.specimen.num_rows),
             *(str(work.precision.compute), str(work.precision.accumulate_dtype), option.memory, option.margin),
             *(_device_name(work.device), torch.get_num_threads(), torch.__version__, platform.python_version()),
-            *(__version__, _searching()),
+            *(__version__, _searching(), work.company.size, work.reduces_once),
         )
     )
 

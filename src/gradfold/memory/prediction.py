@@ -17,6 +17,7 @@ from torch import nn
 from gradfold.errors import ModelError
 from gradfold.memory.ledger import Ledger, MakeUp
 from gradfold.memory.program import Program
+from gradfold.memory.specimen import storage_bytes
 from gradfold.memory.tracker import BACKWARD, UPDATE
 from gradfold.out_of_memory import give_back, is_out_of_memory
 
@@ -143,7 +144,7 @@ class Prediction:
         more = max(held_by_all - self._num_micro_batches(size) * held, 0)
         end = MakeUp(
             parameters=last.parameters,
-            gradients=_gradient_bytes(self._program.model),
+            gradients=storage_bytes(one for one in self._program.model.parameters() if one.requires_grad),
             optimizer_state=last.optimizer_state,
             saved_activations=held_by_all,
             temporaries=joined,
@@ -218,9 +219,3 @@ def _needs_probes(model: nn.Module, device: torch.device) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
-
-
-def _gradient_bytes(model: nn.Module) -> int:
-    """Of all gradients; where parameters are shards, of their own."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return sum(getattr(parameter, "_local_tensor", parameter).nbytes for parameter in trained)

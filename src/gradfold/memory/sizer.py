@@ -69,18 +69,24 @@ class Sizer:
 
     def _choose(self, work: Work) -> MicroBatchChoice:
         since = time.perf_counter()
-        key = key_of(work, self._option)
-        budget = Budget(self._option, work)
-        self.choice = self._remembered(key, budget)
+        company = work.company
+        key, budget, remembered = company.attempt(lambda: self._prepare(work))
+        of_all = company.gather(None if remembered is None else remembered.micro_batch_size)
+        self.choice = remembered if len(set(of_all)) == 1 else None
         if self.choice is None:
-            largest, make_up_of = self._largest(work, budget)
-            found = self._search(work, largest)
+            largest, make_up_of = company.attempt(lambda: self._largest(work, budget))
+            found = self._search(work, min(company.gather(largest)))
             make_up = None if make_up_of is None else make_up_of(found.micro_batch_size)
             peak_bytes = 0 if make_up is None else make_up.total
             self.choice = replace(found, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
             if self._option.cache:
                 cache.write(key, Memo(self.choice, make_up, budget.num_bytes).to_json())
         return self.choice
+
+    def _prepare(self, work: Work) -> tuple[str, Budget, MicroBatchChoice | None]:
+        """What a choice depends on, and what an earlier start has chosen."""
+        key, budget = key_of(work, self._option), Budget(self._option, work)
+        return key, budget, self._remembered(key, budget)
 
     def _remembered(self, key: str, budget: Budget) -> MicroBatchChoice | None:
         """What an earlier start has chosen, if that is as good as ever."""
@@ -92,7 +98,9 @@ class Sizer:
         """The largest size that fits, and what gives the memory of each; all of the batch where nobody can tell."""
         num_rows = work.specimen.num_rows
         try:
-            rehearsal = Rehearsal(work.model, work.loss_fn, work.specimen, None, work.precision)
+            rehearsal = Rehearsal(
+                *(work.model, work.loss_fn, work.specimen, None, work.precision), reduces_once=work.reduces_once
+            )
             prediction = Prediction(rehearsal, work.device)
         except ModelError:  # recovery stands behind what is tried
             return num_rows, None
@@ -111,10 +119,11 @@ class Sizer:
         return size, prediction.peak
 
     def _search(self, work: Work, largest: int) -> MicroBatchChoice:
-        num_rows = work.specimen.num_rows
+        num_rows, company = work.specimen.num_rows, work.company
         with Trial(work.model, work.precision.around(work.loss_fn), work.back_propagate) as trial:
             steps = _Steps(trial, work)
-            search = Search(steps.run, _ladder(largest), self._option.seconds, stopwatch=_stopwatch(work.device))
+            stopwatch = company.stopwatch(work.device)
+            search = Search(steps.run, _ladder(largest), self._option.seconds, company.clock, stopwatch)
             try:
                 timings = search.run()
             finally:
@@ -176,12 +185,6 @@ class _Steps:
     def _take(self, size: int, start: int) -> Batch:
         taken = self._work.specimen.take_as_it_is(size, start)
         return map_tensors(lambda tensor: tensor.to(self._work.device), taken)
-
-
-def _stopwatch(device: torch.device) -> Callable[[], float]:
-    """What times a step: where one thread does all the work its own time, in which no other program has a part."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    return time.thread_time if alone else time.perf_counter
 
 
 def _ladder(largest: int) -> list[int]:

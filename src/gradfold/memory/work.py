@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from gradfold.backward import BackPropagation
 from gradfold.loss import LossFn
+from gradfold.memory.company import Company
 from gradfold.memory.specimen import Specimen
 from gradfold.precision import Precision
 
@@ -26,6 +27,8 @@ class Work:
         back_propagate: the backward pass of the engine.
         specimen: of a global batch.
         device: of the model.
+        company: in which sizes are tried.
+        reduces_once: whether ranks sum the gradients of shards once per window.
     """
 
     model: nn.Module
@@ -34,3 +37,5 @@ class Work:
     back_propagate: BackPropagation
     specimen: Specimen
     device: torch.device
+    company: Company = field(default_factory=Company)
+    reduces_once: bool = False
