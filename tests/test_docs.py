@@ -26,6 +26,7 @@ WITH_EXAMPLES = {
     *("gradfold.memory.amount", "gradfold.memory.auto", "gradfold.memory.largest"),
     *("gradfold.memory.measure", "gradfold.memory.plan"),
     *("gradfold.split", "gradfold.train_step", "gradfold.verification.verify", "gradfold.weight"),
+    "gradfold.workloads.words",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from gradfold.errors import DataError
 from gradfold.workloads.docstrings import read_docstrings
-from gradfold.workloads.vocabulary import UNKNOWN, Vocabulary
+from gradfold.workloads.vocabulary import Vocabulary
 
 SOURCE = '''"""A module, first."""
 
@@ -62,6 +62,10 @@ def test_the_standard_library_is_read_without_importing_it():
 
 
 def test_a_vocabulary_numbers_the_most_frequent_words():
-    vocabulary = Vocabulary.of_most_frequent([["b", "a", "d"], ["b", "a", "c"], ["b"]], num_words=3)
-    assert vocabulary.encode(["b", "a", "c", "d", "e"]) == [3, 4, 5, UNKNOWN, UNKNOWN]
+    samples = [["b", "a", "d"], ["b", "a", "c"], ["b"]]
+    vocabulary = Vocabulary.of_most_frequent(samples, num_words=3)
+    assert vocabulary.encode(["b", "a", "c", "d", "e"]) == [3, 4, 5, 2, 2]
     assert len(vocabulary) == 6
+    without_marks = Vocabulary.of_most_frequent(samples, num_words=2, num_marks=0)
+    assert without_marks.encode(["b", "a", "c", "e"]) == [2, 3, 1, 1]
+    assert len(without_marks) == 4

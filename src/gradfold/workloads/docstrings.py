@@ -7,12 +7,12 @@ the next.
 from __future__ import annotations
 
 import ast
-import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from gradfold.errors import DataError
+from gradfold.workloads.words import words_of
 
 __all__: list[str] = []
 
@@ -34,7 +34,7 @@ def read_docstrings(limit: int, folder: Path | None = None) -> list[list[str]]:
     for path in sorted(folder.glob("*.py")):
         texts.update(dict.fromkeys(_docstrings_of(path)))
         if len(texts) >= limit:
-            return [_words(text) for text in list(texts)[:limit]]
+            return [words_of(text) for text in list(texts)[:limit]]
     raise DataError(f"{folder}: expected Python sources with {limit:,} different docstrings, found {len(texts):,}")
 
 
@@ -44,8 +44,3 @@ def _docstrings_of(path: Path) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
-
-
-def _words(text: str) -> list[str]:
-    """Words and single punctuation marks."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())

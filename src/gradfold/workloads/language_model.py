@@ -16,8 +16,9 @@ from gradfold.token_budget import TokenBudget
 from gradfold.weight import token_count
 from gradfold.workloads.docstrings import read_docstrings
 from gradfold.workloads.evaluation import evaluating
-from gradfold.workloads.text_files import has_one_of, read_paragraphs
+from gradfold.workloads.text_files import has_one_of
 from gradfold.workloads.vocabulary import MARK, PAD, Vocabulary
+from gradfold.workloads.wikitext import read_paragraphs
 from gradfold.workloads.workload import Workload
 
 __all__: list[str] = []

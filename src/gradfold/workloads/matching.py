@@ -16,7 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from gradfold.coupled.two_phase import TwoPhaseLoss
 from gradfold.losses import info_nce
 from gradfold.workloads.evaluation import evaluating
-from gradfold.workloads.words import PAD, encode, number_words, read_sentences
+from gradfold.workloads.multi30k import read_pairs
+from gradfold.workloads.vocabulary import PAD, Vocabulary
+from gradfold.workloads.words import words_of
 from gradfold.workloads.workload import Workload
 
 __all__: list[str] = []
@@ -36,9 +38,9 @@ Sample: TypeAlias = "dict[str, Tensor]"
 class SentenceEncoder(nn.Module):
     """Word and position embeddings, a Transformer layer, and the mean over the words as a unit vector."""
 
-    def __init__(self, num_words: int, width: int = 64) -> None:
+    def __init__(self, num_tokens: int, width: int = 64) -> None:
         super().__init__()
-        self.words = nn.Embedding(num_words, width, padding_idx=PAD)
+        self.words = nn.Embedding(num_tokens, width, padding_idx=PAD)
         self.positions = nn.Embedding(_MAX_WORDS, width)
         self.layer = nn.TransformerEncoderLayer(
             width, 2, dim_feedforward=2 * width, dropout=0.0, batch_first=True, norm_first=True
@@ -58,9 +60,9 @@ class SentenceEncoder(nn.Module):
 class Matcher(nn.Module):
     """An encoder for each language, and the scale of their scores, which is trained too (CLIP, arXiv 2103.00020)."""
 
-    def __init__(self, num_words: int) -> None:
+    def __init__(self, num_tokens: int) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({language: SentenceEncoder(num_words) for language in _LANGUAGES})
+        self.encoders = nn.ModuleDict({language: SentenceEncoder(num_tokens) for language in _LANGUAGES})
         self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
 
     def forward(self, batch: Sample) -> tuple[Tensor, ...]:
@@ -111,34 +113,40 @@ def matching(data: Path | None = None) -> Workload:
     Raises:
         DataError: no folder is given, or a file is missing or damaged.
     """
-    train, test = (read_sentences(data, part, _LANGUAGES) for part in ("train", "test_2016_flickr"))
-    numbers = {language: number_words(train[language], _NUM_WORDS) for language in _LANGUAGES}
-
-    def encoded(sentences: dict[str, list[list[str]]]) -> list[Sample]:
-        columns = [
-            [torch.tensor(encode(sentence, numbers[language], _MAX_WORDS)) for sentence in sentences[language]]
-            for language in _LANGUAGES
+    train_texts, test_texts = (
+        [(words_of(first), words_of(second)) for first, second in read_pairs(data, part, _LANGUAGES)]
+        for part in ("train", "test_2016_flickr")
+    )
+    english, german = (
+        Vocabulary.of_most_frequent(sentences, _NUM_WORDS, num_marks=0) for sentences in zip(*train_texts, strict=True)
+    )
+    train, test = (
+        [
+            {
+                language: torch.tensor(vocabulary.encode(words[:_MAX_WORDS]))
+                for language, vocabulary, words in zip(_LANGUAGES, (english, german), pair, strict=True)
+            }
+            for pair in part
         ]
-        return [dict(zip(_LANGUAGES, pair, strict=True)) for pair in zip(*columns, strict=True)]
-
-    samples, held_out = encoded(train), encoded(test)
+        for part in (train_texts, test_texts)
+    )
     return Workload(
         name="matching",
         description=DESCRIPTION,
-        make_model=partial(Matcher, num_words=_NUM_WORDS + 2),
+        make_model=partial(Matcher, num_tokens=max(len(english), len(german))),
         loss_fn=TwoPhaseLoss(embed, contrast),
         # With the default eps of 1e-8 rounding errors in the gradients of rare words become whole steps.
         make_optimizer=partial(torch.optim.Adam, lr=1e-3, eps=1e-6),
-        train_data=samples,
+        train_data=train,
         global_batch_size=512,
         micro_batch_size=32,
         num_epochs=2,
         collate=pad,
-        evaluate=partial(recall, samples=held_out),
+        evaluate=partial(recall, samples=test),
         facts={
             "data": "Multi30k (Elliott et al., 2016), English and German captions",
-            "training samples": f"{len(samples):,} pairs",
-            "held-out samples": f"{len(held_out):,} pairs",
-            "vocabulary": f"{_NUM_WORDS:,} words of each language",
+            "training samples": f"{len(train):,} pairs",
+            "held-out samples": f"{len(test):,} pairs",
+            "vocabulary": f"{len(english):,} English and {len(german):,} German tokens",
         },
     )

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from gradfold.errors import DataError
 from gradfold.token_budget import TokenBudget
 from gradfold.weight import token_count
 from gradfold.workloads.evaluation import evaluating
-from gradfold.workloads.text_files import read_pairs
+from gradfold.workloads.multi30k import read_pairs
 from gradfold.workloads.vocabulary import MARK, PAD, Vocabulary
 from gradfold.workloads.workload import Workload
 
@@ -29,7 +28,6 @@ _NUM_PAIRS = 6000  # of 29,000, so that an epoch takes seconds
 _NUM_WORDS = 2000  # of each language
 _MAX_WORDS = 64
 _MICRO_BATCH_SIZE = 32
-_SOURCE = "https://github.com/multi30k/dataset"
 
 # One pair, or with a leading dimension a batch of them: "source" and "target", which begins and ends with a mark.
 Sample: TypeAlias = "dict[str, Tensor]"
@@ -111,11 +109,12 @@ def translation(data: Path | None = None) -> Workload:
         data: the folder with Multi30k, gzipped or not. The first 6,000 training pairs are used.
 
     Raises:
-        DataError: no folder was named, or a file is missing or damaged.
+        DataError: no folder is given, or a file is missing or damaged.
     """
-    if data is None:
-        raise DataError(f"translation needs Multi30k, from {_SOURCE}: --data DIR with its train and val files")
-    texts = read_pairs(data, "train", ("de", "en"))[:_NUM_PAIRS]
+    texts, test_texts = (
+        [(source.split(), target.split()) for source, target in read_pairs(data, part, ("de", "en"))[:_NUM_PAIRS]]
+        for part in ("train", "val")
+    )
     sources = Vocabulary.of_most_frequent((source for source, _ in texts), _NUM_WORDS)
     targets = Vocabulary.of_most_frequent((target for _, target in texts), _NUM_WORDS)
     train, test = (
@@ -126,7 +125,7 @@ def translation(data: Path | None = None) -> Workload:
             }
             for source, target in part
         ]
-        for part in (texts, read_pairs(data, "val", ("de", "en")))
+        for part in (texts, test_texts)
     )
     longest = sum(max(found) for found in lengths(train).values())
     return Workload(
