@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import gradfold
 from gradfold.cli import app
-from gradfold.memory.amount import read_bytes
+from gradfold.memory.amount import read_bytes, written
 
 MIB = 2**20
 ROWS = 512
@@ -167,6 +167,7 @@ def test_amounts():
     assert read_bytes("16GiB") == read_bytes("16g") == 2**34
     assert read_bytes("16 GB") == 16 * 10**9
     assert read_bytes("0.5 KiB") == read_bytes("512") == read_bytes(512) == 512
+    assert [written(size) for size in (2048, 12_900_000, 3 * 2**30)] == ["2 KiB", "12.3 MiB", "3.00 GiB"]
 
 
 def run(*arguments):

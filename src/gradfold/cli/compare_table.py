@@ -13,6 +13,7 @@ from gradfold.compare import readable
 from gradfold.compare.report import metric_names
 from gradfold.compare.results import Comparison, Row
 from gradfold.compare.verdict import verdict
+from gradfold.memory.amount import written
 
 __all__: list[str] = []
 
@@ -111,8 +112,8 @@ def _costs(comparison: Comparison) -> Table:
             row.arm,
             readable.number(row.measured.samples_per_s),
             *map(readable.seconds, spent),
-            readable.size(memory.rise_bytes),
-            readable.MISSING if tracked is None else readable.size(tracked.peak_bytes),
+            written(memory.rise_bytes),
+            readable.MISSING if tracked is None else written(tracked.peak_bytes),
         )
     return table
 

@@ -19,6 +19,7 @@ from gradfold.compare import readable
 from gradfold.compare.arms import DEFAULT_ARMS
 from gradfold.compare.results import Comparison, Deviation, Measured, Row
 from gradfold.compare.verdict import FLOAT64_ROUNDING
+from gradfold.memory.amount import written
 
 __all__: list[str] = []
 
@@ -128,11 +129,11 @@ def draw_memory(axes: Axes, comparison: Comparison) -> None:
                 color = _mixed(COLORS[row.arm], strength)
                 axes.barh(position - 0.19, mib, left=left, color=color, height=0.34)
                 left += mib
-            _beside(axes, left, position - 0.19, f"{readable.size(tracked.peak_bytes)} of tensors")
+            _beside(axes, left, position - 0.19, f"{written(tracked.peak_bytes)} of tensors")
             longest = max(longest, left)
         rise = memory.rise_bytes / 2**20
         axes.barh(position + 0.19, rise, facecolor="none", edgecolor=COLORS[row.arm], hatch="////", height=0.3)
-        _beside(axes, rise, position + 0.19, f"{readable.size(memory.rise_bytes)} added  ({_baseline(row.measured)})")
+        _beside(axes, rise, position + 0.19, f"{written(memory.rise_bytes)} added  ({_baseline(row.measured)})")
         longest = max(longest, rise)
     handles = [Patch(facecolor=_mixed("#4a4f57", strength), label=kind.replace("_", " ")) for kind, strength in _KINDS]
     handles.append(Patch(facecolor="none", edgecolor="#4a4f57", hatch="////", label="process: added by training"))
@@ -252,7 +253,7 @@ def _beside(axes: Axes, x: float, y: float, text: str) -> None:
 
 
 def _baseline(measured: Measured) -> str:
-    return f"peak {readable.size(measured.memory.peak_bytes)}"
+    return f"peak {written(measured.memory.peak_bytes)}"
 
 
 def _mixed(color: str, strength: float) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Numbers as people read them: 2.1e-16, 97.4 %, 12.3 MiB."""
+"""Numbers as people read them: 2.1e-16, 97.4 %, 12.3 ms; amounts of memory are in `gradfold.memory.amount`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,6 @@ def share(value: float) -> str:
 def deviation(value: Deviation) -> str:
     """A deviation, or a dash where there is none."""
     return MISSING if value.value is None else share(value.value)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in the unit that fits."""
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    if num_bytes >= 2**20:
-        return f"{num_bytes / 2**20:.1f} MiB"
-    return f"{num_bytes / 2**10:.0f} KiB"
 
 
 def seconds(value: float) -> str:

@@ -16,6 +16,7 @@ from gradfold.compare.plots import COLORS, draw_all
 from gradfold.compare.results import Comparison
 from gradfold.compare.verdict import verdict
 from gradfold.errors import OptionError
+from gradfold.memory.amount import written
 
 __all__: list[str] = []
 
@@ -74,6 +75,7 @@ def render_page(comparison: Comparison, plots: Mapping[str, bytes]) -> str:
         metrics=metric_names(comparison),
         colors=COLORS,
         readable=readable,
+        written=written,
         usual_reference=REFERENCE,
     )
 

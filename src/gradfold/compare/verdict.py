@@ -13,8 +13,9 @@ from gradfold.compare.arms import (
     TOKEN_BUDGET,
     LowerPrecision,
 )
-from gradfold.compare.readable import metric, seconds, share, size
+from gradfold.compare.readable import metric, seconds, share
 from gradfold.compare.results import Comparison, Deviation, Row
+from gradfold.memory.amount import written
 
 __all__: list[str] = []
 
@@ -232,9 +233,9 @@ def _cost(row: Row, comparison: Comparison) -> str:
     rise, full = own.memory.rise_bytes, reference.memory.rise_bytes
     noise = 0 if own.device == "cuda" else _PROCESS_NOISE_BYTES
     if abs(rise - full) <= max(_SAME * full, noise):
-        memory = f"about the same memory as {_full_batch(row)} ({size(rise)} against {size(full)})"
+        memory = f"about the same memory as {_full_batch(row)} ({written(rise)} against {written(full)})"
     else:
-        memory = f"{size(rise)} of memory where {_full_batch(row)} took {size(full)}"
+        memory = f"{written(rise)} of memory where {_full_batch(row)} took {written(full)}"
     pace = own.samples_per_s / reference.samples_per_s
     speed = "at about the same speed" if abs(pace - 1) <= _SAME else f"at {pace:.2f} times its speed"
     return f"Training took {memory}, {speed}."
