@@ -222,7 +222,7 @@ class Accumulator:
             replay = Replay(
                 transaction,
                 agreement,
-                partial(self._opening.schedule, batch, modules, parameters, transaction, agreement),
+                partial(self._opening.schedule, batch, transaction, agreement),
                 self._cutting.recut_of(batch),
                 self._cutting.fitting,
                 self._coupling.normalises_parts(),

@@ -53,15 +53,7 @@ class Opening:
         self._self_check = self_check
         self._warned_of: set[str] = set()
 
-    def schedule(
-        self,
-        batch: Batch,
-        modules: Sequence[nn.Module],
-        parameters: Sequence[nn.Parameter],
-        transaction: Transaction,
-        agreement: Alone,
-        window: OpenWindow,
-    ) -> Schedule:
+    def schedule(self, batch: Batch, transaction: Transaction, agreement: Alone, window: OpenWindow) -> Schedule:
         """How to run a window that begins, also once more, after a look at it.
 
         Raises:
@@ -74,9 +66,9 @@ class Opening:
         plain = Cautious(transaction) if is_new_size else self._plain(window)
         if self._coupling.is_whole(window, agreement):
             return agreement.around(plain, window)
-        self._check_hooks(parameters)
-        schedule = self._coupling.schedule(window, transaction, agreement, modules, plain)
-        self._look(batch, modules, agreement, window, schedule is plain)
+        self._check_hooks(transaction.parameters)
+        schedule = self._coupling.schedule(window, transaction, agreement, plain)
+        self._look(batch, transaction.modules, agreement, window, schedule is plain)
         return agreement.around(schedule, window)
 
     def _plain(self, window: OpenWindow) -> Schedule:

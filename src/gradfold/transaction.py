@@ -22,7 +22,16 @@ __all__: list[str] = []
 class Transaction:
     """Opened and closed by a `with` block.
 
+    Args:
+        model: that is trained.
+        modules: all of the model's, since to walk through them takes its time.
+        parameters: all of the model's.
+        buffers: what earlier windows have learned of them.
+        set_aside: sets gradients aside.
+
     Attributes:
+        modules: as given.
+        parameters: as given.
         gradients: the `.grad` fields, with those found at the opening set aside.
     """
 
@@ -35,16 +44,16 @@ class Transaction:
         set_aside: Callable[[Sequence[nn.Parameter]], SetAside] = SetAside,
     ) -> None:
         self._model = model
-        self._modules = modules
-        self._parameters = parameters
+        self.modules = modules
+        self.parameters = parameters
         self._buffers = buffers
         self._set_aside = set_aside
         self._is_given_up = False
 
     def __enter__(self) -> Transaction:
-        self._random_state = self._beginning = RandomState.record(self._parameters)
-        self._buffers.open(self._modules)
-        self.gradients = self._set_aside(self._parameters)
+        self._random_state = self._beginning = RandomState.record(self.parameters)
+        self._buffers.open(self.modules)
+        self.gradients = self._set_aside(self.parameters)
         return self
 
     def __exit__(
@@ -57,7 +66,7 @@ class Transaction:
 
     def begin(self) -> None:
         """The batch is cut and weighed, for which random numbers may have been drawn: a rewind goes back to here."""
-        self._beginning = RandomState.record(self._parameters)
+        self._beginning = RandomState.record(self.parameters)
 
     def settle(self) -> list[Tensor]:
         """The last micro-batch is done: bring the new gradients into the form in which they are handed over.
@@ -67,13 +76,13 @@ class Transaction:
         """
         self.gradients.settle()
         self._buffers.learn()
-        return non_finite_flags(self._parameters)
+        return non_finite_flags(self.parameters)
 
     def rewind(self) -> None:
         """Set everything to where it was at the beginning, with empty gradients: the window begins again."""
         self.gradients.empty(self._model.parameters())
         self._buffers.restore()
-        self._buffers.open(self._modules)
+        self._buffers.open(self.modules)
         self._beginning.restore()
 
     def empty_gradients(self) -> None:
@@ -92,7 +101,7 @@ class Transaction:
 
     def savepoint(self) -> Savepoint:
         """Where a micro-batch begins."""
-        return Savepoint(self._parameters, RandomState.record(self._parameters))
+        return Savepoint(self.parameters, RandomState.record(self.parameters))
 
     def go_back_to(self, savepoint: Savepoint) -> bool:
         """Undo the micro-batch that began there; False, and nothing is undone, where it has left a trace.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -66,28 +66,25 @@ class Coupling:
         """Whether all that depends on each other is in one micro-batch, which then runs as in plain torch."""
         return len(window.micro_batches) == 1
 
-    def schedule(
-        self,
-        window: OpenWindow,
-        transaction: Transaction,
-        agreement: Alone,
-        modules: Iterable[nn.Module],
-        plain: Schedule,
-    ) -> Schedule:
+    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
         """How to run a window of several micro-batches.
 
         Args:
             window: this one.
             transaction: in which it runs.
             agreement: with other ranks.
-            modules: all those of the model.
             plain: how to run it if nothing in it were coupled.
 
         Raises:
             BatchNormError: layers would see a micro-batch instead of the batch, and nobody said that this is meant.
         """
         return batch_normalisation.schedule_for(
-            self.model, modules, self._batch_norm, len(window.micro_batches), window.num_samples, plain
+            self.model,
+            transaction.modules,
+            self._batch_norm,
+            len(window.micro_batches),
+            window.num_samples,
+            plain,
         )
 
     def accepted(self) -> Mapping[str, nn.Module] | None:
@@ -120,14 +117,7 @@ class ExactCoupling(Coupling):
         """Not so where other ranks have rows in the same statistics."""
         return len(window.micro_batches) == 1 and not isinstance(agreement, InLockStep)
 
-    def schedule(
-        self,
-        window: OpenWindow,
-        transaction: Transaction,
-        agreement: Alone,
-        modules: Iterable[nn.Module],
-        plain: Schedule,
-    ) -> Schedule:
+    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
         """In lock-step."""
         return exact_batch_norm.schedule_for(window, agreement)
 
@@ -166,18 +156,11 @@ class TwoPhaseCoupling(Coupling):
         """Not so where other ranks have statistics in the same loss."""
         return len(window.micro_batches) == 1 and not isinstance(agreement, Together)
 
-    def schedule(
-        self,
-        window: OpenWindow,
-        transaction: Transaction,
-        agreement: Alone,
-        modules: Iterable[nn.Module],
-        plain: Schedule,
-    ) -> Schedule:
+    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
         """In two phases."""
         inner = plain
         if len(window.micro_batches) > 1:
-            inner = super().schedule(window, transaction, agreement, modules, plain)
+            inner = super().schedule(window, transaction, agreement, plain)
         if isinstance(inner, Cautious):  # it begins again as a whole
             inner = one_after_another
         return self._phases.schedule(window, transaction, agreement, inner, self._raises)
