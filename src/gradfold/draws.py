@@ -236,6 +236,10 @@ class EqualDraws(_Draws):  # type: ignore[no-untyped-call]
         self._recorded = recorded
         self._dims = dims
 
+    def go_on_with(self, rows: Rows) -> None:
+        """Run other rows of the same batch from here on."""
+        self._numbers.clear()
+
     def _draw(self, number: int, func: Any, args: tuple[Any, ...], result: Any) -> Any:
         whole = self._recorded.values[number]
         assert whole is not None  # a part had its rows of it

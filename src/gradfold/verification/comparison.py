@@ -14,7 +14,7 @@ from gradfold.recovery import Unit
 from gradfold.split import check_size, cut_range
 from gradfold.token_budget import TokenBudget
 from gradfold.verification.reference import difference_norm, relative_error
-from gradfold.verification.runs import Attempt, WholeRun
+from gradfold.verification.runs import Attempt, WholeRun, run_in_parts, run_jittered, run_whole
 from gradfold.verification.specimen import Specimen
 from gradfold.verification.verdict import ParameterRow, SizeRow
 
@@ -104,9 +104,9 @@ class Allowance:
 
 def compare(specimen: Specimen, sizes: Sequence[int | TokenBudget], whole: WholeRun | None = None) -> Comparison:
     """Run the whole batch, twice, and each size."""
-    whole = whole or specimen.run_whole()
-    again = specimen.run_whole()
-    attempts = [specimen.run_in_parts(size, whole) for size in sizes]
+    whole = whole or run_whole(specimen)
+    again = run_whole(specimen)
+    attempts = [run_in_parts(specimen, size, whole) for size in sizes]
     return Comparison(whole, attempts, relative_error(again.gradients, whole.gradients))
 
 
@@ -162,7 +162,7 @@ def _allowance(specimen: Specimen, comparison: Comparison, dtypes: set[torch.dty
     base = _TOLERANCES.get(precision, 0.0)
     if comparison.repeat > base:
         return Allowance(precision, math.nan, base, is_repeatable=False)
-    moved = [specimen.run_jittered(precision, seed) for seed in range(2)]
+    moved = [run_jittered(specimen, precision, seed) for seed in range(2)]
     # Two runs may differ a little, by kernels that add up in any order.
     noise = max(comparison.repeat, *(relative_error(one.gradients, comparison.whole.gradients) for one in moved))
     tolerance = max(base, min(_NOISE * noise, _LARGEST))

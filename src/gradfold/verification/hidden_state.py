@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from gradfold.verification.reference import relative_error
+from gradfold.verification.runs import run_whole
 from gradfold.verification.specimen import Specimen
 from gradfold.verification.verdict import listed
 
@@ -16,7 +17,7 @@ _PLAIN = (bool, int, float, str, list, dict, tuple, set)
 def find_hidden_state(specimen: Specimen) -> str | None:
     """The attributes that one run of a copy changed, as " (module.name)", if its second run gives another gradient."""
     model = specimen.fresh_model()
-    first, second = specimen.run_whole(model), specimen.run_whole(model)
+    first, second = run_whole(specimen, model), run_whole(specimen, model)
     if relative_error(second.gradients, first.gradients) < 1e-9:
         return None
     names = _changed(specimen.fresh_model(), model)

@@ -20,7 +20,7 @@ from gradfold.token_budget import TokenBudget
 from gradfold.verification import causes
 from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare, measure
 from gradfold.verification.copies import own_dtypes
-from gradfold.verification.runs import WholeRun
+from gradfold.verification.runs import WholeRun, run_whole
 from gradfold.verification.specimen import Specimen
 from gradfold.verification.untouched import Untouched
 from gradfold.verification.verdict import Cause, Verdict, listed, name_of
@@ -74,13 +74,13 @@ def _first_run(
     specimen = Specimen(accumulator, batch, total, dtype, untouched)
     own = own_dtypes(accumulator.model)
     try:
-        return specimen, specimen.run_whole(), []
+        return specimen, run_whole(specimen), []
     except Exception as error:
         if own == {dtype}:
             raise
         failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     specimen = Specimen(accumulator, batch, total, None, untouched)
-    whole = specimen.run_whole()
+    whole = run_whole(specimen)
     names = listed(sorted(map(name_of, own)))
     note = f"run in the model's own precision ({names}), since it fails in {name_of(dtype)} ({failure})."
     return specimen, whole, [note]

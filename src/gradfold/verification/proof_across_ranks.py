@@ -21,6 +21,7 @@ from gradfold.token_budget import TokenBudget
 from gradfold.verification.comparison import measure
 from gradfold.verification.proof import count_rows, prove
 from gradfold.verification.reference import relative_error
+from gradfold.verification.runs import run_whole, run_with_others
 from gradfold.verification.specimen import Specimen
 from gradfold.verification.untouched import Untouched
 from gradfold.verification.verdict import Cause, SizeRow, Verdict, listed, number
@@ -58,13 +59,13 @@ def prove_across_ranks(
         return replace(found, notes=(*found.notes, note))
     frozen = list(dropping_modules(alone.model))  # no random numbers can be handed to the rows of other ranks
 
-    def run_whole() -> dict[str, Tensor] | None:
+    def run_as_one() -> dict[str, Tensor] | None:
         with Untouched(alone) as untouched:
             specimen = Specimen(alone, whole_batch, found.num_rows, found.dtype, untouched).with_frozen(frozen)
-            whole = specimen.run_whole()
+            whole = run_whole(specimen)
         return None if whole.recorded.values else {name: one.cpu() for name, one in whole.gradients.items()}
 
-    expected = _on_first(ranks, run_whole)
+    expected = _on_first(ranks, run_as_one)
     if expected is None:
         text = "random numbers are drawn outside of modules, which cannot be handed to the rows of other ranks."
         return replace(found, ok=False, causes=(Cause("random", text),))
@@ -72,7 +73,7 @@ def prove_across_ranks(
     for size in _sizes(accumulator, own_rows, micro_batch_sizes):
         with Untouched(alone) as untouched:
             specimen = Specimen(alone, batch, own_rows, found.dtype, untouched).with_frozen(frozen)
-            gradients, num_run = specimen.run_with_others(size, partial(wrapped_as, accumulator.model))
+            gradients, num_run = run_with_others(specimen, size, partial(wrapped_as, accumulator.model))
         rows.append(_row(ranks, size, num_run, {name: one.cpu() for name, one in gradients.items()}, expected))
     return _judge(found, ranks, rows, frozen)
 

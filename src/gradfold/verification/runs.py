@@ -1,15 +1,33 @@
-"""The runs of a proof: what the whole batch gave at once, and what came of micro-batches."""
+"""The runs of a proof: the whole batch at once, in plain torch, and in micro-batches, by gradfold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from gradfold.draws import RecordedDraws
+from gradfold.backward import BackPropagation
+from gradfold.batch import Batch
+from gradfold.coupled.keyed_dropout import keyed_dropout
+from gradfold.draws import EqualDraws, RecordedDraws
+from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
+from gradfold.jitter import Jitter
+from gradfold.loss import LossOutput
+from gradfold.random_state import HostRandomState, RandomState
+from gradfold.rows import Rows
+from gradfold.sync import unwrapped
 from gradfold.token_budget import TokenBudget
+from gradfold.verification.draws_in_order import DrawsInOrder
+from gradfold.verification.draws_in_turn import DrawsInTurn
 from gradfold.verification.graph import Graph
+from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
+from gradfold.verification.specimen import Specimen, terms_of
+from gradfold.weight import weigh
 
 __all__: list[str] = []
 
@@ -54,3 +72,99 @@ class Attempt:
     failure: Exception | None = None
     unknown: str | None = None
     dims: Mapping[int, int] = field(default_factory=dict)
+
+
+def run_whole(specimen: Specimen, model: nn.Module | None = None) -> WholeRun:
+    """The whole batch at once; on a copy of the model that has run before, if it is given."""
+    model = specimen.fresh_model() if model is None else model
+    graphs = []
+
+    def loss_fn(model: nn.Module, batch: Batch) -> LossOutput:
+        output: LossOutput = specimen.accumulator.loss_fn(model, batch)
+        graphs.append(specimen.watch_loss(model, output))
+        _check_grad(terms_of(output))
+        return output
+
+    recorded = RecordedDraws() if specimen.equal_draws is None else specimen.equal_draws[0]
+    mode = recorded if specimen.equal_draws is None else EqualDraws(*specimen.equal_draws)
+    with specimen.running():
+        torch_state, host_state = RandomState.record(model.parameters()), HostRandomState.record()
+        batch = specimen.whole_batch()
+        collate_drew = torch_state.has_moved() or host_state.moved() is not None
+        try:
+            with mode, keyed_dropout(model, update=0, num_rows=specimen.num_rows):  # as in a first window
+                found, loss = full_batch_gradient(model, loss_fn, batch)
+        finally:
+            mode.restore_generators()
+        drew = "collate" if collate_drew else host_state.moved()
+    return WholeRun(found, loss, recorded, graphs[-1], drew)
+
+
+def run_jittered(specimen: Specimen, precision: torch.dtype, seed: int) -> WholeRun:
+    """The whole batch at once, with all parameters off by some rounding errors of this precision."""
+    model = specimen.fresh_model()
+    with Jitter(model.parameters(), seed, precision):
+        return run_whole(specimen, model)
+
+
+def run_in_parts(specimen: Specimen, size: int | TokenBudget, whole: WholeRun) -> Attempt:
+    """The batch in micro-batches of at most this size, each row with the random numbers that it had in the whole."""
+    model = specimen.fresh_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        order = _order(specimen, size)
+        in_order = DrawsInTurn if specimen.batch_norm == "exact" else DrawsInOrder
+        draws = in_order(partial(specimen.draws_of, whole.recorded), order)
+        twin = specimen.twin(model, draws.around(specimen.loss_fn_in_phases()), size)
+        try:
+            with specimen.running(), draws:
+                twin.backward(specimen.batch())
+        except Exception as error:
+            is_joint = specimen.batch_norm == "exact"
+            is_found = isinstance(error, NonFiniteLossError if is_joint else (NonFiniteLossError, BatchNormError))
+            if isinstance(error, GradfoldError) and not is_found:
+                raise  # what the user is told without a proof, too
+            distance = math.inf if isinstance(error, NonFiniteLossError) else math.nan
+            return Attempt(size, len(order), None, distance, error)
+        finally:
+            draws.restore_generators()
+    draws.finish()
+    found = gradients(model)  # not kept: there may be many sizes
+    names = {**whole.gradients, **found}
+    differences = {name: difference_norm(found.get(name), whole.gradients.get(name)) for name in names}
+    distance = relative_error(found, whole.gradients)
+    distance = math.inf if math.isnan(distance) else distance
+    return Attempt(size, len(order), differences, distance, None, draws.unknown, draws.dims)
+
+
+def run_with_others(
+    specimen: Specimen, size: int | TokenBudget | None, wrap: Callable[[nn.Module], nn.Module]
+) -> tuple[dict[str, Tensor], int]:
+    """The gradient of this rank's rows and those of others, and how many micro-batches it took here.
+
+    Args:
+        specimen: of this rank.
+        size: of micro-batches.
+        wrap: wraps a copy of the model for all ranks.
+    """
+    model = specimen.fresh_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = specimen.twin(wrap(model), specimen.loss_fn_in_phases(), size, ranks=None)
+        with specimen.running():
+            result = twin.backward(specimen.batch())
+    return gradients(unwrapped(model)), result.num_micro_batches
+
+
+def _order(specimen: Specimen, size: int | TokenBudget) -> list[Rows]:
+    """The rows of micro-batches in the order in which they are run: those that weigh nothing last, if at all."""
+    with specimen.running():
+        parts = specimen.micro_batches(size)
+        idle = weigh(specimen.accumulator.weight, parts).idle()
+    order = [index for index in range(len(parts)) if index not in idle] + sorted(idle)
+    return [parts[index].rows for index in order]
+
+
+def _check_grad(terms: Mapping[str, Tensor]) -> None:
+    if not any(term.requires_grad for term in terms.values()):
+        BackPropagation()([(term, 1.0) for term in terms.values()])  # says what is wrong

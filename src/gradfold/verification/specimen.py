@@ -1,4 +1,4 @@
-"""A specimen: a copy of a user's set-up, run whole or in micro-batches as often as an experiment needs.
+"""A specimen: a copy of a user's set-up, for experiments that leave the set-up itself as it is.
 
 Every run starts from the same weights, buffers, attributes and random state, since it gets a copy of its own.
 """
@@ -6,52 +6,32 @@ Every run starts from the same weights, buffers, attributes and random state, si
 from __future__ import annotations
 
 import copy
-import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradfold.accumulator import Accumulator
-from gradfold.backward import BackPropagation
 from gradfold.batch import Batch, every_leaf, map_tensors
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.coupled.exact_batch_norm import uncoupled
-from gradfold.coupled.keyed_dropout import keyed_dropout
 from gradfold.coupled.two_phase import TwoPhaseLoss, probe_of
 from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
-from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
 from gradfold.feed import feed
-from gradfold.jitter import Jitter
 from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
-from gradfold.random_state import HostRandomState, RandomState
 from gradfold.rows import Rows
 from gradfold.split import MicroBatch, split_rows, split_samples
-from gradfold.sync import RanksOption, unwrapped
+from gradfold.sync import RanksOption
 from gradfold.token_budget import TokenBudget
 from gradfold.token_split import PaddedRows, TokenSplit
 from gradfold.verification.copies import batch_in, copy_of
-from gradfold.verification.draws_in_turn import DrawsInTurn
 from gradfold.verification.graph import Graph
-from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
-from gradfold.verification.runs import Attempt, WholeRun
 from gradfold.verification.untouched import Untouched
-from gradfold.weight import weigh
 
 __all__: list[str] = []
-
-
-class _EqualDraws(EqualDraws):  # type: ignore[no-untyped-call]
-    """The same, for several parts one after another."""
-
-    def go_on_with(self, rows: Rows) -> None:
-        """Begin with other rows."""
-        self._numbers.clear()
 
 
 class Specimen:
@@ -60,6 +40,8 @@ class Specimen:
     Attributes:
         frozen: names of the modules that run in evaluation mode.
         batch_norm: as for `Accumulator`.
+        equal_draws: one row's random numbers, for all rows, and the dimensions that hold rows; None: each its own.
+        reaches_users_model: whether a loss was seen that depends on the user's own parameters.
     """
 
     def __init__(
@@ -70,7 +52,7 @@ class Specimen:
         self.dtype = dtype
         self.frozen: frozenset[str] = frozenset()
         self.batch_norm = accumulator.batch_norm
-        self._equal: tuple[RecordedDraws, Mapping[int, int]] | None = None
+        self.equal_draws: tuple[RecordedDraws, Mapping[int, int]] | None = None
         self._untouched = untouched
         self._model = copy_of(accumulator.model, dtype)
         self._batch = batch if accumulator.collate is not None else self._convert(batch)
@@ -92,7 +74,7 @@ class Specimen:
     def with_equal_draws(self, recorded: RecordedDraws, dims: Mapping[int, int]) -> Specimen:
         """The same with one row's random numbers for all rows, so that it does not matter whose they are."""
         other = copy.copy(self)
-        other._equal = recorded, dims
+        other.equal_draws = recorded, dims
         return other
 
     def fresh_model(self) -> nn.Module:
@@ -149,30 +131,23 @@ class Specimen:
         finally:
             torch.set_default_dtype(default)
 
+    def draws_of(self, recorded: RecordedDraws, rows: Rows) -> DrawsOfRows | EqualDraws:
+        """Runs these rows with the random numbers that they had in the whole batch."""
+        if self.equal_draws is not None:
+            return EqualDraws(*self.equal_draws)
+        return DrawsOfRows(recorded, self.num_rows, rows)
+
     def loss_fn(self, model: nn.Module, batch: Batch) -> LossOutput:
         """The user's, with the gradients kept that its backward pass adds to outside of the copy."""
         output: LossOutput = self.accumulator.loss_fn(model, batch)
-        self._graph(model, output)
+        self.watch_loss(model, output)
         return output
 
-    def examined_loss_fn(self, model: nn.Module, batch: Batch) -> LossOutput:
-        """What must be the mean of its parts: the loss, or a probe of the statistics of a two-phase loss.
-
-        Parts that run one after the other share no statistics of exact BatchNorm: there they are fixed.
-        """
-        if isinstance(self.accumulator.loss_fn, TwoPhaseLoss):
-            output = probe_of(self.accumulator.loss_fn)(model, batch)
-            self._graph(model, output)
-            return output
-        return uncoupled(self.loss_fn)(model, batch) if self.batch_norm == "exact" else self.loss_fn(model, batch)
-
-    def _loss_fn_in_order(self, mode: DrawsInTurn | DrawsOfRows | _EqualDraws, order: Sequence[Rows]) -> LossFn:
-        """`loss_fn` for micro-batches that come in this order, each with its own random numbers."""
-        if isinstance(mode, DrawsInTurn):
-            return mode.around(self.loss_fn)
+    def loss_fn_in_phases(self) -> LossFn:
+        """The same; a two-phase loss as one, watched in both phases."""
         loss_fn = self.accumulator.loss_fn
         if not isinstance(loss_fn, TwoPhaseLoss):
-            return _in_order(self.loss_fn, mode, order)
+            return self.loss_fn
         statistic, loss = loss_fn.statistic, loss_fn.loss
 
         def watched(model: nn.Module, batch: Batch) -> Any:
@@ -182,123 +157,36 @@ class Specimen:
 
         def watched_loss(model: nn.Module, statistics: Any) -> LossOutput:
             output = loss(model, statistics)
-            self._graph(model, output)
+            self.watch_loss(model, output)
             return output
 
-        # Each micro-batch comes twice.
-        return replace(loss_fn, statistic=_in_order(watched, mode, [*order, *order]), loss=watched_loss)
+        return replace(loss_fn, statistic=watched, loss=watched_loss)
 
-    def run_jittered(self, precision: torch.dtype, seed: int) -> WholeRun:
-        """The whole batch at once, with all parameters off by some rounding errors of this precision."""
-        model = self.fresh_model()
-        with Jitter(model.parameters(), seed, precision):
-            return self.run_whole(model)
+    def examined_loss_fn(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """What must be the mean of its parts: the loss, or a probe of the statistics of a two-phase loss.
 
-    def run_whole(self, model: nn.Module | None = None) -> WholeRun:
-        """The whole batch at once; on a copy of the model that has run before, if it is given."""
-        model = self.fresh_model() if model is None else model
-        graphs = []
-
-        def loss_fn(model: nn.Module, batch: Batch) -> LossOutput:
-            output: LossOutput = self.accumulator.loss_fn(model, batch)
-            graphs.append(self._graph(model, output))
-            _check_grad(output)
-            return output
-
-        recorded = RecordedDraws() if self._equal is None else self._equal[0]
-        mode = recorded if self._equal is None else _EqualDraws(*self._equal)
-        with self.running():
-            torch_state, host_state = RandomState.record(model.parameters()), HostRandomState.record()
-            batch = self.whole_batch()
-            collate_drew = torch_state.has_moved() or host_state.moved() is not None
-            try:
-                with mode, keyed_dropout(model, update=0, num_rows=self.num_rows):  # as in a first window
-                    found, loss = full_batch_gradient(model, loss_fn, batch)
-            finally:
-                mode.restore_generators()
-            drew = "collate" if collate_drew else host_state.moved()
-        return WholeRun(found, loss, recorded, graphs[-1], drew)
-
-    def run_with_others(
-        self, size: int | TokenBudget | None, wrap: Callable[[nn.Module], nn.Module]
-    ) -> tuple[dict[str, Tensor], int]:
-        """The gradient of this rank's rows and those of others, and how many micro-batches it took here.
-
-        Args:
-            size: of micro-batches.
-            wrap: wraps a copy of the model for all ranks.
+        Parts that run one after the other share no statistics of exact BatchNorm: there they are fixed.
         """
-        model = self.fresh_model()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            own = self.accumulator.loss_fn
-            loss_fn = own if isinstance(own, TwoPhaseLoss) else self.loss_fn
-            twin = self._twin(wrap(model), loss_fn, size, ranks=None)
-            with self.running():
-                result = twin.backward(self._own_batch())
-        return gradients(unwrapped(model)), result.num_micro_batches
+        if isinstance(self.accumulator.loss_fn, TwoPhaseLoss):
+            output = probe_of(self.accumulator.loss_fn)(model, batch)
+            self.watch_loss(model, output)
+            return output
+        return uncoupled(self.loss_fn)(model, batch) if self.batch_norm == "exact" else self.loss_fn(model, batch)
 
-    def run_in_parts(self, size: int | TokenBudget, whole: WholeRun) -> Attempt:
-        """The batch in micro-batches of at most this size, each row with the random numbers that it had."""
-        model = self.fresh_model()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            order = self._order(size)
-            mode = self._draws(whole.recorded, order)
-            is_joint = isinstance(mode, DrawsInTurn)
-            twin = self._twin(model, self._loss_fn_in_order(mode, order), size)
-            try:
-                with self.running(), mode:
-                    twin.backward(self._own_batch())
-            except Exception as error:
-                is_found = isinstance(error, NonFiniteLossError if is_joint else (NonFiniteLossError, BatchNormError))
-                if isinstance(error, GradfoldError) and not is_found:
-                    raise  # what the user is told without a proof, too
-                distance = math.inf if isinstance(error, NonFiniteLossError) else math.nan
-                return Attempt(size, len(order), None, distance, error)
-            finally:
-                mode.restore_generators()
-        unknown: str | None = None
-        dims: Mapping[int, int] = {}
-        if not isinstance(mode, _EqualDraws):
-            mode.finish()
-            unknown, dims = mode.unknown, mode.dims
-        found = gradients(model)  # not kept: there may be many sizes
-        names = {**whole.gradients, **found}
-        differences = {name: difference_norm(found.get(name), whole.gradients.get(name)) for name in names}
-        distance = relative_error(found, whole.gradients)
-        distance = math.inf if math.isnan(distance) else distance
-        return Attempt(size, len(order), differences, distance, None, unknown, dims)
-
-    def _twin(
+    def twin(
         self, model: nn.Module, loss_fn: LossFn, size: int | TokenBudget | None, ranks: RanksOption = "alone"
     ) -> Accumulator:
+        """An accumulator like the user's for a copy of the model."""
         collate = None if self.accumulator.collate is None else self.collate
         return self.accumulator.twin(model, loss_fn, size, collate=collate, batch_norm=self.batch_norm, ranks=ranks)
 
-    def _own_batch(self) -> Batch:
-        """The batch to give away: a model may change its input in place."""
+    def batch(self) -> Batch:
+        """The batch as an accumulator takes it, to give away: a model may change its input in place."""
         return map_tensors(torch.clone, self._batch) if self.accumulator.collate is None else self._batch
 
-    def _draws(self, recorded: RecordedDraws, order: Sequence[Rows]) -> DrawsInTurn | DrawsOfRows | _EqualDraws:
-        make = partial(self._draws_of_rows, recorded)
-        return DrawsInTurn(make, order) if self.batch_norm == "exact" else make(order[0])
-
-    def _draws_of_rows(self, recorded: RecordedDraws, rows: Rows) -> DrawsOfRows | _EqualDraws:
-        if self._equal is not None:
-            return _EqualDraws(*self._equal)
-        return DrawsOfRows(recorded, self.num_rows, rows)
-
-    def _order(self, size: int | TokenBudget) -> list[Rows]:
-        """The rows of micro-batches in the order in which they are run: those that weigh nothing last, if at all."""
-        with self.running():
-            parts = self.micro_batches(size)
-            idle = weigh(self.accumulator.weight, parts).idle()
-        order = [index for index in range(len(parts)) if index not in idle] + sorted(idle)
-        return [parts[index].rows for index in order]
-
-    def _graph(self, model: nn.Module, output: LossOutput) -> Graph:
-        return self._watch(model, _terms(output).values())
+    def watch_loss(self, model: nn.Module, output: LossOutput) -> Graph:
+        """The graph behind a loss, of whose leaves outside of the copy the gradients are kept."""
+        return self._watch(model, terms_of(output).values())
 
     def _watch(self, model: nn.Module, tensors: Iterable[Tensor]) -> Graph:
         graph = Graph.of(tensors)
@@ -312,27 +200,6 @@ class Specimen:
         return batch if self.dtype is None else batch_in(self.dtype, batch)
 
 
-def _in_order(
-    loss_fn: Callable[[nn.Module, Batch], LossOutput], mode: DrawsOfRows | _EqualDraws, order: Sequence[Rows]
-) -> Callable[[nn.Module, Batch], LossOutput]:
-    ahead = iter(order[1:])
-    is_first = True
-
-    def call(model: nn.Module, batch: Batch) -> LossOutput:
-        nonlocal is_first
-        if not is_first:
-            mode.go_on_with(next(ahead))
-        is_first = False
-        return loss_fn(model, batch)
-
-    return call
-
-
-def _terms(output: LossOutput) -> dict[str, Tensor]:
+def terms_of(output: LossOutput) -> dict[str, Tensor]:
+    """The loss terms in what a `loss_fn` returned."""
     return read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
-
-
-def _check_grad(output: LossOutput) -> None:
-    terms = _terms(output)
-    if not any(term.requires_grad for term in terms.values()):
-        BackPropagation()([(term, 1.0) for term in terms.values()])  # says what is wrong
