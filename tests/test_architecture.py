@@ -21,6 +21,7 @@ LAYERS = [
     ["opening"],
     ["cutting"],
     ["loader"],
+    ["loop_window"],
     ["self_check", "coupled", "memory"],
     ["examination", "padding_check"],
     ["glance"],

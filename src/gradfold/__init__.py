@@ -27,9 +27,9 @@ from gradfold.errors import WeightError as WeightError
 from gradfold.errors import WindowError as WindowError
 from gradfold.errors import WorkloadError as WorkloadError
 from gradfold.length_plan import StepCost as StepCost
-from gradfold.loader import LoopWindow as LoopWindow
 from gradfold.loader import Window as Window
 from gradfold.loader import windows as windows
+from gradfold.loop_window import LoopWindow as LoopWindow
 from gradfold.memory.auto import Auto as Auto
 from gradfold.memory.choice import MicroBatchChoice as MicroBatchChoice
 from gradfold.memory.choice import SizeTiming as SizeTiming

@@ -14,7 +14,8 @@ from gradfold.coupled.batch_norm import batch_statistics_layers
 from gradfold.dropout import dropping_modules
 from gradfold.errors import BatchError, BatchNormError
 from gradfold.hooks import parameters_with_hooks
-from gradfold.loader import LoopWindow, Window
+from gradfold.loader import Window
+from gradfold.loop_window import LoopWindow
 from gradfold.split import split_samples
 from gradfold.token_budget import TokenBudget
 from gradfold.verification import causes
