@@ -28,6 +28,7 @@ LAYERS = [
     ["examined"],
     ["trial", "replay", "sharded"],
     ["inspection", "agreement", "token_split", "surroundings"],
+    ["stopwatch", "padded_rows"],
     ["transaction", "window"],
     ["precision", "metric", "feed", "sharding"],
     ["loss"],
@@ -49,9 +50,9 @@ LAYERS = [
     ["ranks"],
     ["recovery", "fitting_size", "out_of_memory", "token_budget", "trimming"],
     ["draws", "mixture", "weight_search", "accusation", "jitter", "dropout"],
-    ["batch", "rows", "losses"],
+    ["batch", "losses"],
     ["length_plan"],
-    ["errors", "warning", "version"],
+    ["rows", "errors", "warning", "version"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -11,10 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import gradfold
-from gradfold import token_split
 from gradfold.errors import BatchError, DoesNotFitError, OptionError
-from gradfold.split import MicroBatch
-from gradfold.token_split import Stopwatch, TokenSplit
+from gradfold.token_split import TokenSplit
 
 F = nn.functional
 LENGTHS = [9, 2, 8, 2, 0, 5, 9, 1, 3, 2, 7, 2, 4]
@@ -214,42 +212,6 @@ def test_lengths_of_other_rows_are_refused_and_nothing_is_left():
     with pytest.raises(BatchError, match=r"one length for each of the 13 rows"):
         gradfold.Accumulator(model, loss_fn, micro_batch_size=budget).backward(collate(make_samples()))
     assert gradients(model) == {}
-
-
-def stopwatch(sizes, seconds, monkeypatch):
-    """A stopwatch that has seen micro-batches of these sizes, of one row where negative, and of these durations."""
-    parts = [
-        MicroBatch(None, range(1 if size < 0 else 2), width=abs(size) if size < 0 else size // 2) for size in sizes
-    ]
-    now = [0.0]
-    monkeypatch.setattr(token_split.time, "perf_counter", lambda: now[0])
-
-    def forward(index):
-        now[0] += 0.25 * seconds[index]
-        return index
-
-    def backward(index):
-        now[0] += 0.75 * seconds[index]
-
-    watch = Stopwatch(
-        lambda indices, forward, backward: [backward(forward(index)) for index in indices], parts, torch.device("cpu")
-    )
-    watch(range(len(parts)), forward, backward)
-    return watch
-
-
-@pytest.mark.parametrize(
-    ("sizes", "seconds", "overhead"),
-    [
-        ([400, 380, -20, -20, -20], [0.5, 0.48, 0.12, 0.12, 0.12], 128.0),  # 0.1 s + 1 ms a token: 100 tokens
-        ([400, 380, -20, -20, -20], [0.402, 0.382, 0.022, 0.022, 5.0], 2.0),  # one was disturbed
-        ([400, -20], [0.1, 0.1], 512.0),  # all is overhead: no more than the largest
-        ([400, -20], [0.4, 0.01], 1.0),  # none to be seen
-        ([400, -300], [0.4, 0.3], None),  # too alike to tell
-    ],
-)
-def test_what_a_micro_step_costs_is_read_off_large_and_tiny_ones(sizes, seconds, overhead, monkeypatch):
-    assert stopwatch(sizes, seconds, monkeypatch).overhead() == overhead
 
 
 def test_the_second_window_is_measured_once_and_what_it_learned_is_resumed():

@@ -13,7 +13,7 @@ into the same picture, since the reach moves with p.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gradfold.errors import OptionError
+from gradfold.rows import Rows
 
 __all__ = ["StepCost"]
 
@@ -84,6 +85,12 @@ def plan(lengths: Sequence[Tensor], max_tokens: int, cost: StepCost) -> list[tup
         groups.append(tuple(rows[start : cut[start]]))
         start = cut[start]
     return groups
+
+
+def width_of(lengths: Mapping[str, Tensor], rows: Rows) -> int:
+    """The padded length of rows that run together, all inputs together."""
+    index = torch.tensor(rows)
+    return sum(int(length[index].max()) for length in lengths.values())
 
 
 def _cut_by_one(lengths: Tensor, max_tokens: int, cost: StepCost) -> list[int]:

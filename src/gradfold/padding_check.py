@@ -27,8 +27,9 @@ from gradfold.jitter import Jitter
 from gradfold.loss import LossFn
 from gradfold.mixture import Mixture, tolerance_of
 from gradfold.out_of_memory import is_out_of_memory
+from gradfold.padded_rows import PaddedRows
 from gradfold.split import MicroBatch
-from gradfold.token_split import PaddedRows, TokenSplit
+from gradfold.token_split import TokenSplit
 from gradfold.trial import Outcome, Shares, Trial
 from gradfold.warning import warn
 from gradfold.weight import WeightOption, WindowWeights, weigh

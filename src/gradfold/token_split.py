@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfold.backward import Weighed
 from gradfold.batch import Batch, num_rows
 from gradfold.errors import BatchError, OptionError
-from gradfold.length_plan import StepCost, plan
+from gradfold.length_plan import StepCost, plan, width_of
+from gradfold.padded_rows import PaddedRows, find_in_samples, find_in_tensors
 from gradfold.rows import Rows
 from gradfold.split import Collate, MicroBatch, split_samples
+from gradfold.stopwatch import Stopwatch
 from gradfold.token_budget import TokenBudget
 from gradfold.trimming import Trimming
 from gradfold.warning import warn
-from gradfold.window import Backward, Forward, Schedule
+from gradfold.window import Schedule
 
 __all__: list[str] = []
 
 _FIRST_OVERHEAD = 64.0  # padded tokens, until it is measured
 _NUM_PROBES = 3  # micro-batches of one row that are timed
-_MOST_PADDED_ROWS = 8  # that are run with more padding than they need
-
-
-class PaddedRows(NamedTuple):
-    """Some rows of a batch with more padding than they need, and the same rows as they are run.
-
-    Attributes:
-        whole: with padding to the length of the batch, or of its longest row.
-        parts: padded to their own length; together the same rows in the same order.
-        lengths: for each input the length of every row of the first part.
-    """
-
-    whole: MicroBatch
-    parts: tuple[MicroBatch, ...]
-    lengths: Mapping[str, Tensor]
 
 
 class TokenSplit:
@@ -85,19 +68,20 @@ class TokenSplit:
                 raise OptionError("trim= is for padded tensors; with collate= every micro-batch is padded by itself.")
             widths: Mapping[str, Tensor] = {name: length.clamp(min=1) for name, length in found.items()}
             groups = self._plan(widths, max_tokens, is_first)
-            self._padded_rows = self._padded_rows or _samples_to_check(batch, collate, widths, groups, self._num_looks)
+            self._padded_rows = self._padded_rows or find_in_samples(batch, collate, widths, groups, self._num_looks)
             return [
-                MicroBatch(collate([batch[row] for row in rows]), rows, False, _width(widths, rows)) for rows in groups
+                MicroBatch(collate([batch[row] for row in rows]), rows, False, width_of(widths, rows))
+                for rows in groups
             ]
         named = {name: self.budget.trim_of(name, list(found)) for name in found}
         trimming = Trimming(batch, found, self.budget.padding_side, named.__getitem__)
         self._trimmed = {*self._trimmed, *trimming.paths}
         self._settle_places(trimming.found)
         groups = self._plan(trimming.widths, max_tokens, is_first)
-        self._padded_rows = self._padded_rows or _rows_to_check(trimming, found, groups, max_tokens, self._num_looks)
-        if len(groups) == 1 and _width(trimming.widths, groups[0]) == trimming.full_width:
+        self._padded_rows = self._padded_rows or find_in_tensors(trimming, found, groups, max_tokens, self._num_looks)
+        if len(groups) == 1 and trimming.width(groups[0]) == trimming.full_width:
             return [MicroBatch(batch, groups[0], width=trimming.full_width)]
-        return [MicroBatch(trimming.of_rows(rows), rows, True, _width(trimming.widths, rows)) for rows in groups]
+        return [MicroBatch(trimming.of_rows(rows), rows, True, trimming.width(rows)) for rows in groups]
 
     def begin(self) -> None:
         """A window begins: what its batches show of padding is to be looked at, of the first that shows any."""
@@ -190,65 +174,6 @@ class TokenSplit:
             )
 
 
-class Stopwatch:
-    """Goes around a schedule: how long each micro-batch takes, forward and backward."""
-
-    def __init__(self, schedule: Schedule, micro_batches: Sequence[MicroBatch], device: torch.device) -> None:
-        self._schedule = schedule
-        self._sizes = [part.size for part in micro_batches]
-        self._is_probe = [len(part.rows) == 1 for part in micro_batches]
-        self._device = device
-        self._elapsed_s: dict[int, float] = {}
-
-    def __call__(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-        """Run the micro-batches as the schedule does."""
-        begun: list[tuple[int, float]] = []
-
-        def timed_forward(index: int) -> Weighed:
-            begun.append((index, self._now()))
-            return forward(index)
-
-        def timed_backward(weighed: Weighed) -> None:
-            backward(weighed)
-            index, start = begun[-1]
-            self._elapsed_s[index] = self._now() - start
-
-        self._schedule(indices, timed_forward, timed_backward)
-
-    def overhead(self) -> float | None:
-        """What a micro-step costs beside its tokens, in tokens; None where these micro-batches do not tell.
-
-        A line through those of one row and the larger ones, each at their medians. A power of two, since the cut is to
-        change little with the noise of a clock: near the best cut its cost hardly depends on it.
-        """
-        largest = max(self._sizes)
-        small = [index for index in self._elapsed_s if self._is_probe[index] and self._sizes[index] <= largest / 4]
-        large = [index for index in self._elapsed_s if self._sizes[index] > largest / 2]
-        if not small or not large:
-            return None
-        (few, short), (many, long) = (
-            (
-                statistics.median(self._sizes[index] for index in indices),
-                statistics.median(self._elapsed_s[index] for index in indices),
-            )
-            for indices in (small, large)
-        )
-        rate = (long - short) / (many - few)
-        tokens = largest if rate <= 0 else min(max(short / rate - few, 1.0), largest)
-        return float(2 ** round(math.log2(tokens)))
-
-    def _now(self) -> float:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
-        return time.perf_counter()
-
-
-def _width(widths: Mapping[str, Tensor], rows: Rows) -> int:
-    """The padded length of these rows, all inputs together."""
-    index = torch.tensor(rows)
-    return sum(int(width[index].max()) for width in widths.values())
-
-
 def _with_probes(groups: list[Rows]) -> list[Rows]:
     """The same with some rows by themselves, taken from the micro-batch with the most rows."""
     largest = max(range(len(groups)), key=lambda index: len(groups[index]))
@@ -257,61 +182,3 @@ def _with_probes(groups: list[Rows]) -> list[Rows]:
         return groups
     probes: list[Rows] = [rows[index : index + 1] for index in range(_NUM_PROBES)]
     return [*groups[:largest], rows[_NUM_PROBES:], *groups[largest + 1 :], *probes]
-
-
-def _rows_to_check(
-    trimming: Trimming, lengths: Mapping[str, Tensor], groups: Sequence[Rows], max_tokens: int, look: int
-) -> Callable[[], PaddedRows] | None:
-    """Some rows that need half of the padded length at most, as many as fit with all of it."""
-    group = _half_as_long(groups, trimming.widths, trimming.padded, look)
-    if group is None:
-        return None
-    rows = group[: max(1, min(_MOST_PADDED_ROWS, max_tokens // trimming.full_width))]
-
-    def make() -> PaddedRows:
-        whole = MicroBatch(trimming.untrimmed(rows), range(len(rows)))
-        part = MicroBatch(trimming.of_rows(rows), range(len(rows)))
-        return PaddedRows(whole, (part,), {name: length[torch.tensor(rows)] for name, length in lengths.items()})
-
-    return make
-
-
-def _samples_to_check(
-    samples: Sequence[Any], collate: Collate, widths: Mapping[str, Tensor], groups: Sequence[Rows], look: int
-) -> Callable[[], PaddedRows] | None:
-    """Some samples together with the longest, of which they are half as long at most, beside both by themselves."""
-    longest = int(torch.stack(list(widths.values())).sum(0).argmax())
-    group = _half_as_long(groups, widths, {name: int(width[longest]) for name, width in widths.items()}, look)
-    if group is None or longest in group:
-        return None
-    rows = group[:_MOST_PADDED_ROWS]
-
-    def make() -> PaddedRows:
-        short, long = [samples[row] for row in rows], [samples[longest]]
-        num = len(short)
-        return PaddedRows(
-            MicroBatch(collate(short + long), range(num + 1)),
-            (MicroBatch(collate(short), range(num)), MicroBatch(collate(long), range(num, num + 1))),
-            {name: width[torch.tensor(rows)] for name, width in widths.items()},
-        )
-
-    return make
-
-
-def _half_as_long(
-    groups: Sequence[Rows], widths: Mapping[str, Tensor], padded: Mapping[str, int], look: int
-) -> Rows | None:
-    """The longest rows that are half as long at most, which have tokens and are much padded; else the shortest.
-
-    Of several inputs all are shorter, if there are such rows. At the next look others, since these may weigh nothing.
-    """
-    total = sum(padded.values())
-    shorter = [rows for rows in groups if _width(widths, rows) < total]
-    half = [rows for rows in shorter if 2 * _width(widths, rows) <= total]
-    in_all = [
-        rows
-        for rows in half or shorter
-        if all(int(width[torch.tensor(rows)].max()) < padded[name] for name, width in widths.items())
-    ]
-    found = in_all or half or shorter[-1:]
-    return found[look % len(found)] if found else None

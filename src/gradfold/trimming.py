@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradfold.batch import Batch, leaves_by_path, map_tensors
 from gradfold.errors import BatchError
+from gradfold.length_plan import width_of
 from gradfold.rows import Rows
 
 __all__: list[str] = []
@@ -82,8 +83,7 @@ class Trimming:
 
     def width(self, rows: Rows) -> int:
         """The padded length of these rows, all inputs together."""
-        index = torch.tensor(rows)
-        return sum(int(width[index].max()) for width in self.widths.values())
+        return width_of(self.widths, rows)
 
     @property
     def full_width(self) -> int:

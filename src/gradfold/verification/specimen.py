@@ -22,11 +22,12 @@ from gradfold.coupled.two_phase import TwoPhaseLoss, probe_of
 from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
 from gradfold.feed import feed
 from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
+from gradfold.padded_rows import PaddedRows
 from gradfold.rows import Rows
 from gradfold.split import MicroBatch, split_rows, split_samples
 from gradfold.sync import RanksOption
 from gradfold.token_budget import TokenBudget
-from gradfold.token_split import PaddedRows, TokenSplit
+from gradfold.token_split import TokenSplit
 from gradfold.verification.copies import batch_in, copy_of
 from gradfold.verification.graph import Graph
 from gradfold.verification.untouched import Untouched
