@@ -50,6 +50,7 @@ LAYERS = [
     ["ranks"],
     ["recovery", "fitting_size", "out_of_memory", "token_budget", "trimming"],
     ["draws", "mixture", "weight_search", "accusation", "jitter", "dropout"],
+    ["row_count"],
     ["batch", "losses"],
     ["length_plan"],
     ["rows", "errors", "warning", "version"],

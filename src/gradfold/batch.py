@@ -1,7 +1,7 @@
 """A batch: any nesting of tuples, lists, dicts, dataclasses and named tuples around tensors that agree in dim 0.
 
 Dim 0 counts the *rows* (samples). 0-d tensors, numbers, strings and None are the same for every row and stay as they
-are. Everything else is refused by its path: what cannot be cut by rows must not be passed on whole in silence.
+are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import OrderedDict, UserDict, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from itertools import accumulate
@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gradfold.errors import BatchError
-
 __all__: list[str] = []
 
-Batch = Any  # checked by num_rows(), since a type for "any nesting" would accept everything too
+Batch = Any  # checked where rows are counted, since a type for "any nesting" would accept everything too
 
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
-_COLOUR_CHANNELS = (3, 4)
+# The same for every row.
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
 
 def map_tensors(fn: Callable[[Tensor], Any], batch: Batch) -> Batch:
@@ -43,7 +41,7 @@ def in_own_containers(batch: Batch) -> Batch:
         return {key: in_own_containers(value) for key, value in batch.items()}
     if kind is tuple or kind is list:
         return kind(map(in_own_containers, batch))
-    return copy.copy(batch) if isinstance(batch, (dict, UserDict)) or _is_dataclass(batch) else batch
+    return copy.copy(batch) if isinstance(batch, (dict, UserDict)) or is_dataclass(batch) else batch
 
 
 def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
@@ -58,7 +56,7 @@ def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
         return batch._make(items) if hasattr(batch, "_make") else kind(items)
     if isinstance(batch, Mapping):
         return _refilled(batch, {key: map_leaves(fn, value) for key, value in batch.items()})
-    if _is_dataclass(batch):
+    if is_dataclass(batch):
         # A copy, not a call of the class: __post_init__ has run once and may not accept its own results.
         filled = copy.copy(batch)
         for name, value in _attributes(batch).items():
@@ -123,48 +121,6 @@ def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     return parts
 
 
-def num_rows(batch: Batch) -> int:
-    """The number of rows that all tensors of the batch agree on.
-
-    Raises:
-        BatchError: the tensors disagree, there is none, there are no rows, something cannot be cut by rows, or the
-            batch looks like a list of samples.
-    """
-    counts: set[int] = set()
-    is_flat = _count_flat(batch, counts)
-    if not is_flat:
-        counts = _counts(batch)
-    if len(counts) > 1:
-        raise _disagreement(batch)
-    if not counts:
-        raise BatchError(
-            f"the batch holds no tensor with rows ({_summary(batch)}); give a nesting of tensors that agree in dim 0, "
-            "or a list of samples with collate=."
-        )
-    rows = counts.pop()
-    if rows == 0:
-        raise BatchError(f"the batch has no rows: {_shapes(batch)}. Skip empty batches before calling backward().")
-    if not (is_flat and len(batch) <= 2) and _looks_like_samples(batch):
-        raise BatchError(
-            f"the batch looks like a list of samples ({_summary(batch)}): its tensors agree in dim 0 ({rows}) only by "
-            "accident. Pass collate= (for example torch.utils.data.default_collate) to have samples collated per "
-            "micro-batch; if these are different inputs with the same rows, name them in a dict."
-        )
-    return rows
-
-
-def _count_flat(batch: Batch, counts: set[int]) -> bool:
-    """Collect the rows of a tuple, list or dict of plain tensors; False for any other batch. This is the usual case."""
-    kind = type(batch)
-    if kind is not tuple and kind is not list and kind is not dict:
-        return False
-    for leaf in batch.values() if kind is dict else batch:
-        if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
-            return False
-        counts.add(leaf.shape[0])
-    return True
-
-
 def rows_if_any(batch: Batch) -> int | None:
     """The rows that all tensors agree on, whatever else is in the batch; None where they do not, or there are none."""
     counts: set[int] = set()
@@ -174,7 +130,7 @@ def rows_if_any(batch: Batch) -> int | None:
 
 def leaves_by_path(batch: Batch) -> list[tuple[str, Any]]:
     """Whatever is no container, with the text that leads to it: `["labels"]`, `[0].mask`."""
-    children = _children(batch)
+    children = children_of(batch)
     if children is None:
         return [("", batch)]
     return [(name + path, leaf) for name, part in children for path, leaf in leaves_by_path(part)]
@@ -187,7 +143,7 @@ def structure(batch: Batch) -> Hashable:
         return batch.dtype, batch.dim()
     if kind is tuple or kind is list:  # exact types first: this runs for every window
         return kind, *map(structure, batch)
-    children = _children(batch)
+    children = children_of(batch)
     if children is None:
         return kind.__qualname__
     return kind.__qualname__, *[(name, structure(part)) for name, part in children]
@@ -204,7 +160,7 @@ def _is_equal(a: object, b: object) -> bool:
         return a.layout is b.layout is torch.strided and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, PackedSequence) and isinstance(b, PackedSequence):
         return torch.equal(a.data, b.data) and torch.equal(a.batch_sizes, b.batch_sizes)
-    return a is b or (isinstance(a, _CONSTANTS) and type(a) is type(b) and a == b)
+    return a is b or (isinstance(a, CONSTANTS) and type(a) is type(b) and a == b)
 
 
 def every_leaf(batch: Batch) -> list[Any]:
@@ -214,15 +170,12 @@ def every_leaf(batch: Batch) -> list[Any]:
     return leaves
 
 
-def _counts(batch: Batch) -> set[int]:
-    return {len(leaf) for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim() > 0}
-
-
-def _is_dataclass(node: object) -> bool:
+def is_dataclass(node: object) -> bool:
+    """Whether this is a dataclass's instance, not the class itself."""
     return dataclasses.is_dataclass(node) and not isinstance(node, type)
 
 
-def _children(node: object) -> list[tuple[str, Any]] | None:
+def children_of(node: object) -> list[tuple[str, Any]] | None:
     """The parts of a container with the text that leads to them, or None for a leaf."""
     if isinstance(node, PackedSequence):
         return None  # a named tuple whose parts are not per row
@@ -232,98 +185,6 @@ def _children(node: object) -> list[tuple[str, Any]] | None:
         return [(f".{name}", getattr(node, name)) for name in node._fields]
     if isinstance(node, tuple | list):
         return [(f"[{index}]", item) for index, item in enumerate(node)]
-    if _is_dataclass(node):
+    if is_dataclass(node):
         return [(f".{name}", value) for name, value in _attributes(node).items()]
     return None
-
-
-def _leaves(node: Batch, path: str) -> Iterator[tuple[str, Any]]:
-    children = _children(node)
-    if children is None:
-        _check_leaf(node, path)
-        yield path, node
-        return
-    if _is_dataclass(node):
-        _check_fields(node, path)
-    parts = [part for _, part in children]
-    if isinstance(node, (tuple, list)) and any(map(_is_value, parts)) and all(map(_is_value_or_none, parts)):
-        raise BatchError(
-            f"{path} is a {type(node).__name__} of {len(parts)} single values: gradfold cannot know whether "
-            "it has one value per row. Per row: make it a tensor, or pass a list of samples with collate=. The same "
-            "for all rows: leave it out of the batch and bind it to loss_fn with functools.partial."
-        )
-    for suffix, part in children:
-        yield from _leaves(part, path + suffix)
-
-
-def _is_value(node: object) -> bool:
-    return isinstance(node, (bool, int, float, complex, str, bytes)) or (isinstance(node, Tensor) and node.dim() == 0)
-
-
-def _is_value_or_none(node: object) -> bool:
-    return node is None or _is_value(node)
-
-
-def _check_leaf(node: object, path: str) -> None:
-    if not isinstance(node, Tensor):
-        if not isinstance(node, _CONSTANTS):
-            raise _uncuttable(path, node)
-    elif node.is_nested or node.layout not in (torch.strided, torch.sparse_coo):
-        kind = "nested tensor" if node.is_nested else f"{node.layout} tensor"
-        raise BatchError(f"{path} is a {kind}, whose rows cannot be sliced: pass a list of samples with collate=.")
-
-
-def _check_fields(node: Any, path: str) -> None:
-    for field in dataclasses.fields(node):
-        if not hasattr(node, field.name):
-            raise BatchError(f"{path}.{field.name} has no value yet; set every field of {type(node).__name__}.")
-
-
-def _uncuttable(path: str, node: object) -> BatchError:
-    name = f"{type(node).__module__}.{type(node).__qualname__}"
-    if type(node).__module__.split(".")[0] == "numpy":
-        return BatchError(f"{path} is a {name}, expected a tensor: write torch.as_tensor(...) for it.")
-    return BatchError(
-        f"{path} is a {name}, which gradfold cannot cut by rows. Give tensors in tuples, lists, dicts or dataclasses, "
-        "or pass a list of samples with collate= and build this object there."
-    )
-
-
-def _disagreement(batch: Batch) -> BatchError:
-    hint = "Every tensor needs one entry per row in dim 0."
-    if isinstance(batch, tuple | list):
-        hint += " If this is a list of samples, pass collate= (for example torch.utils.data.default_collate)."
-    return BatchError(f"the tensors of the batch disagree in dim 0, the rows: {_shapes(batch)}. {hint}")
-
-
-def _looks_like_samples(batch: Batch) -> bool:
-    """Whether tensors that agree in dim 0 are more likely one sample each than columns of a batch.
-
-    A list of tuples, dicts or dataclasses of one kind is what `collate_fn=list` gives (torch's own collation turns
-    tuples into lists). A sequence of C x H x W tensors longer than C agrees on its channels.
-    """
-    if isinstance(batch, (tuple, list)) and batch:
-        if all(isinstance(part, Tensor) for part in batch):
-            return all(part.dim() == 3 for part in batch) and _is_longer_than_channels(batch)
-        if isinstance(batch, list) and all(isinstance(part, (tuple, Mapping)) or _is_dataclass(part) for part in batch):
-            return len({tuple(suffix for suffix, _ in _children(part) or []) for part in batch}) == 1
-    return any(_looks_like_samples(part) for _, part in _children(batch) or [])
-
-
-def _is_longer_than_channels(images: Sequence[Tensor]) -> bool:
-    # One channel is left out: it looks like a batch of one row, which is never cut.
-    channels = len(images[0])
-    return channels in _COLOUR_CHANNELS and len(images) > channels
-
-
-def _shapes(batch: Batch, limit: int = 8) -> str:
-    shapes = [f"{path} {tuple(leaf.shape)}" for path, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor)]
-    return ", ".join(shapes[:limit]) + (f", and {len(shapes) - limit} more" if len(shapes) > limit else "")
-
-
-def _summary(batch: Batch) -> str:
-    children = _children(batch)
-    if children is None:
-        return f"a {type(batch).__name__}"
-    kinds = sorted({type(part).__name__ for _, part in children})
-    return f"a {type(batch).__name__} of {len(children)} {'/'.join(kinds) or 'elements'}"

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gradfold.backward import BackPropagation
-from gradfold.batch import Batch, cut_rows, equal, num_rows, structure
+from gradfold.batch import Batch, cut_rows, equal, structure
 from gradfold.errors import BatchError, NotDecomposableError
 from gradfold.examination import Examination
 from gradfold.examined import CannotKnowError, Examined, UndecidedError
@@ -26,6 +26,7 @@ from gradfold.feed import feed
 from gradfold.glance import Glance
 from gradfold.loss import LossFn
 from gradfold.out_of_memory import is_out_of_memory
+from gradfold.row_count import num_rows
 from gradfold.split import CollateRows, MicroBatch
 from gradfold.trial import Shares, Trial, sample_gradients
 from gradfold.warning import warn

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradfold.batch import Batch, cut_rows, every_leaf, num_rows, rows_if_any
+from gradfold.batch import Batch, cut_rows, every_leaf, rows_if_any
 from gradfold.errors import BatchError, OptionError
+from gradfold.row_count import num_rows
 from gradfold.rows import Rows, name_rows, shift_rows
 
 __all__: list[str] = []

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.batch import Batch, num_rows
+from gradfold.batch import Batch
 from gradfold.errors import BatchError, OptionError
 from gradfold.length_plan import StepCost, plan, width_of
 from gradfold.padded_rows import PaddedRows, find_in_samples, find_in_tensors
+from gradfold.row_count import num_rows
 from gradfold.rows import Rows
 from gradfold.split import Collate, MicroBatch, split_samples
 from gradfold.stopwatch import Stopwatch

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.batch import Batch, cut_rows, every_leaf, num_rows
+from gradfold.batch import Batch, cut_rows, every_leaf
 from gradfold.errors import BatchError, OptionError
 from gradfold.memory.tracker import storages
+from gradfold.row_count import num_rows
 from gradfold.split import Collate
 
 __all__: list[str] = []

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterator
 
 from gradfold.backward import BackPropagation
-from gradfold.batch import Batch, cut_rows, num_rows
+from gradfold.batch import Batch, cut_rows
 from gradfold.coupled.two_phase import TwoPhaseLoss, explain
 from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError, PaddingError
 from gradfold.examination import Examination
 from gradfold.examined import CannotKnowError, Examined, UndecidedError
 from gradfold.padding_check import PaddingCheck
+from gradfold.row_count import num_rows
 from gradfold.split import MicroBatch, cut_range
 from gradfold.token_budget import TokenBudget
 from gradfold.trial import Trial

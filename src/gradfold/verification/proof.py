@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from gradfold.accumulator import Accumulator
-from gradfold.batch import Batch, num_rows
+from gradfold.batch import Batch
 from gradfold.coupled.batch_norm import batch_statistics_layers
 from gradfold.dropout import dropping_modules
 from gradfold.errors import BatchError, BatchNormError
 from gradfold.hooks import parameters_with_hooks
 from gradfold.loader import Window
 from gradfold.loop_window import LoopWindow
+from gradfold.row_count import num_rows
 from gradfold.split import split_samples
 from gradfold.token_budget import TokenBudget
 from gradfold.verification import causes
