@@ -169,6 +169,15 @@ def test_help_and_version() -> None:
         assert phrase in teaching.stdout
 
 
+@pytest.mark.parametrize("command", ["", "compare", "verify", "plan", "doctor", "workloads"])
+def test_help_is_whole_in_a_terminal_of_eighty_columns(command: str) -> None:
+    arguments = [*command.split(), "--help"]
+    printed = CliRunner().invoke(gradfold.cli.app, arguments, env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    assert printed.replace("\n", "").isprintable()  # no byte was taken for a character
+
+
 def test_without_the_extra_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,8 +26,8 @@ from gradfold.rendezvous import INTERRUPTED, find_place, meeting
 
 __all__: list[str] = []
 
-_OF_BATCH_NORM = ",".join((EXACT_BATCH_NORM, *GROUP_NORM_ARMS))
-_DEFAULT_ARMS = f"{','.join(DEFAULT_ARMS)}; in resnet also {_OF_BATCH_NORM}, in texts {TOKEN_BUDGET}"
+_OF_BATCH_NORM = ", ".join((EXACT_BATCH_NORM, *GROUP_NORM_ARMS))
+_DEFAULT_ARMS = f"{', '.join(DEFAULT_ARMS)}; in resnet also {_OF_BATCH_NORM}, in texts {TOKEN_BUDGET}"
 
 EPILOG = """
 **Examples**
@@ -40,11 +40,11 @@ EPILOG = """
 
 `gradfold compare encoder --arms full-batch,gradfold --json` — two of the four ways, for a program to read
 
-`gradfold compare mnist --data DIR --micro-batch auto` â gradfold finds its micro-batch, in seconds
+`gradfold compare mnist --data DIR --micro-batch auto` — gradfold finds its micro-batch, in seconds
 
-`gradfold compare resnet` â what micro-batches do to BatchNorm, and neither to exact BatchNorm nor to GroupNorm
+`gradfold compare resnet` — what micro-batches do to BatchNorm, and neither to exact BatchNorm nor to GroupNorm
 
-`gradfold compare language-model` â the same training in a fraction of the time, with rows of like length together
+`gradfold compare language-model` — the same training in a fraction of the time, with rows of like length together
 
 `gradfold compare cifar10 --data DIR --precision bf16` — is accumulation faster here, or bfloat16, or both?
 
@@ -71,7 +71,12 @@ def compare(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: the workload's]")] = None,
     seed: Annotated[int, typer.Option(help="Draws the first weights and the order of samples.")] = 0,
-    arms: Annotated[str | None, typer.Option(help=f"Which arms, in which order. [default: {_DEFAULT_ARMS}]")] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Which arms, in which order, with commas between. [default: {_DEFAULT_ARMS}]", metavar="ARMS"
+        ),
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
