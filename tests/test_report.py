@@ -234,6 +234,19 @@ def test_the_tables_fit_a_hundred_columns(comparison: Comparison, capsys: pytest
     assert "Report: out/report.html" in printed
 
 
+def test_no_figure_is_cut_in_a_terminal_of_eighty_columns(
+    normed: Comparison, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    print_comparison(normed, [])
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    for one in normed.rows:
+        assert len(re.findall(rf"^{one.arm} ", printed, re.MULTILINE)) == 4
+
+
 # The words
 
 

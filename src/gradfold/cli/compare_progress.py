@@ -14,6 +14,8 @@ from gradfold.compare.run import OnProgress, Progress
 
 __all__: list[str] = []
 
+_WIDTH_BESIDE_BAR = 64  # of the longest name of an arm, share, time and loss
+
 
 @contextmanager
 def showing_progress(console: Console) -> Iterator[OnProgress]:
@@ -23,7 +25,7 @@ def showing_progress(console: Console) -> Iterator[OnProgress]:
         return
     bars = Bars(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=max(10, min(30, console.width - _WIDTH_BESIDE_BAR))),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[state]}"),
@@ -50,4 +52,4 @@ def _state(progress: Progress) -> str:
     if progress.loss is None:
         return progress.state
     ending = f", {progress.state}" if progress.state == "failed" else ""
-    return f"{progress.updates:,} updates, loss {number(progress.loss)}{ending}"
+    return f"{progress.updates:,} update{'s' * (progress.updates != 1)}, loss {number(progress.loss)}{ending}"

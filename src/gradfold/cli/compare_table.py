@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradfold.cli.wide_table import Column, columns_of, print_wide, wide_enough
 from gradfold.compare import readable
 from gradfold.compare.report import metric_names
 from gradfold.compare.results import Comparison, Row
@@ -17,29 +18,19 @@ from gradfold.memory.amount import written
 
 __all__: list[str] = []
 
-_WIDTH = 100
-_NUM_METRICS = 2  # that fit beside the rest; the report has all
 
-
-def wide_enough(console: Console) -> Console:
-    """The console, with the width that the tables need where it is no terminal and rich assumes 80 columns."""
-    if not console.is_terminal:
-        console.width = _WIDTH
-    return console
-
-
-def print_comparison(comparison: Comparison, written: Sequence[Path]) -> None:
+def print_comparison(comparison: Comparison, files: Sequence[Path]) -> None:
     """Print a comparison on standard output."""
     console = wide_enough(Console(highlight=False))
     console.print(_heading(comparison))
-    console.print(_sameness(comparison))
-    console.print(_costs(comparison))
+    _print_sameness(console, comparison)
+    _print_costs(console, comparison)
     console.print()
     for sentence in verdict(comparison):
         console.print(_bullet(sentence))
-    if written:
-        report = next(path for path in written if path.suffix == ".html")
-        console.print(Text(f"\nReport: {report} (with {len(written) - 1} files beside it)"))
+    if files:
+        report = next(path for path in files if path.suffix == ".html")
+        console.print(Text(f"\nReport: {report} (with {len(files) - 1} files beside it)"))
 
 
 def _bullet(sentence: str) -> Table:
@@ -61,17 +52,18 @@ def _heading(comparison: Comparison) -> Text:
     return text
 
 
-def _sameness(comparison: Comparison) -> Table:
-    """How far each arm is from the full batch."""
-    metrics = metric_names(comparison)[:_NUM_METRICS]
+def _print_sameness(console: Console, comparison: Comparison) -> None:
+    """How far each arm is from the full batch, and where its training ended."""
+    metrics = metric_names(comparison)
     has_last_window = bool(comparison.sizes.last_window)
-    headings = [f"first\ngradient\n{comparison.first_gradients_in}", "first\ngradient\nfloat64"]
-    headings += ["last\nwindow\nfloat64"] * has_last_window + ["final\nweights", "training\nloss"]
-    headings += [f"held-out\n{name.replace('_', ' ')}" for name in metrics] + ["updates"]
-    table = _table("Distance from the full batch", headings)
-    for row in comparison.rows:
-        table.add_row(row.arm, *_sameness_cells(row, has_last_window, metrics, len(headings)))
-    return table
+    distances = [f"first\ngradient\n{comparison.first_gradients_in}", "first\ngradient\nfloat64"]
+    distances += ["last\nwindow\nfloat64"] * has_last_window + ["final\nweights"]
+    ends = ["training\nloss", *[f"held-out\n{name.replace('_', ' ')}" for name in metrics], "updates"]
+    num = len(distances) + len(ends)
+    rows = [_sameness_cells(row, has_last_window, metrics, num) for row in comparison.rows]
+    columns = columns_of([*distances, *ends], rows)
+    groups = [columns[: len(distances)], columns[len(distances) :]]
+    print_wide(console, "\nDistance from the full batch", [_arms(comparison)], groups)
 
 
 def _sameness_cells(row: Row, has_last_window: bool, metrics: Sequence[str], num_cells: int) -> list[str]:
@@ -89,43 +81,29 @@ def _sameness_cells(row: Row, has_last_window: bool, metrics: Sequence[str], num
     return [*cells, f"{row.measured.num_updates:,}"]
 
 
-def _costs(comparison: Comparison) -> Table:
+def _print_costs(console: Console, comparison: Comparison) -> None:
     """What each arm costs; the report has more."""
-    headings = [
-        "samples/s",
-        "total",
-        "forward",
-        "backward",
-        "update",
-        "other",
-        "memory\nadded",
-        "peak of\ntensors",
+    times = ["samples/s", "total", "forward", "backward", "update", "other"]
+    headings = [*times, "memory\nadded", "peak of\ntensors"]
+    columns = columns_of(headings, [_cost_cells(row, len(headings)) for row in comparison.rows])
+    print_wide(console, "\nCost", [_arms(comparison)], [columns[: len(times)], columns[len(times) :]])
+
+
+def _cost_cells(row: Row, num_cells: int) -> list[str]:
+    if row.measured is None:
+        return _failed(num_cells)
+    seconds, memory, tracked = row.measured.seconds, row.measured.memory, row.measured.tracked
+    spent = (seconds.total, seconds.forward, seconds.backward, seconds.update, seconds.other)
+    return [
+        readable.number(row.measured.samples_per_s),
+        *map(readable.seconds, spent),
+        written(memory.rise_bytes),
+        readable.MISSING if tracked is None else written(tracked.peak_bytes),
     ]
-    table = _table("Cost", headings)
-    for row in comparison.rows:
-        if row.measured is None:
-            table.add_row(row.arm, *_failed(len(headings)))
-            continue
-        seconds, memory, tracked = row.measured.seconds, row.measured.memory, row.measured.tracked
-        spent = (seconds.total, seconds.forward, seconds.backward, seconds.update, seconds.other)
-        table.add_row(
-            row.arm,
-            readable.number(row.measured.samples_per_s),
-            *map(readable.seconds, spent),
-            written(memory.rise_bytes),
-            readable.MISSING if tracked is None else written(tracked.peak_bytes),
-        )
-    return table
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False
-    )
-    table.add_column("arm", no_wrap=True, vertical="bottom")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+def _arms(comparison: Comparison) -> Column:
+    return Column("arm", [row.arm for row in comparison.rows], "left")
 
 
 def _failed(num_cells: int) -> list[str]:

@@ -10,11 +10,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from gradfold.accumulator import Accumulator
-from gradfold.cli.compare_table import wide_enough
+from gradfold.cli.wide_table import Column, print_wide, wide_enough
 from gradfold.compare.samples import epoch_order, num_samples, take
 from gradfold.errors import OptionError
 from gradfold.memory.amount import read_bytes, written
@@ -32,7 +31,7 @@ EPILOG = """
 
 `gradfold plan cifar10 --memory 4GiB --global-batch 50000` — a batch of the whole data set: which micro-batch?
 
-`gradfold plan resnet --memory 16GiB --global-batch 1437 --device cuda` — for a GPU that is not here
+`gradfold plan resnet --memory 16GiB --global-batch 1433 --device cuda` — for a GPU that is not here
 
 `gradfold plan encoder --memory 850MiB --global-batch 1024 --json` — for a program to read
 
@@ -106,35 +105,39 @@ def _print(workload: Workload, found: Plan) -> None:
     console.print(Text.assemble((workload.name, "bold"), f": {workload.description}"))
     budget = written(found.budget_bytes)
     console.print(Text(f"global batch {found.num_rows:,}, budget {budget}, on {found.device}", style="dim"))
-    console.print(_table("\nPredicted peak", [row for row in found.rows if not row.lever], found.choice))
+    _print_table(console, "\nPredicted peak", [row for row in found.rows if not row.lever], found.choice)
     levers = [row for row in found.rows if row.lever]
     if levers:
-        console.print(_table("\nWhat would change it", levers, found.choice))
+        _print_table(console, "\nWhat would change it", levers, found.choice)
+        console.print()
         for row in levers:
             console.print(Padding(Text(f"{row.lever}: {row.price}", style="dim"), (0, 0, 0, 2)))
     choice = found.choice
     updates = (
         "the whole batch at once" if choice.num_micro_batches == 1 else f"{choice.num_micro_batches:,} to an update"
     )
-    console.print(Text(f"Micro-batch {choice.micro_batch_size:,}: {updates}.", style="bold green"))
+    console.print(Text(f"\nMicro-batch {choice.micro_batch_size:,}: {updates}.", style="bold green"))
     for note in found.notes:
         console.print(Text(note, style="dim"))
 
 
-def _table(title: str, rows: list[PlanRow], choice: PlanRow) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    headings = ["micro-\nbatch", "how\nmany", *_HEADINGS.values(), "peak", "with\nmargin", "fits"]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+def _print_table(console: Console, title: str, rows: list[PlanRow], choice: PlanRow) -> None:
+    sizes = [
+        Column("micro-\nbatch", [f"{row.micro_batch_size:,}" for row in rows]),
+        Column("how\nmany", [f"{row.num_micro_batches:,}" for row in rows]),
+    ]
+    parts = [
+        Column(heading, [_short(row.make_up.to_json()[kind]) for row in rows]) for kind, heading in _HEADINGS.items()
+    ]
+    sums = [
+        Column("peak", [_short(row.peak_bytes) for row in rows]),
+        Column("with\nmargin", [_short(row.needed_bytes) for row in rows]),
+        Column("fits", ["yes" if row.fits else "no" for row in rows]),
+    ]
     if rows[0].lever:
-        table.add_column("changed", no_wrap=True, vertical="bottom")
-    for row in rows:
-        parts = row.make_up.to_json()
-        sizes = [*[parts[kind] for kind in _HEADINGS], row.peak_bytes, row.needed_bytes]
-        cells = [f"{row.micro_batch_size:,}", f"{row.num_micro_batches:,}", *map(_short, sizes)]
-        cells += ["yes" if row.fits else "no", *[row.lever] * bool(row.lever)]
-        table.add_row(*cells, style="bold" if row == choice else "" if row.fits else "dim")
-    return table
+        sums.append(Column("changed", [row.lever for row in rows], "left"))
+    styles = ["bold" if row == choice else "" if row.fits else "dim" for row in rows]
+    print_wide(console, title, sizes, [parts, sums], styles)
 
 
 _HEADINGS = {

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradfold.accumulator import Accumulator
-from gradfold.cli.compare_table import wide_enough
 from gradfold.cli.ranks import launch_ranks
+from gradfold.cli.wide_table import wide_enough
 from gradfold.compare.samples import epoch_order, num_samples, share, take
 from gradfold.coupled.batch_norm import BatchNormOption
 from gradfold.errors import OptionError
@@ -98,6 +98,7 @@ def verify(
         typer.Option(
             help="What BatchNorm normalises by: exact (the whole batch), per_micro_batch, or refuse (names the "
             "layers). [default: the workload's]",
+            metavar="HOW",
         ),
     ] = None,
     dtype: Annotated[

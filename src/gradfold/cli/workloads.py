@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gradfold.cli.compare_table import wide_enough
+from gradfold.cli.wide_table import wide_enough
 from gradfold.workloads import registry
 
 __all__: list[str] = []
@@ -35,4 +35,4 @@ def workloads(
         table.add_row(one.name, one.text, one.data)
     console = wide_enough(Console(highlight=False))
     console.print(table)
-    console.print("Your own: a function that returns a gradfold.Workload, as module:callable or path.py:callable.")
+    console.print("\nYour own: a function that returns a gradfold.Workload, as module:callable or path.py:callable.")
