@@ -176,7 +176,7 @@ def test_a_second_model_is_shown_with_its_own_reference(
     with Image.open(folder / "gradient_error.png") as of_four, Image.open(tmp_path / "gradient_error.png") as of_six:
         assert of_six.height > of_four.height + 100  # else the labels of an arm lie upon each other
     page = Sources((tmp_path / "report.html").read_text("utf-8")).text
-    assert page.count("the reference\n") == 2 and "2.8e-16" in page and "95.1 %" in page
+    assert page.count("reference\n") == 2 and "2.8e-16" in page and "95.1 %" in page
     assert "The full batch of group-norm, which trains another model, is group-norm-full-batch." in page
     assert "The same model (with BatchNorm, and again with GroupNorm), trained" in page
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
@@ -198,6 +198,20 @@ def test_the_plot_of_gradients_marks_both_references(normed: Comparison) -> None
 def test_a_page_of_one_model_does_not_speak_of_two(folder: Path) -> None:
     page = Sources((folder / "report.html").read_text("utf-8")).text
     assert "GroupNorm" not in page and "another model" not in page
+
+
+@pytest.mark.parametrize("kind", ["comparison", "normed", "broken", "whole"])
+def test_every_row_of_a_table_has_a_cell_for_every_heading(
+    kind: str, request: pytest.FixtureRequest, comparison: Comparison
+) -> None:
+    shown = replace(comparison, sizes=Sizes(1024, 64, 16, 2)) if kind == "whole" else request.getfixturevalue(kind)
+    page = render_page(shown, dict.fromkeys(PLOTS, b""))
+    tables = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
+    assert len(tables) == 2
+    for table in tables:
+        rows = [re.findall(r"<t[hd]([^>]*)>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)]
+        spans = [sum(int((re.findall(r'colspan="(\d+)"', cell) or [1])[0]) for cell in row) for row in rows]
+        assert len(spans) == 1 + len(shown.rows) and len(set(spans)) == 1
 
 
 def test_a_failed_arm_is_shown_everywhere(
