@@ -45,7 +45,7 @@ itself, its own.
 def doctor(
     script: Annotated[Path | None, typer.Argument(help="The training script, as it is.", show_default=False)] = None,
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="The script's own arguments, after --.", metavar="[-- ARGS]...")
+        list[str] | None, typer.Argument(help="The script's own arguments, after --.", metavar="-- ARGS")
     ] = None,
     updates: Annotated[
         int, typer.Option(help="Stop after so many updates (and an epoch's end, if that is not far).", metavar="N")
