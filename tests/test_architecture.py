@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,18 @@ def test_imports_point_downwards(path):
             continue
         other = part(file)
         assert other == own or LEVEL[other] > LEVEL[own], f"{own} imports {other}"
+
+
+def test_the_page_on_design_has_the_same_lines():
+    page = (SOURCE.parent.parent / "docs" / "design.md").read_text()
+    lines = page.partition("## The lines")[2].split("```")[1].strip().splitlines()
+    # Three spaces between neighbours, more before what is said of them.
+    named = [set(re.split(r" {4,}", line)[0].split()) for line in lines]
+    assert named == [set(names) for names in LAYERS]
+
+
+def test_every_module_is_on_a_line():
+    assert {part(path) for path in MODULES} == set(LEVEL)
 
 
 def test_there_are_no_circles():
