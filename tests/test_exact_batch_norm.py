@@ -346,6 +346,28 @@ def test_bfloat16_autocast_is_as_near_as_the_full_batch():
     assert relative_error(gradients(model), truth) < 1.5 * full
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_types_are_as_near_as_the_full_batch(dtype):
+    """Parameters and running statistics too: statistics are formed in float32, as by torch's own kernel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, affine=False)
+    ).to(dtype)
+    batch = (torch.randn(33, 3, 8, 8) + 1).to(dtype)
+
+    def loss_fn(model, batch):
+        return model(batch).relu().to(torch.promote_types(batch.dtype, torch.float32)).square().mean()
+
+    truth = whole(copy.deepcopy(model).double(), loss_fn, batch.double())
+    full = whole(model, loss_fn, batch)
+    exact(model, loss_fn, micro_batch_size=5).backward(batch)
+    limit = max(2 * relative_error(gradients(full), gradients(truth)), 4 * torch.finfo(dtype).eps)
+    assert relative_error(gradients(model), gradients(truth)) < limit
+    for (name, found), wanted in zip(model.named_buffers(), full.buffers(), strict=True):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-3, msg=name)
+
+
 def test_bfloat16_parameters_sum_in_float32():
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))

@@ -114,13 +114,19 @@ class JointCall:
         if not values.numel():
             return values.clone()
         mean, variance = self.moments.mean, self.moments.variance
-        out: Tensor = torch.native_batch_norm(values, scale, shift, mean, variance, False, 0.0, self.eps)[0]
+        out: Tensor = torch.native_batch_norm(
+            values, self._as_moments(scale), self._as_moments(shift), mean, variance, False, 0.0, self.eps
+        )[0]
         return out
+
+    def _as_moments(self, one: Tensor | None) -> Tensor | None:
+        """In the dtype of the moments, float32 at least: kernels take all of a layer's in one dtype."""
+        return None if one is None else one.to(self.moments.mean.dtype)
 
     def _backward(self, values: Tensor, gradient: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         mean, variance = self.moments.mean, self.moments.variance
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
-            gradient, values, self._scale, mean, variance, None, None, False, self.eps, wanted
+            gradient, values, self._as_moments(self._scale), mean, variance, None, None, False, self.eps, wanted
         )
         return found
 
