@@ -166,6 +166,7 @@ class Accumulator:
             compute=self.precision.compute,
             is_scaled=self.precision.is_scaled,
             is_in_order=self._cutting.by_tokens is None,
+            is_collated=collate is not None,
         )
         tried = self._coupling.tried
         self._self_check = SelfCheck(model, tried, weight, self._back_propagate) if self_check else None

@@ -122,3 +122,5 @@ class Opening:
             if explained is error:
                 raise
             raise explained from error
+        if check.is_content:
+            self._coupling.judge()

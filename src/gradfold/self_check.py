@@ -68,6 +68,11 @@ class SelfCheck:
         count = self._num_windows[self._current] = self._num_windows.get(self._current, 0) + 1
         return count in _LOOKS
 
+    @property
+    def is_content(self) -> bool:
+        """Whether the last look has seen that parts fit the whole."""
+        return bool(self._settled.get(self._current))
+
     def state_dict(self) -> dict[str, Any]:
         """What was looked at, so that a resumed run does not look, and warn, again; and when to look at the rest."""
         return {"settled": dict(self._settled), "num_windows": dict(self._num_windows)}

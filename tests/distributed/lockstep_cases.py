@@ -67,6 +67,7 @@ def run(rank, size):
         "micro-batches": window(rank, size, micro_batch_size=2),
         "one micro-batch each": window(rank, size),
         "a frozen stem and a teacher": frozen(DistributedDataParallel(Branching()), cut(batch(), rows_of(rank, size))),
+        "prototypes": prototypes(DistributedDataParallel(Prototypes()), batch()[0][rows_of(rank, size)]),
         "bfloat16": outcome(lambda: half(rank, size)),
         "an error in a forward pass": failing(rank, size, "forward"),
         "an error in the stem's backward pass": failing(rank, size, "stem"),
@@ -115,6 +116,32 @@ def frozen(model, rows):
     else:
         gradfold.Accumulator(model, with_teacher, batch_norm="exact", micro_batch_size=2).backward(rows)
     return gradients(inner), dict(inner.named_buffers()), seen
+
+
+class Prototypes(nn.Module):
+    """Rows held against normalised prototypes, which every micro-batch of every rank brings along."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.prototypes = nn.Parameter(torch.randn(5, 3))
+        self.norm, self.linear = nn.BatchNorm1d(3), nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.linear(x) @ self.norm(self.prototypes).T
+
+
+def prototypes(model, rows):
+    def squares(model, rows):
+        return model(rows).square().mean()
+
+    inner = getattr(model, "module", model)
+    if model is inner:
+        squares(model, rows).backward()
+    else:
+        gradfold.Accumulator(model, squares, batch_norm="exact", micro_batch_size=3).backward(rows)
+    return gradients(inner), dict(inner.named_buffers())
 
 
 def half(rank, size):

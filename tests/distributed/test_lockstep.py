@@ -52,6 +52,15 @@ def test_frozen_layers_have_no_graph_and_joint_calls_without_grad_break_no_chain
         assert not any(seen)
 
 
+def test_prototypes_count_once_on_all_ranks_together(ranks):
+    expected, buffers = lockstep_cases.prototypes(lockstep_cases.Prototypes(), lockstep_cases.batch()[0])
+    for result in ranks:
+        found, found_buffers = result["prototypes"]
+        assert relative_error(found, expected) < 1e-12
+        for name, one in buffers.items():
+            torch.testing.assert_close(found_buffers[name], one, rtol=1e-12, atol=1e-12)
+
+
 def test_three_ranks():
     for of_ranks in zip(*run_on(3, lockstep_cases.windows), strict=True):
         assert_exact(of_ranks)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from gradfold.errors import BatchNormError
@@ -84,6 +87,35 @@ def refused_checkpoint(name: str) -> BatchNormError:
         "leave the checkpoint out, or put it around parts without BatchNorm.",
         (name,),
     )
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise BatchNormError where a scripted module normalises by batch, which nobody can see."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and module.training and _has_batch_norm(module):
+            raise BatchNormError(
+                f"BatchNorm in {name or 'the model'} is scripted (torch.jit), where it cannot be met. For "
+                'batch_norm="exact" leave the module unscripted, or put it into evaluation mode.',
+                (name,),
+            )
+
+
+def _has_batch_norm(module: torch.jit.ScriptModule) -> bool:
+    try:
+        return "batch_norm" in str(module.inlined_graph)
+    except RuntimeError:  # it has no forward
+        return False
+
+
+def is_in_checkpoint() -> bool:
+    """Whether this thread is in a checkpoint of torch's, which saves nothing or runs without grad."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+        return True
+    frame = None if torch.is_grad_enabled() else sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _not_met(name: str) -> BatchNormError:

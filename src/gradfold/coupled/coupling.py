@@ -12,6 +12,7 @@ from gradfold.coupled import batch_norm as batch_normalisation
 from gradfold.coupled import exact_batch_norm
 from gradfold.coupled.batch_norm import BatchNormOption, batch_statistics_layers
 from gradfold.coupled.company import InLockStep
+from gradfold.coupled.normalised_rows import NormalisedRows
 from gradfold.coupled.phases import Phases, check_options
 from gradfold.coupled.two_phase import TwoPhaseLoss, explain, probe_of
 from gradfold.errors import NotDecomposableError, OptionError
@@ -95,6 +96,13 @@ class Coupling:
         can_be_fixed = all(getattr(layer, "running_mean", None) is not None for layer in layers.values())
         return layers if can_be_fixed else None
 
+    def judge(self) -> None:
+        """What the self-check has run and found right: look at what else was seen of it.
+
+        Raises:
+            GradfoldError: it will not go together in a window.
+        """
+
     def explain(self, error: NotDecomposableError) -> NotDecomposableError:
         """What the self-check has found, in the user's words."""
         return error
@@ -105,9 +113,10 @@ class ExactCoupling(Coupling):
 
     find_culprit = staticmethod(exact_batch_norm.find_culprit)
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn, is_collated: bool) -> None:
         super().__init__(model, loss_fn, "exact")
-        self.tried = exact_batch_norm.uncoupled(loss_fn)
+        self._normalised = NormalisedRows(is_collated)
+        self.tried = exact_batch_norm.watched(loss_fn, self._normalised)
 
     def agreement(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> Together:
         """They also meet at every BatchNorm."""
@@ -119,12 +128,19 @@ class ExactCoupling(Coupling):
 
     def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
         """In lock-step."""
-        return exact_batch_norm.schedule_for(window, agreement)
+        return exact_batch_norm.schedule_for(window, agreement, self._normalised)
 
     def accepted(self) -> Mapping[str, nn.Module]:
         """Layers with running statistics; the others are fixed in what is tried."""
         layers = batch_statistics_layers(self.model)
-        return {name: layer for name, layer in layers.items() if getattr(layer, "running_mean", None) is not None}
+        fixed = {name: layer for name, layer in layers.items() if getattr(layer, "running_mean", None) is not None}
+        self._normalised.names.clear()
+        self._normalised.names.update({id(layer.running_mean): name for name, layer in fixed.items()})
+        return fixed
+
+    def judge(self) -> None:
+        """Whether every BatchNorm normalises rows."""
+        self._normalised.judge()
 
 
 class TwoPhaseCoupling(Coupling):
@@ -180,6 +196,7 @@ def find_coupling(
     compute: torch.dtype | None,
     is_scaled: bool,
     is_in_order: bool,
+    is_collated: bool,
 ) -> Coupling:
     """The coupling that the options of an accumulator mean.
 
@@ -192,6 +209,7 @@ def find_coupling(
         compute: autocast's dtype around `loss_fn`.
         is_scaled: whether a loss scaler decides on what is not finite.
         is_in_order: whether micro-batches take the rows as they come, with the padding that they have.
+        is_collated: whether micro-batches are collated one by one.
 
     Raises:
         OptionError: options do not go together.
@@ -212,5 +230,5 @@ def find_coupling(
                 'batch_norm="exact" does not go with a TokenBudget: padding may be in the statistics of the batch, and '
                 "the budget leaves most of it out. Give a number of rows as micro_batch_size."
             )
-        return ExactCoupling(model, loss_fn)
+        return ExactCoupling(model, loss_fn, is_collated)
     return Coupling(model, loss_fn, batch_norm)

@@ -11,19 +11,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import CheckpointFunction
 
 from gradfold.agreement import Alone
 from gradfold.backward import Weighed
-from gradfold.batch import in_own_containers
-from gradfold.coupled.attendance import Attendance, Passage, passage, refused_checkpoint
+from gradfold.batch import in_own_containers, rows_if_any
+from gradfold.coupled.attendance import (
+    Attendance,
+    Passage,
+    is_in_checkpoint,
+    passage,
+    refuse_scripted,
+    refused_checkpoint,
+)
 from gradfold.coupled.batch_norm import batch_statistics_layers
 from gradfold.coupled.company import Company, InLockStep, OneProcess
 from gradfold.coupled.interception import (
@@ -35,6 +41,7 @@ from gradfold.coupled.joint_batch_norm import Entrance, Exit, JointCall, Place, 
 from gradfold.coupled.leftovers import Leftovers
 from gradfold.coupled.lockstep import Runner, Runners
 from gradfold.coupled.moments import Moments, merge
+from gradfold.coupled.normalised_rows import Census, NormalisedRows
 from gradfold.coupled.offload import Offload
 from gradfold.coupled.thread_state import ThreadState
 from gradfold.errors import BatchNormError, OptionError
@@ -69,15 +76,23 @@ class ExactBatchNorm:
         layers: that normalise by the statistics of what they are given, by name.
         company: the other ranks.
         offload: None where there is no other memory than the host's, or the user's own hooks see what is saved.
+        normalised: what is known of the calls.
     """
 
     def __init__(
-        self, window: OpenWindow, layers: Mapping[str, _BatchNorm], company: Company, offload: Offload | None
+        self,
+        window: OpenWindow,
+        layers: Mapping[str, _BatchNorm],
+        company: Company,
+        offload: Offload | None,
+        normalised: NormalisedRows,
     ) -> None:
         self._window = window
         self._layers = layers
         self._company = company
         self._offload = offload
+        self._normalised = normalised
+        self._num_calls = 0
         self._calls: list[JointCall] = []
         self._token: Tensor | None = None
         window.runs_idle = True  # their rows are in the statistics
@@ -110,7 +125,7 @@ class ExactBatchNorm:
     def _meet(self, runner: Runner, own: Passage, call: BatchNormCall) -> Tensor:
         """In that thread: one micro-batch in a joint call."""
         own.is_met = True
-        if _is_in_checkpoint():
+        if is_in_checkpoint():
             raise refused_checkpoint(own.layer)
         place = Place()
         moments = Moments.of(call.values)
@@ -151,10 +166,7 @@ class ExactBatchNorm:
     def _join(self, requests: list[_Request]) -> list[Tensor]:
         first = requests[0]
         call = first.call
-        own = merge([request.moments for request in requests])
-        moments = self._company.merge(own)
-        _check_count(moments, call.values)
-        _move_running_statistics(call, moments)
+        moments = self._statistics([request.moments for request in requests], first)
         scale, shift = (None if one is None else one.detach() for one in (call.scale, call.shift))
         joint = JointCall(first.layer, moments, scale, shift, call.eps, self._company.sum)
         self._calls.append(joint)
@@ -167,6 +179,17 @@ class ExactBatchNorm:
         if first.has_grad:  # else the chain of those that have would end here
             self._token = token
         return joined
+
+    def _statistics(self, parts: list[Moments], first: _Request) -> Moments:
+        """Those of all values; the running ones move by them."""
+        key = self._num_calls, first.layer
+        self._num_calls += 1
+        is_one_thing = self._normalised.is_one_thing(key, parts, self._window.micro_batches)
+        moments = self._company.merge(merge(parts))
+        in_whole = replace(moments, count=parts[0].count) if is_one_thing else moments
+        _check_count(in_whole, first.call.values)
+        _move_running_statistics(first.call, in_whole)
+        return moments
 
     def _run_backward(self, terms: list[tuple[Tensor, float]], backward: Backward) -> None:
         for call in self._calls:
@@ -201,18 +224,18 @@ class ExactBatchNorm:
         return f"{name} is at BatchNorm in {request.layer} ({channels} channels, {dtype})"
 
 
-def schedule_for(window: OpenWindow, agreement: Alone) -> ExactBatchNorm:
+def schedule_for(window: OpenWindow, agreement: Alone, normalised: NormalisedRows) -> ExactBatchNorm:
     """How to run a window.
 
     Raises:
         BatchNormError: a module is scripted, so that its BatchNorm could not be met.
     """
-    _refuse_scripted(window.model)
+    refuse_scripted(window.model)
     company: Company = agreement if isinstance(agreement, InLockStep) else OneProcess()
     offload = None
     if _has_memory_of_its_own(window.device):
         offload = Offload([*window.model.parameters(), *window.model.buffers()])
-    return ExactBatchNorm(window, batch_statistics_layers(window.model), company, offload)
+    return ExactBatchNorm(window, batch_statistics_layers(window.model), company, offload, normalised)
 
 
 def check_goes_with(on_non_finite: str) -> None:
@@ -250,37 +273,21 @@ def uncoupled(loss_fn: LossFn) -> LossFn:
     return run
 
 
+def watched(loss_fn: LossFn, normalised: NormalisedRows) -> LossFn:
+    """The same, which also counts what each BatchNorm normalises."""
+
+    def run(model: nn.Module, batch: Any) -> LossOutput:
+        census = Census(normalised.names)
+        with _eagerly(), Interception(census.count, concerns=census.concerns):
+            output = loss_fn(model, batch)
+        normalised.runs.note(rows_if_any(batch), census.counts)
+        return output
+
+    return run
+
+
 def _has_memory_of_its_own(device: torch.device) -> bool:
     return device.type != "cpu"
-
-
-def _refuse_scripted(model: nn.Module) -> None:
-    """Raise BatchNormError where a scripted module normalises by batch, which nobody can see."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and module.training and _has_batch_norm(module):
-            raise BatchNormError(
-                f"BatchNorm in {name or 'the model'} is scripted (torch.jit), where it cannot be met. For "
-                'batch_norm="exact" leave the module unscripted, or put it into evaluation mode.',
-                (name,),
-            )
-
-
-def _has_batch_norm(module: torch.jit.ScriptModule) -> bool:
-    try:
-        return "batch_norm" in str(module.inlined_graph)
-    except RuntimeError:  # it has no forward
-        return False
-
-
-def _is_in_checkpoint() -> bool:
-    """Whether this thread is in a checkpoint of torch's, which saves nothing or runs without grad."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
-        return True
-    frame = None if torch.is_grad_enabled() else sys._getframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _check_count(moments: Moments, values: Tensor) -> None:

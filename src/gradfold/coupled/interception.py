@@ -71,6 +71,11 @@ _UNREAD = frozenset({torch.native_batch_norm, torch.cudnn_batch_norm, torch.batc
 _COUNTS = frozenset({Tensor.add_, Tensor.__iadd__})
 
 
+def normalises_by_batch(call: BatchNormCall) -> bool:
+    """Whether its statistics are those of what it is given."""
+    return call.is_training
+
+
 class Interception(TorchFunctionMode):
     """Hands calls of batch_norm that normalise by the statistics of the batch to a function.
 
@@ -78,15 +83,21 @@ class Interception(TorchFunctionMode):
         on_call: gets the call, and gives what is returned instead.
         counters: ids of counters of batches, which count on only where `counts`.
         counts: see there.
+        concerns: which calls to hand over.
     """
 
     def __init__(
-        self, on_call: Callable[[BatchNormCall], Any], counters: Collection[int] = (), counts: bool = True
+        self,
+        on_call: Callable[[BatchNormCall], Any],
+        counters: Collection[int] = (),
+        counts: bool = True,
+        concerns: Callable[[BatchNormCall], bool] = normalises_by_batch,
     ) -> None:
         super().__init__()
         self._on_call = on_call
         self._counters = counters
         self._counts = counts
+        self._concerns = concerns
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -95,7 +106,7 @@ class Interception(TorchFunctionMode):
         reader = _READERS.get(func)
         if reader is not None:
             call = reader(*args, **kwargs)
-            if call.is_training:
+            if self._concerns(call):
                 return self._on_call(call)
         elif func in _UNREAD:
             raise BatchNormError(
