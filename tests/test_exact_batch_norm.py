@@ -669,3 +669,41 @@ def test_a_users_own_hooks_on_saved_tensors_are_called():
         exact(model, squares, micro_batch_size=4, self_check=False).backward(rows())
     assert "gradfold" in packed
     assert_equal(model, expected)
+
+
+class Rebinding(nn.BatchNorm1d):
+    """Counts as torch did before 2.0, with the plain average over batches."""
+
+    def count(self):
+        self.num_batches_tracked = self.num_batches_tracked + 1
+
+    def forward(self, x):
+        self.count()
+        momentum = 1 / float(self.num_batches_tracked)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps)
+
+
+class Copying(Rebinding):
+    def count(self):
+        self.num_batches_tracked.copy_(self.num_batches_tracked + 1)
+
+
+class Hiding(Rebinding):
+    def count(self):
+        self.num_batches_tracked.data += 1
+
+
+@pytest.mark.parametrize("kind", [Rebinding, Copying, Hiding])
+def test_layers_that_count_in_their_own_way_count_once(kind):
+    """They counted once per micro-batch, and the average of the next batches was another."""
+    shared = kind(4)
+    model = perceptron(shared, kind(4), shared)
+    twin = copy.deepcopy(model)
+    accumulator = exact(model, squares, micro_batch_size=5)
+    for seed in range(3):
+        for one in (model, twin):
+            one.zero_grad()
+        accumulator.backward(rows(seed=seed))
+        squares(twin, rows(seed=seed)).backward()
+        assert_equal(model, twin)
+    assert int(shared.num_batches_tracked) == 6

@@ -32,6 +32,7 @@ from gradfold.coupled.attendance import (
 )
 from gradfold.coupled.batch_norm import batch_statistics_layers
 from gradfold.coupled.company import Company, InLockStep, OneProcess
+from gradfold.coupled.counters import OwnCounters
 from gradfold.coupled.interception import (
     BatchNormCall,
     Interception,
@@ -141,12 +142,17 @@ class ExactBatchNorm:
         """
         terms: list[tuple[Tensor, float]] = []
         leftovers = Leftovers(self._window.model) if len(indices) > 1 else None
+        counters = OwnCounters(self._layers.values())
         while True:
             for index, runner in zip(indices, runners, strict=True):
                 self._window.current = index
                 runner.advance()
-                if leftovers is not None and runner is runners[0] and not runner.is_done:
-                    leftovers.refuse(lambda: str(runners[0].request.layer))
+                if runner is not runners[0]:
+                    counters.put_back()
+                else:
+                    counters.keep()
+                    if leftovers is not None and not runner.is_done:
+                        leftovers.refuse(lambda: str(runners[0].request.layer))
                 if runners[0].is_done and runner.is_done and not self._calls:
                     backward(runner.result)
                     runner.result = None
