@@ -44,6 +44,7 @@ from gradfold.coupled.lockstep import Runner, Runners
 from gradfold.coupled.moments import Moments, merge
 from gradfold.coupled.normalised_rows import Census, NormalisedRows
 from gradfold.coupled.offload import Offload
+from gradfold.coupled.process_state import ProcessState
 from gradfold.coupled.thread_state import ThreadState
 from gradfold.errors import BatchNormError, OptionError
 from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
@@ -104,7 +105,8 @@ class ExactBatchNorm:
         with Attendance(self._layers) as attendance, _eagerly():
             first = indices[0] if indices else None
             functions = [partial(self._run_forward, index, index == first, forward) for index in indices]
-            with Runners(functions, state.on) as runners:
+            process = ProcessState(self._window.model.parameters())
+            with Runners(functions, state.on, process) as runners:
                 terms = self._run_through(runners, indices, backward)
             attendance.check()
             self._company.end_forward()

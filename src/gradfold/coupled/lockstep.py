@@ -1,8 +1,8 @@
 """Lock-step: functions that run in turns, each in a thread of its own, from one meeting of all to the next.
 
 There is a strict baton: at any time either one of the threads runs, or the one that called them. So nothing here needs
-a lock against the others, random numbers are drawn in a fixed order, and whoever waits for the threads is the thread
-that an interrupt reaches.
+a lock against the others, what the process has once for all threads can change hands with it, and whoever waits for the
+threads is the thread that an interrupt reaches.
 
 Threads rather than greenlets, since grad mode, autocast and the like belong to a thread and would leak at each switch.
 """
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
+
+from gradfold.coupled.process_state import Own, ProcessState
 
 __all__: list[str] = []
 
@@ -29,6 +31,7 @@ class Runner:
     Args:
         function: gets this runner, and calls its `meet`.
         state: what is on in the thread while the function runs.
+        own: what of the process is on while it has the baton.
 
     Attributes:
         request: what it brought to the meeting at which it waits; None while it runs, and when it is done.
@@ -37,7 +40,13 @@ class Runner:
         is_done: whether it has.
     """
 
-    def __init__(self, function: Callable[[Runner], Any], state: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        function: Callable[[Runner], Any],
+        state: Callable[[], AbstractContextManager[Any]],
+        own: Own,
+    ) -> None:
+        self._own = own
         self.request: Any = None
         self.answer: Any = None
         self.result: Any = None
@@ -53,8 +62,10 @@ class Runner:
     def advance(self) -> None:
         """Hand over the baton, and wait until it comes back; raises what the function raised."""
         self.request = None
-        self._turn.release()
-        self._rest.acquire()  # which an interrupt may end
+        with self._own:
+            self._turn.release()
+            self._rest.acquire()  # which an interrupt may end
+        self._own.is_done = self.is_done
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -101,16 +112,21 @@ class Runners(Sequence[Runner]):
     """The runners of some functions, in order; at the end of the `with` block none of their threads is left."""
 
     def __init__(
-        self, functions: Sequence[Callable[[Runner], Any]], state: Callable[[], AbstractContextManager[Any]]
+        self,
+        functions: Sequence[Callable[[Runner], Any]],
+        state: Callable[[], AbstractContextManager[Any]],
+        process: ProcessState,
     ) -> None:
         self._functions = functions
         self._state = state
+        self._process = process
         self._runners: list[Runner] = []
 
     def __enter__(self) -> Runners:
+        self._process.__enter__()
         try:
             for function in self._functions:
-                self._runners.append(Runner(function, self._state))
+                self._runners.append(Runner(function, self._state, self._process.own()))
         except BaseException:  # no more threads can be had, or an interrupt
             self._end()
             raise
@@ -119,7 +135,10 @@ class Runners(Sequence[Runner]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end()
+        try:
+            self._end()
+        finally:  # threads that were stopped have left their blocks in any order
+            self._process.__exit__(kind, error, traceback)
 
     def __getitem__(self, index: Any) -> Any:
         return self._runners[index]
