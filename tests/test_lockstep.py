@@ -1,9 +1,12 @@
-"""Lock-step: blocks that change something for the whole process, and random numbers."""
+"""Lock-step: locks around a BatchNorm, and blocks that change something for the whole process."""
 
 from __future__ import annotations
 
 import copy
+import re
+import select
 import threading
+import time
 import warnings
 
 import pytest
@@ -13,6 +16,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gradfold
+from gradfold.coupled import lockstep, standstill
+
+GLOBAL = threading.Lock()
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +29,11 @@ def in_float64():
     yield
     torch.set_default_dtype(torch.float32)
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(lockstep, "LOOKS_EVERY_S", 0.02)
 
 
 class Normed(nn.Module):
@@ -48,6 +59,148 @@ def assert_exact(model, loss_fn, x=None, **options):
     exact(model, loss_fn, **options).backward(x)
     loss_fn(whole, x).backward()
     assert relative_error(gradients(model), gradients(whole)) < 1e-12
+
+
+# --- locks
+
+
+class Guarded(Normed):
+    def __init__(self, lock):
+        super().__init__()
+        self.lock = lock
+
+    def forward(self, x):
+        with self.lock:
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [threading.Lock, threading.RLock, threading.Semaphore, threading.Condition])
+def test_a_lock_around_the_model_is_refused(kind, impatient):
+    """It hung for ever."""
+    model = Guarded(kind())
+    with pytest.raises(gradfold.BatchNormError, match=r"waits for the lock 'self\.lock' at .*test_lockstep\.py:\d+"):
+        exact(model, squares, self_check=False).backward(torch.randn(12, 5))
+    assert not gradients(model) and model.lock.acquire(blocking=False)
+
+
+def test_a_lock_that_a_closure_or_a_module_has_is_refused(impatient):
+    lock = threading.Lock()
+
+    def in_closure(model, x):
+        with lock:
+            return squares(model, x)
+
+    def in_module(model, x):
+        GLOBAL.acquire()
+        try:
+            return squares(model, x)
+        finally:
+            GLOBAL.release()
+
+    for loss_fn, name in ((in_closure, "'lock'"), (in_module, "'GLOBAL'")):
+        with pytest.raises(gradfold.BatchNormError, match=f"waits for the lock {name}"):
+            exact(Normed(), loss_fn, self_check=False).backward(torch.randn(12, 5))
+    assert not lock.locked() and not GLOBAL.locked()
+
+
+def test_a_lock_of_the_caller_that_its_own_thread_could_take_again_is_refused(impatient):
+    model = Guarded(threading.RLock())
+    before = threading.active_count()
+    with model.lock, pytest.raises(gradfold.BatchNormError, match=r"the caller of accumulator\.backward\(\) holds"):
+        exact(model, squares, self_check=False).backward(torch.randn(12, 5))
+    for thread in threading.enumerate():
+        if thread.name == "gradfold":
+            thread.join(10)
+    assert threading.active_count() == before and not gradients(model)
+    assert model.norm.num_batches_tracked == 0
+    assert model.lock.acquire(blocking=False)
+
+
+def test_a_lock_around_parts_without_batch_norm_is_fine(impatient):
+    lock = threading.Lock()
+
+    def loss_fn(model, x):
+        with lock:
+            hidden = model.first(x)
+        return model.last(model.norm(hidden).tanh()).square().mean()
+
+    assert_exact(Normed(), loss_fn)
+
+
+def test_a_lock_that_somebody_else_holds_for_a_while_is_waited_for(impatient):
+    """Of locks that know their owner this is known, however long it takes."""
+    lock, is_held = threading.RLock(), threading.Event()
+
+    def hold():
+        with lock:
+            is_held.set()
+            time.sleep(0.5)
+
+    holder = threading.Thread(target=hold)
+
+    def loss_fn(model, x):
+        hidden = model.norm(model.first(x))
+        with lock:
+            return model.last(hidden).square().mean()
+
+    model, whole, x = Normed(), Normed(), torch.randn(12, 5)
+    whole.load_state_dict(model.state_dict())
+    holder.start()
+    is_held.wait()
+    exact(model, loss_fn, self_check=False).backward(x)
+    holder.join()
+    loss_fn(whole, x).backward()
+    assert relative_error(gradients(model), gradients(whole)) < 1e-12
+
+
+def test_what_waits_for_anything_else_is_warned_of(impatient, monkeypatch):
+    event, said = threading.Event(), []
+    monkeypatch.setattr(standstill, "warn", lambda message: (said.append(message), event.set()))
+
+    def loss_fn(model, x):
+        event.wait()
+        return squares(model, x)
+
+    exact(Normed(), loss_fn, self_check=False).backward(torch.randn(12, 5))
+    assert len(said) == 1
+    assert re.search(r"stands still at .*test_lockstep\.py:\d+ .*interrupt it", said[0])
+
+
+def test_what_holds_a_lock_and_waits_for_something_else_is_not_accused(impatient):
+    """All forward passes name the lock, and that which waits holds it."""
+    lock = threading.Lock()
+
+    def loss_fn(model, x):
+        hidden = model.norm(model.first(x))
+        with lock:
+            select.select([], [], [], 0.4)
+        return model.last(hidden).square().mean()
+
+    assert_exact(Normed(), loss_fn, self_check=False)
+
+
+def test_an_interrupt_ends_a_window_that_stands_still(impatient, monkeypatch):
+    """It waited for the thread that never comes back, and no interrupt was heard any more."""
+    event, model = threading.Event(), Normed()
+
+    def interrupt(self):
+        if self.is_still():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(standstill.Standstill, "look", interrupt)
+
+    def loss_fn(model, x):
+        event.wait()
+        model.norm.running_mean.fill_(7.0)
+        return squares(model, x)
+
+    with pytest.raises(KeyboardInterrupt):
+        exact(model, loss_fn, self_check=False).backward(torch.randn(12, 5))
+    event.set()
+    for thread in threading.enumerate():
+        if thread.name == "gradfold":
+            thread.join(10)
+    assert not model.norm.running_mean.any()  # what comes back late does nothing
 
 
 # --- what the process has once

@@ -10,6 +10,7 @@ Threads rather than greenlets, since grad mode, autocast and the like belong to 
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from gradfold.coupled.process_state import Own, ProcessState
+from gradfold.coupled.standstill import LOOKS_EVERY_S, Standstill
 
 __all__: list[str] = []
 
@@ -32,6 +34,7 @@ class Runner:
         function: gets this runner, and calls its `meet`.
         state: what is on in the thread while the function runs.
         own: what of the process is on while it has the baton.
+        threads: those with which it takes turns.
 
     Attributes:
         request: what it brought to the meeting at which it waits; None while it runs, and when it is done.
@@ -45,8 +48,10 @@ class Runner:
         function: Callable[[Runner], Any],
         state: Callable[[], AbstractContextManager[Any]],
         own: Own,
+        threads: list[threading.Thread],
     ) -> None:
         self._own = own
+        self._threads = threads
         self.request: Any = None
         self.answer: Any = None
         self.result: Any = None
@@ -57,6 +62,7 @@ class Runner:
         self._rest = _closed_gate()  # opens when it has come to a meeting, or to its end
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(self._run, function, state), name="gradfold", daemon=True)
+        threads.append(self._thread)
         self._thread.start()
 
     def advance(self) -> None:
@@ -64,11 +70,19 @@ class Runner:
         self.request = None
         with self._own:
             self._turn.release()
-            self._rest.acquire()  # which an interrupt may end
+            self._wait()
         self._own.is_done = self.is_done
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def _wait(self) -> None:
+        """Until the baton comes back, or an interrupt."""
+        standstill: Standstill | None = None
+        while not self._rest.acquire(timeout=LOOKS_EVERY_S):
+            if standstill is None:
+                standstill = Standstill(self._thread, [one for one in self._threads if one is not self._thread])
+            standstill.look()
 
     def meet(self, request: Any) -> Any:
         """In the thread: hand the baton back with a request, and wait for the answer."""
@@ -89,8 +103,14 @@ class Runner:
         _open(self._turn)
 
     def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.join()
+        """Wait until the thread has ended; one that stands still, whatever it waits for, ends as soon as it moves."""
+        standstill = Standstill(self._thread)
+        while self._thread.is_alive():
+            self._thread.join(LOOKS_EVERY_S)
+            if standstill.is_still():
+                ident = ctypes.c_ulong(self._thread.ident or 0)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Stopped))
+                return
 
     def _run(self, function: Callable[[Runner], Any], state: Callable[[], AbstractContextManager[Any]]) -> None:
         self._turn.acquire()
@@ -125,8 +145,9 @@ class Runners(Sequence[Runner]):
     def __enter__(self) -> Runners:
         self._process.__enter__()
         try:
+            threads: list[threading.Thread] = []
             for function in self._functions:
-                self._runners.append(Runner(function, self._state, self._process.own()))
+                self._runners.append(Runner(function, self._state, self._process.own(), threads))
         except BaseException:  # no more threads can be had, or an interrupt
             self._end()
             raise
