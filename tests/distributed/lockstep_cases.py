@@ -75,6 +75,8 @@ def run(rank, size):
         "an error before the first forward pass": failing(rank, size, "batch"),
         "an error of the guard": failing(rank, size, "guard"),
         "out of memory": failing(rank, size, "memory"),
+        "out of memory in the middle of forward passes": failing(rank, size, "memory in the middle"),
+        "out of memory in the backward pass": failing(rank, size, "memory in the backward pass"),
         "other ways": ways(rank, size),
         "other channels": ways(rank, size, wide=True),
         "not finite": not_finite(rank, size),
@@ -153,6 +155,25 @@ def half(rank, size):
     return accumulator.backward((rows[0].float(), *rows[1:])).loss
 
 
+def full(*_):
+    raise torch.OutOfMemoryError("too many rows")
+
+
+def throw(*_):
+    raise ValueError("in the backward pass")
+
+
+HOOKED = {  # what is to fail there, and in which forward pass
+    "stem": (lambda model: model.first.weight.register_hook(throw), 1),
+    "backward": (lambda model: model.middle.bias.register_hook(throw), 1),
+    "memory in the middle": (lambda model: model.middle.register_forward_pre_hook(full), 2),
+    "memory in the backward pass": (lambda model: model.middle.bias.register_hook(full), 1),
+}
+
+
+IN_TWOS = ("guard", "memory", "memory in the backward pass")  # rows at once; else one by one
+
+
 def failing(rank, size, where):
     """The last rank fails once; what all say, and the window after."""
     model = DistributedDataParallel(Branching())
@@ -168,21 +189,15 @@ def failing(rank, size, where):
             losses, metrics = loss_fn(model, batch)
             return {name: one * (len(batch[0]) if name == "main" else 1.0) for name, one in losses.items()}, metrics
         if where == "memory":
-            raise torch.OutOfMemoryError("too many rows")
+            full()
         if where == "forward" and number == 2:
             raise ValueError("the second micro-batch")
-        losses, metrics = loss_fn(model, batch)
+        hook, at = HOOKED.get(where, (None, 0))
+        if number == at:
+            hook(model.module)
+        return loss_fn(model, batch)
 
-        def throw(gradient):
-            raise ValueError("in the backward pass")
-
-        if where == "stem" and number == 1:
-            model.module.first.weight.register_hook(throw)
-        if where == "backward" and number == 1:
-            model.module.middle.bias.register_hook(throw)
-        return losses, metrics
-
-    options = {"batch_norm": "exact", "weight": WEIGHT, "micro_batch_size": 2 if where == "guard" else 1}
+    options = {"batch_norm": "exact", "weight": WEIGHT, "micro_batch_size": 2 if where in IN_TWOS else 1}
     accumulator = gradfold.Accumulator(model, broken, self_check=where == "guard", **options)
     rows = cut(batch(), rows_of(size - 1 - rank if where == "guard" else rank, size))
     if where == "batch" and rank == size - 1:

@@ -78,6 +78,8 @@ def test_autocast(ranks):
         ("an error between joint calls of the backward pass", "in the backward pass"),
         ("an error before the first forward pass", "rows"),
         ("out of memory", "too many rows"),
+        ("out of memory in the middle of forward passes", "too many rows"),
+        ("out of memory in the backward pass", "too many rows"),
         ("an error of the guard", "is a sum over the rows"),
     ],
 )
@@ -89,6 +91,18 @@ def test_an_error_on_one_rank_ends_the_window_on_all(ranks, name, text):
         assert is_as_before
     assert last[1]
     assert_exact([result[name][2] for result in ranks])
+
+
+@pytest.mark.parametrize("where", ["", " in the middle of forward passes", " in the backward pass"])
+def test_memory_that_runs_out_is_named_on_all_ranks_with_what_to_write(ranks, where):
+    *others, last = [result[f"out of memory{where}"][0] for result in ranks]
+    assert last[0] == "DoesNotFitError"
+    for _, message in (last, *others):
+        if "middle" in where:
+            assert "memory ran out with 1 row at once" in message and "none can begin again" in message
+        else:
+            assert "memory ran out with 2 rows at once (rows 0 to 1)" in message
+            assert "Write a smaller micro_batch_size on all of them (1 or less)" in message
 
 
 @pytest.mark.parametrize("name", ["other ways", "other channels"])

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradfold.agreement import Alone, Together, Weigh
 from gradfold.coupled import batch_norm as batch_normalisation
-from gradfold.coupled import exact_batch_norm
+from gradfold.coupled import exact_batch_norm, uncoupled
 from gradfold.coupled.batch_norm import BatchNormOption, batch_statistics_layers
 from gradfold.coupled.company import InLockStep
 from gradfold.coupled.normalised_rows import NormalisedRows
@@ -111,12 +111,12 @@ class Coupling:
 class ExactCoupling(Coupling):
     """Samples that share the statistics of BatchNorm over the whole window, of all ranks."""
 
-    find_culprit = staticmethod(exact_batch_norm.find_culprit)
+    find_culprit = staticmethod(uncoupled.find_culprit)
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, is_collated: bool) -> None:
         super().__init__(model, loss_fn, "exact")
         self._normalised = NormalisedRows(is_collated)
-        self.tried = exact_batch_norm.watched(loss_fn, self._normalised)
+        self.tried = uncoupled.watched(loss_fn, self._normalised)
 
     def agreement(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> Together:
         """They also meet at every BatchNorm."""

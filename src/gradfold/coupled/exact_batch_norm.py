@@ -8,20 +8,17 @@ micro-batch, and those of all around one layer.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfold.agreement import Alone
 from gradfold.backward import Weighed
-from gradfold.batch import in_own_containers, rows_if_any
 from gradfold.coupled.attendance import (
     Attendance,
     Passage,
@@ -33,21 +30,18 @@ from gradfold.coupled.attendance import (
 from gradfold.coupled.batch_norm import batch_statistics_layers
 from gradfold.coupled.company import Company, InLockStep, OneProcess
 from gradfold.coupled.counters import OwnCounters
-from gradfold.coupled.interception import (
-    BatchNormCall,
-    Interception,
-    by_fixed_statistics,
-)
+from gradfold.coupled.interception import BatchNormCall, Interception
 from gradfold.coupled.joint_batch_norm import Entrance, Exit, JointCall, Place, join
 from gradfold.coupled.leftovers import Leftovers
 from gradfold.coupled.lockstep import Runner, Runners
 from gradfold.coupled.moments import Moments, merge
-from gradfold.coupled.normalised_rows import Census, NormalisedRows
+from gradfold.coupled.normalised_rows import NormalisedRows
 from gradfold.coupled.offload import Offload
 from gradfold.coupled.process_state import ProcessState
 from gradfold.coupled.thread_state import ThreadState
-from gradfold.errors import BatchNormError, OptionError
-from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
+from gradfold.coupled.uncoupled import eagerly
+from gradfold.errors import BatchNormError, DoesNotFitError, OptionError
+from gradfold.out_of_memory import is_out_of_memory
 from gradfold.window import Backward, Forward, OpenWindow
 
 __all__: list[str] = []
@@ -100,9 +94,21 @@ class ExactBatchNorm:
         window.runs_idle = True  # their rows are in the statistics
 
     def __call__(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-        """Run all forward passes, and one backward pass."""
+        """Run all forward passes, and one backward pass.
+
+        Raises:
+            DoesNotFitError: memory ran out, and other ranks wait for this one.
+        """
+        try:
+            self._run(indices, forward, backward)
+        except Exception as error:
+            if not self._company.meets_in_backward or not is_out_of_memory(error):
+                raise
+            raise _out_of_memory_among_ranks(self._window, error) from error
+
+    def _run(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
         state = ThreadState(self._window.device)
-        with Attendance(self._layers) as attendance, _eagerly():
+        with Attendance(self._layers) as attendance, eagerly():
             first = indices[0] if indices else None
             functions = [partial(self._run_forward, index, index == first, forward) for index in indices]
             process = ProcessState(self._window.model.parameters())
@@ -255,47 +261,20 @@ def check_goes_with(on_non_finite: str) -> None:
         )
 
 
-@torch.no_grad()
-def find_culprit(window: OpenWindow) -> int | None:
-    """The first micro-batch whose loss is not finite though no other is in its statistics; None where there is none.
-
-    A single NaN is in the statistics of all, and so in every loss.
-    """
-    loss_fn = uncoupled(window.loss_fn)
-    for index in sorted(window.losses.non_finite()):
-        output = loss_fn(window.model, in_own_containers(window.take(index)))
-        terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
-        names = window.weights.names_at(index)
-        if not all(bool(term.isfinite()) for name, term in terms.items() if names is None or name in names):
-            return index
-    return None
-
-
-def uncoupled(loss_fn: LossFn) -> LossFn:
-    """`loss_fn` with fixed statistics in every BatchNorm, so that all else in it can be tried out on parts."""
-
-    def run(model: nn.Module, batch: Any) -> LossOutput:
-        with _eagerly(), Interception(by_fixed_statistics):
-            return loss_fn(model, batch)
-
-    return run
-
-
-def watched(loss_fn: LossFn, normalised: NormalisedRows) -> LossFn:
-    """The same, which also counts what each BatchNorm normalises."""
-
-    def run(model: nn.Module, batch: Any) -> LossOutput:
-        census = Census(normalised.names)
-        with _eagerly(), Interception(census.count, concerns=census.concerns):
-            output = loss_fn(model, batch)
-        normalised.runs.note(rows_if_any(batch), census.counts)
-        return output
-
-    return run
-
-
 def _has_memory_of_its_own(device: torch.device) -> bool:
     return device.type != "cpu"
+
+
+def _out_of_memory_among_ranks(window: OpenWindow, error: Exception) -> DoesNotFitError:
+    failed = window.micro_batches[window.current]
+    size = len(failed.rows)
+    fewer = f"Write a smaller micro_batch_size on all of them ({size // 2} or less), which changes no gradient. "
+    return DoesNotFitError(
+        f'memory ran out with {size} row{"s" * (size > 1)} at once{failed.where}. In batch_norm="exact" several ranks '
+        "wait for each other at every BatchNorm, so that none can begin again with fewer. "
+        f"{fewer if size > 1 else ''}The error was: {error}",
+        (size,),
+    )
 
 
 def _check_count(moments: Moments, values: Tensor) -> None:
@@ -312,8 +291,3 @@ def _move_running_statistics(call: BatchNormCall, moments: Moments) -> None:
     for running, now in ((call.running_mean, moments.mean), (call.running_var, moments.unbiased_variance)):
         if running is not None:
             running.copy_(running * (1 - call.momentum) + now * call.momentum)
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """What was compiled runs as it was written, where BatchNorm can be met."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

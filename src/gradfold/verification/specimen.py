@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from gradfold.accumulator import Accumulator
 from gradfold.batch import Batch, every_leaf, map_tensors
 from gradfold.coupled.batch_norm import BatchNormOption
-from gradfold.coupled.exact_batch_norm import uncoupled
 from gradfold.coupled.two_phase import TwoPhaseLoss, probe_of
+from gradfold.coupled.uncoupled import uncoupled
 from gradfold.draws import DrawsOfRows, EqualDraws, RecordedDraws
 from gradfold.feed import feed
 from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
