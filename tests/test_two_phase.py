@@ -715,3 +715,86 @@ def test_metrics_with_other_rows_are_refused():
     loss_fn = gradfold.TwoPhaseLoss(embed, lambda model, s: (match(model, s)[0], {"bad": torch.zeros(7)}))
     with pytest.raises(gradfold.LossError, match=r"'bad' has shape \(7,\) for a batch of 33 rows"):
         gradfold.Accumulator(towers(), loss_fn, micro_batch_size=5).backward(pairs())
+
+
+# --- statistics that have no gradient
+
+
+def test_statistics_without_a_gradient_get_none_in_the_loss():
+    """They did: the derivative of sqrt at a label of 0 made a right loss not finite, nor could labels be written to."""
+    model = towers()
+
+    def statistic(model, batch):
+        return model["a"](batch["x"])[:, 0], batch["label"].double()
+
+    def loss(model, found):
+        guesses, labels = found
+        assert guesses.requires_grad and not labels.requires_grad
+        labels.numpy()
+        weights = labels.sqrt()
+        labels -= labels.mean()
+        return -(weights * labels * guesses).mean() / guesses.std()
+
+    loss_fn = gradfold.TwoPhaseLoss(statistic, loss)
+    batch = pairs()
+    expected, _ = whole(model, batch, loss_fn)
+    gradfold.Accumulator(model, loss_fn, micro_batch_size=5).backward(batch)
+    assert relative_error(gradients(model), expected) < 1e-12
+
+
+def test_statistics_that_have_a_gradient_in_some_micro_batches_are_found():
+    """Once one is found, the window begins again, and no other does."""
+    model, calls = towers(), []
+
+    def statistic(model, batch):
+        calls.append(len(batch["x"]))
+        late = batch["label"] >= 20
+        second = batch["y"].new_zeros(len(late), 4)
+        if late.any():
+            second = torch.where(late[:, None], model["b"](batch["y"]), second)
+        return {"first": model["a"](batch["x"]), "second": second}
+
+    def loss(model, found):
+        return (found["first"].T @ found["second"]).square().mean()
+
+    loss_fn = gradfold.TwoPhaseLoss(statistic, loss)
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=5, self_check=False)
+    for num_runs in (4, 2):
+        model.zero_grad()
+        expected, _ = whole(model, pairs(), loss_fn)
+        calls.clear()
+        result = accumulator.backward(pairs())
+        assert relative_error(gradients(model), expected) < 1e-12
+        assert len(calls) == 7 * num_runs and not result.recoveries
+
+
+def test_a_loss_of_what_has_a_gradient_in_later_micro_batches_alone():
+    model = towers()
+
+    def statistic(model, batch):
+        return model["a"](batch["x"]) if batch["label"].min() >= 5 else model["a"](batch["x"]).detach()
+
+    loss_fn = gradfold.TwoPhaseLoss(statistic, lambda model, z: z.T.cov().square().sum())
+    plain = copy.deepcopy(model)
+    z = [model["a"](rows) for rows in pairs()["x"].split([5, 5, 5, 5, 5, 4, 4])]
+    loss_fn.loss(model, torch.cat([z[0].detach(), *z[1:]])).backward()
+    gradfold.Accumulator(plain, loss_fn, micro_batch_size=5, self_check=False).backward(pairs())
+    assert relative_error(gradients(plain), gradients(model)) < 1e-12
+
+
+def test_a_tower_that_is_trained_from_the_second_window_on():
+    model = towers()
+    model["b"].requires_grad_(False)
+    accumulator = gradfold.Accumulator(model, LOSS, micro_batch_size=5)
+    for _ in "ab":
+        model.zero_grad()
+        accumulator.backward(pairs())
+        assert relative_error(gradients(model), whole(model, pairs())[0]) < 1e-12
+        model["b"].requires_grad_(True)
+    assert any(name.startswith("b.") for name in gradients(model))
+
+
+def test_a_loss_that_is_cut_off_from_its_statistics_is_refused():
+    loss_fn = gradfold.TwoPhaseLoss(embed, lambda model, found: found["pair"][0].detach().square().mean())
+    with pytest.raises(gradfold.LossError, match="the loss does not require grad"):
+        gradfold.Accumulator(towers(), loss_fn, micro_batch_size=5, self_check=False).backward(pairs())

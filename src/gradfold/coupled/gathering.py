@@ -26,6 +26,7 @@ class Contribution:
     dtypes: list[torch.dtype | None]
     values: list[Any]
     num_samples: int
+    differentiable: frozenset[str]  # paths of those that are known to have a gradient
 
 
 def listed(paths: Sequence[str]) -> str:

@@ -77,6 +77,7 @@ class Phases:
         self._loss_fn = loss_fn
         self._compute = compute
         self._waited_for: Alone | None = None  # by other ranks, until all micro-batches of this one are done
+        self._differentiable: frozenset[str] | None = None  # paths of statistics with a gradient; None: not known
 
     def schedule(
         self, window: OpenWindow, transaction: Transaction, agreement: Alone, inner: Schedule, raises: bool
@@ -94,31 +95,39 @@ class Phases:
         def run(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
             window.weights.arrive()
             if self._waited_for is agreement:
-                agreement.share(False)
+                agreement.share(None)
             while True:
-                statistics = Statistics(self._loss_fn.combine)
+                statistics = Statistics(self._loss_fn.combine, self._differentiable or frozenset())
                 states = self._sweep(window, indices, statistics)
                 statistics.join(agreement, window.num_samples)
                 self._waited_for = agreement
                 whole = self._run_loss(window, agreement, statistics)
                 with SecondRun(window, self._loss_fn.statistic, statistics, states, whole, forward) as replay:
                     inner(indices, replay.forward, backward)
-                    replay.check_reach()
+                    if not statistics.missed:
+                        _check_graph(window, statistics, whole)
+                        replay.check_reach()
                 self._check(window, statistics, whole, replay.deviations, raises)
                 self._waited_for = None
-                if all(agreement.share(True)):
+                missed = agreement.share(frozenset(statistics.missed))  # None from a rank that begins again
+                self._differentiable = statistics.differentiable.union(*(one for one in missed if one))
+                if all(one is not None and not one for one in missed):
                     return
                 transaction.rewind()
 
         return run
 
     def _sweep(self, window: OpenWindow, indices: Sequence[int], statistics: Statistics) -> dict[int, States]:
-        """Collect the statistics; gives the random states with which each micro-batch began."""
+        """Collect the statistics; gives the random states with which each micro-batch began.
+
+        The first micro-batch of the first window has a graph, which tells the statistics that have a gradient.
+        """
         states = {}
         parameters = parameters_of(list(window.model.modules()))
         with _without_trace(window.model), calling(window, self._loss_fn.statistic), torch.no_grad():
             for index in indices:
                 states[index] = States.record(parameters)
+                torch.set_grad_enabled(self._differentiable is None and index == indices[0])
                 statistics.add(index, window.call(index), len(window.micro_batches[index].rows))
         return states
 
@@ -129,7 +138,9 @@ class Phases:
                 output = self._loss_fn.loss(window.model, statistics.for_loss())
             loss, metrics = read_pair(output) if isinstance(output, tuple) else (output, {})
             terms = read_terms(loss)
-            window.back_propagate([(term, 1.0) for term in terms.values()])
+            has_graph = any(term.requires_grad for term in terms.values())
+            if has_graph:
+                window.back_propagate([(term, 1.0) for term in terms.values()])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -145,7 +156,7 @@ class Phases:
             for parameter in parameters:
                 parameter.grad = None  # all ranks have the same, and sums over ranks shall count it once
         detached = {name: term.detach() for name, term in terms.items()}
-        return WholeLoss(loss.detach() if isinstance(loss, Tensor) else detached, metrics, reaches)
+        return WholeLoss(loss.detach() if isinstance(loss, Tensor) else detached, metrics, reaches, has_graph)
 
     def _check(
         self,
@@ -176,6 +187,12 @@ class Phases:
         dtypes = {self._compute, statistics.lowest(), *_dtypes(window.model)} - {None}
         if worst > max(_TOLERANCES.get(dtype, _OF_HALF_TYPES) for dtype in dtypes if dtype is not None):
             raise _not_reproduced(window, index, worst)
+
+
+def _check_graph(window: OpenWindow, statistics: Statistics, whole: WholeLoss) -> None:
+    """Raise LossError where there are statistics with a gradient, and the loss has none."""
+    if statistics.differentiable and not whole.has_graph:
+        window.back_propagate([(term, 1.0) for term in read_terms(whole.loss).values()])
 
 
 @contextmanager

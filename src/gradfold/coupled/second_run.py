@@ -26,11 +26,13 @@ class WholeLoss:
 
     Attributes:
         reaches_parameters: whether some parameter got a gradient from it by itself.
+        has_graph: whether it depends on anything that has a gradient.
     """
 
     loss: Loss
     metrics: Mapping[str, Any]
     reaches_parameters: bool
+    has_graph: bool
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,19 @@ class Statistics:
 
     Args:
         combine: as of `TwoPhaseLoss`.
+        differentiable: paths of those that have a gradient, as far as that is known.
 
     Attributes:
         num_samples: of all ranks, once joined.
         first_sample: of this rank among them.
+        differentiable: with those that were found while they were collected, on all ranks once joined.
+        missed: paths of those that have a gradient in a replay, though nobody knew.
     """
 
-    def __init__(self, combine: Combine) -> None:
+    def __init__(self, combine: Combine, differentiable: frozenset[str] = frozenset()) -> None:
         self._combine = combine
+        self.differentiable = differentiable
+        self.missed: set[str] = set()
         self._template: Batch = None
         self._paths: list[str] = []
         self._parts: dict[int, list[Any]] = {}  # by micro-batch; of sums, samples of their elements
@@ -54,6 +59,7 @@ class Statistics:
             LossError: it cannot be combined.
         """
         paths = [path for path, _ in leaves_by_path(output)]
+        self.differentiable |= {path for path, leaf in leaves_by_path(output) if _requires_grad(leaf)}
         leaves = [_own(leaf) for leaf in every_leaf(output)]
         if not self._parts:
             self._template, self._paths = map_leaves(lambda leaf: None, output), paths
@@ -84,9 +90,11 @@ class Statistics:
             [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in own],
             [None if isinstance(leaf, Tensor) else leaf for leaf in own],
             num_samples,
+            self.differentiable,
         )
         of_all = agreement.share(contribution)
         check_alike(of_all, self._combine)
+        self.differentiable = self.differentiable.union(*(one.differentiable for one in of_all))
         counts = [one.num_samples for one in of_all]
         rank = agreement.ranks.rank if isinstance(agreement, Together) else 0
         self.num_samples, self.first_sample = sum(counts), sum(counts[:rank])
@@ -102,11 +110,14 @@ class Statistics:
                 leaf.to(dtype) if isinstance(leaf, Tensor) else leaf
                 for leaf, dtype in zip(own, self._dtypes, strict=True)
             ]
-        self._leaves = [_as_input(leaf) for leaf in own]
+        for path, leaf in zip(self._paths, own, strict=True):
+            if path in self.differentiable and isinstance(leaf, Tensor):
+                leaf.requires_grad_()
+        self._leaves = list(own)
 
     def for_loss(self) -> Batch:
-        """The statistics of the whole batch, as `statistic` returned them."""
-        leaves = iter(self._leaves)
+        """The statistics of the whole batch, as `statistic` returned them; a loss may write to its labels."""
+        leaves = iter([_own_copy(leaf) for leaf in self._leaves])
         return map_leaves(lambda leaf: next(leaves), self._template)
 
     def gradients(self) -> list[Tensor]:
@@ -118,7 +129,11 @@ class Statistics:
         weighed = []
         for number, leaf in enumerate(every_leaf(output)):
             whole = self._leaves[number]
-            if isinstance(leaf, Tensor) and leaf.requires_grad and whole.grad is not None:
+            if not _requires_grad(leaf):
+                continue
+            if not whole.requires_grad:
+                self.missed.add(self._paths[number])
+            elif whole.grad is not None:
                 weighed.append((leaf, self._rows(index, number, leaf, whole.grad)))
         return weighed
 
@@ -256,6 +271,9 @@ def _shape(leaf: Any) -> str:
     return f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
-def _as_input(leaf: Any) -> Any:
-    has_gradient = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    return leaf.requires_grad_() if has_gradient else leaf
+def _own_copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf
+
+
+def _requires_grad(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
