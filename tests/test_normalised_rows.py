@@ -183,7 +183,7 @@ def test_one_thing_that_is_not_the_same_everywhere_is_refused():
     normalised = NormalisedRows(is_collated=False)
     for rows in (3, 1, 2):
         normalised.runs.note(rows, [("norm", 5)])
-    normalised.judge()
+    normalised.judge(is_content=True)
     parts = [Moments(torch.zeros(4), torch.ones(4) * scale, 5) for scale in (1, 2)]
     assert normalised.is_one_thing((0, "norm"), parts[:1] * 2, [])
     with pytest.raises(gradfold.BatchNormError, match=r"normalises 5 values .* not the same in every micro-batch"):

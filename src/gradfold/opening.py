@@ -122,5 +122,4 @@ class Opening:
             if explained is error:
                 raise
             raise explained from error
-        if check.is_content:
-            self._coupling.judge()
+        self._coupling.judge(check.is_content)

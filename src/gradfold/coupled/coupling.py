@@ -13,7 +13,8 @@ from gradfold.coupled import exact_batch_norm, uncoupled
 from gradfold.coupled.batch_norm import BatchNormOption, batch_statistics_layers
 from gradfold.coupled.company import InLockStep
 from gradfold.coupled.normalised_rows import NormalisedRows
-from gradfold.coupled.phases import Phases, check_options
+from gradfold.coupled.phases import Phases, check_options, dtypes_of
+from gradfold.coupled.riders import Riders
 from gradfold.coupled.two_phase import TwoPhaseLoss, explain, probe_of
 from gradfold.errors import NotDecomposableError, OptionError
 from gradfold.loss import LossFn
@@ -96,8 +97,11 @@ class Coupling:
         can_be_fixed = all(getattr(layer, "running_mean", None) is not None for layer in layers.values())
         return layers if can_be_fixed else None
 
-    def judge(self) -> None:
-        """What the self-check has run and found right: look at what else was seen of it.
+    def judge(self, is_content: bool) -> None:
+        """Look at what was seen of the self-check's runs besides gradients.
+
+        Args:
+            is_content: whether the self-check has found that parts fit the whole.
 
         Raises:
             GradfoldError: it will not go together in a window.
@@ -138,9 +142,9 @@ class ExactCoupling(Coupling):
         self._normalised.names.update({id(layer.running_mean): name for name, layer in fixed.items()})
         return fixed
 
-    def judge(self) -> None:
+    def judge(self, is_content: bool) -> None:
         """Whether every BatchNorm normalises rows."""
-        self._normalised.judge()
+        self._normalised.judge(is_content)
 
 
 class TwoPhaseCoupling(Coupling):
@@ -156,7 +160,8 @@ class TwoPhaseCoupling(Coupling):
         compute: torch.dtype | None,
         raises: bool,
     ) -> None:
-        super().__init__(model, probe_of(loss_fn), batch_norm)
+        self._riders = Riders(loss_fn.combine)
+        super().__init__(model, probe_of(loss_fn, self._riders.note), batch_norm)
         self._loss_fn = loss_fn
         self._phases = Phases(loss_fn, compute)
         self._raises = raises
@@ -180,6 +185,10 @@ class TwoPhaseCoupling(Coupling):
         if isinstance(inner, Cautious):  # it begins again as a whole
             inner = one_after_another
         return self._phases.schedule(window, transaction, agreement, inner, self._raises)
+
+    def judge(self, is_content: bool) -> None:
+        """Whether labels, too, are those of rows."""
+        self._riders.judge(is_content, {self._phases.compute, *dtypes_of(self.model)})
 
     def explain(self, error: NotDecomposableError) -> NotDecomposableError:
         """In words about statistics, not about the probe."""

@@ -78,14 +78,16 @@ class NormalisedRows:
         self._seen_to_differ: set[Key] = set()
         self._warned_of: set[str] = set()
 
-    def judge(self) -> None:
-        """Learn from the guard's runs.
+    def judge(self, is_content: bool) -> None:
+        """Learn from the guard's runs, where it was content.
 
         Raises:
             BatchNormError: something besides rows is in the statistics of a call.
         """
         found = self.runs.take()
-        if found is None or len({tuple(name for name, _ in run.seen) for run in (found.whole, *found.parts)}) > 1:
+        if found is None or not is_content:
+            return
+        if len({tuple(name for name, _ in run.seen) for run in (found.whole, *found.parts)}) > 1:
             return
         first, second = found.parts
         for number, (name, count) in enumerate(found.whole.seen):

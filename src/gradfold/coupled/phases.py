@@ -23,6 +23,7 @@ from gradfold.attributes import Attributes
 from gradfold.buffers import BufferKeeper
 from gradfold.coupled.second_run import SecondRun, States, WholeLoss, calling
 from gradfold.coupled.statistics import Statistics
+from gradfold.coupled.tolerance import tolerance_of_types
 from gradfold.coupled.two_phase import TwoPhaseLoss
 from gradfold.errors import (
     DoesNotFitError,
@@ -39,11 +40,6 @@ from gradfold.weight import WeightOption
 from gradfold.window import Backward, Forward, OpenWindow, Schedule
 
 __all__: list[str] = []
-
-# How far statistics may be off when they come again, by their dtype: kernels with and without a graph may round
-# differently. Another dropout mask moves them by a percent and more.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
-_OF_HALF_TYPES = 3e-2
 
 
 def check_options(weight: WeightOption, batch_norm: str | None, on_non_finite: str) -> None:
@@ -70,12 +66,12 @@ class Phases:
 
     Args:
         loss_fn: as it is run, under autocast where that is asked for.
-        compute: autocast's dtype around it.
+        compute: autocast's dtype around it; an attribute as well.
     """
 
     def __init__(self, loss_fn: TwoPhaseLoss, compute: torch.dtype | None) -> None:
         self._loss_fn = loss_fn
-        self._compute = compute
+        self.compute = compute
         self._waited_for: Alone | None = None  # by other ranks, until all micro-batches of this one are done
         self._differentiable: frozenset[str] | None = None  # paths of statistics with a gradient; None: not known
 
@@ -184,8 +180,7 @@ class Phases:
             )
         found = [(distance, index) for distance, index in zip(apart, deviations, strict=True) if distance == distance]
         worst, index = max(found, default=(0.0, 0))
-        dtypes = {self._compute, statistics.lowest(), *_dtypes(window.model)} - {None}
-        if worst > max(_TOLERANCES.get(dtype, _OF_HALF_TYPES) for dtype in dtypes if dtype is not None):
+        if worst > tolerance_of_types({self.compute, statistics.lowest(), *dtypes_of(window.model)}):
             raise _not_reproduced(window, index, worst)
 
 
@@ -211,7 +206,8 @@ def _without_trace(model: nn.Module) -> Iterator[None]:
         buffers.restore()
 
 
-def _dtypes(model: nn.Module) -> set[torch.dtype]:
+def dtypes_of(model: nn.Module) -> set[torch.dtype]:
+    """In which its parameters are."""
     return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
 
 

@@ -99,16 +99,23 @@ def wrap_loss(loss_fn: LossFn, wrap: Callable[[LossFn], LossFn]) -> LossFn:
     return loss_fn.wrapped(wrap) if isinstance(loss_fn, TwoPhaseLoss) else wrap(loss_fn)
 
 
-def probe_of(loss_fn: TwoPhaseLoss) -> LossFn:
+def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | None = None) -> LossFn:
     """A loss that is a mean over samples if, and but for coincidence only if, the statistics can be combined.
 
     It weighs all statistics with fixed random numbers, the same for every row; rows also by their squares, since those
     of centred rows add up to nothing.
+
+    Args:
+        loss_fn: whose statistics these are.
+        note: gets the number of rows of every run, and its statistics.
     """
 
     def probe(model: nn.Module, batch: Any) -> Tensor:
-        leaves = [leaf for leaf in every_leaf(loss_fn.statistic(model, batch)) if _has_gradient(leaf)]
+        statistics = loss_fn.statistic(model, batch)
+        leaves = [leaf for leaf in every_leaf(statistics) if _has_gradient(leaf)]
         num_rows = rows_if_any(batch)
+        if note is not None:
+            note(num_rows, statistics)
         if not leaves:
             raise UndecidedError  # all of it may be frozen, and the loss trained alone
         if num_rows is None:

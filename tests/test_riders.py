@@ -1,0 +1,127 @@
+"""Statistics without a gradient, which the guard examines by their values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import two_phase_cases as cases
+from torch import nn
+from torch.nn import functional as F
+
+import gradfold
+from gradfold.coupled.riders import Riders
+
+
+def batch(num_rows=20):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(num_rows, 6, generator=generator, dtype=torch.float64),
+        "id": torch.randint(0, 1000, (num_rows,), generator=generator),
+        "target": torch.randn(num_rows, generator=generator, dtype=torch.float64),
+    }
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(cases.net(6, 4), nn.Dropout(0.2)).double()
+
+
+def run(rider, combine="concatenate", net=None, rows=20, size=7):
+    def statistic(model, batch):
+        z = model(batch["x"])
+        return {"z": z if combine == "concatenate" else z.sum(0), "rider": rider(model, batch)}
+
+    loss_fn = gradfold.TwoPhaseLoss(statistic, lambda model, found: found["z"].square().mean(), combine=combine)
+    gradfold.Accumulator(net or model(), loss_fn, micro_batch_size=size).backward(batch(rows))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize(
+    "rider",
+    [
+        lambda model, batch: torch.arange(len(batch["x"])),
+        lambda model, batch: torch.unique(batch["id"], return_inverse=True)[1],
+        lambda model, batch: batch["target"] - batch["target"].mean(),
+        lambda model, batch: batch["target"].argsort().argsort(),
+        lambda model, batch: torch.full((len(batch["x"]), 1), len(batch["x"])),
+        lambda model, batch: batch["id"] == batch["id"].max(),
+        lambda model, batch: torch.ones(5),
+        lambda model, batch: len(batch["x"]),
+        lambda model, batch: model(batch["x"]).detach() - model(batch["x"]).detach().mean(0),
+    ],
+    ids=["index", "inverse", "centred", "rank", "count per row", "largest", "no rows", "count", "frozen"],
+)
+def test_labels_that_depend_on_other_rows_are_refused(rider, size):
+    """Nobody looked at them: a label that is an index within the micro-batch came again in each of them."""
+    with pytest.raises(gradfold.NotDecomposableError, match=r"the statistic \['rider'\] of the TwoPhaseLoss") as e:
+        run(rider, size=size)
+    assert e.value.cause == "coupled" and "loss(model, statistics)" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "rider",
+    [
+        lambda model, batch: batch["id"],
+        lambda model, batch: batch["target"].masked_fill(batch["id"] % 3 == 0, torch.nan),
+        lambda model, batch: batch["target"].masked_fill(batch["id"] % 3 == 0, torch.inf),
+        lambda model, batch: batch["id"][batch["id"] % 2 == 0],
+        lambda model, batch: (model(batch["x"]).argmax(1), model(batch["x"]).detach()),
+        lambda model, batch: torch.rand(len(batch["x"])),
+        lambda model, batch: ("text", 3, None, True),
+    ],
+    ids=["ids", "missing", "infinite", "some rows", "pseudo-labels", "random", "constants"],
+)
+@pytest.mark.parametrize("size", [2, 7])
+def test_labels_of_rows_are_right(rider, size):
+    run(rider, size=size)
+
+
+def test_means_among_sums_are_refused_and_sums_are_right():
+    for rider in (
+        lambda model, batch: batch["target"].mean(),
+        lambda model, batch: (batch["id"] % 2).double().mean(0, keepdim=True),
+        lambda model, batch: (batch["id"] > 500).double().mean().item(),
+    ):
+        with pytest.raises(gradfold.NotDecomposableError, match=r"\['rider'\] .* Return sums over rows, no means"):
+            run(rider, "sum")
+    for rider in (
+        lambda model, batch: batch["target"].sum(),
+        lambda model, batch: F.one_hot(batch["id"] % 5, 5).sum(0),
+        lambda model, batch: len(batch["x"]),
+        lambda model, batch: float(batch["target"].sum()),
+        lambda model, batch: ("text", True, None),
+    ):
+        run(rider, "sum")
+
+
+def judged(whole, first, second, dtype, combine="concatenate"):
+    riders = Riders(combine)
+    for rows, value in ((10, whole), (3, first), (7, second)):
+        riders.note(rows, value)
+    riders.judge(True, [dtype])
+
+
+def test_what_rounding_explains_is_let_pass():
+    whole = torch.randint(0, 9, (2000,))
+    for dtype, most in ((torch.bfloat16, 199), (torch.float32, 1)):
+        for num_others in (most, most + 1):
+            parts = whole.clone()
+            parts[:num_others] += 1
+            if num_others == most:
+                judged(whole, parts[:600], parts[600:], dtype)
+            else:
+                with pytest.raises(gradfold.NotDecomposableError, match=r"Seen: \d at \[0\] of the whole, \d of the"):
+                    judged(whole, parts[:600], parts[600:], dtype)
+    floats = torch.randn(2000)
+    judged(floats, floats[:600] * (1 + 1e-6), floats[600:], torch.float32)
+    with pytest.raises(gradfold.NotDecomposableError):
+        judged(floats.double(), floats[:600].double() * (1 + 1e-6), floats[600:].double(), torch.float64)
+
+
+def test_nothing_is_held_where_the_guard_was_not_content():
+    riders = Riders("concatenate")
+    for rows in (3, 1, 2):
+        riders.note(rows, torch.arange(rows))
+    riders.judge(False, [torch.float64])
+    riders.judge(True, [torch.float64])
+    assert not riders._runs._last
