@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import relative_error
@@ -30,6 +32,8 @@ class Normed(nn.Module):
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)
         self.leaves, self.kept, self.num_calls = leaves, [], 0
+        self.own, self.nested, self.sign = SimpleNamespace(), {"a": {}}, ""
+        self.register_buffer("seen", torch.zeros(4, 6))
 
     def forward(self, x):
         hidden = self.first(x)
@@ -39,10 +43,26 @@ class Normed(nn.Module):
         if self.leaves == "list":
             self.kept.clear()
             self.kept.append(hidden)
+        if self.leaves == "buffer":
+            self.seen = hidden.detach()
+        if self.leaves == "number":
+            self.scale = float(x[0, 0])
+        if self.leaves == "text":
+            self.sign = "+" if float(x[0, 0]) > 0 else "-"
+        if self.leaves == "object":
+            self.dist = torch.distributions.Normal(hidden, 1.0)
+        if self.leaves == "in an object":
+            self.own.hidden = hidden
+        if self.leaves == "in a nesting":
+            self.nested["a"]["b"] = hidden
         out = self.last(torch.tanh(self.norm(hidden)))
         if self.leaves == "attribute after all":
             self.aux = out.square().mean()
         return out
+
+
+def plain(model, x):
+    return model(x).square().mean()
 
 
 def aux(model, x):
@@ -78,6 +98,12 @@ def mode(model, x):
     [
         ("attribute", aux, "attribute 'aux' of the model itself"),
         ("list", kept, "in the attribute 'kept'"),
+        ("buffer", plain, "the buffer 'seen' of the model itself"),
+        ("number", plain, "the attribute 'scale' of the model itself is 1.5 in one micro-batch and -0.5"),
+        ("text", plain, "the attribute 'sign' of the model itself is '\\+' in one micro-batch and '-' in another"),
+        ("object", plain, "the attribute 'dist'"),
+        ("in an object", plain, "in the attribute 'own'"),
+        ("in a nesting", plain, "in the attribute 'nested'"),
         (None, functional, "a parameter of first"),
         (None, toggled, "whether last.weight requires grad"),
         (None, mode, "the mode of last"),
@@ -87,8 +113,10 @@ def test_what_a_waiting_forward_pass_leaves_on_modules_is_refused(leaves, loss_f
     """Other micro-batches overwrote it: 21 to 180 % off, and parameters that were none any more."""
     model = Normed(leaves)
     accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=4, batch_norm="exact")
+    x = torch.randn(12, 5)
+    x[:, 0] = torch.tensor([1.5] * 4 + [-0.5] * 8)
     with pytest.raises(gradfold.BatchNormError, match=f"waits at BatchNorm in norm, .*{named}"):
-        accumulator.backward(torch.randn(12, 5))
+        accumulator.backward(x)
     assert all(type(one) is nn.Parameter for one in (model.first.weight, model.last.weight))
 
 
@@ -98,6 +126,21 @@ def test_what_is_left_after_the_last_batch_norm_is_read_at_once_and_fine():
     gradfold.Accumulator(model, aux, micro_batch_size=4, batch_norm="exact").backward(x)
     aux(whole, x).backward()
     assert relative_error(gradients(model), gradients(whole)) < 1e-12
+
+
+def test_numbers_that_are_the_same_in_every_micro_batch_and_counts_are_fine():
+    class Sized(Normed):
+        def forward(self, x):
+            self.size, self.features = x.shape, x.shape[1]
+            self.num_steps = getattr(self, "num_steps", 0) + 2
+            return super().forward(x) * self.features
+
+    x, model, whole = torch.randn(12, 5), Sized(None), Sized(None)
+    whole.load_state_dict(model.state_dict())
+    gradfold.Accumulator(model, plain, micro_batch_size=4, batch_norm="exact", self_check=False).backward(x)
+    plain(whole, x).backward()
+    assert relative_error(gradients(model), gradients(whole)) < 1e-12
+    assert model.num_steps == 6
 
 
 def words(lengths, width):

@@ -155,12 +155,12 @@ class ExactBatchNorm:
             for index, runner in zip(indices, runners, strict=True):
                 self._window.current = index
                 runner.advance()
-                if runner is not runners[0]:
-                    counters.put_back()
-                else:
+                if runner is runners[0]:
                     counters.keep()
-                    if leftovers is not None and not runner.is_done:
-                        leftovers.refuse(lambda: str(runners[0].request.layer))
+                else:
+                    counters.put_back()
+                if leftovers is not None and not runner.is_done:
+                    leftovers.refuse(runners.index(runner), runner.request.layer)
                 if runners[0].is_done and runner.is_done and not self._calls:
                     backward(runner.result)
                     runner.result = None
