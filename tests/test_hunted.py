@@ -143,6 +143,18 @@ def test_numbers_that_are_the_same_in_every_micro_batch_and_counts_are_fine():
     assert model.num_steps == 6
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_norm_outside_of_the_model_counts_once(momentum):
+    """It counted in every micro-batch, and in every run of the guard."""
+    judge = nn.Sequential(nn.BatchNorm1d(1, momentum=momentum), nn.Linear(1, 1))
+    model, x = Normed(None), torch.randn(12, 5)
+    accumulator = gradfold.Accumulator(
+        model, lambda model, x: plain(judge, model(x)), micro_batch_size=4, batch_norm="exact"
+    )
+    accumulator.backward(x)
+    assert int(judge[0].num_batches_tracked) == 1
+
+
 def words(lengths, width):
     return torch.stack([F.pad(torch.randint(1, 20, (length,)), (0, width - length)) for length in lengths])
 

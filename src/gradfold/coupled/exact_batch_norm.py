@@ -124,8 +124,7 @@ class ExactBatchNorm:
         """In a thread of its own: one forward pass."""
         own = Passage()
         passage.set(own)
-        counters = {id(layer.num_batches_tracked) for layer in self._layers.values()}
-        with Interception(partial(self._meet, runner, own), counters, counts=is_first):
+        with Interception(partial(self._meet, runner, own), counts=is_first):
             if self._offload is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
                 return forward(index)  # what is saved is for the user's own hooks
             with self._offload.hooks():

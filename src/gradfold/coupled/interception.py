@@ -8,13 +8,15 @@ Source: `torch.overrides.TorchFunctionMode`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from gradfold.errors import BatchNormError
@@ -69,6 +71,7 @@ _READERS: dict[Any, Callable[..., BatchNormCall]] = {
 }
 _UNREAD = frozenset({torch.native_batch_norm, torch.cudnn_batch_norm, torch.batch_norm_stats})
 _COUNTS = frozenset({Tensor.add_, Tensor.__iadd__})
+_COUNTERS = frozenset({_BatchNorm.forward.__code__, nn.SyncBatchNorm.forward.__code__})
 
 
 def normalises_by_batch(call: BatchNormCall) -> bool:
@@ -81,23 +84,27 @@ class Interception(TorchFunctionMode):
 
     Args:
         on_call: gets the call, and gives what is returned instead.
-        counters: ids of counters of batches, which count on only where `counts`.
-        counts: see there.
+        counts: whether layers count a batch, in this model or outside of it.
         concerns: which calls to hand over.
     """
 
     def __init__(
         self,
         on_call: Callable[[BatchNormCall], Any],
-        counters: Collection[int] = (),
         counts: bool = True,
         concerns: Callable[[BatchNormCall], bool] = normalises_by_batch,
     ) -> None:
         super().__init__()
         self._on_call = on_call
-        self._counters = counters
         self._counts = counts
         self._concerns = concerns
+        self._counted: list[Tensor] = []
+
+    @torch.no_grad()
+    def count_back(self) -> None:
+        """As if no layer had counted, in this model or outside of it."""
+        while self._counted:
+            self._counted.pop().sub_(1)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -114,8 +121,10 @@ class Interception(TorchFunctionMode):
                 "torch.nn.functional.batch_norm.",
                 (),
             )
-        elif func in _COUNTS and not self._counts and id(args[0]) in self._counters:
-            return args[0]
+        elif func in _COUNTS and sys._getframe(1).f_code in _COUNTERS:
+            if not self._counts:
+                return args[0]
+            self._counted.append(args[0])
         return func(*args, **kwargs)
 
 

@@ -22,8 +22,7 @@ def uncoupled(loss_fn: LossFn) -> LossFn:
     """`loss_fn` with fixed statistics."""
 
     def run(model: nn.Module, batch: Any) -> LossOutput:
-        with eagerly(), Interception(by_fixed_statistics):
-            return loss_fn(model, batch)
+        return _run(loss_fn, model, batch, Interception(by_fixed_statistics))
 
     return run
 
@@ -33,12 +32,19 @@ def watched(loss_fn: LossFn, normalised: NormalisedRows) -> LossFn:
 
     def run(model: nn.Module, batch: Any) -> LossOutput:
         census = Census(normalised.names)
-        with eagerly(), Interception(census.count, concerns=census.concerns):
-            output = loss_fn(model, batch)
+        output = _run(loss_fn, model, batch, Interception(census.count, concerns=census.concerns))
         normalised.runs.note(rows_if_any(batch), census.counts)
         return output
 
     return run
+
+
+def _run(loss_fn: LossFn, model: nn.Module, batch: Any, interception: Interception) -> LossOutput:
+    try:
+        with eagerly(), interception:
+            return loss_fn(model, batch)
+    finally:
+        interception.count_back()
 
 
 @torch.no_grad()
