@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradfold
+from gradfold.batch import structure
 from gradfold.coupled.moments import Moments
 from gradfold.coupled.normalised_rows import NormalisedRows
 from gradfold.coupled.tried_runs import TriedRuns
@@ -182,12 +183,36 @@ def test_pictures_of_several_sizes_in_a_loader_s_micro_batches_are_fine():
 def test_one_thing_that_is_not_the_same_everywhere_is_refused():
     normalised = NormalisedRows(is_collated=False)
     for rows in (3, 1, 2):
-        normalised.runs.note(rows, [("norm", 5)])
+        normalised.note(torch.ones(rows), [("norm", 5)])
     normalised.judge(is_content=True)
     parts = [Moments(torch.zeros(4), torch.ones(4) * scale, 5) for scale in (1, 2)]
-    assert normalised.is_one_thing((0, "norm"), parts[:1] * 2, [])
+    assert normalised.is_one_thing((structure(torch.ones(1)), 0, "norm"), parts[:1] * 2, [])
     with pytest.raises(gradfold.BatchNormError, match=r"normalises 5 values .* not the same in every micro-batch"):
-        normalised.is_one_thing((0, "norm"), parts, [])
+        normalised.is_one_thing((structure(torch.ones(1)), 0, "norm"), parts, [])
+
+
+def test_the_same_call_may_be_another_for_other_batches():
+    """What is known of a call for one kind of batch is not taken for the other's."""
+
+    def loss_fn(model, batch):
+        if isinstance(batch, tuple):
+            return model.norm(model.linear(batch[0])).square().mean()
+        return (model.linear(batch) @ model.norm(model.prototypes).T).square().mean()
+
+    model, expected = Prototypes(), Prototypes()
+    expected.load_state_dict(model.state_dict())
+    accumulator = gradfold.Accumulator(model, loss_fn, batch_norm="exact", micro_batch_size=4)
+    for seed in range(2):
+        rows = torch.randn(12, 4, generator=torch.Generator().manual_seed(seed))
+        for batch in (rows, (rows,)):
+            model.zero_grad(), expected.zero_grad()
+            accumulator.backward(batch)
+            loss_fn(expected, batch).backward()
+            if isinstance(batch, tuple):
+                assert float(gradients(model)["linear.bias"].abs().max()) < 1e-12  # BatchNorm takes it out
+            else:
+                assert relative_error(gradients(model), gradients(expected)) < 1e-12
+            torch.testing.assert_close(model.norm.running_var, expected.norm.running_var, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("order", [(3, 1, 2), (2, 1, 3), (7, 3, 1, 2), (2, 2, 1, 3), (1, 2, 3)])

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfold.agreement import Alone
 from gradfold.backward import Weighed
+from gradfold.batch import structure
 from gradfold.coupled.attendance import (
     Attendance,
     Passage,
@@ -89,6 +90,7 @@ class ExactBatchNorm:
         self._offload = offload
         self._normalised = normalised
         self._num_calls = 0
+        self._structure = structure(window.micro_batches[0].data)
         self._calls: list[JointCall] = []
         self._token: Tensor | None = None
         window.runs_idle = True  # their rows are in the statistics
@@ -195,7 +197,7 @@ class ExactBatchNorm:
 
     def _statistics(self, parts: list[Moments], first: _Request) -> Moments:
         """Those of all values; the running ones move by them."""
-        key = self._num_calls, first.layer
+        key = self._structure, self._num_calls, first.layer
         self._num_calls += 1
         is_one_thing = self._normalised.is_one_thing(key, parts, self._window.micro_batches)
         moments = self._company.merge(merge(parts))

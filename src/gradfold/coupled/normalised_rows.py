@@ -11,13 +11,14 @@ micro-batch decides how much there is of it. How many values a call gets tells t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gradfold.batch import Batch, rows_if_any, structure
 from gradfold.coupled.attendance import UNNAMED
 from gradfold.coupled.interception import BatchNormCall, by_fixed_statistics
 from gradfold.coupled.moments import Moments
@@ -28,8 +29,8 @@ from gradfold.warning import warn
 
 __all__: list[str] = []
 
-Key: TypeAlias = "tuple[int, str]"
-"""A call of batch_norm: its number in the forward pass, and the name of its layer."""
+Key: TypeAlias = "tuple[Hashable, int, str]"
+"""A call of batch_norm: the structure of the batch, its number in the forward pass, and the name of its layer."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,18 @@ class NormalisedRows:
     """
 
     def __init__(self, is_collated: bool) -> None:
-        self.runs: TriedRuns[list[tuple[str, int]]] = TriedRuns()
+        self._runs: TriedRuns[list[tuple[str, int]]] = TriedRuns()
+        self._structure: Hashable = None  # of the batch in these runs
         self.names: dict[int, str] = {}
         self._is_collated = is_collated
         self._known: dict[Key, _Known] = {}
         self._seen_to_differ: set[Key] = set()
         self._warned_of: set[str] = set()
+
+    def note(self, batch: Batch, counts: list[tuple[str, int]]) -> None:
+        """What a run of the guard has counted."""
+        self._structure = structure(batch)
+        self._runs.note(rows_if_any(batch), counts)
 
     def judge(self, is_content: bool) -> None:
         """Learn from the guard's runs, where it was content.
@@ -84,7 +91,7 @@ class NormalisedRows:
         Raises:
             BatchNormError: something besides rows is in the statistics of a call.
         """
-        found = self.runs.take()
+        found = self._runs.take()
         if found is None or not is_content:
             return
         if len({tuple(name for name, _ in run.seen) for run in (found.whole, *found.parts)}) > 1:
@@ -94,9 +101,9 @@ class NormalisedRows:
             counts = first.seen[number][1], second.seen[number][1]
             if sum(counts) == count:
                 is_even = counts[0] * second.num_rows == counts[1] * first.num_rows
-                self._known[number, name] = _Known("rows", is_even)
+                self._known[self._structure, number, name] = _Known("rows", is_even)
             elif counts == (count, count):
-                self._known[number, name] = _Known("one thing", False)
+                self._known[self._structure, number, name] = _Known("one thing", False)
             else:
                 raise _refused_mixture(name, found.whole.num_rows, count, counts)
 
@@ -109,10 +116,10 @@ class NormalisedRows:
         known = self._known.get(key)
         if known is not None and known.kind == "one thing":
             if not _are_same(parts):
-                raise _refused_differing(key[1], parts[0].count)
+                raise _refused_differing(key[-1], parts[0].count)
             return True
         if self._is_collated and not (known is not None and not known.is_even):
-            self._look_for_padding(key[1], [part.count for part in parts], micro_batches)
+            self._look_for_padding(key[-1], [part.count for part in parts], micro_batches)
         return known is None and self._seems_one_thing(key, parts, micro_batches)
 
     def _seems_one_thing(self, key: Key, parts: Sequence[Moments], micro_batches: Sequence[MicroBatch]) -> bool:
@@ -126,7 +133,7 @@ class NormalisedRows:
             return True
         self._warn_once(
             "one thing",
-            f"BatchNorm in {key[1]} got the same mean and variance in every micro-batch, all of which have as many "
+            f"BatchNorm in {key[-1]} got the same mean and variance in every micro-batch, all of which have as many "
             "rows. If what it normalises does not come from the batch (prototypes, class embeddings), its running "
             "variance takes it for several: leave self_check on, which tells.",
         )

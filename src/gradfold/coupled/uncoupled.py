@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradfold.batch import in_own_containers, rows_if_any
+from gradfold.batch import in_own_containers
 from gradfold.coupled.interception import Interception, by_fixed_statistics
 from gradfold.coupled.normalised_rows import Census, NormalisedRows
 from gradfold.loss import LossFn, LossOutput, read_pair, read_terms
@@ -33,7 +33,7 @@ def watched(loss_fn: LossFn, normalised: NormalisedRows) -> LossFn:
     def run(model: nn.Module, batch: Any) -> LossOutput:
         census = Census(normalised.names)
         output = _run(loss_fn, model, batch, Interception(census.count, concerns=census.concerns))
-        normalised.runs.note(rows_if_any(batch), census.counts)
+        normalised.note(batch, census.counts)
         return output
 
     return run
