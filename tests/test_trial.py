@@ -321,6 +321,15 @@ def test_plain_tensors_and_lists_of_modules_are_as_before():
     assert model.log == []
 
 
+def test_a_module_may_keep_an_inference_tensor():
+    """A table that was made under `torch.inference_mode()` has no version to tell a change by."""
+    with torch.inference_mode():
+        table = torch.ones(3)
+    model = Watched(lambda self, x: self.table.sum() * 0, table=table)
+    tried(model, squares, torch.randn(5, 4))
+    assert model.table is table
+
+
 def test_modes_of_modules_are_as_before():
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.Sequential(nn.Dropout())).train()
     model[2].eval()

@@ -43,7 +43,10 @@ class Attributes:
 
 
 def _may_change_inside(value: Any) -> bool:
-    return isinstance(value, _CONTAINERS) or (isinstance(value, Tensor) and value.layout is torch.strided)
+    if isinstance(value, Tensor):
+        # Inference tensors have no version, and training cannot write to them.
+        return value.layout is torch.strided and not value.is_inference()
+    return isinstance(value, _CONTAINERS)
 
 
 def _copy(value: Any) -> Any:
