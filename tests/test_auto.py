@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -468,6 +469,116 @@ def test_lazy_layers_are_named_with_what_to_do():
         run = last if size != 1 else loss_fn
         found = gradfold.Accumulator(model, run, micro_batch_size=size, batch_norm="per_micro_batch").backward(batch)
         assert found.num_micro_batches == (1 if size is None else -(-32 // size))
+
+
+class WithBuffers(nn.Module):
+    """A counter, a table, and an average that the first forward pass makes; none of them changes the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = plain()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("table", torch.arange(8.0), persistent=False)
+        self.register_buffer("average", None)
+
+    def forward(self, x):
+        self.count += 1
+        mean = x.detach().mean(0)
+        self.average = mean if self.average is None else 0.9 * self.average + 0.1 * mean
+        return self.inner(x + self.table)
+
+
+def samples(num):
+    return [{"x": torch.randn(8, dtype=torch.float64), "y": number % 2} for number in range(num)]
+
+
+def dicts(num):
+    found = torch.utils.data.default_collate(samples(num))
+    return found | {"temperature": 2.0, "name": "train"}
+
+
+def likelihood(model, batch):
+    return nn.functional.binary_cross_entropy_with_logits(model(batch["x"])[:, 0], batch["y"].double())
+
+
+def with_metrics(model, batch):
+    outputs = model(batch["x"])[:, 0]
+    loss = nn.functional.binary_cross_entropy_with_logits(outputs, batch["y"].double())
+    return loss, {"outputs": outputs, "hits": (outputs > 0).double().mean(), "rows": len(batch["y"])}
+
+
+USES = {
+    "dict batches": (plain, likelihood, [dicts(19)], {}),
+    "samples to collate": (plain, likelihood, [samples(19)], {"collate": torch.utils.data.default_collate}),
+    "metrics": (plain, with_metrics, [dicts(19)], {}),
+    "buffers": (WithBuffers, likelihood, [dicts(19)], {"self_check": False}),
+    "one row": (plain, likelihood, [dicts(1)], {}),
+    "batches of many sizes": (plain, likelihood, [dicts(num) for num in (1, 19, 4, 40, 2)], {}),
+    "a weight": (plain, likelihood, [dicts(19)], {"weight": lambda batch: len(batch["y"])}),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_people_train(name, monkeypatch):
+    """Whatever size is found, the gradient is the whole batch's."""
+    make, own_loss, batches, options = USES[name]
+    monkeypatch.setattr(
+        "gradfold.memory.sizer.choose", lambda timings: replace(timings[0], micro_batch_size=min(3, len(timings)))
+    )
+    model = make().double()
+    accumulator = gradfold.Accumulator(model, own_loss, micro_batch_size=QUICK, **options)
+    for batch in batches:
+        whole = torch.utils.data.default_collate(batch) if isinstance(batch, list) else batch
+
+        def plain_loss(model, whole=whole):
+            output = own_loss(model, whole)
+            return output[0] if isinstance(output, tuple) else output
+
+        expected = full_batch_gradient(copy.deepcopy(model), plain_loss)
+        model.zero_grad()
+        result = accumulator.backward(batch)
+        assert relative_error(gradients(model), expected) <= 1e-12
+        if isinstance(model, WithBuffers):
+            assert model.count == result.num_micro_batches > 1
+        if name == "metrics":
+            assert result.metrics["outputs"].shape == (19,) and result.metrics["rows"] > 1
+
+
+def test_windows_of_a_loader_in_float64():
+    model, loader = plain().double(), torch.utils.data.DataLoader(samples(22), batch_size=8)
+    accumulator = gradfold.Accumulator(model, likelihood, micro_batch_size=QUICK)
+    (window,) = gradfold.windows(loader, 3)
+    expected = full_batch_gradient(
+        copy.deepcopy(model), lambda model: likelihood(model, torch.utils.data.default_collate(loader.dataset))
+    )
+    accumulator.backward(window)
+    assert relative_error(gradients(model), expected) <= 1e-12
+
+
+def test_lower_precision():
+    accumulator = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=QUICK, precision="bf16")
+    batch = torch.randn(32, 8)
+    accumulator.backward(batch)
+    found = gradients(accumulator.model)
+    size = accumulator.micro_batch_size
+    twin = gradfold.Accumulator(
+        copy.deepcopy(accumulator.model), loss_fn, micro_batch_size=size, precision="bf16", self_check=False
+    )
+    twin.model.zero_grad()
+    twin.backward(batch)
+    for name, one in gradients(twin.model).items():
+        assert torch.equal(one, found[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_models():
+    first = torch.jit.script(plain())
+    gradfold.Accumulator(first, loss_fn, micro_batch_size=gradfold.Auto(seconds=0.05)).backward(torch.randn(32, 8))
+    other = torch.jit.script(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1)))
+    auto = gradfold.Auto(seconds=0.05)
+    for model, is_cached in ((first, True), (other, False)):
+        accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=auto)
+        assert accumulator.choose_micro_batch(torch.randn(32, 8)).is_cached is is_cached
 
 
 def test_the_choice_as_json():

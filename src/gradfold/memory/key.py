@@ -25,7 +25,7 @@ __all__: list[str] = []
 def key_of(work: Work, option: Auto) -> str:
     """What a choice depends on, as text: model, loss, shapes, dtypes, device, threads, versions, options."""
     model = [
-        (name, type(module).__qualname__, _settings(module), *_written(type(module).forward))
+        (name, type(module).__qualname__, _settings(module), *_forward(module))
         for name, module in work.model.named_modules()
     ]
     tensors = [
@@ -53,6 +53,12 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or (type(value) is tuple and all(isinstance(one, int) for one in value))
+
+
+def _forward(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return (str(module.code),)
+    return _written(type(module).forward)
 
 
 def _written(function: Any) -> tuple[str, ...]:
