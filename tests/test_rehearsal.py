@@ -127,6 +127,28 @@ def test_caches_keep_no_fake_tensors():
     assert doubled.cache_info().currsize == 1  # what was not asked for is kept
 
 
+def test_a_plan_leaves_nothing_either():
+    masks = {}
+
+    def loss_fn(model, batch):
+        if 8 not in masks:
+            masks[8] = torch.arange(8.0)
+        SEEN.append(len(batch))
+        return square(model, batch * masks[8] * scales(8))
+
+    scales.cache_clear()
+    accumulator = gradfold.Accumulator(nn.Linear(8, 1), loss_fn, micro_batch_size=4)
+    optimizer = torch.optim.Adam(accumulator.model.parameters())
+    batch = torch.randn(32, 8)
+    found = gradfold.plan(accumulator, batch, optimizer, memory="1GiB")
+    assert found.source == "fake tensors" and not masks and not SEEN
+    with pytest.raises(gradfold.DoesNotFitError):  # with levers
+        gradfold.plan(accumulator, batch, optimizer, memory="300MiB")
+    assert not masks and not SEEN
+    gradfold.TrainStep(accumulator, optimizer)(batch)
+    SEEN.clear()
+
+
 def test_lists_have_what_they_had():
     losses = ["found"]
 

@@ -21,6 +21,7 @@ from gradfold.memory.levers import Lever, levers_of
 from gradfold.memory.margin import Margin, margin_for
 from gradfold.memory.prediction import Prediction
 from gradfold.memory.program import Program
+from gradfold.memory.rehearsal import Rehearsal
 from gradfold.memory.specimen import Specimen
 from gradfold.precision import Precision
 from gradfold.split import Collate
@@ -189,7 +190,7 @@ def plan(
     budget = read_bytes(memory)
     target = _device(device, accumulator.model)
     specimen = Specimen(batch, accumulator.collate)
-    program = Program(
+    program = Rehearsal(
         *(accumulator.model, accumulator.loss_fn, specimen, optimizer, accumulator.precision),
         reduces_once=accumulator.ranks == "reduce_once",
     )
