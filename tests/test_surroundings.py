@@ -219,6 +219,12 @@ def tensor_in_place():
     return lambda: total.add_(1), lambda: total.tolist()
 
 
+def tensor_in_place_with_a_view():
+    total = torch.zeros(3, 1)
+    wide = total.expand(3, 4)
+    return lambda: (total.add_(1), wide), lambda: total.tolist()
+
+
 def teacher():
     layer = nn.Sequential(nn.BatchNorm1d(2))
     layer[0].calls = []
@@ -270,7 +276,7 @@ CASES = {
             list_on_the_function,
             *(by_a_helper, by_a_partial, by_a_default, by_a_keyword_default, by_what_is_wrapped, by_a_bound_method),
             *(by_a_property, by_a_static_method, by_a_user_s_module, by_a_callable_object, namespace),
-            *(tensor_in_place, teacher),
+            *(tensor_in_place, tensor_in_place_with_a_view, teacher),
         )
     },
 }

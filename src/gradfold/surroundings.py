@@ -101,6 +101,8 @@ def _keep_function(function: types.FunctionType) -> Undo:
 def _keep_tensor(tensor: Tensor) -> Undo | None:
     if tensor.layout is not torch.strided or tensor.is_inference() or tensor.nbytes > _MOST_BYTES:
         return None
+    if 0 in tensor.stride():  # an expanded one cannot be written to; what it is a view of can
+        return None
     return partial(_put_back_tensor, tensor, tensor._version, tensor.detach().clone())
 
 
