@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.paired import ratio, time_rounds, write
-from gradfold.doctor.calls import Calls
+from gradfold.doctor.guard import Guard
 from gradfold.doctor.patches import Patches
 from gradfold.doctor.stop import Stop
 from gradfold.doctor.surrounding_patches import patch_surroundings
@@ -79,14 +79,15 @@ def training(model: nn.Module, make_batch: Callable[[], Tensor]) -> Callable[[],
 
 def watched(train: Callable[[], None]) -> None:
     """The same under a new watch, patches and all."""
-    watch, patches = Watch(Path(__file__), Stop(NUM_UPDATES + 1)), Patches()
-    calls = Calls(watch)
-    patch_training(patches, watch, calls)
-    patch_surroundings(patches, watch, calls)
+    guard = Guard()
+    watch, patches = Watch(Path(__file__), Stop(NUM_UPDATES + 1), guard), Patches(guard)
+    patch_training(patches, watch)
+    patch_surroundings(patches, watch)
     try:
         train()
     finally:
         patches.undo()
+    assert guard.failure is None
 
 
 if __name__ == "__main__":

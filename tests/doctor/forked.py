@@ -16,8 +16,7 @@ from processes import CONTEXT
 
 import gradfold.doctor.run
 from gradfold.doctor.examine import Report, examine
-from gradfold.doctor.run import Ending, run
-from gradfold.doctor.watch import Watch
+from gradfold.doctor.run import Run, run
 
 
 def expected(script: Path) -> set[str]:
@@ -58,11 +57,11 @@ def _run(script: Path, num_updates: int, timeout_s: float, grace_s: float, folde
     torch.set_num_threads(1)
     gradfold.doctor.run._GRACE_S = grace_s
 
-    def write(watch: Watch, ending: Ending, seconds: float = 1.0) -> None:
-        Path(folder, "answer").write_bytes(pickle.dumps(examine(script, watch, ending, seconds)))
+    def write(this: Run) -> None:
+        Path(folder, "answer").write_bytes(pickle.dumps(examine(this)))
 
     try:
-        write(*run(script, arguments(script), num_updates, timeout_s, write))
+        write(run(script, arguments(script), num_updates, timeout_s, write))
     except BaseException:
         traceback.print_exc()
     finally:

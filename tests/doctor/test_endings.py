@@ -95,7 +95,7 @@ def test_a_script_that_catches_everything_is_stopped_all_the_same(script):
 def test_a_script_that_fails_keeps_its_exit_code(script, ending, code, error):
     report, printed = diagnose(script(ending))
     assert (report.ending.how, report.ending.error, exit_code(report)) == ("failed", error, code)
-    assert f"failed by itself, with exit code {code}" in words(report) and "10 updates were seen" in words(report)
+    assert f"failed by itself, with exit code {code}" in words(report) and "after 10 updates" in words(report)
     if "LookupError" in error:
         assert printed.rstrip().endswith(error) and "Traceback" in printed
         assert "gradfold" not in printed  # the traceback is the script's own
@@ -121,7 +121,7 @@ def test_a_script_that_runs_past_its_time(script):
         timeout_s=1.0,
     )
     assert (report.ending.how, exit_code(report)) == ("timed out", 124) and "closed" in printed
-    assert "ran past --timeout" in words(report) and "10 updates were seen" in words(report)
+    assert "ran past --timeout" in words(report) and "after 10 updates" in words(report)
 
 
 def test_a_script_that_does_not_listen_is_ended_hard(script):

@@ -37,8 +37,9 @@ EPILOG = """
 
 `loss_sum += loss.item()  # gradfold: ignore[GF012]` — in a script, silences a rule on that line
 
-Exit codes: 0 nothing found, 1 findings, 2 wrong usage, 124 the script ran past --timeout; where the script fails by
-itself, its own.
+Exit codes: 0 nothing found, 1 findings, 2 wrong usage, 70 no diagnosis, since gradfold's doctor itself failed (the
+script then runs on without it, to its own end), 124 the script ran past --timeout; where the script fails by itself,
+its own.
 """
 
 
@@ -55,6 +56,9 @@ def doctor(
     sarif_file: Annotated[
         Path | None, typer.Option("--sarif", help="Write the findings as SARIF 2.1.0 into this file.", metavar="FILE")
     ] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Where the doctor itself fails, print its traceback on standard error.")
+    ] = False,
     rules: Annotated[bool, typer.Option("--rules", help="Print all rules as Markdown and exit.")] = False,
 ) -> None:
     """Run a PyTorch training script for a few updates, and say what is wrong with it.
@@ -75,6 +79,8 @@ def doctor(
     report = _diagnose(script, arguments or [], updates, timeout, as_json)
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
         raise typer.Exit(exit_code(report))
+    if debug and report.failure is not None:
+        print(f"\n{report.failure.traceback}", file=sys.stderr)
     if sarif_file is not None:
         _write(sarif_file, report)
     print(json.dumps(report.to_dict(), indent=1, allow_nan=False) if as_json else f"\n{text(report)}")

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from gradfold.doctor.examine import examine
-from gradfold.doctor.run import Ending, run, trained_s
-from gradfold.doctor.watch import Watch
+from gradfold.doctor.run import Run, run
 
 __all__: list[str] = []
 
@@ -18,19 +17,12 @@ def main(request: str) -> None:
     asked = json.loads(request)
     script, answer = Path(asked["script"]), Path(asked["answer"])
 
-    def write(watch: Watch, ending: Ending, seconds: float) -> None:
+    def write(this: Run) -> None:
         unfinished = answer.with_suffix(".part")
-        unfinished.write_text(json.dumps(examine(script, watch, ending, seconds).to_dict()), "utf-8")
+        unfinished.write_text(json.dumps(examine(this).to_dict()), "utf-8")
         unfinished.replace(answer)
 
-    watch, ending, seconds = run(
-        script,
-        asked["arguments"],
-        asked["num_updates"],
-        asked["timeout_s"],
-        lambda watch, end: write(watch, end, trained_s(watch)),
-    )
-    write(watch, ending, seconds)
+    write(run(script, asked["arguments"], asked["num_updates"], asked["timeout_s"], write))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradfold.doctor.events import Clip, Read, Scaler, Tick
+from gradfold.doctor.guard import Look
 from gradfold.doctor.ledger import Ledger
 from gradfold.doctor.place import Place
 from gradfold.doctor.watch import Watch
@@ -25,54 +25,62 @@ class Calls:
         self._watch = watch
         self._numbers: dict[int, int] = {}  # of scalers and schedulers, by id
 
-    @contextmanager
-    def clipping(self, parameters: list[Tensor], kind: str, limit: float) -> Iterator[dict[str, Any]]:
-        """Around a call that clips; what it returns is put into the dict, as "norm"."""
-        result: dict[str, Any] = {}
+    def clipping(
+        self, parameters: Iterable[Tensor], kind: str, limit: float, instead: tuple[tuple[Any, ...], dict[str, Any]]
+    ) -> Look:
+        """At a call that clips.
+
+        Args:
+            parameters: whose gradients; read when the call has ended.
+            kind: "norm" or "value".
+            limit: the largest allowed.
+            instead: what to call it with.
+        """
         watch = self._watch
         if watch.is_quiet:
-            yield result
+            yield instead
             return
         with watch.quietly():
             watch.settle()
-            ids = {id(one) for one in parameters}
-            owning = [one for one in watch.ledgers if any(id(p) in ids for p in one.watched())]
-            entries = watch.standing(owning)
+            entries = watch.standing()
             scaled = frozenset(number for number, passes in entries.items() if self._are_scaled(number, passes))
-            yield result
+            outcome = yield instead
+            if outcome.error is not None:
+                return
             for ledger in watch.ledgers:
                 ledger.remember()
+            owning = self._owners(parameters)
+            clipped = {number: passes for number, passes in entries.items() if number in owning}
             tape = watch.tape
-            tape.add(Clip(tape.next, watch.map.here(), kind, limit, result.get("norm"), entries, scaled))
+            tape.add(Clip(tape.next, watch.map.here(), kind, limit, outcome.result, clipped, scaled & owning))
+
+    def _owners(self, parameters: Iterable[Tensor]) -> set[int]:
+        ids = {id(one) for one in parameters}
+        return {one.number for one in self._watch.ledgers if any(id(p) in ids for p in one.watched())}
 
     def _are_scaled(self, ledger: int, entries: tuple[int, ...]) -> bool:
         watch = self._watch
         return ledger not in watch.unscaled and any(watch.tape.backwards[index].is_scaled for index in entries)
 
-    @contextmanager
-    def scaler(self, scaler: Any, call: str, optimizer: Any) -> Iterator[None]:
-        """Around `unscale_`, `step` or `update` of a GradScaler."""
+    def scaler(self, scaler: Any, call: str, optimizer: Any) -> Look | None:
+        """At `unscale_`, `step` or `update` of a GradScaler."""
+        return None if self._watch.is_quiet or not scaler.is_enabled() else self._scaling(scaler, call, optimizer)
+
+    def _scaling(self, scaler: Any, call: str, optimizer: Any) -> Look:
         watch = self._watch
-        if watch.is_quiet or not scaler.is_enabled():
-            yield
-            return
         watch.settle()
         ledger: Ledger | None = watch.ledger_of(optimizer) if isinstance(optimizer, Optimizer) else None
-        entries, place, error = watch.standing(None if ledger is None else [ledger]), watch.map.here(), ""
+        entries, place = watch.standing(None if ledger is None else [ledger]), watch.map.here()
         if ledger is not None:
             entries.setdefault(ledger.number, ())
         watch.num_scaler_steps += call == "step"
-        try:
-            yield
-        except (RuntimeError, AssertionError, ValueError) as raised:
-            error = str(raised)
-            raise
-        finally:
-            watch.num_scaler_steps -= call == "step"
-            watch.tape.add(Scaler(watch.tape.next, place, call, self._number(scaler), entries, error))
-            if call == "unscale_" and ledger is not None and not error:
-                watch.unscaled.add(ledger.number)
-                ledger.remember()
+        outcome = yield None
+        watch.num_scaler_steps -= call == "step"
+        error = "" if outcome.error is None else str(outcome.error)
+        watch.tape.add(Scaler(watch.tape.next, place, call, self._number(scaler), entries, error))
+        if call == "unscale_" and ledger is not None and not error:
+            watch.unscaled.add(ledger.number)
+            ledger.remember()
 
     def tick(self, scheduler: Any, before: float) -> None:
         """A scheduler made a step."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from gradfold.doctor.events import Event, Tape
+from gradfold.doctor.events import Tape
 from gradfold.doctor.memory import Memory
 from gradfold.doctor.training import E, Training
 
@@ -66,7 +66,3 @@ class Case:
     def events(self, kind: type[E]) -> list[E]:
         """All events of a kind."""
         return [one for one in self.tape.events if isinstance(one, kind)]
-
-    def is_fetched_from(self, event: Event) -> bool:
-        """Whether loaders gave any batch before an event."""
-        return any(one.fetches for one in self.tape.backwards if one.at < event.at)

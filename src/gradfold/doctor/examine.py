@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from gradfold.doctor.case import Case, Stray
 from gradfold.doctor.events import Step
 from gradfold.doctor.finding import Finding
+from gradfold.doctor.guard import Failure
 from gradfold.doctor.ignores import is_ignored
 from gradfold.doctor.memory import read_memory
 from gradfold.doctor.rules import RULES
-from gradfold.doctor.run import Ending
+from gradfold.doctor.run import Ending, Run
 from gradfold.doctor.summary import summarise
 from gradfold.doctor.training import trainings
 from gradfold.doctor.watch import Watch
@@ -33,6 +34,7 @@ class Report:
         findings: by file, line and code.
         summary: what the script does, in plain values.
         num_ignored: findings that a comment silences.
+        failure: where the doctor itself failed; nothing was examined after that, but what other rules found.
     """
 
     script: str
@@ -40,6 +42,7 @@ class Report:
     findings: tuple[Finding, ...]
     summary: dict[str, Any]
     num_ignored: int = 0
+    failure: Failure | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -49,6 +52,7 @@ class Report:
             "findings": [one.to_dict() for one in self.findings],
             "num_ignored": self.num_ignored,
             "summary": self.summary,
+            "failure": None if self.failure is None else self.failure.to_dict(),
         }
 
     @staticmethod
@@ -56,16 +60,31 @@ class Report:
         """The report of plain values."""
         findings = tuple(Finding(**one) for one in values["findings"])
         ending = Ending(**values["ending"])
-        return Report(values["script"], ending, findings, values["summary"], values["num_ignored"])
+        failure = None if values["failure"] is None else Failure(**values["failure"])
+        return Report(values["script"], ending, findings, values["summary"], values["num_ignored"], failure)
 
 
-def examine(script: Path, watch: Watch, ending: Ending, seconds: float) -> Report:
-    """Judge a watched run."""
+def examine(run: Run) -> Report:
+    """Judge a run. Where the doctor failed while it looked there is nothing to judge."""
+    report = run.guard.attempt("the examination", _examine, run)
+    if report is None:
+        report = Report(str(run.script), run.ending, (), {})
+    return replace(report, failure=run.guard.failure)
+
+
+def _examine(run: Run) -> Report:
+    script, watch, ending = run.script, run.watch, run.ending
+    assert watch is not None  # or the guard knows why
     with watch.quietly():
-        case = _case(script, watch, ending, seconds)
+        case = _case(script, watch, ending)
     found: dict[tuple[str, int, str], Finding] = {}
     for rule in RULES:
-        for seen in rule.check(case):
+        try:
+            observations = list(rule.check(case))
+        except Exception as error:
+            run.guard.note(f"rule {rule.code}", error)
+            continue
+        for seen in observations:
             key = (seen.place.file, seen.place.line, rule.code)
             finding = Finding(
                 rule.code,
@@ -82,7 +101,7 @@ def examine(script: Path, watch: Watch, ending: Ending, seconds: float) -> Repor
     return Report(str(script), ending, tuple(kept), summarise(case), len(found) - len(kept))
 
 
-def _case(script: Path, watch: Watch, ending: Ending, seconds: float) -> Case:
+def _case(script: Path, watch: Watch, ending: Ending) -> Case:
     ended = ending.how == "ended"
     if ended:
         watch.settle()
@@ -100,8 +119,8 @@ def _case(script: Path, watch: Watch, ending: Ending, seconds: float) -> Case:
         _batch_norms(models),
         _stray(watch, models),
         frozenset(watch.precisions),
-        seconds,
-        0 if watch.stretch is None else watch.stretch[0],
+        watch.stopwatch.read(),
+        watch.stopwatch.since,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gradfold.doctor.guard import Guard
 from gradfold.doctor.ledger import Ledger
 
 __all__: list[str] = []
@@ -16,9 +17,14 @@ _MOST_ELEMENTS = 1_000_000
 
 
 class PreciseSums:
-    """Sums of the gradients of some parameters in bfloat16 or float16, by optimizer."""
+    """Sums of the gradients of some parameters in bfloat16 or float16, by optimizer.
 
-    def __init__(self) -> None:
+    Args:
+        guard: between what adds up and the script's backward passes.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._sums: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # by optimizer and parameter: it, and its sum
         self._size = 0
 
@@ -34,7 +40,10 @@ class PreciseSums:
                 self._size += one.numel()
                 total = torch.zeros_like(one, dtype=torch.float32, requires_grad=False)
                 sums[id(one)] = one, total
-                one.register_hook(_adding_to(total))  # type: ignore[no-untyped-call]
+                hook = partial(self._guard.attempt, "a gradient", partial(_add, total))
+                hook.gradfold_doctor = True  # type: ignore[attr-defined]
+                hook.__torch_unserializable__ = True  # type: ignore[attr-defined] # or torch.save warns of it
+                one.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def empty(self, ledger: int) -> None:
         """The gradients of an optimizer were zeroed."""
@@ -58,9 +67,5 @@ class PreciseSums:
         return float((grads - ratio * sums).norm()) / (abs(ratio) * square**0.5) if ratio else None
 
 
-def _adding_to(total: Tensor) -> Callable[[Tensor], None]:
-    def add(grad: Tensor) -> None:
-        total.add_(grad.detach())
-
-    add.gradfold_doctor = True  # type: ignore[attr-defined]
-    return add
+def _add(total: Tensor, grad: Tensor) -> None:
+    total.add_(grad.detach())

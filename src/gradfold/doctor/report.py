@@ -9,11 +9,15 @@ from typing import Any
 
 from gradfold.doctor.examine import Report
 from gradfold.doctor.finding import Finding
+from gradfold.doctor.guard import Failure
 
 __all__: list[str] = []
 
+NO_DIAGNOSIS = 70  # sysexits.h: an error within the program itself
+
 _WIDTH = 100
 _INDENT = "    "
+_MOST_OF_ERROR = 160  # characters
 
 
 def text(report: Report) -> str:
@@ -21,15 +25,19 @@ def text(report: Report) -> str:
     parts = [_ending(report), *map(_finding, report.findings)]
     if report.summary.get("num_backwards"):
         parts += [_verdict(report), _summary(report.summary)]
+    if report.failure is not None:
+        parts.append(_wrapped(_own_failure(report, report.failure), ""))
     return "\n\n".join(part for part in parts if part)
 
 
 def exit_code(report: Report) -> int:
-    """Of the command: the script's own where it failed, 124 where it was out of time, 1 with findings, else 0."""
+    """Of the command: the script's own where it failed; else 124 out of time, 70 no diagnosis, 1 findings, 0 none."""
     if report.ending.how == "timed out":
         return 124
     if report.ending.how == "failed":
         return report.ending.code
+    if report.failure is not None:
+        return NO_DIAGNOSIS
     return 1 if report.findings else 0
 
 
@@ -43,19 +51,34 @@ def shown_path(file: str) -> str:
 
 def _ending(report: Report) -> str:
     script, ending, summary = shown_path(report.script), report.ending, report.summary
-    seen = f"{summary.get('num_updates', 0)} updates were seen"
     sentences = []
     if ending.how == "timed out":
-        sentences.append(f"{script} ran past --timeout and was ended; {seen}. Give it more time, or less data.")
+        sentences.append(f"{script} ran past --timeout and was ended{_seen(summary)}. Give it more time, or less data.")
     elif ending.how == "failed":
         why = f": {ending.error}" if ending.error else ""
-        sentences.append(f"{script} failed by itself, with exit code {ending.code}{why}. Until then {seen}.")
-    if not summary.get("num_backwards"):
+        sentences.append(f"{script} failed by itself, with exit code {ending.code}{why}{_seen(summary)}.")
+    if report.failure is None and not summary.get("num_backwards"):
         sentences.append(
             f"{script} never called backward: there is nothing to examine. Does it train only with certain arguments? "
             f"Give them after two dashes: gradfold doctor {script} -- --epochs 1"
         )
     return "\n".join(_wrapped(sentence, "") for sentence in sentences)
+
+
+def _seen(summary: dict[str, Any]) -> str:
+    count = summary.get("num_updates")
+    return "" if count is None else f", after {count} update{'s' * (count != 1)}"
+
+
+def _own_failure(report: Report, failure: Failure) -> str:
+    what = "Part of the diagnosis is missing" if report.summary else "No diagnosis"
+    script = shown_path(report.script)
+    after = "" if report.summary else f" From then on it did nothing, and {script} ran as without it."
+    error = textwrap.shorten(failure.error, _MOST_OF_ERROR, placeholder=" ...")
+    return (
+        f"{what}: gradfold's doctor itself failed (at {failure.part}: {error}).{after} That is a defect of "
+        "gradfold, not of the script; --debug prints where."
+    )
 
 
 def _finding(one: Finding) -> str:

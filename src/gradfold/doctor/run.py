@@ -7,14 +7,13 @@ import ctypes
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from gradfold.doctor.calls import Calls
+from gradfold.doctor.guard import Guard
 from gradfold.doctor.patches import Patches
 from gradfold.doctor.stop import EnoughError, Stop, TimedOutError
 from gradfold.doctor.surrounding_patches import patch_surroundings
@@ -42,13 +41,30 @@ class Ending:
     error: str = ""
 
 
+@dataclass
+class Run:
+    """A script that was run, or is running.
+
+    Attributes:
+        script: the file.
+        guard: between the doctor's own work and the script; knows whether the doctor failed.
+        watch: over the script; None where it could not be made.
+        ending: how it ended.
+    """
+
+    script: Path
+    guard: Guard
+    watch: Watch | None = None
+    ending: Ending = Ending("ended", 0)
+
+
 def run(
     script: Path,
     arguments: Sequence[str],
     num_updates: int,
     timeout_s: float | None,
-    on_last_moment: Callable[[Watch, Ending], None],
-) -> tuple[Watch, Ending, float]:
+    on_last_moment: Callable[[Run], None],
+) -> Run:
     """Run a script.
 
     Args:
@@ -58,13 +74,9 @@ def run(
         timeout_s: when to end it; None for never.
         on_last_moment: called instead of returning where the script ends the process itself (`os._exit`), or does not
             come back from what it does when its time is over.
-
-    Returns:
-        The watch, how it ended, and how many seconds it trained (see `trained_s`).
     """
-    stop = Stop(num_updates)
-    watch = Watch(script, stop)
-    patches, calls = Patches(), Calls(watch)
+    stop, guard = Stop(num_updates), Guard()
+    this, patches = Run(script, guard), Patches(guard)
     module = _main_module(script)
     before = sys.argv, sys.path[:], sys.modules.get("__main__")
     sys.argv = [str(script), *arguments]
@@ -75,11 +87,13 @@ def run(
 
     def leave_after(code: int) -> None:
         if os.getpid() == own:
-            on_last_moment(watch, Ending("failed" if code else "ended", code))
+            this.ending = Ending("failed" if code else "ended", code)
+            on_last_moment(this)
         leave(code)
 
     def end_hard(how: str) -> None:
-        on_last_moment(watch, Ending(how, 0))
+        this.ending = Ending(how, 0)
+        on_last_moment(this)
         sys.stdout.flush()
         sys.stderr.flush()
         leave(0)
@@ -88,10 +102,9 @@ def run(
     timer = _Timer(timeout_s, lambda: end_hard("timed out"))
     try:
         os._exit = leave_after  # type: ignore[assignment]
-        patch_training(patches, watch, calls)
-        patch_surroundings(patches, watch, calls)
+        this.watch = guard.attempt("the beginning", _watch, script, stop, patches)
         timer.start()
-        ending = _execute(script, module, stop)
+        this.ending = _execute(script, module, stop)
     finally:
         timer.cancel()
         patches.undo()
@@ -99,15 +112,14 @@ def run(
         sys.argv, sys.path[:] = before[0], before[1]
         if before[2] is not None:
             sys.modules["__main__"] = before[2]
-    return watch, ending, trained_s(watch)
+    return this
 
 
-def trained_s(watch: Watch) -> float:
-    """Seconds since the first step, without the doctor's own work; 0 before it."""
-    if watch.stretch is None:
-        return 0.0
-    _, clock, cost_s = watch.stretch
-    return time.perf_counter() - clock - (watch.cost_s - cost_s)
+def _watch(script: Path, stop: Stop, patches: Patches) -> Watch:
+    watch = Watch(script, stop, patches.guard)
+    patch_training(patches, watch)
+    patch_surroundings(patches, watch)
+    return watch
 
 
 def _main_module(script: Path) -> ModuleType:

@@ -27,7 +27,13 @@ def sarif(report: Report, version: str) -> dict[str, Any]:
     """
     driver = {"name": "gradfold doctor", "semanticVersion": version, "rules": [_rule(one) for one in RULES]}
     ending = report.ending
-    invocation = {"executionSuccessful": ending.how in ("ended", "stopped"), "exitCode": ending.code}
+    invocation: dict[str, Any] = {
+        "executionSuccessful": ending.how in ("ended", "stopped") and report.failure is None,
+        "exitCode": ending.code,
+    }
+    if report.failure is not None:
+        said = f"The doctor itself failed at {report.failure.part}: {report.failure.error}"
+        invocation["toolExecutionNotifications"] = [{"level": "error", "message": {"text": said}}]
     return {
         "$schema": _SCHEMA,
         "version": "2.1.0",
