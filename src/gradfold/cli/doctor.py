@@ -25,7 +25,7 @@ _INTERRUPTED = 130  # what shells report after Ctrl-C
 EPILOG = """
 **Examples**
 
-`gradfold doctor train.py` — eight updates, and the end of an epoch if that is near
+`gradfold doctor train.py` — watches eight updates, and says what is wrong
 
 `gradfold doctor train.py --updates 50 --timeout 600 -- --lr 0.1 --epochs 2` — what comes after -- is the script's
 
@@ -49,7 +49,11 @@ def doctor(
         list[str] | None, typer.Argument(help="The script's own arguments, after --.", metavar="-- ARGS")
     ] = None,
     updates: Annotated[
-        int, typer.Option(help="Stop after so many updates (and an epoch's end, if that is not far).", metavar="N")
+        int,
+        typer.Option(
+            help="Watch N optimizer updates, and on to the end of the epoch if that is near; then end the script.",
+            metavar="N",
+        ),
     ] = 8,
     timeout: Annotated[float, typer.Option(help="End the script after so many seconds.", metavar="S")] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,

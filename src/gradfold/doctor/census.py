@@ -208,6 +208,11 @@ def _read(node: Any, census: Census, storages: dict[int, int], factors: list[Ten
         if saved.requires_grad or saved.dim() == 0 or saved.numel() < 2:
             continue
         if name[7:] in (*_INPUTS, "target"):
-            census.inputs.append(saved.detach().reshape(-1)[:_NUMBERS].clone())
+            census.inputs.append(_first_numbers(saved))
         elif name[7:] == "other":
-            factors.append(saved.detach().reshape(-1)[:_NUMBERS].clone())
+            factors.append(_first_numbers(saved))
+
+
+def _first_numbers(saved: Tensor) -> Tensor:
+    flat = saved.reshape(-1)
+    return flat.narrow(0, 0, min(_NUMBERS, flat.numel())).clone()

@@ -43,7 +43,7 @@ class Pass(Event):
 
 @dataclass(frozen=True)
 class Fetch(Event):
-    """A loader gives a batch.
+    """A loader gives a batch. Its place is not looked for.
 
     Attributes:
         loader: which loader.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gradfold.doctor.events import Fetch, Pass, Tape
-from gradfold.doctor.place import Map
+from gradfold.doctor.place import NOWHERE, Map
 from gradfold.doctor.stop import Stop
 
 __all__: list[str] = []
@@ -62,7 +62,7 @@ class Feeding:
             self._positions[loader] += 1
             self.num_fetches += 1
             self.loader, self.rows = loader, rows
-        self._tape.add(Fetch(self._tape.next, self._places.here(), loader, position, rows, seconds))
+        self._tape.add(Fetch(self._tape.next, NOWHERE, loader, position, rows, seconds))
 
 
 def _rows(batch: Any, depth: int = 0) -> int:

@@ -64,7 +64,9 @@ class Ledger:
         optimizer = self.optimizer()
         if optimizer is None:
             return []
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        count = 0
+        for group in optimizer.param_groups:
+            count += len(group["params"])
         if count != self._num_parameters:
             everything = [one for group in optimizer.param_groups for one in group["params"]]
             needed = [one for one in everything if isinstance(one, Tensor)]
@@ -174,4 +176,7 @@ def _dense(grad: Tensor) -> Tensor:
 
 
 def _sample(tensor: Tensor, most: int = _ELEMENTS) -> Tensor:
-    return tensor.detach().reshape(-1)[:most] if tensor.is_contiguous() else tensor.detach().flatten()[:most]
+    flat = tensor.detach()
+    if flat.dim() != 1:
+        flat = flat.reshape(-1)
+    return flat if flat.numel() <= most else flat.narrow(0, 0, most)

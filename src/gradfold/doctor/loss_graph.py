@@ -182,7 +182,7 @@ def _number(value: Any) -> float | Tensor:
     """A float, or a copy of a tensor that lives on a device, which reading would wait for."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach().clone()
-    return float(value)
+    return float(torch._C.TensorBase.item(value)) if isinstance(value, Tensor) else float(value)  # not the patched one
 
 
 def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> Term:

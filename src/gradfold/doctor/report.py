@@ -57,6 +57,8 @@ def _ending(report: Report) -> str:
     elif ending.how == "failed":
         why = f": {ending.error}" if ending.error else ""
         sentences.append(f"{script} failed by itself, with exit code {ending.code}{why}{_seen(summary)}.")
+    elif ending.how == "stopped":
+        sentences.append(f"{script} was ended{_seen(summary)}, where enough was seen; --updates N watches more.")
     if report.failure is None and not summary.get("num_backwards"):
         sentences.append(
             f"{script} never called backward: there is nothing to examine. Does it train only with certain arguments? "
@@ -99,7 +101,7 @@ def _verdict(report: Report) -> str:
 
 
 def _summary(summary: dict[str, Any]) -> str:
-    lines = ["What it does"]
+    lines = ["What the script does"]
     for one in summary["optimizers"]:
         lines.append(_INDENT + _optimizer(one))
     if summary["gradfold"]:

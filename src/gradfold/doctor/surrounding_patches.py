@@ -87,7 +87,9 @@ def _ranks(patches: Patches, calls: Calls) -> None:
 def _reads(patches: Patches, watch: Watch, calls: Calls) -> None:
     def look(name: str) -> Callable[..., Look | None]:
         def at_read(self: Tensor, *_args: Any, **_options: Any) -> Look | None:
-            place = None if watch.is_quiet else watch.map.caller()
+            if watch.is_quiet or (watch.num_open_steps and not self.requires_grad):  # an optimizer reads its own state
+                return None
+            place = watch.map.caller()
             return None if place is None else reading(self, name, place)
 
         return at_read
