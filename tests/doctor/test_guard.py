@@ -320,17 +320,6 @@ def test_compilers_see_what_torch_has(how, tmp_path):
     assert printed.strip() == str(model.weight.tolist())
 
 
-def test_saving_a_model_warns_of_no_hooks_of_the_doctors(tmp_path):
-    script = tmp_path / "train.py"
-    body = TRAINING.replace("Linear(3, 1)", "Linear(3, 1).bfloat16()").replace(
-        "randn(80, 3)", "randn(80, 3).bfloat16()"
-    )
-    saving = "import io, warnings; warnings.simplefilter('error'); torch.save(model, io.BytesIO())"
-    script.write_text(body.format(in_the_loop=saving))
-    report, printed = diagnose(script, num_updates=100)
-    assert report.ending.how == "ended" and printed.startswith("done"), printed
-
-
 def test_a_step_that_raises_is_over(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("""

@@ -42,7 +42,6 @@ class PreciseSums:
                 sums[id(one)] = one, total
                 hook = partial(self._guard.attempt, "a gradient", partial(_add, total))
                 hook.gradfold_doctor = True  # type: ignore[attr-defined]
-                hook.__torch_unserializable__ = True  # type: ignore[attr-defined] # or torch.save warns of it
                 one.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def empty(self, ledger: int) -> None:
