@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -193,3 +195,17 @@ def test_the_command_refuses():
     assert isinstance(run("digits", "--memory", "1MiB").exception, gradfold.DoesNotFitError)
     assert isinstance(run("digits", "--memory", "much").exception, gradfold.OptionError)
     assert isinstance(run("digits", "--memory", "1GiB", "--global-batch", "99999").exception, gradfold.OptionError)
+
+
+def test_the_command_for_one_of_many_processes():
+    """In a process of its own: a process group is for a whole process."""
+    program = [sys.executable, "-m", "gradfold", "plan", "encoder", "--memory", "660MiB", "--global-batch", "1024"]
+    found = subprocess.run([*program, "--fully-shard", "8", "--json"], capture_output=True, text=True, check=True)
+    assert not found.stderr
+    one = json.loads(found.stdout)
+    alone = json.loads(run("encoder", "--memory", "700MiB", "--global-batch", "128", "--json").output)
+    assert one["num_processes"] == 8 and one["num_rows"] == alone["num_rows"] == 128
+    state, whole = (plan["rows"][0]["make_up"]["optimizer_state"] for plan in (one, alone))
+    assert state == pytest.approx(whole / 8, rel=0.01)
+    rows = {row["lever"]: row["micro_batch_size"] for row in one["rows"] if row["lever"]}
+    assert rows["reduce once"] < one["micro_batch_size"] < rows["checkpoint layers.layers"]

@@ -82,6 +82,21 @@ def meeting_of_children(place: Place, name: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def pretended(num_ranks: int) -> Iterator[None]:
+    """A process group of this process and others that are not there, for models that are looked at but not run.
+
+    What it sends goes nowhere. Source: the backend "fake" of torch's own tests.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def in_parallel(model: nn.Module) -> nn.Module:
     """The model for all processes of the default group, each with rows of its own."""
     return nn.parallel.DistributedDataParallel(model)

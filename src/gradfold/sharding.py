@@ -185,3 +185,17 @@ def gathered_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     groups = [group for module in sharded_modules(modules) for group in module._get_fsdp_state()._fsdp_param_groups]
     shards = [shard for group in groups for shard in group.fsdp_params]
     return [shard._unsharded_param for shard in shards if hasattr(shard, "_unsharded_param")]
+
+
+def shard(model: nn.Module, layers: str | None) -> None:
+    """Apply fully_shard as its documentation advises: to each module of a list, and to the model.
+
+    Args:
+        model: that is changed.
+        layers: the name of the list in it; None: to the model alone.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in [] if layers is None else model.get_submodule(layers).children():
+        fully_shard(layer)
+    fully_shard(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +19,11 @@ from gradfold.cli.wide_table import Column, print_wide, wide_enough
 from gradfold.compare.samples import epoch_order, num_samples, take
 from gradfold.errors import OptionError
 from gradfold.memory.amount import read_bytes, written
+from gradfold.memory.levers import longest_list
 from gradfold.memory.plan import Plan, PlanRow
 from gradfold.memory.plan import plan as make_plan
+from gradfold.rendezvous import pretended
+from gradfold.sharding import shard
 from gradfold.workloads import registry
 from gradfold.workloads.workload import Workload
 
@@ -32,6 +37,8 @@ EPILOG = """
 `gradfold plan cifar10 --memory 4GiB --global-batch 50000` — a batch of the whole data set: which micro-batch?
 
 `gradfold plan resnet --memory 16GiB --global-batch 1433 --device cuda` — for a GPU that is not here
+
+`gradfold plan encoder --memory 700MiB --global-batch 1024 --fully-shard 8` — for one of eight processes
 
 `gradfold plan encoder --memory 850MiB --global-batch 1024 --json` — for a program to read
 
@@ -54,6 +61,9 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Plan for cpu or cuda, there or not. [default: the model's]", metavar="DEVICE")
     ] = None,
+    fully_shard: Annotated[
+        int, typer.Option(min=1, help="Processes that share parameters and batch; one is planned.", metavar="N")
+    ] = 1,
     margin: Annotated[float, typer.Option(help="Share to add to predictions.")] = 0.1,
     data: Annotated[Path | None, typer.Option(help="Folder with the workload's data files.", metavar="DIR")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
@@ -73,38 +83,51 @@ def plan(
 
     Where the budget is short, rows below the line show what checkpointing, a lower precision and other levers would
     allow. Recurrent models, and those that do not run on fake tensors, are run on a few real rows instead.
+
+    With `--fully-shard N` one of N processes is planned, which share parameters, gradients and optimizer state (FSDP2;
+    each layer of the longest list is sharded, then the model) and have an N-th of the batch each.
     """
     read_bytes(memory)  # before anything is loaded
     chosen = registry.load(workload, data)
-    found = _plan(chosen, memory, global_batch, device, margin)
-    if as_json:
-        print(json.dumps({"workload": chosen.name, **found.to_json()}, indent=1, allow_nan=False))
-    else:
-        _print(chosen, found)
-
-
-def _plan(workload: Workload, memory: str, global_batch: int | None, device: str | None, margin: float) -> Plan:
-    total = num_samples(workload)
-    size = workload.global_batch_size if global_batch is None else global_batch
-    if not 1 <= size <= total:
+    total = num_samples(chosen)
+    size = chosen.global_batch_size if global_batch is None else global_batch
+    if not fully_shard <= size <= total:
         raise OptionError(
-            f"--global-batch {size}: expected 1 to {total} samples, which is what workload {workload.name!r} has."
+            f"--global-batch {size}: expected {fully_shard} to {total} samples, which is what workload "
+            f"{chosen.name!r} has."
         )
+    with nullcontext() if fully_shard == 1 else pretended(fully_shard), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody writes to here
+        found = _plan(chosen, memory, -(-size // fully_shard), fully_shard > 1, device, margin)
+    if as_json:
+        print(
+            json.dumps(
+                {"workload": chosen.name, "num_processes": fully_shard, **found.to_json()}, indent=1, allow_nan=False
+            )
+        )
+    else:
+        _print(chosen, found, fully_shard)
+
+
+def _plan(workload: Workload, memory: str, num_rows: int, is_sharded: bool, device: str | None, margin: float) -> Plan:
     torch.manual_seed(0)
     model = workload.make_model()
+    if is_sharded:
+        shard(model, longest_list(model))
     accumulator = Accumulator(
         model, workload.loss_fn, weight=workload.weight, collate=workload.collate, batch_norm=workload.batch_norm
     )
     optimizer = workload.make_optimizer(model.parameters())
-    batch = take(workload, epoch_order(total, 0, 0, workload.shuffle)[:size])
+    batch = take(workload, epoch_order(num_samples(workload), 0, 0, workload.shuffle)[:num_rows])
     return make_plan(accumulator, batch, optimizer, memory=memory, device=device, margin=margin)
 
 
-def _print(workload: Workload, found: Plan) -> None:
+def _print(workload: Workload, found: Plan, num_processes: int) -> None:
     console = wide_enough(Console(highlight=False))
     console.print(Text.assemble((workload.name, "bold"), f": {workload.description}"))
     budget = written(found.budget_bytes)
-    console.print(Text(f"global batch {found.num_rows:,}, budget {budget}, on {found.device}", style="dim"))
+    of_one = "global batch" if num_processes == 1 else f"one of {num_processes} processes, its part of the global batch"
+    console.print(Text(f"{of_one} {found.num_rows:,}, budget {budget}, on {found.device}", style="dim"))
     _print_table(console, "\nPredicted peak", [row for row in found.rows if not row.lever], found.choice)
     levers = [row for row in found.rows if row.lever]
     if levers:
