@@ -5,6 +5,7 @@ In a window numpy's and Python's generators and those that a user makes are the 
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Iterable
@@ -32,16 +33,35 @@ class RandomState(NamedTuple):
 
     def has_moved(self) -> bool:
         """Whether some generator is in another state now."""
-        return not torch.equal(self.cpu, torch.get_rng_state()) or any(
-            not torch.equal(state, torch.get_device_module(device).get_rng_state(*_which(device)))
+        return not _is_same(self.cpu, torch.get_rng_state()) or any(
+            not _is_same(state, torch.get_device_module(device).get_rng_state(*_which(device)))
             for device, state in self.accelerators
         )
+
+    def is_same(self, other: RandomState) -> bool:
+        """Whether both are of the same generators in the same states."""
+        pairs = zip(self.accelerators, other.accelerators, strict=True)
+        return _is_same(self.cpu, other.cpu) and all(_is_same(own, theirs) for (_, own), (_, theirs) in pairs)
+
+    def digest(self, number: int) -> int:
+        """64 bits that follow from the states and a number."""
+        text = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
+        with torch._C._DisableTorchDispatch():
+            for state in (self.cpu, *(state for _, state in self.accelerators)):
+                text.update(state.numpy().tobytes())
+        return int.from_bytes(text.digest(), "little", signed=True)
 
     def restore(self) -> None:
         """Set the generators back."""
         torch.set_rng_state(self.cpu)
         for device, state in self.accelerators:
             torch.get_device_module(device).set_rng_state(state, *_which(device))
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    # Out of the sight of modes: states are nobody's data, and come from outside of all operators.
+    with torch._C._DisableTorchDispatch():
+        return torch.equal(one, other)
 
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:

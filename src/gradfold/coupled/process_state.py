@@ -11,7 +11,6 @@ begins, they go on from each other as without lock-step.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -74,10 +73,7 @@ class ProcessState:
 
     def seeded(self, number: int) -> RandomState:
         """States that follow from those at the beginning, others for every number."""
-        text = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
-        for state in (self.begin.cpu, *(state for _, state in self.begin.accelerators)):
-            text.update(state.numpy().tobytes())
-        seed = int.from_bytes(text.digest(), "little", signed=True)
+        seed = self.begin.digest(number)
         states = [
             torch.Generator(device).manual_seed(seed).get_state()
             for device in (torch.device("cpu"), *(device for device, _ in self.begin.accelerators))
@@ -89,7 +85,7 @@ class ProcessState:
         """Where the caller's own random numbers go on: nowhere that a forward pass has been."""
         in_turn = [own for own in self._owns if own.goes_on]
         last = in_turn[-1].random or self.begin
-        if _are_equal(last, self.begin) and any(own.has_drawn() for own in self._owns):
+        if last.is_same(self.begin) and any(own.has_drawn() for own in self._owns):
             return self.seeded(len(self._owns))
         return last
 
@@ -131,7 +127,7 @@ class Own:
 
     def has_drawn(self) -> bool:
         """Whether it has left its generators in another state than it found them."""
-        return self.random is not None and self._first is not None and not _are_equal(self.random, self._first)
+        return self.random is not None and self._first is not None and not self.random.is_same(self._first)
 
     def _begin(self) -> None:
         if self._before is not None:
@@ -139,12 +135,6 @@ class Own:
             if not self.goes_on:
                 self._process.seeded(self._number).restore()
         self._first = self._process.record_random()
-
-
-def _are_equal(one: RandomState, other: RandomState) -> bool:
-    return torch.equal(one.cpu, other.cpu) and all(
-        torch.equal(a, b) for (_, a), (_, b) in zip(one.accelerators, other.accelerators, strict=True)
-    )
 
 
 def _settings() -> list[_Setting]:
