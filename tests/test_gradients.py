@@ -402,5 +402,24 @@ class TestNonFinite:
         non_finite_flags([one])
         assert torch.equal(one.grad.view(torch.int32), values.view(torch.int32))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_one_bad_element_of_a_large_gradient(self, dtype, value):
+        """Large ones are looked at by their sum; infinities of both signs do not cancel."""
+        one = nn.Parameter(torch.zeros(200, 200, dtype=dtype))
+        one.grad = torch.ones_like(one)
+        assert not any(flag.item() for flag in non_finite_flags([one]))
+        one.grad[199, 199] = value
+        assert any(flag.item() for flag in non_finite_flags([one]))
+        one.grad[0, 0] = -value
+        assert any(flag.item() for flag in non_finite_flags([one]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_a_sum_that_overflows_is_no_bad_gradient(self, dtype):
+        one = nn.Parameter(torch.zeros(200, 200, dtype=dtype))
+        one.grad = torch.full_like(one, torch.finfo(dtype).max)
+        assert not one.grad.sum().isfinite()
+        assert not any(flag.item() for flag in non_finite_flags([one]))
+
     def test_no_gradients_are_finite(self):
         assert non_finite_flags([parameter()]) == []

@@ -14,6 +14,8 @@ from gradfold.errors import ModelError
 
 __all__: list[str] = []
 
+_LARGE = 2**14  # elements, of which one more call costs less than writing them
+
 
 class SetAside:
     """The gradients that stood in `.grad` when a window opened; meanwhile the fields are empty, for the window's own.
@@ -178,6 +180,8 @@ def _narrow(parameters: Iterable[nn.Parameter], accumulate_dtype: torch.dtype) -
 def non_finite_flags(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """0-d tensors of which one is not 0 where some gradient holds NaN or infinity; the host reads nothing here."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients and gradients[0].is_cpu:
+        gradients = [gradient for gradient in gradients if not _has_finite_sum(gradient)]
     if not gradients:
         return []
     device = gradients[0].device
@@ -189,6 +193,17 @@ def non_finite_flags(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         return [flag]
     except RuntimeError:  # sparse or complex ones, or several devices
         return [_is_non_finite(gradient).float() for gradient in gradients]
+
+
+def _has_finite_sum(gradient: Tensor) -> bool:
+    """Whether a large gradient on the host is known to be finite by its sum, for which it is read and not written.
+
+    A sum that is not finite may have overflowed, and says nothing.
+    """
+    is_plain = type(gradient) is Tensor and gradient.layout is torch.strided  # a shard would ask other ranks
+    if gradient.numel() < _LARGE or not gradient.is_cpu or not is_plain:
+        return False
+    return gradient.is_floating_point() and math.isfinite(gradient.sum().item())
 
 
 def _layout(parameter: nn.Parameter) -> str | None:

@@ -116,6 +116,10 @@ class Metrics:
         counted = {index: value for index, value in values.items() if parts[index]}
         if not counted:
             return torch.tensor(math.nan, device=self._device)
+        if len(counted) == 1:
+            (value,) = counted.values()
+            is_wide = value.dtype.is_floating_point and value.dtype.itemsize >= 4
+            return value.to(value.dtype if is_wide else torch.float32, copy=True)
         stack = torch.stack(list(counted.values()))
         if not stack.dtype.is_floating_point or stack.dtype.itemsize < 4:
             stack = stack.to(torch.float32)
