@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gradfold.errors import RanksError
-from gradfold.sync import sharded_modules
+from gradfold.sync import reshard, sharded_modules
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -63,6 +63,7 @@ class Sharding:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        reshard(list(model.modules()))  # else some of its parameters may be those that were gathered
         self._model = model
         self._calls = list(_calls(model))
         for shard in self._shards():

@@ -149,10 +149,13 @@ def predict_and_track(rank, size, case, also_after):
         accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=micro_batch_size, **case.options)
         train(accumulator, optimizer, batch)
         real[micro_batch_size] = track(accumulator, optimizer, batch)
+    with torch.no_grad():
+        model(batch["x"])  # leaves the outermost parameters whole
     if rank == 0 and also_after:
-        before = [local(one).clone() for one in model.parameters()]
+        shards = [one for group in optimizer.param_groups for one in group["params"]]
+        before = [local(one).clone() for one in shards]
         predicted.append(predict(model, optimizer, batch, case))
-        torch.testing.assert_close(before, [local(one) for one in model.parameters()], rtol=0, atol=0)
+        torch.testing.assert_close(before, [local(one) for one in shards], rtol=0, atol=0)
     train(accumulator, optimizer, batch)  # as if nothing had been asked
     return predicted, real
 
