@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # One server for all tests of a process. torch._dynamo is what a process's first optimizer imports, in two seconds.
-_PRELOADED = ["gradfold", "gradfold.doctor.examine", "torch.distributed", "torch.nn.parallel", "torch._dynamo"]
+_PRELOADED = ["gradfold", "gradfold.doctor.diagnose", "torch.distributed", "torch.nn.parallel", "torch._dynamo"]
 CONTEXT.set_forkserver_preload(_PRELOADED)
 TIMEOUT_S = 60
 COLLECTIVE_TIMEOUT_S = 20  # a rank that waits in vain gets an error, which no test expects

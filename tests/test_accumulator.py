@@ -143,7 +143,7 @@ def test_host_reads_do_not_grow_with_the_number_of_micro_batches(monkeypatch):
 
         return reading
 
-    monkeypatch.setattr(gradfold.loss, "keep", torch.Tensor.detach)  # as on a device
+    monkeypatch.setattr(gradfold.engine.loss_terms, "keep", torch.Tensor.detach)  # as on a device
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
     counts = []

@@ -16,10 +16,11 @@ from reference import assert_same_state, full_batch_gradient, gradients, relativ
 from torch import nn
 
 import gradfold
-from gradfold.memory import cache, key
-from gradfold.memory.choice import MicroBatchChoice, SizeTiming
-from gradfold.memory.tune import Search, choose
-from gradfold.trial import Trial
+from gradfold.memory import cache
+from gradfold.memory import cache as key
+from gradfold.memory.auto import MicroBatchChoice, SizeTiming
+from gradfold.memory.search import Search, choose
+from gradfold.self_check.trial import Trial
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +191,7 @@ def test_a_resumed_run_takes_the_choice_over(monkeypatch):
     resumed.load_state_dict(saved[0])
     again = gradfold.Accumulator(resumed, loss_fn, micro_batch_size=QUICK)
     again.load_state_dict(kept)
-    monkeypatch.setattr("gradfold.memory.sizer.Sizer.choose", lambda *_: pytest.fail("it searched again"))
+    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer.choose", lambda *_: pytest.fail("it searched again"))
     train(resumed, again, batches[2:])
     assert again.micro_batch_choice == accumulator.micro_batch_choice
     for name, value in model.state_dict().items():
@@ -226,7 +227,7 @@ def test_a_run_may_be_resumed_with_another_option(saved, here, monkeypatch):
         return self.choice
 
     searched = []
-    monkeypatch.setattr("gradfold.memory.sizer.Sizer.choose", choose)
+    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer.choose", choose)
     batch = torch.randn(16, 8)
     before, after = (gradfold.Accumulator(plain(), loss_fn, micro_batch_size=OPTIONS[one]) for one in (saved, here))
     before.backward(batch)
@@ -254,7 +255,7 @@ def test_a_larger_batch_asks_again_where_rows_were_the_bound(monkeypatch):
         self.choice = MicroBatchChoice(min(rows, 16), "", (), rows, rows, 0, 0.0)
         return self.choice
 
-    monkeypatch.setattr("gradfold.memory.sizer.Sizer.choose", choose)
+    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer.choose", choose)
     for rows in (4, 6, 8, 3, 64, 256):
         accumulator.backward(torch.randn(rows, 8))
     assert asked == [4, 8, 64]
@@ -265,14 +266,14 @@ def test_the_second_start_is_instant(folder, monkeypatch):
     batch = torch.randn(32, 8)
     first = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
     (file,) = folder.iterdir()
-    monkeypatch.setattr("gradfold.memory.sizer.Sizer._search", lambda *_: pytest.fail("it searched again"))
+    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer._search", lambda *_: pytest.fail("it searched again"))
     second = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
     assert second.is_cached and not first.is_cached
     assert (second.micro_batch_size, second.timings) == (first.micro_batch_size, first.timings)
 
     searched = []
     monkeypatch.setattr(
-        "gradfold.memory.sizer.Sizer._search",
+        "gradfold.memory.auto_tune.Sizer._search",
         lambda *_: searched.append(1) or MicroBatchChoice(1, "", (), 32, 32, 0, 0.0),
     )
     with_a_number = plain()
@@ -313,7 +314,7 @@ def test_the_cache_can_be_switched_off(folder, monkeypatch):
 def chosen_again(monkeypatch, choice, budget_bytes, free_bytes, change=None):
     """Whether a size is searched for once more, under a key that an earlier start has left."""
     searched = []
-    monkeypatch.setattr("gradfold.memory.sizer.Sizer._search", lambda *_: searched.append(1) or choice)
+    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer._search", lambda *_: searched.append(1) or choice)
     monkeypatch.setattr("gradfold.memory.budget.free_bytes", lambda _: budget_bytes)
     choose = partial(gradfold.Accumulator, loss_fn=loss_fn, micro_batch_size=gradfold.Auto(seconds=0.05))
     batch = torch.randn(32, 8)
@@ -348,14 +349,14 @@ def test_what_another_version_chose_is_searched_anew(monkeypatch):
     assert not again()
     for name, value in (("__version__", "0.0.1"), ("_searching", lambda: "other constants")):
         monkeypatch.setenv("GRADFOLD_CACHE_DIR", os.environ["GRADFOLD_CACHE_DIR"] + "_")  # another, empty
-        assert again(lambda name=name, value=value: monkeypatch.setattr(f"gradfold.memory.key.{name}", value))
+        assert again(lambda name=name, value=value: monkeypatch.setattr(f"gradfold.memory.cache.{name}", value))
 
 
 def test_a_digest_of_what_searches_is_made_of_its_files(monkeypatch, tmp_path):
     before = key._searching.__wrapped__()
     (tmp_path / "key.py").write_text("")
     (tmp_path / "tune.py").write_text("GOOD_ENOUGH = 0.97")
-    monkeypatch.setattr("gradfold.memory.key.__file__", str(tmp_path / "key.py"))
+    monkeypatch.setattr("gradfold.memory.cache.__file__", str(tmp_path / "key.py"))
     first = key._searching.__wrapped__()
     (tmp_path / "tune.py").write_text("GOOD_ENOUGH = 0.96")
     assert len({before, first, key._searching.__wrapped__()}) == 3
@@ -523,7 +524,7 @@ def test_what_people_train(name, monkeypatch):
     """Whatever size is found, the gradient is the whole batch's."""
     make, own_loss, batches, options = USES[name]
     monkeypatch.setattr(
-        "gradfold.memory.sizer.choose", lambda timings: replace(timings[0], micro_batch_size=min(3, len(timings)))
+        "gradfold.memory.auto_tune.choose", lambda timings: replace(timings[0], micro_batch_size=min(3, len(timings)))
     )
     model = make().double()
     accumulator = gradfold.Accumulator(model, own_loss, micro_batch_size=QUICK, **options)
@@ -608,7 +609,7 @@ def test_sizes_are_timed_as_in_windows(monkeypatch):
         seen[len(batch)].append(model[0].weight.grad is None)
         step(self, batch, shares)
 
-    monkeypatch.setattr("gradfold.memory.sizer.Search", Searched)
+    monkeypatch.setattr("gradfold.memory.auto_tune.Search", Searched)
     monkeypatch.setattr(Trial, "step", watching)
     gradfold.Accumulator(model, loss_fn, micro_batch_size=QUICK).choose_micro_batch(torch.randn(32, 8))
     assert seen == {32: [True, True], 16: [True, False, True, False]}

@@ -10,7 +10,7 @@ from reference import assert_same_state, full_batch_gradient, gradients, relativ
 from torch import nn
 
 import gradfold
-from gradfold.backward import BackPropagation, probe
+from gradfold.engine.backward import BackPropagation, probe
 from gradfold.errors import BackwardError, LossError
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from gradfold.batch import cut_rows, map_tensors
+from gradfold.batch.nesting import cut_rows, map_tensors
+from gradfold.batch.rows import num_rows
 from gradfold.errors import BatchError
-from gradfold.row_count import num_rows
 
 
 def take_rows(batch: Any, rows: range) -> Any:

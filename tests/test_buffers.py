@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfold
-from gradfold.buffers import BufferKeeper
+from gradfold.state.buffers import BufferKeeper
 
 
 def opened(model: nn.Module, keeper: BufferKeeper | None = None) -> BufferKeeper:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import gradfold
 import gradfold.__main__
 import gradfold.cli
-from gradfold.cli.compare_progress import showing_progress
+from gradfold.cli.tables import showing_progress
 from gradfold.compare import Progress
 from gradfold.compare.arms import ARMS
 from gradfold.workloads import registry

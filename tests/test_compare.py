@@ -24,24 +24,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradfold import Accumulator, TrainStep, TwoPhaseLoss, Workload
-from gradfold.cli.compare_table import print_comparison
+from gradfold.cli.tables import print_comparison
 from gradfold.compare import Comparison, Progress, Settings, compare
-from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, arms_in
-from gradfold.compare.deviation import deviations
-from gradfold.compare.machine import OtherPrograms, describe_machine
+from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, Training, Update, arms_in
+from gradfold.compare.data import cut, epoch_order, num_samples
+from gradfold.compare.experiment import LossLog, measure_arm
 from gradfold.compare.measure import Clock, MemoryMeter, Seconds
-from gradfold.compare.plots import PLOTS, draw_all
-from gradfold.compare.report import render_page
-from gradfold.compare.results import Deviation, Deviations, Measured, Row, WorkloadFacts
-from gradfold.compare.samples import cut, epoch_order, num_samples
+from gradfold.compare.report import PLOTS, draw_all, render_page
+from gradfold.compare.results import (
+    Deviation,
+    Deviations,
+    Measured,
+    Row,
+    Tensors,
+    WorkloadFacts,
+    deviations,
+    difference,
+    load,
+    norm,
+)
+from gradfold.compare.runner import OtherPrograms, describe_machine
 from gradfold.compare.settings import Sizes, as_options, check_options, chosen_arms, complete
-from gradfold.compare.tensor_files import Tensors, difference, load, norm
-from gradfold.compare.training import Training, Update
-from gradfold.compare.training_run import LossLog, measure_arm
-from gradfold.compare.verdict import verdict
+from gradfold.compare.summary import verdict
 from gradfold.compare.worker import describe
 from gradfold.errors import DataError, OptionError, WorkloadError
-from gradfold.token_budget import TokenBudget
+from gradfold.packing.token_budget import TokenBudget
 
 HERE = Path(__file__)
 ROWS, GLOBAL_BATCH, MICRO_BATCH = 22, 8, 2  # windows of 8, 8 and 6 rows: the last one has 3 micro-batches, not 4

@@ -16,10 +16,8 @@ import pytest
 import torch
 
 from gradfold.errors import DataError
-from gradfold.workloads import datasets
-from gradfold.workloads.datasets import load_cifar10, load_digits, load_mnist
-from gradfold.workloads.idx import read_idx
-from gradfold.workloads.mirror import Mirror, unpack
+from gradfold.workloads import image_data as datasets
+from gradfold.workloads.image_data import Mirror, load_cifar10, load_digits, load_mnist, read_idx, unpack
 
 REAL_DATA = Path(os.environ.get("GRADFOLD_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 

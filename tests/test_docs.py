@@ -28,13 +28,13 @@ MODULES = sorted(
     if not module.name.endswith("__main__") and not module.name.startswith("gradfold.cli")
 )
 WITH_EXAMPLES = {
-    *("gradfold.accumulator", "gradfold.coupled.convert", "gradfold.coupled.dropout", "gradfold.loader"),
-    *("gradfold.coupled.keyed_dropout", "gradfold.coupled.two_phase", "gradfold.losses.info_nce"),
-    *("gradfold.length_plan", "gradfold.rows", "gradfold.token_budget"),
-    *("gradfold.memory.amount", "gradfold.memory.auto", "gradfold.memory.largest"),
+    *("gradfold.accumulator", "gradfold.batchnorm.convert", "gradfold.dropout.convert", "gradfold.windows"),
+    *("gradfold.dropout.layer", "gradfold.twophase.loss", "gradfold.losses"),
+    *("gradfold.packing.packer", "gradfold.batch.rows", "gradfold.packing.token_budget"),
+    *("gradfold.memory.amount", "gradfold.memory.auto", "gradfold.memory.estimate"),
     *("gradfold.memory.measure", "gradfold.memory.plan"),
-    *("gradfold.split", "gradfold.train_step", "gradfold.verification.verify", "gradfold.weight"),
-    "gradfold.workloads.words",
+    *("gradfold.batch.split", "gradfold.train_step", "gradfold.verification.verify", "gradfold.weights"),
+    "gradfold.workloads.text_data",
 }
 
 

@@ -5,8 +5,7 @@ import sys
 import pytest
 
 from gradfold.errors import DataError
-from gradfold.workloads.docstrings import read_docstrings
-from gradfold.workloads.vocabulary import Vocabulary
+from gradfold.workloads.text_data import Vocabulary, read_docstrings
 
 SOURCE = '''"""A module, first."""
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradfold.draws import DrawsOfRows, RecordedDraws
+from gradfold.self_check.rng_replay import DrawsOfRows, RecordedDraws
 
 ROWS, SPLIT = 6, (range(0, 2), range(2, 6))  # unequal parts
 

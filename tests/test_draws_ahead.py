@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradfold.draws_ahead import DrawsAhead
+from gradfold.self_check.draws_ahead import DrawsAhead
 
 ROWS, LAST = 8, 5
 

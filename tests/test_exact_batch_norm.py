@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.coupled.lockstep import Runner
+from gradfold.batchnorm.coroutines import Runner
 
 PARTS = (1, 2, 3, 4, 5, 5, 6, 7)  # 33 rows, one of them alone
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradfold.feed import feed
-from gradfold.split import MicroBatch, split_rows
+from gradfold.batch.split import MicroBatch, split_rows
+from gradfold.engine.prefetch import feed
 
 DEVICE = torch.device("meta")
 

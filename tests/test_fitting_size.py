@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold import fitting_size
-from gradfold.fitting_size import FittingSize
+from gradfold.engine import micro_batcher as fitting_size
+from gradfold.engine.micro_batcher import FittingSize
 
 PATIENCE = fitting_size._PATIENCE
 

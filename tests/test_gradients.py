@@ -13,13 +13,7 @@ from torch import nn
 
 import gradfold
 from gradfold.errors import ModelError
-from gradfold.gradients import (
-    SetAside,
-    check_trainable,
-    clip_norm,
-    non_finite_flags,
-    non_finite_names,
-)
+from gradfold.state.gradients import SetAside, check_trainable, clip_norm, non_finite_flags, non_finite_names
 
 F = nn.functional
 

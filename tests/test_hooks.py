@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from gradfold.engine.model_checks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.errors import HookError, ModelError
-from gradfold.hooks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 
 
 def test_hooks_after_accumulation_are_refused_by_name():

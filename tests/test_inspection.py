@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from gradfold.buffers import BufferKeeper
+from gradfold.batch.split import MicroBatch
+from gradfold.engine.non_finite import Inspection, accuse
+from gradfold.engine.window import one_after_another
 from gradfold.errors import NonFiniteGradientError
-from gradfold.inspection import Inspection, accuse
-from gradfold.split import MicroBatch
-from gradfold.transaction import Transaction
-from gradfold.window import one_after_another
+from gradfold.state.buffers import BufferKeeper
+from gradfold.state.snapshot import Transaction
 
 
 class Named:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradfold.errors import OptionError
-from gradfold.length_plan import StepCost, plan
+from gradfold.packing.packer import StepCost, plan
 
 settings.register_profile("gradfold", deadline=None, max_examples=150, derandomize=True)
 settings.load_profile("gradfold")

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gradfold
-from gradfold.coupled import lockstep, standstill
+from gradfold.batchnorm import coroutines as lockstep
+from gradfold.batchnorm import coroutines as standstill
 
 GLOBAL = threading.Lock()
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.memory.ledger import Ledger, MakeUp
 from gradfold.memory.measure import PeakMemory
+from gradfold.memory.trace import Ledger, MakeUp
 
 FLOAT = 4
 ROWS, IN, HIDDEN = 64, 8, 512

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradfold.mixture import Mixture
+from gradfold.self_check.comparison import Mixture
 
 TOLERANCE = 1e-6
 SHARES = [0.3, 0.5, 1e-6, 1 - 1e-6]

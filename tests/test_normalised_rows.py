@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradfold
-from gradfold.batch import structure
-from gradfold.coupled.moments import Moments
-from gradfold.coupled.normalised_rows import NormalisedRows
-from gradfold.coupled.tried_runs import TriedRuns
+from gradfold.batch.nesting import structure
+from gradfold.batchnorm.checks import NormalisedRows
+from gradfold.batchnorm.moments import Moments
+from gradfold.self_check.experiment import TriedRuns
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from resnet18 import classify, resnet18
 from test_exact_batch_norm import exact, whole
 from torch import nn
 
-from gradfold.coupled import exact_batch_norm
-from gradfold.coupled.offload import Offload, Parked
+from gradfold.batchnorm import exact as exact_batch_norm
+from gradfold.batchnorm.offload import Offload, Parked
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 
-from gradfold.out_of_memory import give_back, is_out_of_memory
+from gradfold.engine.recovery import give_back
+from gradfold.errors import is_out_of_memory
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
 
@@ -59,7 +60,7 @@ def test_a_size_that_overflows_is_no_lack_of_memory():
 ALLOCATE = """
 import resource, torch
 resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
-from gradfold.out_of_memory import is_out_of_memory
+from gradfold.errors import is_out_of_memory
 for allocate in (lambda: torch.empty(2**34), lambda: bytearray(2**35)):
     try:
         allocate()

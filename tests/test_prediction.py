@@ -12,13 +12,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.memory.largest import largest_that_fits
-from gradfold.memory.prediction import Prediction
-from gradfold.memory.program import Program
-from gradfold.memory.specimen import Specimen
+from gradfold.memory.dry_run import Program
+from gradfold.memory.estimate import Prediction, largest_that_fits
+from gradfold.memory.probe_batch import Specimen
 from gradfold.precision import Precision
-from gradfold.workloads.cifar10 import LeNet
-from gradfold.workloads.resnet import ResNet
+from gradfold.workloads.images import LeNet, ResNet
 
 CPU = torch.device("cpu")
 WORDS = 100

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradfold.random_state import RandomState
+from gradfold.state.rng import RandomState
 
 
 def test_the_same_numbers_come_again_as_often_as_wanted():

@@ -16,18 +16,17 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gradfold.cli.compare_table import print_comparison
-from gradfold.compare import readable
+from gradfold.cli.tables import print_comparison
+from gradfold.compare import summary as readable
 from gradfold.compare.arms import ARMS, DEFAULT_ARMS
 from gradfold.compare.measure import Memory, Seconds
-from gradfold.compare.plots import COLORS, PLOTS, draw_gradient_error
-from gradfold.compare.report import make_folder, render_page, write_report
+from gradfold.compare.report import COLORS, PLOTS, draw_gradient_error, make_folder, render_page, write_report
 from gradfold.compare.results import Comparison, Curve, Deviation, Deviations, Measured, Row, WorkloadFacts
 from gradfold.compare.settings import Settings, Sizes
-from gradfold.compare.verdict import verdict
+from gradfold.compare.summary import verdict
 from gradfold.errors import OptionError
-from gradfold.memory.ledger import MakeUp
 from gradfold.memory.measure import PeakMemory
+from gradfold.memory.trace import MakeUp
 
 MIB = 2**20
 

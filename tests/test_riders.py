@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradfold
-from gradfold.coupled.riders import Riders
+from gradfold.twophase.checks import Riders
 
 
 def batch(num_rows=20):

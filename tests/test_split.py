@@ -12,8 +12,8 @@ from reference import full_batch_gradient, gradients, relative_error
 from torch import nn
 
 import gradfold
+from gradfold.batch.split import check_size, cut_range, join_batches, split_rows, split_samples
 from gradfold.errors import BatchError, OptionError
-from gradfold.split import check_size, cut_range, join_batches, split_rows, split_samples
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

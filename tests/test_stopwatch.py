@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gradfold import stopwatch
-from gradfold.split import MicroBatch
-from gradfold.stopwatch import Stopwatch
+from gradfold.batch.split import MicroBatch
+from gradfold.packing import token_batcher as stopwatch
+from gradfold.packing.token_batcher import Stopwatch
 
 
 def watched(sizes, seconds, monkeypatch):

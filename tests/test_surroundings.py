@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.reach import reach
-from gradfold.surroundings import Surroundings
+from gradfold.state.external import Surroundings, reach
 
 HISTORY: list[float] = []
 STEPS = 0

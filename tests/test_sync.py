@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import runpy
-
 import pytest
 import torch
 from reference import full_batch_gradient, gradients, relative_error
 from torch import nn
 
 import gradfold
-from gradfold import sync
+from gradfold.distributed import ddp as sync
+from gradfold.distributed import fsdp
 from gradfold.errors import ModelError, OptionError, RanksError
 
 
@@ -35,9 +34,8 @@ def test_no_process_group_is_the_usual_case():
 def test_a_torch_without_distributed_is_no_obstacle(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
     monkeypatch.delattr(torch.distributed, "is_initialized")
-    functions = runpy.run_path(sync.__file__)  # as imported on such a machine
-    assert functions["find_ranks"]([nn.Linear(2, 1)], torch.device("cpu"), None) is None
-    assert functions["sharded_modules"]([nn.Linear(2, 1)]) == []
+    assert find() is None
+    assert fsdp.sharded_modules([nn.Linear(2, 1)]) == []
 
 
 def test_several_processes_without_a_wrapped_model_are_refused_with_what_to_write(two_ranks):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import gradfold
 from gradfold.errors import BatchError, DoesNotFitError, OptionError
-from gradfold.token_split import TokenSplit
+from gradfold.packing.token_batcher import TokenSplit
 
 F = nn.functional
 LENGTHS = [9, 2, 8, 2, 0, 5, 9, 1, 3, 2, 7, 2, 4]

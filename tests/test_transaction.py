@@ -7,8 +7,8 @@ import torch
 from reference import assert_same_state, state
 from torch import nn
 
-from gradfold.buffers import BufferKeeper
-from gradfold.transaction import Transaction
+from gradfold.state.buffers import BufferKeeper
+from gradfold.state.snapshot import Transaction
 
 
 class Model(nn.Module):
@@ -105,7 +105,7 @@ def test_it_rolls_back_though_memory_does_not_suffice_to_compare_buffers(model, 
     before = state(model)
     with pytest.raises(Failed), opened(model):
         model.run()
-        monkeypatch.setattr("gradfold.buffers._changed", no_memory)
+        monkeypatch.setattr("gradfold.state.buffers._changed", no_memory)
         raise Failed
     assert_same_state(state(model), before)
 

@@ -16,9 +16,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.backward import BackPropagation
-from gradfold.random_state import HostRandomState
-from gradfold.trial import Trial, sample_gradients
+from gradfold.engine.backward import BackPropagation
+from gradfold.self_check.trial import Trial, sample_gradients
+from gradfold.state.rng import HostRandomState
 
 
 def tried(model, loss_fn, batch, frozen=()):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradfold.errors import BatchError
-from gradfold.trimming import Trimming
+from gradfold.packing.padding import Trimming
 
 LENGTHS = torch.tensor([4, 1, 0, 3])
 PADDED = 6

@@ -15,7 +15,7 @@ from torch import nn
 from two_phase_cases import CASES, SIZE, numbers
 
 import gradfold
-from gradfold.coupled.statistics import Statistics
+from gradfold.twophase.statistics import Statistics
 
 info_nce = gradfold.losses.info_nce
 IDS = [case.name for case in CASES]

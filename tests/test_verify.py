@@ -69,9 +69,11 @@ def test_the_rows_are_those_of_plain_torch():
 
 
 def test_a_broken_engine_is_seen(monkeypatch):
-    real = gradfold.loss.LossTerms.add
+    real = gradfold.engine.loss_terms.LossTerms.add
     monkeypatch.setattr(
-        gradfold.loss.LossTerms, "add", lambda self, index, loss: [(a, b * 1.001) for a, b in real(self, index, loss)]
+        gradfold.engine.loss_terms.LossTerms,
+        "add",
+        lambda self, index, loss: [(a, b * 1.001) for a, b in real(self, index, loss)],
     )
     verdict = verify(net(), cross_entropy, classes())
     assert not verdict.ok and causes(verdict) == ["unknown"]

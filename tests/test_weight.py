@@ -17,9 +17,9 @@ from reference import full_batch_gradient, gradients, relative_error
 from torch import Tensor, nn
 
 import gradfold
+from gradfold.batch.split import split_rows
 from gradfold.errors import WeightError
-from gradfold.split import split_rows
-from gradfold.weight import WindowWeights, check_option, weigh
+from gradfold.weights import WindowWeights, check_option, weigh
 
 F = nn.functional
 LABELS = torch.tensor([[5, 7, -100], [2, -100, -100]])

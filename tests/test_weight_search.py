@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfold
-from gradfold.weight_search import name_weight
+from gradfold.self_check.diagnosis import name_weight
 
 LENGTHS = torch.tensor([2, 2, 2, 7, 8, 6, 7, 8, 2, 3, 2, 2, 2, 3, 2, 2])
 
@@ -69,7 +69,7 @@ BATCHES = {
 def first_inputs(batch):
     """The only floating point leaf."""
     found = []
-    gradfold.batch.map_tensors(lambda leaf: found.append(leaf) if leaf.is_floating_point() else None, batch)
+    gradfold.batch.nesting.map_tensors(lambda leaf: found.append(leaf) if leaf.is_floating_point() else None, batch)
     return found[0]
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from rich.console import Console
 
-from gradfold.cli.wide_table import Column, columns_of, print_wide
+from gradfold.cli.tables import Column, columns_of, print_wide
 
 NAMES = [Column("arm", ["full-batch", "gradfold"], "left")]
 GROUPS = [

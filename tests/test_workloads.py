@@ -16,12 +16,8 @@ from torch.utils import _pytree as pytree
 import gradfold
 from gradfold.errors import DataError, WorkloadError
 from gradfold.workloads import BUILT_IN, Workload, describe, load, names
-from gradfold.workloads.cifar10 import LeNet
-from gradfold.workloads.classification import classification_scores
-from gradfold.workloads.encoder import Encoder, held_out_scores, pad
-from gradfold.workloads.evaluation import evaluating
-from gradfold.workloads.perceptron import perceptron
-from gradfold.workloads.resnet import ResNet
+from gradfold.workloads.images import LeNet, ResNet, classification_scores, evaluating, perceptron
+from gradfold.workloads.language import Encoder, held_out_scores, pad
 
 
 @pytest.fixture(autouse=True)

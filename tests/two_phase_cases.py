@@ -17,7 +17,7 @@ from reference import gradients, relative_error
 from torch import Tensor, nn
 
 import gradfold
-from gradfold.split import cut_range
+from gradfold.batch.split import cut_range
 
 PAGE = Path(__file__).parents[1] / "docs" / "two-phase.md"
 ROWS, SIZE = 33, 5  # 7 micro-batches of 5 and 4

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import gradfold
 from benchmarks.paired import ratio, time_rounds, write
-from gradfold.coupled import exact_batch_norm
-from gradfold.coupled.offload import Offload
+from gradfold.batchnorm import exact as exact_batch_norm
+from gradfold.batchnorm.offload import Offload
 
 QUESTION = "What does exact BatchNorm cost in time and in device memory?"
 NUM_ROWS, NUM_MICRO_BATCHES, SIDE, WIDTH, NUM_ROUNDS, NUM_WARMUP = 64, 16, 32, 16, 30, 4

@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.paired import ratio, time_rounds, write
-from gradfold.doctor.guard import Guard
-from gradfold.doctor.patches import Patches
-from gradfold.doctor.stop import Stop
-from gradfold.doctor.surrounding_patches import patch_surroundings
-from gradfold.doctor.training_patches import patch_training
-from gradfold.doctor.watch import Watch
+from gradfold.doctor.instrumentation import Guard, Patches
+from gradfold.doctor.patches import patch_surroundings, patch_training
+from gradfold.doctor.recorder import Stop, Watch
 
 QUESTION = "How much slower is a script while the doctor watches it?"
 NUM_UPDATES, NUM_MICRO_BATCHES, NUM_ROUNDS = 8, 4, 12

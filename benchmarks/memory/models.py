@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gradfold.workloads.cifar10 import LeNet
-from gradfold.workloads.resnet import ResNet
+from gradfold.workloads.images import LeNet, ResNet
 
 WORDS = 2000
 

@@ -22,11 +22,11 @@ import torch
 import gradfold
 from benchmarks.memory.models import CASES, OPTIMIZERS
 from benchmarks.paired import write
-from gradfold.compare.samples import take
-from gradfold.memory.margin import margin_for
-from gradfold.memory.prediction import Prediction
-from gradfold.memory.program import Program
-from gradfold.memory.specimen import Specimen
+from gradfold.compare.data import take
+from gradfold.memory.amount import margin_for
+from gradfold.memory.dry_run import Program
+from gradfold.memory.estimate import Prediction
+from gradfold.memory.probe_batch import Specimen
 from gradfold.memory.system import high_water_mark_bytes
 from gradfold.precision import Precision
 from gradfold.workloads import registry

@@ -19,8 +19,8 @@ import torch
 
 import gradfold
 from benchmarks.paired import ratio, time_rounds, write
-from gradfold.compare.samples import take
-from gradfold.split import split_rows
+from gradfold.batch.split import split_rows
+from gradfold.compare.data import take
 from gradfold.workloads import registry
 from gradfold.workloads.workload import Workload
 

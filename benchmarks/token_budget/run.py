@@ -22,7 +22,7 @@ from torch import Tensor
 import gradfold
 from benchmarks.paired import ratio, time_rounds, write
 from gradfold.compare.measure import MemoryMeter
-from gradfold.length_plan import StepCost, plan
+from gradfold.packing.packer import StepCost, plan
 from gradfold.workloads import Workload, load
 
 QUESTION = "What does a token budget save, at the same gradient and no more memory?"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gradfold
 from benchmarks.paired import ratio, time_rounds, write
-from gradfold.workloads.matching import Matcher, contrast, embed, pad
+from gradfold.workloads.translation import Matcher, contrast, embed, pad
 
 QUESTION = "What does a two-phase window cost beside a one-phase window of the same encoders?"
 NUM_ROWS, ROWS, NUM_WORDS, NUM_ROUNDS = 512, 32, 3002, 30

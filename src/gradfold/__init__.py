@@ -1,11 +1,14 @@
 """gradfold: the gradient of a batch that does not fit in memory, exactly, for PyTorch."""
 
+__version__ = "0.1.0.dev0"
+
 from gradfold import losses as losses
 from gradfold.accumulator import Accumulator as Accumulator
-from gradfold.coupled.convert import convert_batch_norm as convert_batch_norm
-from gradfold.coupled.dropout import convert_dropout as convert_dropout
-from gradfold.coupled.keyed_dropout import keyed_dropout as keyed_dropout
-from gradfold.coupled.two_phase import TwoPhaseLoss as TwoPhaseLoss
+from gradfold.batchnorm.convert import convert_batch_norm as convert_batch_norm
+from gradfold.dropout.convert import convert_dropout as convert_dropout
+from gradfold.dropout.layer import keyed_dropout as keyed_dropout
+from gradfold.engine.window import Recovery as Recovery
+from gradfold.engine.window import WindowResult as WindowResult
 from gradfold.errors import BackwardError as BackwardError
 from gradfold.errors import BatchError as BatchError
 from gradfold.errors import BatchNormError as BatchNormError
@@ -26,27 +29,24 @@ from gradfold.errors import TrainStepError as TrainStepError
 from gradfold.errors import WeightError as WeightError
 from gradfold.errors import WindowError as WindowError
 from gradfold.errors import WorkloadError as WorkloadError
-from gradfold.length_plan import StepCost as StepCost
-from gradfold.loader import Window as Window
-from gradfold.loader import windows as windows
-from gradfold.loop_window import LoopWindow as LoopWindow
 from gradfold.memory.auto import Auto as Auto
-from gradfold.memory.choice import MicroBatchChoice as MicroBatchChoice
-from gradfold.memory.choice import SizeTiming as SizeTiming
+from gradfold.memory.auto import MicroBatchChoice as MicroBatchChoice
+from gradfold.memory.auto import SizeTiming as SizeTiming
 from gradfold.memory.measure import PeakMemory as PeakMemory
 from gradfold.memory.measure import measure_peak as measure_peak
 from gradfold.memory.plan import Plan as Plan
 from gradfold.memory.plan import PlanRow as PlanRow
 from gradfold.memory.plan import plan as plan
+from gradfold.packing.packer import StepCost as StepCost
+from gradfold.packing.token_budget import TokenBudget as TokenBudget
 from gradfold.precision import Precision as Precision
-from gradfold.recovery import Recovery as Recovery
-from gradfold.token_budget import TokenBudget as TokenBudget
 from gradfold.train_step import StepResult as StepResult
 from gradfold.train_step import TrainStep as TrainStep
 from gradfold.verification.verdict import Verdict as Verdict
 from gradfold.verification.verify import verify as verify
-from gradfold.version import __version__ as __version__
-from gradfold.weight import TokenCount as TokenCount
-from gradfold.weight import token_count as token_count
-from gradfold.window import WindowResult as WindowResult
+from gradfold.weights import TokenCount as TokenCount
+from gradfold.weights import token_count as token_count
+from gradfold.windows import LoopWindow as LoopWindow
+from gradfold.windows import Window as Window
+from gradfold.windows import windows as windows
 from gradfold.workloads.workload import Workload as Workload

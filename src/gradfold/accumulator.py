@@ -1,4 +1,9 @@
-"""The accumulator: the front door. A global batch goes in, and its gradient stands in `.grad` afterwards."""
+"""The accumulator: the front door. A global batch goes in, and its gradient stands in `.grad` afterwards.
+
+A coupling: whether and how the samples of a batch depend on each other, and so how a window of them runs.
+
+An opening: what is looked at once a window is cut and before it runs, and the schedule that follows from it.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +15,360 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradfold import sync
-from gradfold.agreement import Alone
-from gradfold.backward import BackPropagation, BackwardFn, probe
-from gradfold.batch import Batch
-from gradfold.buffers import BufferKeeper
-from gradfold.coupled import batch_norm as batch_normalisation
-from gradfold.coupled import keyed_dropout
-from gradfold.coupled.batch_norm import BatchNormOption
-from gradfold.coupled.coupling import find_coupling
-from gradfold.coupled.two_phase import wrap_loss
-from gradfold.cutting import Cutting
-from gradfold.errors import OptionError
-from gradfold.gradients import SetAside, check_trainable, parameters_of
-from gradfold.loss import LossFn
-from gradfold.memory.auto import MicroBatchSize
-from gradfold.memory.choice import MicroBatchChoice
-from gradfold.memory.company import Company, InStep
-from gradfold.memory.specimen import Specimen
-from gradfold.memory.work import Work
-from gradfold.opening import Opening
+from gradfold.batch.nesting import Batch
+from gradfold.batch.split import Collate
+from gradfold.batchnorm import checks as uncoupled
+from gradfold.batchnorm import exact as exact_batch_norm
+from gradfold.batchnorm import per_micro_batch as batch_normalisation
+from gradfold.batchnorm.checks import NormalisedRows
+from gradfold.batchnorm.coordinator import InLockStep
+from gradfold.batchnorm.per_micro_batch import BatchNormOption, batch_statistics_layers
+from gradfold.distributed import ddp as sync
+from gradfold.distributed.coordinators import Sharded, Together
+from gradfold.distributed.ddp import RanksOption, find_ranks, on_its_own, without_reductions
+from gradfold.distributed.fsdp import divide_factor, reshard, set_reducing, sharded_modules
+from gradfold.distributed.process_group import Company, InStep, Ranks
+from gradfold.dropout import layer as keyed_dropout
+from gradfold.engine.backward import BackPropagation, BackwardFn, probe
+from gradfold.engine.coordinator import Alone, Weigh
+from gradfold.engine.loss_terms import LossFn
+from gradfold.engine.micro_batcher import Cutting
+from gradfold.engine.model_checks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
+from gradfold.engine.recovery import Cautious, FindCulprit, OnNonFinite, Replay, check_on_non_finite
+from gradfold.engine.window import OpenWindow, Schedule, WindowResult, one_after_another
+from gradfold.errors import NotDecomposableError, OptionError
+from gradfold.memory.auto import MicroBatchChoice, MicroBatchSize
+from gradfold.memory.probe_batch import Specimen, Work
+from gradfold.packing.padding_check import check_once
+from gradfold.packing.token_budget import TokenBudget
 from gradfold.precision import PrecisionOption, read_option
-from gradfold.ranks import Ranks
-from gradfold.replay import OnNonFinite, Replay, check_on_non_finite
-from gradfold.self_check import SelfCheck
-from gradfold.sharded import Sharded
-from gradfold.split import Collate
-from gradfold.sync import RanksOption, find_ranks, on_its_own, without_reductions
-from gradfold.token_budget import TokenBudget
-from gradfold.transaction import Transaction
-from gradfold.weight import WeightOption, check_option, counts_samples, weigh
-from gradfold.window import OpenWindow, WindowResult
+from gradfold.self_check.self_check import SelfCheck
+from gradfold.state.buffers import BufferKeeper
+from gradfold.state.gradients import SetAside, check_trainable, parameters_of
+from gradfold.state.snapshot import Transaction
+from gradfold.twophase.checks import Riders
+from gradfold.twophase.loss import TwoPhaseLoss, explain, probe_of, wrap_loss
+from gradfold.twophase.strategy import Phases, check_options, dtypes_of
+from gradfold.weights import WeightOption, check_option, counts_samples, weigh
 
 __all__ = ["Accumulator"]
+
+
+class Coupling:
+    """Samples that do not depend on each other; or only within micro-batches, by BatchNorm, where that is accepted.
+
+    Args:
+        model: that is trained.
+        loss_fn: as it is run.
+        batch_norm: None or "per_micro_batch".
+
+    Attributes:
+        tried: what the self-check tries out on parts of a micro-batch.
+        tries_loss: whether that is the loss itself, with its terms.
+        find_culprit: where one micro-batch that is not finite spoils all: finds it.
+    """
+
+    tries_loss = True
+    find_culprit: FindCulprit | None = None
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batch_norm: BatchNormOption) -> None:
+        self.model = model
+        self.tried = loss_fn
+        self._batch_norm = batch_norm
+
+    def normalises_parts(self) -> bool:
+        """Whether layers normalise by micro-batch, so that a halved one has other statistics."""
+        return self._batch_norm == "per_micro_batch" and bool(batch_statistics_layers(self.model))
+
+    def agreement(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> Together:
+        """What a window has to agree on with processes that hold the whole model each."""
+        return Together(ranks, weigh, num_totals)
+
+    def refuse_shards(self) -> None:
+        """Raise OptionError where processes cannot hold a part of the model each."""
+        if self._batch_norm is not None:
+            raise OptionError(
+                "fully_shard does not go with batch_norm=, whose statistics the blank turns of a rank would move."
+            )
+
+    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+        """Whether all that depends on each other is in one micro-batch, which then runs as in plain torch."""
+        return len(window.micro_batches) == 1
+
+    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
+        """How to run a window of several micro-batches.
+
+        Args:
+            window: this one.
+            transaction: in which it runs.
+            agreement: with other ranks.
+            plain: how to run it if nothing in it were coupled.
+
+        Raises:
+            BatchNormError: layers would see a micro-batch instead of the batch, and nobody said that this is meant.
+        """
+        return batch_normalisation.schedule_for(
+            self.model,
+            transaction.modules,
+            self._batch_norm,
+            len(window.micro_batches),
+            window.num_samples,
+            plain,
+        )
+
+    def accepted(self) -> Mapping[str, nn.Module] | None:
+        """Layers that are known to depend on the split, by name, which a trial holds fixed; None: they cannot be."""
+        if self._batch_norm is None:
+            return {}
+        layers = batch_statistics_layers(self.model)
+        can_be_fixed = all(getattr(layer, "running_mean", None) is not None for layer in layers.values())
+        return layers if can_be_fixed else None
+
+    def judge(self, is_content: bool) -> None:
+        """Look at what was seen of the self-check's runs besides gradients.
+
+        Args:
+            is_content: whether the self-check has found that parts fit the whole.
+
+        Raises:
+            GradfoldError: it will not go together in a window.
+        """
+
+    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
+        """What the self-check has found, in the user's words."""
+        return error
+
+
+class ExactCoupling(Coupling):
+    """Samples that share the statistics of BatchNorm over the whole window, of all ranks."""
+
+    find_culprit = staticmethod(uncoupled.find_culprit)
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, is_collated: bool) -> None:
+        super().__init__(model, loss_fn, "exact")
+        self._normalised = NormalisedRows(is_collated)
+        self.tried = uncoupled.watched(loss_fn, self._normalised)
+
+    def agreement(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> Together:
+        """They also meet at every BatchNorm."""
+        return (InLockStep if ranks.size > 1 else Together)(ranks, weigh, num_totals)
+
+    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+        """Not so where other ranks have rows in the same statistics."""
+        return len(window.micro_batches) == 1 and not isinstance(agreement, InLockStep)
+
+    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
+        """In lock-step."""
+        return exact_batch_norm.schedule_for(window, agreement, self._normalised)
+
+    def accepted(self) -> Mapping[str, nn.Module]:
+        """Layers with running statistics; the others are fixed in what is tried."""
+        layers = batch_statistics_layers(self.model)
+        fixed = {name: layer for name, layer in layers.items() if getattr(layer, "running_mean", None) is not None}
+        self._normalised.names.clear()
+        self._normalised.names.update({id(layer.running_mean): name for name, layer in fixed.items()})
+        return fixed
+
+    def judge(self, is_content: bool) -> None:
+        """Whether every BatchNorm normalises rows."""
+        self._normalised.judge(is_content)
+
+
+class TwoPhaseCoupling(Coupling):
+    """Samples that are compared with each other by a `TwoPhaseLoss`."""
+
+    tries_loss = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: TwoPhaseLoss,
+        batch_norm: BatchNormOption,
+        compute: torch.dtype | None,
+        raises: bool,
+    ) -> None:
+        self._riders = Riders(loss_fn.combine)
+        super().__init__(model, probe_of(loss_fn, self._riders.note), batch_norm)
+        self._loss_fn = loss_fn
+        self._phases = Phases(loss_fn, compute)
+        self._raises = raises
+
+    def refuse_shards(self) -> None:
+        """Raise OptionError: sweeps would have to be in step."""
+        raise OptionError(
+            "fully_shard does not go with a TwoPhaseLoss, whose sweeps would have to gather parameters in step on all "
+            "ranks. Use DistributedDataParallel."
+        )
+
+    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+        """Not so where other ranks have statistics in the same loss."""
+        return len(window.micro_batches) == 1 and not isinstance(agreement, Together)
+
+    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
+        """In two phases."""
+        inner = plain
+        if len(window.micro_batches) > 1:
+            inner = super().schedule(window, transaction, agreement, plain)
+        if isinstance(inner, Cautious):  # it begins again as a whole
+            inner = one_after_another
+        return self._phases.schedule(window, transaction, agreement, inner, self._raises)
+
+    def judge(self, is_content: bool) -> None:
+        """Whether labels, too, are those of rows."""
+        self._riders.judge(is_content, {self._phases.compute, *dtypes_of(self.model)})
+
+    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
+        """In words about statistics, not about the probe."""
+        return explain(self._loss_fn, error)
+
+
+def find_coupling(
+    model: nn.Module,
+    loss_fn: LossFn,
+    *,
+    weight: WeightOption,
+    batch_norm: BatchNormOption,
+    on_non_finite: str,
+    compute: torch.dtype | None,
+    is_scaled: bool,
+    is_in_order: bool,
+    is_collated: bool,
+) -> Coupling:
+    """The coupling that the options of an accumulator mean.
+
+    Args:
+        model: that is trained.
+        loss_fn: as it is run.
+        weight: as for `Accumulator`; the next two also.
+        batch_norm: likewise.
+        on_non_finite: likewise.
+        compute: autocast's dtype around `loss_fn`.
+        is_scaled: whether a loss scaler decides on what is not finite.
+        is_in_order: whether micro-batches take the rows as they come, with the padding that they have.
+        is_collated: whether micro-batches are collated one by one.
+
+    Raises:
+        OptionError: options do not go together.
+    """
+    if isinstance(loss_fn, TwoPhaseLoss):
+        check_options(weight, batch_norm, on_non_finite)
+        if loss_fn.combine == "concatenate" and not is_in_order:
+            raise OptionError(
+                "a TokenBudget takes rows in another order, in which the loss of a TwoPhaseLoss would see them. Give a "
+                'number of rows as micro_batch_size, or statistics that are sums (combine="sum").'
+            )
+        raises = on_non_finite == "raise" and not is_scaled
+        return TwoPhaseCoupling(model, loss_fn, batch_norm, compute, raises)
+    if batch_norm == "exact":
+        exact_batch_norm.check_goes_with(on_non_finite)
+        if not is_in_order:
+            raise OptionError(
+                'batch_norm="exact" does not go with a TokenBudget: padding may be in the statistics of the batch, and '
+                "the budget leaves most of it out. Give a number of rows as micro_batch_size."
+            )
+        return ExactCoupling(model, loss_fn, is_collated)
+    return Coupling(model, loss_fn, batch_norm)
+
+
+class Opening:
+    """Opens the windows of an accumulator.
+
+    Args:
+        model: that is trained.
+        weight: as for `Accumulator`.
+        back_propagate: the backward pass.
+        coupling: of samples.
+        cutting: that made the micro-batches.
+        self_check: the guard of the first window, if there is to be one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight: WeightOption,
+        back_propagate: BackPropagation,
+        coupling: Coupling,
+        cutting: Cutting,
+        self_check: SelfCheck | None,
+    ) -> None:
+        self._model = model
+        self._weight = weight
+        self._back_propagate = back_propagate
+        self._coupling = coupling
+        self._cutting = cutting
+        self._self_check = self_check
+        self._warned_of: set[str] = set()
+
+    def schedule(self, batch: Batch, transaction: Transaction, agreement: Alone, window: OpenWindow) -> Schedule:
+        """How to run a window that begins, also once more, after a look at it.
+
+        Raises:
+            GradfoldError: it cannot be run.
+        """
+        if not window.micro_batches:  # all were left out, but those of other ranks were not
+            return agreement.around(one_after_another, window)
+        self._check_padding(window, agreement)
+        is_new_size = self._cutting.largest(window.micro_batches) > self._cutting.fitting.proven
+        plain = Cautious(transaction) if is_new_size else self._plain(window)
+        if self._coupling.is_whole(window, agreement):
+            return agreement.around(plain, window)
+        self._check_hooks(transaction.parameters)
+        schedule = self._coupling.schedule(window, transaction, agreement, plain)
+        self._look(batch, transaction.modules, agreement, window, schedule is plain)
+        return agreement.around(schedule, window)
+
+    def _plain(self, window: OpenWindow) -> Schedule:
+        by_tokens = self._cutting.by_tokens
+        if by_tokens is None:
+            return one_after_another
+        return by_tokens.timed(one_after_another, window.micro_batches, window.device)
+
+    def _check_padding(self, window: OpenWindow, agreement: Alone) -> None:
+        """Once, whether the model gives the same with less padding."""
+        by_tokens = self._cutting.by_tokens
+        if by_tokens is not None:
+            can_check = self._self_check is not None and agreement.can_replay
+            check_once(
+                by_tokens, self._model, self._coupling.tried, self._weight, self._back_propagate, window, can_check
+            )
+
+    def _check_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
+        refuse_post_accumulate_hooks(self._model, parameters)
+        named = parameters_with_hooks(self._model, parameters)
+        if named:
+            warn_of_hooks(named, self._warned_of)
+
+    def _look(
+        self, batch: Batch, modules: Sequence[nn.Module], agreement: Alone, window: OpenWindow, is_plain: bool
+    ) -> None:
+        """Have the first micro-batch tried out, where that is due."""
+        check = self._self_check
+        if check is None or window.is_looked_at or not agreement.can_try:
+            return
+        window.is_looked_at = True
+        if not check.is_due(window.micro_batches, modules):
+            return
+        window.weights.arrive()  # another rank may have failed, which is not for the self-check to see
+        fixed = self._coupling.accepted()
+        if fixed is None:
+            return
+        dropouts = keyed_dropout.keyed_layers(modules)
+        try:
+            with keyed_dropout.unkeyed(dropouts):
+                window.after_first = check.look(
+                    window.micro_batches,
+                    window.weights,
+                    window.device,
+                    is_plain and not dropouts,
+                    self._cutting.collate_rows(batch),
+                    fixed.values(),
+                )
+        except NotDecomposableError as error:
+            explained = self._coupling.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+        self._coupling.judge(check.is_content)
 
 
 class Accumulator:
@@ -201,7 +527,7 @@ class Accumulator:
             WeightError: a weight is negative, not finite or not a number, or fits no loss term.
         """
         modules = list(self.model.modules())
-        sync.reshard(modules)
+        reshard(modules)
         parameters = parameters_of(modules)
         device = parameters[0].device if parameters else torch.device("cpu")
         ranks = find_ranks(modules, device, self.ranks)
@@ -268,7 +594,7 @@ class Accumulator:
             OptionError: the micro-batch size was given.
         """
         modules = list(self.model.modules())
-        sync.reshard(modules)
+        reshard(modules)
         parameters = parameters_of(modules)
         device = parameters[0].device if parameters else torch.device("cpu")
         ranks = find_ranks(modules, device, self.ranks)
@@ -358,7 +684,7 @@ class Accumulator:
         if ranks is None:
             return Alone(self._weigh)
         num_totals = 1 + (len(self.weight) if isinstance(self.weight, Mapping) else 1)
-        sharded = sync.sharded_modules(modules)
+        sharded = sharded_modules(modules)
         if not sharded:
             return self._coupling.agreement(ranks, self._weigh, num_totals)
         self._coupling.refuse_shards()
@@ -367,10 +693,10 @@ class Accumulator:
                 'fully_shard does not go with on_non_finite="skip_micro_batch", since no rank can run alone again, nor '
                 "with backward=."
             )
-        self._back_propagate.factor = sync.divide_factor(sharded, ranks.size)
+        self._back_propagate.factor = divide_factor(sharded, ranks.size)
         reduces_once = self.ranks == "reduce_once"
         return Sharded(
-            ranks, self._weigh, num_totals, lambda is_last: sync.set_reducing(sharded, is_last or not reduces_once)
+            ranks, self._weigh, num_totals, lambda is_last: set_reducing(sharded, is_last or not reduces_once)
         )
 
     def _probe_backward(self, device: torch.device) -> None:
@@ -381,4 +707,4 @@ class Accumulator:
 
 def _company(modules: Sequence[nn.Module], ranks: Ranks | None) -> Company:
     """Who has to try micro-batch sizes together: ranks of which none can run its shards alone."""
-    return Company() if ranks is None or not sync.sharded_modules(modules) else InStep(ranks)
+    return Company() if ranks is None or not sharded_modules(modules) else InStep(ranks)

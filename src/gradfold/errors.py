@@ -23,12 +23,21 @@ GradfoldError                       1
 ├── TrainStepError (TypeError)      1   an optimizer or scheduler that TrainStep cannot drive
 ├── DataError (ValueError)          1   data files that are missing, damaged or foreign
 └── WorkloadError (ValueError)      2   a workload that cannot be found or built
+
+The out-of-memory error: how it looks on each device, and giving memory back after it.
+
+Sources: `torch.OutOfMemoryError` (accelerators), c10's CPU allocator (a `RuntimeError` with a text of its own), and
+Python's `MemoryError`. The kernel's out-of-memory killer ends a process without an error: nothing can be caught there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import ClassVar
+
+import torch
+
+__all__: list[str] = []
 
 
 class GradfoldError(Exception):
@@ -204,3 +213,18 @@ class WorkloadError(GradfoldError, ValueError):
     """A workload cannot be found or built."""
 
     exit_code = 2
+
+
+_CPU_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",  # Windows
+    "std::bad_alloc",
+    "could not create a primitive",  # oneDNN does not say why; convolutions end so under a limit
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, so that the same on fewer rows may work."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_TEXTS)

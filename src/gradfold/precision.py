@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from gradfold.engine.loss_terms import LossFn, LossOutput
 from gradfold.errors import OptionError
-from gradfold.loss import LossFn, LossOutput
 
 __all__ = ["Precision"]
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gradfold.accumulator import Accumulator
-from gradfold.batch import Batch
+from gradfold.batch.nesting import Batch
+from gradfold.engine.window import Recovery, WindowResult
 from gradfold.errors import OptionError, TrainStepError
-from gradfold.gradients import clip_norm
-from gradfold.recovery import Recovery
-from gradfold.window import WindowResult
+from gradfold.state.gradients import clip_norm
 
 __all__ = ["StepResult", "TrainStep"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradfold
-from gradfold.memory import sizer
+from gradfold.memory import auto_tune as sizer
 
 QUICK = gradfold.Auto(seconds=0.05, cache=False)
 NAMES = [name for name in CASES if name != "whole batches" and not name.startswith("compiled")]

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from gradfold import Workload
 from gradfold.compare.arms import ARMS
-from gradfold.compare.tensor_files import Tensors, load
-from gradfold.compare.training_run import measure_arm
-from gradfold.ranks import Ranks
+from gradfold.compare.experiment import measure_arm
+from gradfold.compare.results import Tensors, load
+from gradfold.distributed.process_group import Ranks
 
 ROWS, GLOBAL_BATCH, MICRO_BATCH = 22, 8, 2  # windows of 8, 8 and 6 rows
 ON_ALL = ("gradfold", "plain-loop", "small-batch")

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfold
-from gradfold.ranks import Ranks, Reduction
+from gradfold.distributed.process_group import Ranks, Reduction
 
 ERRORS = {
     "out of memory": lambda: torch.OutOfMemoryError("injected"),

@@ -14,7 +14,7 @@ from distributed.fsdp_cases import shard, whole
 from distributed.scenarios import outcome
 
 import gradfold
-from gradfold.memory import company
+from gradfold.distributed import process_group as company
 
 QUICK = gradfold.Auto(seconds=0.5, cache=False)
 

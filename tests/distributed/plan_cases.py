@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.memory.prediction import Prediction
-from gradfold.memory.program import Program
-from gradfold.memory.specimen import Specimen
+from gradfold.memory.dry_run import Program
+from gradfold.memory.estimate import Prediction
+from gradfold.memory.probe_batch import Specimen
 from gradfold.memory.tracker import Tracker
 from gradfold.precision import read_option
 

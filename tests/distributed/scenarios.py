@@ -76,7 +76,7 @@ def two_modules_alone():
 
 def count_reductions(rank, size):
     """How many gradients are reduced in a window, and how many tensors DistributedDataParallel itself reduces."""
-    from gradfold.ranks import Reduction
+    from gradfold.distributed.process_group import Reduction
 
     counts = []
     run = Reduction.run

@@ -13,8 +13,8 @@ from distributed.compare_cases import GLOBAL_BATCH, MICRO_BATCH, ON_ALL, ROWS
 from processes import run
 from reference import relative_error
 
-from gradfold.cli.ranks import _without_nproc, launch_ranks
-from gradfold.compare.samples import share, share_of_epoch
+from gradfold.cli.launch import _without_nproc, launch_ranks
+from gradfold.compare.data import share, share_of_epoch
 from gradfold.errors import OptionError
 
 WORKLOAD = f"{compare_cases.__file__}:workload"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gradfold import ranks
+from gradfold.distributed import process_group as ranks
 
 SCRIPT = Path(__file__).parent / "ending_training.py"
 

@@ -15,7 +15,7 @@ import torch
 from processes import CONTEXT
 
 import gradfold.doctor.run
-from gradfold.doctor.examine import Report, examine
+from gradfold.doctor.diagnose import Report, examine
 from gradfold.doctor.run import Run, run
 
 

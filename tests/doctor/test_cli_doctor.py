@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from gradfold.cli import app
+from gradfold.doctor.report import rules_page
 from gradfold.doctor.rules import RULES
-from gradfold.doctor.rules_page import rules_page
 
 LITERATURE = Path(__file__).parent / "literature"
 RUNNER = CliRunner()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from doctor.forked import diagnose
 
-from gradfold.doctor.examine import Report
+from gradfold.doctor.diagnose import Report
 from gradfold.doctor.report import exit_code, text
 
 

@@ -24,13 +24,14 @@ from doctor.forked import diagnose
 from processes import CONTEXT
 
 import gradfold.doctor
-import gradfold.doctor.examine
-from gradfold.doctor import guard, patches, run
-from gradfold.doctor.examine import Report, examine
-from gradfold.doctor.guard import Guard
-from gradfold.doctor.report import exit_code, text
+import gradfold.doctor.diagnose
+from gradfold.doctor import instrumentation as guard
+from gradfold.doctor import instrumentation as patches
+from gradfold.doctor import run
+from gradfold.doctor.diagnose import Report, examine
+from gradfold.doctor.instrumentation import Guard
+from gradfold.doctor.report import exit_code, sarif, text
 from gradfold.doctor.rules import RULES
-from gradfold.doctor.sarif import sarif
 
 EVERYTHING = Path(__file__).parent / "everything.py"
 FOLDER = str(Path(gradfold.doctor.__file__).parent)
@@ -244,7 +245,7 @@ def test_without_a_diagnosis_the_script_runs_to_its_end_and_the_report_says_so(t
     report, printed = diagnose(script, num_updates=2)
     assert (report.ending.how, exit_code(report), printed) == ("stopped", 1, "")
 
-    sabotage = "import gradfold.doctor.ledger as ledger; ledger.Ledger.change = lambda self: {}['no such key']"
+    sabotage = "import gradfold.doctor.gradient_state as ledger; ledger.Ledger.change = lambda self: {}['no such key']"
     script.write_text(TRAINING.format(in_the_loop=f"if i == 1: {sabotage}"))
     report, printed = diagnose(script, num_updates=2)
     assert (report.ending.how, exit_code(report), report.findings) == ("ended", 70, ())
@@ -267,7 +268,7 @@ def test_a_rule_that_fails_leaves_the_others(rule, tmp_path, monkeypatch):
         raise InjectedError
 
     broken = tuple(dataclasses.replace(one, check=fail) if one is rule else one for one in RULES)
-    monkeypatch.setattr(gradfold.doctor.examine, "RULES", broken)
+    monkeypatch.setattr(gradfold.doctor.diagnose, "RULES", broken)
     report = examine(run.run(script, [], 4, None, lambda this: None))
     assert exit_code(report) == 70 and report.failure.part == f"rule {rule.code}"
     assert [one.code for one in report.findings] == ["GF002"] * (rule.code != "GF002")
@@ -276,7 +277,7 @@ def test_a_rule_that_fails_leaves_the_others(rule, tmp_path, monkeypatch):
 
 def test_a_failing_script_keeps_its_own_exit_code(tmp_path):
     script = tmp_path / "train.py"
-    sabotage = "import gradfold.doctor.ledger as ledger; ledger.Ledger.change = None; i == 7 and exit(5)"
+    sabotage = "import gradfold.doctor.gradient_state as ledger; ledger.Ledger.change = None; i == 7 and exit(5)"
     script.write_text(TRAINING.format(in_the_loop=sabotage))
     report, _ = diagnose(script)
     assert exit_code(report) == 5 and report.failure is not None

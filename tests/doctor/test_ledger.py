@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradfold.doctor.ledger import Ledger
+from gradfold.doctor.gradient_state import Ledger
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradfold.doctor import census
+from gradfold.doctor import graph_stats as census
 from gradfold.doctor.loss_graph import mark, terms_of
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import gradfold
-import gradfold.replay
+import gradfold.engine.recovery
 
 F = nn.functional
 
@@ -94,12 +94,12 @@ class Trained:
         self.model, optimizer = make()
         self.step = gradfold.TrainStep(gradfold.Accumulator(self.model, loss_fn), optimizer)
 
-        def noting(error, original=gradfold.replay.is_out_of_memory):
+        def noting(error, original=gradfold.engine.recovery.is_out_of_memory):
             if original(error):
                 self.messages.append(str(error))
             return original(error)
 
-        gradfold.replay.is_out_of_memory = noting
+        gradfold.engine.recovery.is_out_of_memory = noting
 
 
 def limited(more, expected):

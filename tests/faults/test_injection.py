@@ -15,7 +15,7 @@ from reference import assert_same_state, full_batch_gradient, gradients, relativ
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfold
-from gradfold.window import OpenWindow
+from gradfold.engine.window import OpenWindow
 
 ENTRIES = ["fresh", "warm"]
 OUT_OF_MEMORY = [

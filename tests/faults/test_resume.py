@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import gradfold
-import gradfold.fitting_size
+import gradfold.engine.micro_batcher
 
 F = nn.functional
 
@@ -57,7 +57,7 @@ def history(run):
 @pytest.fixture(scope="module", autouse=True)
 def patience():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradfold.fitting_size, "_PATIENCE", PATIENCE)
+        patch.setattr(gradfold.engine.micro_batcher, "_PATIENCE", PATIENCE)
         yield
 
 

@@ -17,8 +17,8 @@ from gradfold.cli.plan import plan
 from gradfold.cli.verify import EPILOG as VERIFY_EPILOG
 from gradfold.cli.verify import verify
 from gradfold.cli.workloads import workloads
+from gradfold.distributed.launch import is_first
 from gradfold.errors import GradfoldError
-from gradfold.rendezvous import is_first
 
 __all__: list[str] = []
 

@@ -12,17 +12,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gradfold.cli.compare_progress import showing_progress
-from gradfold.cli.compare_table import print_comparison
-from gradfold.cli.ranks import launch_ranks
+from gradfold.cli.launch import launch_ranks
+from gradfold.cli.tables import print_comparison, showing_progress
 from gradfold.compare.arms import DEFAULT_ARMS, EXACT_BATCH_NORM, GROUP_NORM_ARMS, TOKEN_BUDGET
 from gradfold.compare.report import make_folder, write_report
 from gradfold.compare.results import Comparison
-from gradfold.compare.run import accompany
-from gradfold.compare.run import compare as run_comparison
+from gradfold.compare.runner import accompany
+from gradfold.compare.runner import compare as run_comparison
 from gradfold.compare.settings import Settings
+from gradfold.distributed.launch import INTERRUPTED, find_place, meeting
 from gradfold.errors import OptionError
-from gradfold.rendezvous import INTERRUPTED, find_place, meeting
 
 __all__: list[str] = []
 

@@ -11,11 +11,9 @@ from typing import Annotated
 import typer
 
 from gradfold import __version__
-from gradfold.doctor.examine import Report
+from gradfold.doctor.diagnose import Report
 from gradfold.doctor.process import diagnose
-from gradfold.doctor.report import exit_code, text
-from gradfold.doctor.rules_page import rules_page
-from gradfold.doctor.sarif import sarif
+from gradfold.doctor.report import exit_code, rules_page, sarif, text
 from gradfold.errors import OptionError
 
 __all__: list[str] = []

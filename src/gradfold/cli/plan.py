@@ -15,15 +15,15 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gradfold.accumulator import Accumulator
-from gradfold.cli.wide_table import Column, print_wide, wide_enough
-from gradfold.compare.samples import epoch_order, num_samples, take
+from gradfold.cli.tables import Column, print_wide, wide_enough
+from gradfold.compare.data import epoch_order, num_samples, take
+from gradfold.distributed.fsdp import shard
+from gradfold.distributed.launch import pretended
 from gradfold.errors import OptionError
 from gradfold.memory.amount import read_bytes, written
-from gradfold.memory.levers import longest_list
 from gradfold.memory.plan import Plan, PlanRow
 from gradfold.memory.plan import plan as make_plan
-from gradfold.rendezvous import pretended
-from gradfold.sharding import shard
+from gradfold.memory.savings import longest_list
 from gradfold.workloads import registry
 from gradfold.workloads.workload import Workload
 

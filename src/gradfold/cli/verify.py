@@ -18,16 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from gradfold.accumulator import Accumulator
-from gradfold.cli.ranks import launch_ranks
-from gradfold.cli.wide_table import wide_enough
-from gradfold.compare.samples import epoch_order, num_samples, share, take
-from gradfold.coupled.batch_norm import BatchNormOption
+from gradfold.batchnorm.per_micro_batch import BatchNormOption
+from gradfold.cli.launch import launch_ranks
+from gradfold.cli.tables import wide_enough
+from gradfold.compare.data import epoch_order, num_samples, share, take
+from gradfold.distributed.launch import find_place, in_parallel, is_first, meeting
+from gradfold.distributed.process_group import Ranks
 from gradfold.errors import OptionError
-from gradfold.ranks import Ranks
-from gradfold.rendezvous import find_place, in_parallel, is_first, meeting
 from gradfold.verification.verdict import Verdict
 from gradfold.verification.verify import verify as prove
-from gradfold.weight import WeightOption, token_count
+from gradfold.weights import WeightOption, token_count
 from gradfold.workloads import registry
 from gradfold.workloads.workload import Workload
 

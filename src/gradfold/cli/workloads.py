@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gradfold.cli.wide_table import wide_enough
+from gradfold.cli.tables import wide_enough
 from gradfold.workloads import registry
 
 __all__: list[str] = []

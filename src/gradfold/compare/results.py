@@ -1,17 +1,26 @@
-"""The results of a comparison: what one arm measured, a row per arm, and the whole, as JSON has it."""
+"""The results of a comparison: what one arm measured, a row per arm, and the whole, as JSON has it.
+
+The tensors that an arm leaves for its parent, in files: gradients and weights by the name of their parameter.
+
+How far an arm is from its reference: distances between the tensors that both have left, computed in float64.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
 
 from gradfold.compare.arms import ARMS
 from gradfold.compare.measure import Memory, Seconds
 from gradfold.compare.settings import Settings, Sizes
-from gradfold.memory.choice import MicroBatchChoice
+from gradfold.memory.auto import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory
 
 __all__ = ["Comparison", "Deviation", "Measured", "Row"]
@@ -258,3 +267,114 @@ def _finite(value: float) -> float | None:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+class Tensors:
+    """The names of what an arm saves."""
+
+    START: Final = "start"
+    FINAL: Final = "final"
+    GRADIENT_FLOAT32: Final = "gradient_float32"
+    GRADIENT_FLOAT64: Final = "gradient_float64"
+    LAST_WINDOW_FLOAT64: Final = "last_window_float64"
+
+
+def save_parameters(model: nn.Module, folder: Path, name: str) -> None:
+    """Save the weights."""
+    _save({key: parameter.detach() for key, parameter in model.named_parameters()}, folder, name)
+
+
+def save_gradients(model: nn.Module, folder: Path, name: str) -> None:
+    """Save `.grad` of every parameter that has one; a missing one counts as zero."""
+    gradients = {key: p.grad.detach() for key, p in model.named_parameters() if p.grad is not None}
+    _save({key: grad.to_dense() if grad.is_sparse else grad for key, grad in gradients.items()}, folder, name)
+
+
+def load(folder: Path, name: str) -> dict[str, Tensor] | None:
+    """The tensors in float64, or None where the arm did not come so far."""
+    path = folder / f"{name}.pt"
+    if not path.exists():
+        return None
+    saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return {key: tensor.double() for key, tensor in saved.items()}
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    """The Euclidean norm over all tensors."""
+    return float(torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum().sqrt()) if tensors else 0.0
+
+
+def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`left - right` per name, where a missing tensor is zero."""
+    zero = torch.zeros(())
+    return {key: left.get(key, zero) - right.get(key, zero) for key in {**left, **right}}
+
+
+def _save(tensors: dict[str, Tensor], folder: Path, name: str) -> None:
+    torch.save(tensors, folder / f"{name}.pt")
+
+
+def deviations(arm: str, folder: Path, measured: dict[str, Measured], sizes: Sizes) -> Deviations:
+    """The deviations of an arm.
+
+    Args:
+        arm: its name.
+        folder: holds a folder per arm.
+        measured: the arms that ran to their end.
+        sizes: what was trained.
+    """
+    if reason := _incomparable(arm, folder, measured):
+        return _none(reason)
+    last_window = _of_tensors(arm, folder, measured, Tensors.LAST_WINDOW_FLOAT64)
+    if not ARMS[arm].accumulates:
+        last_window = Deviation(None, "it has no windows")
+    elif not sizes.last_window:
+        last_window = Deviation(None, "all windows are full")
+    return Deviations(
+        gradient_float32=_of_tensors(arm, folder, measured, Tensors.GRADIENT_FLOAT32),
+        gradient_float64=_of_tensors(arm, folder, measured, Tensors.GRADIENT_FLOAT64),
+        last_window_float64=last_window,
+        weights=_of_weights(arm, folder),
+    )
+
+
+def _none(note: str) -> Deviations:
+    nothing = Deviation(None, note)
+    return Deviations(nothing, nothing, nothing, nothing)
+
+
+def _incomparable(arm: str, folder: Path, measured: dict[str, Measured]) -> str:
+    """Why nothing of an arm can be compared with its reference, or an empty text."""
+    if arm not in measured:
+        return "this arm failed"
+    reference = ARMS[arm].reference
+    if not (folder / reference).exists():
+        return f"{reference} was not run"
+    if reference not in measured:
+        return f"{reference} failed"
+    start, expected = load(folder / arm, Tensors.START), load(folder / reference, Tensors.START)
+    if start is None or expected is None or norm(difference(start, expected)) != 0.0:
+        return "it started from other weights: make_model draws random numbers that torch.manual_seed does not set"
+    return ""
+
+
+def _of_tensors(arm: str, folder: Path, measured: dict[str, Measured], name: str) -> Deviation:
+    reference_arm = ARMS[arm].reference
+    own, reference = load(folder / arm, name), load(folder / reference_arm, name)
+    if own is None or reference is None:
+        return Deviation(None, measured[arm].notes.get(name) or measured[reference_arm].notes.get(name, "not measured"))
+    return _relative(difference(own, reference), norm(reference))
+
+
+def _of_weights(arm: str, folder: Path) -> Deviation:
+    reference_folder = folder / ARMS[arm].reference
+    final, reference = load(folder / arm, Tensors.FINAL), load(reference_folder, Tensors.FINAL)
+    start = load(reference_folder, Tensors.START)
+    assert final is not None and reference is not None and start is not None  # both arms ran to their end
+    return _relative(difference(final, reference), norm(difference(reference, start)))
+
+
+def _relative(distance: dict[str, Tensor], size: float) -> Deviation:
+    if size == 0.0:
+        return Deviation(None, "the full batch's is zero")
+    return Deviation(norm(distance) / size)

@@ -16,7 +16,7 @@ from gradfold.compare.arms import (
     arms_in,
     default_arms,
 )
-from gradfold.compare.samples import num_samples
+from gradfold.compare.data import num_samples
 from gradfold.errors import OptionError
 from gradfold.workloads.workload import Workload
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from gradfold.compare.arms import ARMS
+from gradfold.compare.experiment import measure_arm
 from gradfold.compare.results import Measured
-from gradfold.compare.training_run import measure_arm
-from gradfold.rendezvous import Place, meeting_of_children
+from gradfold.distributed.launch import Place, meeting_of_children
 from gradfold.workloads import registry
 
 __all__: list[str] = []

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from gradfold.doctor.examine import examine
+from gradfold.doctor.diagnose import examine
 from gradfold.doctor.run import Run, run
 
 __all__: list[str] = []

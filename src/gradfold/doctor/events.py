@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gradfold.doctor.census import Census
+from gradfold.doctor.graph_stats import Census
 from gradfold.doctor.loss_graph import Term
-from gradfold.doctor.place import Place
+from gradfold.doctor.source import Place
 
 __all__: list[str] = []
 

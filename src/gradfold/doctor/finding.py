@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradfold.doctor.place import Place
+from gradfold.doctor.source import Place
 
 __all__: list[str] = []
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from gradfold.doctor.examine import Report
+from gradfold.doctor.diagnose import Report
 from gradfold.doctor.run import Ending
 from gradfold.errors import OptionError
 

@@ -1,4 +1,11 @@
-"""The report in words: findings by file and line, and what the script does."""
+"""The report in words: findings by file and line, and what the script does.
+
+The page of rules, docs/doctor-rules.md, made from the rules themselves.
+
+The report as SARIF 2.1.0, which editors and continuous integration show at the lines of a change.
+
+Source: https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html
+"""
 
 from __future__ import annotations
 
@@ -7,9 +14,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from gradfold.doctor.examine import Report
+from gradfold.doctor.diagnose import Report
 from gradfold.doctor.finding import Finding
-from gradfold.doctor.guard import Failure
+from gradfold.doctor.instrumentation import Failure
+from gradfold.doctor.rules import RULES
+from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
@@ -146,3 +155,102 @@ def _wrapped(paragraph: str, indent: str = _INDENT) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+_HEAD = """# What the doctor looks for
+
+`gradfold doctor train.py -- ARGS` runs a training script unchanged for a few updates, and looks for these. Every
+finding has a line of the script, says what was measured, and what to write instead. A comment
+`# gradfold: ignore[GF012]` at the end of a line silences a rule there.
+
+*error*: the gradient is not the one that was meant. *warning*: the model trains in another way than the code looks
+like. *note*: right, at a needless cost. *certain*: it was seen; *likely*: what was seen has hardly another meaning.
+
+This page is made from the rules (`gradfold doctor --rules` prints it).
+"""
+
+
+def rules_page() -> str:
+    """The page, as Markdown."""
+    rows = [f"| [{one.code}](#{one.code.lower()}) | {one.name} | {one.severity} |" for one in RULES]
+    table = "\n".join(["| code | name | severity |", "|---|---|---|", *rows])
+    return "\n".join([_HEAD, table, "", *map(_section, RULES)]).rstrip() + "\n"
+
+
+def _section(rule: Rule) -> str:
+    return f"""## {rule.code}
+
+**{rule.name[0].upper()}{rule.name[1:]}** ({rule.severity}). {rule.what}
+
+*Why it matters.* {rule.why}
+
+*How it is found.* {rule.detection}
+
+*Limits.* {rule.limits}
+
+```py
+# wrong
+{rule.wrong.strip()}
+
+# right
+{rule.right.strip()}
+```
+"""
+
+
+_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+
+
+def sarif(report: Report, version: str) -> dict[str, Any]:
+    """The log of one run.
+
+    Args:
+        report: what was found.
+        version: of gradfold.
+    """
+    driver = {"name": "gradfold doctor", "semanticVersion": version, "rules": [_rule(one) for one in RULES]}
+    ending = report.ending
+    invocation: dict[str, Any] = {
+        "executionSuccessful": ending.how in ("ended", "stopped") and report.failure is None,
+        "exitCode": ending.code,
+    }
+    if report.failure is not None:
+        said = f"The doctor itself failed at {report.failure.part}: {report.failure.error}"
+        invocation["toolExecutionNotifications"] = [{"level": "error", "message": {"text": said}}]
+    return {
+        "$schema": _SCHEMA,
+        "version": "2.1.0",
+        "runs": [
+            {
+                "tool": {"driver": driver},
+                "invocations": [invocation],
+                "results": [_result(one) for one in report.findings],
+            }
+        ],
+    }
+
+
+def _rule(rule: Any) -> dict[str, Any]:
+    return {
+        "id": rule.code,
+        "name": "".join(word.capitalize() for word in rule.name.replace(",", "").replace("-", " ").split()),
+        "shortDescription": {"text": rule.name},
+        "fullDescription": {"text": rule.what},
+        "help": {"text": f"{rule.why}\n\nInstead:\n\n{rule.right}"},
+        "defaultConfiguration": {"level": rule.severity},
+    }
+
+
+def _result(one: Finding) -> dict[str, Any]:
+    path = Path(shown_path(one.file))
+    location: dict[str, Any] = {"artifactLocation": {"uri": path.as_uri() if path.is_absolute() else path.as_posix()}}
+    if one.line:
+        location["region"] = {"startLine": one.line}
+    return {
+        "ruleId": one.code,
+        "ruleIndex": next(index for index, rule in enumerate(RULES) if rule.code == one.code),
+        "level": one.severity,
+        "message": {"text": f"{one.message} Instead: {one.fix}"},
+        "locations": [{"physicalLocation": location}],
+        "properties": {"confidence": one.confidence},
+    }

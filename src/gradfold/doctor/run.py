@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from gradfold.doctor.guard import Guard
-from gradfold.doctor.patches import Patches
-from gradfold.doctor.stop import EnoughError, Stop, TimedOutError
-from gradfold.doctor.surrounding_patches import patch_surroundings
-from gradfold.doctor.training_patches import patch_training
-from gradfold.doctor.watch import Watch
+from gradfold.doctor.instrumentation import Guard, Patches
+from gradfold.doctor.patches import patch_surroundings, patch_training
+from gradfold.doctor.recorder import EnoughError, Stop, TimedOutError, Watch
 
 __all__: list[str] = []
 

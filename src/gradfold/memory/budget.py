@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from gradfold.memory.amount import read_bytes
+from gradfold.memory.amount import margin_for, read_bytes
 from gradfold.memory.auto import Auto
-from gradfold.memory.ledger import MakeUp
-from gradfold.memory.margin import margin_for
-from gradfold.memory.specimen import storage_bytes
+from gradfold.memory.probe_batch import Work, storage_bytes
 from gradfold.memory.system import free_bytes
-from gradfold.memory.work import Work
+from gradfold.memory.trace import MakeUp
 
 __all__: list[str] = []
 

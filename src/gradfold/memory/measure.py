@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradfold.memory.ledger import MakeUp
 from gradfold.memory.system import high_water_mark_bytes, reset_high_water_mark
+from gradfold.memory.trace import MakeUp
 from gradfold.memory.tracker import Tracker
 
 __all__ = ["PeakMemory", "measure_peak"]

@@ -10,22 +10,19 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gradfold.batch import Batch
+from gradfold.batch.nesting import Batch
+from gradfold.batch.split import Collate
+from gradfold.distributed.ddp import RanksOption
+from gradfold.engine.loss_terms import LossFn
+from gradfold.engine.model_checks import refuse_lazy
 from gradfold.errors import DoesNotFitError, OptionError
-from gradfold.lazy import refuse_lazy
-from gradfold.loss import LossFn
-from gradfold.memory.amount import read_bytes, written
-from gradfold.memory.largest import largest_that_fits
-from gradfold.memory.ledger import KINDS, MakeUp
-from gradfold.memory.levers import Lever, levers_of
-from gradfold.memory.margin import Margin, margin_for
-from gradfold.memory.prediction import Prediction
-from gradfold.memory.program import Program
-from gradfold.memory.rehearsal import Rehearsal
-from gradfold.memory.specimen import Specimen
+from gradfold.memory.amount import Margin, margin_for, read_bytes, written
+from gradfold.memory.dry_run import Program, Rehearsal
+from gradfold.memory.estimate import Prediction, largest_that_fits
+from gradfold.memory.probe_batch import Specimen
+from gradfold.memory.savings import Lever, levers_of
+from gradfold.memory.trace import KINDS, MakeUp
 from gradfold.precision import Precision
-from gradfold.split import Collate
-from gradfold.sync import RanksOption
 
 __all__ = ["Plan", "PlanRow", "plan"]
 

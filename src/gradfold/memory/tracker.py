@@ -20,8 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gradfold.memory.kernels import held_bytes
-from gradfold.memory.ledger import Kind, Ledger
+from gradfold.memory.trace import Kind, Ledger, held_bytes
 
 __all__: list[str] = []
 

@@ -1,4 +1,7 @@
-"""The causes of a wrong gradient, found by experiment."""
+"""The causes of a wrong gradient, found by experiment.
+
+A hidden state: what a model keeps outside of its buffers, and changes whenever it runs.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,57 @@ import math
 import warnings
 from collections.abc import Iterator
 
-from gradfold.backward import BackPropagation
-from gradfold.batch import Batch, cut_rows
-from gradfold.coupled.two_phase import TwoPhaseLoss, explain
+from torch import nn
+
+from gradfold.batch.nesting import Batch, cut_rows
+from gradfold.batch.rows import num_rows
+from gradfold.batch.split import MicroBatch, cut_range
+from gradfold.engine.backward import BackPropagation
 from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError, PaddingError
-from gradfold.examination import Examination
-from gradfold.examined import CannotKnowError, Examined, UndecidedError
-from gradfold.padding_check import PaddingCheck
-from gradfold.row_count import num_rows
-from gradfold.split import MicroBatch, cut_range
-from gradfold.token_budget import TokenBudget
-from gradfold.trial import Trial
+from gradfold.packing.padding_check import PaddingCheck
+from gradfold.packing.token_budget import TokenBudget
+from gradfold.self_check.experiment import CannotKnowError, Examination, Examined, UndecidedError
+from gradfold.self_check.trial import Trial
+from gradfold.twophase.loss import TwoPhaseLoss, explain
 from gradfold.verification.comparison import Allowance, Comparison, measure
-from gradfold.verification.coupling import find_coupling
-from gradfold.verification.hidden_state import find_hidden_state
-from gradfold.verification.runs import Attempt, WholeRun
-from gradfold.verification.specimen import Specimen
+from gradfold.verification.locate import find_coupling
+from gradfold.verification.reference import relative_error
+from gradfold.verification.runs import Attempt, WholeRun, run_whole
+from gradfold.verification.setup import Specimen
 from gradfold.verification.verdict import Cause, listed, number
-from gradfold.weight import weigh
+from gradfold.weights import weigh
 
 __all__: list[str] = []
+
+_PLAIN = (bool, int, float, str, list, dict, tuple, set)
+
+
+def find_hidden_state(specimen: Specimen) -> str | None:
+    """The attributes that one run of a copy changed, as " (module.name)", if its second run gives another gradient."""
+    model = specimen.fresh_model()
+    first, second = run_whole(specimen, model), run_whole(specimen, model)
+    if relative_error(second.gradients, first.gradients) < 1e-9:
+        return None
+    names = _changed(specimen.fresh_model(), model)
+    return f" ({listed(names)})" if names else ""
+
+
+def _changed(before: nn.Module, after: nn.Module) -> list[str]:
+    modules = dict(before.named_modules())
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in after.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, _PLAIN) and not name.startswith("_") and _differs(vars(modules[path]).get(name), value)
+    ]
+
+
+def _differs(one: object, other: object) -> bool:
+    try:
+        return bool(one != other)
+    except Exception:  # tensors in a list
+        return False
+
 
 _UNKNOWN = (
     "the parts do not make up the whole, and no experiment tells why. Look for what depends on how many rows there "

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gradfold.batch.split import check_size, cut_range
+from gradfold.engine.window import Unit
 from gradfold.errors import NonFiniteLossError, OptionError
-from gradfold.recovery import Unit
-from gradfold.split import check_size, cut_range
-from gradfold.token_budget import TokenBudget
+from gradfold.packing.token_budget import TokenBudget
 from gradfold.verification.reference import difference_norm, relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_in_parts, run_jittered, run_whole
-from gradfold.verification.specimen import Specimen
+from gradfold.verification.setup import Specimen
 from gradfold.verification.verdict import ParameterRow, SizeRow
 
 __all__: list[str] = []

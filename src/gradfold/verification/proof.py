@@ -9,23 +9,19 @@ import torch
 from torch import nn
 
 from gradfold.accumulator import Accumulator
-from gradfold.batch import Batch
-from gradfold.coupled.batch_norm import batch_statistics_layers
-from gradfold.dropout import dropping_modules
+from gradfold.batch.nesting import Batch
+from gradfold.batch.rows import num_rows
+from gradfold.batch.split import split_samples
+from gradfold.batchnorm.per_micro_batch import batch_statistics_layers
+from gradfold.engine.model_checks import dropping_modules, parameters_with_hooks
 from gradfold.errors import BatchError, BatchNormError
-from gradfold.hooks import parameters_with_hooks
-from gradfold.loader import Window
-from gradfold.loop_window import LoopWindow
-from gradfold.row_count import num_rows
-from gradfold.split import split_samples
-from gradfold.token_budget import TokenBudget
+from gradfold.packing.token_budget import TokenBudget
 from gradfold.verification import causes
 from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare, measure
-from gradfold.verification.copies import own_dtypes
 from gradfold.verification.runs import WholeRun, run_whole
-from gradfold.verification.specimen import Specimen
-from gradfold.verification.untouched import Untouched
+from gradfold.verification.setup import Specimen, Untouched, own_dtypes
 from gradfold.verification.verdict import Cause, Verdict, listed, name_of
+from gradfold.windows import LoopWindow, Window
 
 __all__: list[str] = []
 

@@ -11,23 +11,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gradfold.backward import BackPropagation
-from gradfold.batch import Batch
-from gradfold.coupled.keyed_dropout import keyed_dropout
-from gradfold.draws import EqualDraws, RecordedDraws
+from gradfold.batch.nesting import Batch
+from gradfold.batch.rows import Rows
+from gradfold.distributed.ddp import unwrapped
+from gradfold.dropout.layer import keyed_dropout
+from gradfold.engine.backward import BackPropagation
+from gradfold.engine.loss_terms import LossOutput
 from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
-from gradfold.jitter import Jitter
-from gradfold.loss import LossOutput
-from gradfold.random_state import HostRandomState, RandomState
-from gradfold.rows import Rows
-from gradfold.sync import unwrapped
-from gradfold.token_budget import TokenBudget
-from gradfold.verification.draws_in_order import DrawsInOrder
-from gradfold.verification.draws_in_turn import DrawsInTurn
-from gradfold.verification.graph import Graph
+from gradfold.packing.token_budget import TokenBudget
+from gradfold.self_check.comparison import Jitter
+from gradfold.self_check.rng_replay import EqualDraws, RecordedDraws
+from gradfold.state.rng import HostRandomState, RandomState
 from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
-from gradfold.verification.specimen import Specimen, terms_of
-from gradfold.weight import weigh
+from gradfold.verification.rng_order import DrawsInOrder, DrawsInTurn
+from gradfold.verification.setup import Graph, Specimen, terms_of
+from gradfold.weights import weigh
 
 __all__: list[str] = []
 

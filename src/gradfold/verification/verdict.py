@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from gradfold.engine.window import Unit
 from gradfold.errors import NotDecomposableError
-from gradfold.recovery import Unit
 
 __all__ = ["Verdict"]
 

@@ -1,21 +1,170 @@
-"""The front door of verification: a proof in one process, or across the ranks that a model is wrapped for."""
+"""A proof across ranks: several processes accumulate together, beside one that has the rows of all of them at once.
+
+The front door of verification: a proof in one process, or across the ranks that a model is wrapped for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from gradfold.accumulator import Accumulator
-from gradfold.batch import Batch
+from gradfold.batch.nesting import Batch, every_leaf, map_leaves
+from gradfold.distributed.ddp import find_ranks, parallel_modules, unwrapped, wrapped_as
+from gradfold.distributed.fsdp import sharded_modules
+from gradfold.distributed.process_group import Ranks
+from gradfold.engine.model_checks import dropping_modules
 from gradfold.errors import OptionError, RanksError
-from gradfold.gradients import parameters_of
-from gradfold.sync import find_ranks, parallel_modules, sharded_modules
-from gradfold.verification.proof import prove
-from gradfold.verification.proof_across_ranks import prove_across_ranks
-from gradfold.verification.verdict import Verdict
+from gradfold.packing.token_budget import TokenBudget
+from gradfold.state.gradients import parameters_of
+from gradfold.verification.comparison import measure
+from gradfold.verification.proof import count_rows, prove
+from gradfold.verification.reference import relative_error
+from gradfold.verification.runs import run_whole, run_with_others
+from gradfold.verification.setup import Specimen, Untouched
+from gradfold.verification.verdict import Cause, SizeRow, Verdict, listed, number
 
 __all__ = ["verify"]
+
+T = TypeVar("T")
+
+
+def prove_across_ranks(
+    accumulator: Accumulator,
+    batch: Batch,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype,
+    micro_batch_sizes: Sequence[int] | None,
+) -> Verdict:
+    """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all.
+
+    Raises:
+        RanksError: another rank has failed.
+    """
+    own_rows = count_rows(accumulator, batch, least=1)  # its errors come before anybody waits
+    whole_batch = _join(ranks.exchange(batch), accumulator)
+    alone = accumulator.twin(
+        unwrapped(accumulator.model),
+        accumulator.loss_fn,
+        accumulator.cut_by,
+        collate=accumulator.collate,
+        batch_norm=accumulator.batch_norm,
+    )
+    found = _on_first(ranks, lambda: prove(alone, whole_batch, dtype=dtype, micro_batch_sizes=micro_batch_sizes))
+    if not found.ok:
+        note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
+        return replace(found, notes=(*found.notes, note))
+    frozen = list(dropping_modules(alone.model))  # no random numbers can be handed to the rows of other ranks
+
+    def run_as_one() -> dict[str, Tensor] | None:
+        with Untouched(alone) as untouched:
+            specimen = Specimen(alone, whole_batch, found.num_rows, found.dtype, untouched).with_frozen(frozen)
+            whole = run_whole(specimen)
+        return None if whole.recorded.values else {name: one.cpu() for name, one in whole.gradients.items()}
+
+    expected = _on_first(ranks, run_as_one)
+    if expected is None:
+        text = "random numbers are drawn outside of modules, which cannot be handed to the rows of other ranks."
+        return replace(found, ok=False, causes=(Cause("random", text),))
+    rows = []
+    for size in _sizes(accumulator, own_rows, micro_batch_sizes):
+        with Untouched(alone) as untouched:
+            specimen = Specimen(alone, batch, own_rows, found.dtype, untouched).with_frozen(frozen)
+            gradients, num_run = run_with_others(specimen, size, partial(wrapped_as, accumulator.model))
+        rows.append(_row(ranks, size, num_run, {name: one.cpu() for name, one in gradients.items()}, expected))
+    return _judge(found, ranks, rows, frozen)
+
+
+def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None) -> list[int | TokenBudget]:
+    """The accumulator's own size, or those asked for, and micro-batches of two rows."""
+    if asked is None and isinstance(accumulator.cut_by, TokenBudget):
+        return [accumulator.cut_by, 2]
+    own = [accumulator.cut_by or own_rows] if asked is None else asked
+    return [*sorted({*own, 2})]
+
+
+def _row(
+    ranks: Ranks, size: int | TokenBudget, num_run: int, gradients: dict[str, Tensor], expected: dict[str, Tensor]
+) -> SizeRow:
+    told = ranks.exchange((num_run, _digest(gradients)))
+    differing = [rank for rank, (_, digest) in enumerate(told) if digest != told[0][1]]
+    failure = f"rank {differing[0]} has another gradient than rank 0" if differing else None
+    error = relative_error(gradients, expected)
+    most = max(number for number, _ in told)
+    return SizeRow(*measure(size), most, ranks.exchange(error)[0], failure, num_ranks=ranks.size)
+
+
+def _judge(found: Verdict, ranks: Ranks, rows: Sequence[SizeRow], frozen: Sequence[str]) -> Verdict:
+    worst = max(rows, key=lambda row: row.error)
+    notes = [f"the whole batch is the rows of all {ranks.size} ranks together."]
+    if frozen:
+        notes.append(
+            "on several ranks these modules ran in evaluation mode, since their random numbers cannot be handed to "
+            f"the rows of other ranks: {listed(frozen)}."
+        )
+    causes: tuple[Cause, ...] = ()
+    differing = [row.failure for row in rows if row.failure is not None]
+    if differing or not worst.error <= found.tolerance:
+        off = f"the gradient of {ranks.size} ranks is {number(worst.error)} off that of one process with their rows"
+        text = (
+            f"{differing[0] if differing else off}, though in one process micro-batches change nothing. What loss_fn "
+            "does depends on the rank, or parameters and buffers differ between ranks."
+        )
+        causes = (Cause("ranks", text),)
+    return replace(
+        found,
+        ok=not causes,
+        max_relative_error=max(found.max_relative_error, worst.error),
+        sizes=(*found.sizes, *rows),
+        causes=causes,
+        notes=(*found.notes, *notes),
+    )
+
+
+def _on_first(ranks: Ranks, make: Callable[[], T]) -> T:
+    """What rank 0 makes, on all of them; what it fails with is RanksError on the others."""
+    made: T | None = None
+    error: Exception | None = None
+    if ranks.rank == 0:
+        try:
+            made = make()
+        except Exception as failure:
+            error = failure
+    told = ranks.exchange((made, None if error is None else f"{type(error).__name__}: {error}"))[0]
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        raise RanksError(f"rank 0 failed in verify. {told[1]}")
+    return cast(T, told[0])
+
+
+def _join(batches: Sequence[Batch], accumulator: Accumulator) -> Batch:
+    """The rows of all ranks as one batch, in the order of ranks."""
+    if accumulator.collate is not None:
+        return [sample for batch in batches for sample in batch]
+    columns = zip(*map(every_leaf, batches), strict=True)
+
+    def join(leaf: Any) -> Any:
+        of_ranks = next(columns)
+        return torch.cat(of_ranks) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+    return map_leaves(join, batches[0])
+
+
+def _digest(gradients: dict[str, Tensor]) -> str:
+    """Of every bit: whether two ranks hold the same."""
+    found = hashlib.sha256()
+    for name, gradient in sorted(gradients.items()):
+        found.update(name.encode())
+        found.update(gradient.contiguous().view(-1).view(torch.uint8).numpy(force=True).tobytes())
+    return found.hexdigest()
 
 
 def verify(

@@ -20,16 +20,16 @@ __all__: list[str] = []
 
 # A name stands for what a user would write for a workload of their own. Each module has a DESCRIPTION too.
 BUILT_IN = {
-    "digits": "gradfold.workloads.digits:digits",
-    "linear": "gradfold.workloads.linear:linear",
-    "scalar": "gradfold.workloads.scalar:scalar",
-    "mnist": "gradfold.workloads.mnist:mnist",
-    "cifar10": "gradfold.workloads.cifar10:cifar10",
-    "encoder": "gradfold.workloads.encoder:encoder",
-    "resnet": "gradfold.workloads.resnet:resnet",
-    "language-model": "gradfold.workloads.language_model:language_model",
+    "digits": "gradfold.workloads.images:digits",
+    "linear": "gradfold.workloads.regression:linear",
+    "scalar": "gradfold.workloads.regression:scalar",
+    "mnist": "gradfold.workloads.images:mnist",
+    "cifar10": "gradfold.workloads.images:cifar10",
+    "encoder": "gradfold.workloads.language:encoder",
+    "resnet": "gradfold.workloads.images:resnet",
+    "language-model": "gradfold.workloads.language:language_model",
     "translation": "gradfold.workloads.translation:translation",
-    "matching": "gradfold.workloads.matching:matching",
+    "matching": "gradfold.workloads.translation:matching",
 }
 
 _HOW_TO_NAME = "Write the name of a built-in workload, module:callable or path.py:callable."

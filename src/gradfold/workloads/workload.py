@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradfold.coupled.batch_norm import BatchNormOption
-from gradfold.loss import LossFn
-from gradfold.split import Collate
-from gradfold.token_budget import TokenBudget
-from gradfold.weight import WeightOption
+from gradfold.batch.split import Collate
+from gradfold.batchnorm.per_micro_batch import BatchNormOption
+from gradfold.engine.loss_terms import LossFn
+from gradfold.packing.token_budget import TokenBudget
+from gradfold.weights import WeightOption
 
 __all__ = ["Workload"]
 

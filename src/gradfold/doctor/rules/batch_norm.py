@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.events import Backward
 from gradfold.doctor.finding import WARNING, Observation
+from gradfold.doctor.history import Case, Window
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Window
 
 __all__: list[str] = []
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.events import Clip, Scaler
 from gradfold.doctor.finding import ERROR, Observation
+from gradfold.doctor.history import Case, Training
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Training
 
 __all__: list[str] = []
 

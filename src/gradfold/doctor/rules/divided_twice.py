@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
-from gradfold.doctor.division import is_close, means_of, num_divisions
 from gradfold.doctor.finding import ERROR, Observation
+from gradfold.doctor.history import Case
+from gradfold.doctor.rules.division import is_close, means_of, num_divisions
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []

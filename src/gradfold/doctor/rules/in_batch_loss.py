@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.events import Backward
 from gradfold.doctor.finding import LIKELY, WARNING, Observation
+from gradfold.doctor.history import Case
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.events import Backward, Fetch
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.place import Place
+from gradfold.doctor.history import Case, Training, main_line, pass_of
 from gradfold.doctor.rules.leftover_leaks import leaking
 from gradfold.doctor.rules.rule import Rule
 from gradfold.doctor.rules.zeroed_in_window import lost_in_windows
-from gradfold.doctor.training import Training, main_line, pass_of
+from gradfold.doctor.source import Place
 
 __all__: list[str] = []
 

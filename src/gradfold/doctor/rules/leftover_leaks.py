@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.finding import ERROR, Observation
+from gradfold.doctor.history import Case, Training, Window, pass_of
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Training, Window, pass_of
 
 __all__: list[str] = []
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.finding import WARNING, Observation
+from gradfold.doctor.history import Case
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []

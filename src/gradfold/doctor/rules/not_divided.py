@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
-from gradfold.doctor.division import is_close, means_of
 from gradfold.doctor.events import Clip
 from gradfold.doctor.finding import ERROR, Observation
+from gradfold.doctor.history import Case, Training
+from gradfold.doctor.rules.division import is_close, means_of
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Training
 
 __all__: list[str] = []
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.finding import Observation
+from gradfold.doctor.history import Case
 
 __all__: list[str] = []
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.finding import ERROR, LIKELY, Observation
+from gradfold.doctor.history import Case, Training
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Training
 
 __all__: list[str] = []
 

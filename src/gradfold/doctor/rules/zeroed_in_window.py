@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from gradfold.doctor.case import Case
 from gradfold.doctor.events import Clear
 from gradfold.doctor.finding import ERROR, Observation
+from gradfold.doctor.history import Case, Training, pass_of
 from gradfold.doctor.rules.rule import Rule
-from gradfold.doctor.training import Training, pass_of
 
 __all__: list[str] = []
 

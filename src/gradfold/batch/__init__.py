@@ -1,0 +1,1 @@
+"""Batches: nestings of tensors, their rows, and how they are split into micro-batches."""

@@ -1,0 +1,1 @@
+"""Several processes that train one model: their collectives, DistributedDataParallel, and fully_shard."""

@@ -1,0 +1,180 @@
+"""Synchronisation: which processes train a model together, found in the model, and its own reductions kept quiet.
+
+gradfold reduces gradients once per window, after its last backward pass. So forward *and* backward passes of
+DistributedDataParallel modules run under `no_sync`, wherever in the model they are.
+
+Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html (`no_sync`: "the
+forward pass should be included inside the context manager").
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+import torch.distributed
+from torch import nn
+
+from gradfold.distributed.fsdp import _group_of, _refuse_unsharded, sharded_modules
+from gradfold.distributed.process_group import Ranks
+from gradfold.errors import OptionError, RanksError
+
+if TYPE_CHECKING:
+    pass
+
+__all__: list[str] = []
+
+RanksOption: TypeAlias = Literal["alone", "reduce_once"] | None
+
+
+def check_option(ranks: str | None) -> None:
+    """Raise OptionError unless the option is known."""
+    if ranks not in (None, "alone", "reduce_once"):
+        raise OptionError(
+            f"ranks={ranks!r}; expected None (the processes of the DistributedDataParallel or fully_shard modules in "
+            'the model), "alone" (this process trains by itself) or "reduce_once" (fully_shard modules sum gradients '
+            "once per window, and keep them whole until then)."
+        )
+
+
+def find_ranks(modules: Sequence[nn.Module], device: torch.device, option: RanksOption) -> Ranks | None:
+    """The processes that train these modules together; None where there is no such thing.
+
+    Raises:
+        RanksError: there are several, and it is unclear or unsupported how they do it.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or option == "alone":
+        return None
+    for module in modules:
+        _refuse_foreign(module)
+    wrapped = parallel_modules(modules)
+    sharded = sharded_modules(modules)
+    if sharded:
+        if wrapped:
+            raise RanksError("the model has both DistributedDataParallel and fully_shard modules; use one of them.")
+        _refuse_unsharded(modules)
+        return Ranks(_group_of(sharded), device)
+    if not wrapped:
+        _refuse_unwrapped()
+        return None
+    groups = {id(module.process_group): module.process_group for module in wrapped}
+    if len(groups) > 1:
+        raise RanksError("the model's DistributedDataParallel modules have different process groups; give them one.")
+    for module in wrapped:
+        _refuse_options(module)
+    if torch.distributed.get_world_size(wrapped[0].process_group) > 1:
+        _refuse_sync_batch_norm(modules)
+    (group,) = groups.values()
+    return Ranks(group, device)
+
+
+def parallel_modules(modules: Sequence[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
+    """The DistributedDataParallel modules among these."""
+    return [module for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without its DistributedDataParallel modules, with the same parameters: what one process trains."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    children = {name: unwrapped(child) for name, child in model._modules.items() if child is not None}
+    if all(model._modules[name] is child for name, child in children.items()):
+        return model
+    other = copy.copy(model)
+    other._modules = {**model._modules, **children}
+    return other
+
+
+def wrapped_as(model: nn.Module, bare: nn.Module) -> nn.Module:
+    """Wrap a bare copy of a model in DistributedDataParallel modules, in the places where the model has them."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return nn.parallel.DistributedDataParallel(
+            wrapped_as(model.module, bare),
+            process_group=model.process_group,
+            broadcast_buffers=model.broadcast_buffers,
+            find_unused_parameters=model.find_unused_parameters,
+        )
+    done: dict[int, nn.Module] = {}
+    for name, child in model._modules.items():
+        own = bare._modules[name]
+        if child is not None and own is not None:
+            bare._modules[name] = done[id(child)] = done.get(id(child)) or wrapped_as(child, own)
+    return bare
+
+
+@contextmanager
+def without_reductions(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No collective operations in forward and backward passes of these modules; buffers are rank 0's at the start.
+
+    That is what a DistributedDataParallel does once per update, too, where it broadcasts buffers.
+    """
+    for module in parallel_modules(modules):
+        if module.broadcast_buffers and list(module.module.buffers()):
+            module._sync_buffers()  # type: ignore[no-untyped-call]
+    with on_its_own(modules):
+        yield
+
+
+@contextmanager
+def on_its_own(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No collective operations in forward and backward passes of these modules, nor before: no other rank need come."""
+    with ExitStack() as stack:
+        for module in parallel_modules(modules):
+            stack.enter_context(module.no_sync())
+            stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
+            module.require_forward_param_sync = False
+        yield
+
+
+def _refuse_unwrapped() -> None:
+    size = torch.distributed.get_world_size()
+    if size > 1:
+        raise RanksError(
+            f"{size} processes are initialised, but no DistributedDataParallel is found in the model, so that each "
+            "would train a model of its own. Wrap it: DistributedDataParallel(model); or say that this is meant: "
+            'ranks="alone".'
+        )
+
+
+def _refuse_options(module: nn.parallel.DistributedDataParallel) -> None:
+    if getattr(module, "static_graph", False):
+        raise RanksError(
+            "DistributedDataParallel(static_graph=True) does not go with no_sync(), under which gradients accumulate: "
+            "it can stop reducing them in silence. Leave static_graph out."
+        )
+    if getattr(module, "parameters_to_ignore", None):
+        raise RanksError(
+            "the DistributedDataParallel was told to ignore some parameters, whose gradients gradfold would sum over "
+            "the ranks all the same. Freeze them, or let it have them."
+        )
+    if getattr(module, "_comm_hooks", None):
+        raise RanksError(
+            "the DistributedDataParallel has a communication hook, which gradfold's one reduction per window would "
+            "pass over. Leave the hook out."
+        )
+
+
+def _refuse_sync_batch_norm(modules: Sequence[nn.Module]) -> None:
+    if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules):
+        raise RanksError(
+            "SyncBatchNorm normalises by one micro-batch of every rank, which is not the batch, and waits for ranks "
+            'that have fewer micro-batches. Use nn.BatchNorm layers with batch_norm="exact", which takes the rows of '
+            'all ranks, or with "per_micro_batch"; or GroupNorm: gradfold.convert_batch_norm(model), before wrapping.'
+        )
+
+
+def _refuse_foreign(module: nn.Module) -> None:
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name.startswith("deepspeed."):
+        raise RanksError(
+            "a DeepSpeed engine counts micro-batches and steps by itself. Use its own "
+            "gradient_accumulation_steps, or train the bare module under DistributedDataParallel."
+        )
+    if name.endswith("FullyShardedDataParallel"):
+        raise RanksError(
+            "FullyShardedDataParallel (FSDP1) is not supported. Use torch.distributed.fsdp.fully_shard (FSDP2), or "
+            "DistributedDataParallel."
+        )

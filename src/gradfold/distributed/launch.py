@@ -1,0 +1,140 @@
+"""A rendezvous: how processes that were started together find each other, and how a program starts them.
+
+torchrun's environment variables say who is who: https://docs.pytorch.org/docs/stable/elastic/run.html.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gradfold.distributed.process_group import Ranks
+
+__all__: list[str] = []
+
+_AS_LONG_AS_IT_TAKES = timedelta(days=30)  # ranks may wait for one that trains alone
+INTERRUPTED = 130  # what shells report after Ctrl-C
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that were started with it.
+
+    Args:
+        rank: its number, from 0.
+        size: how many there are.
+        local_rank: its number on this machine.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def find_place() -> Place | None:
+    """The place that torchrun gave this process; None where it was started alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return None
+    return Place(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks for all."""
+    place = find_place()
+    return place is None or place.rank == 0
+
+
+@contextmanager
+def meeting() -> Iterator[Ranks]:
+    """A process group of all that were started together, on their processors, for as long as the block runs."""
+    dist.init_process_group("gloo", timeout=_AS_LONG_AS_IT_TAKES)
+    try:
+        yield Ranks(_default_group(), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def meeting_of_children(place: Place, name: str) -> Iterator[Ranks]:
+    """A process group of one child of each of them, which they have started under the same name."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    clients = dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"gradfold/{attempt}/{name}", clients)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
+    try:
+        yield Ranks(_default_group(), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def pretended(num_ranks: int) -> Iterator[None]:
+    """A process group of this process and others that are not there, for models that are looked at but not run.
+
+    What it sends goes nowhere. Source: the backend "fake" of torch's own tests.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def in_parallel(model: nn.Module) -> nn.Module:
+    """The model for all processes of the default group, each with rows of its own."""
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def launch(arguments: Sequence[str], num_ranks: int) -> int:
+    """Run `python ARGUMENTS` in this many processes, as torchrun does on one machine; gives their exit code.
+
+    Processors are shared out among them, where `OMP_NUM_THREADS` does not say otherwise.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # ranks say themselves what has failed
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException:
+        return INTERRUPTED
+    return 0
+
+
+def _default_group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group

@@ -1,0 +1,296 @@
+"""Dropout whose masks do not depend on the split: each is a hash of who drops what, not a draw from a generator.
+
+Whether an element is dropped follows from (seed, update, layer, call, row of the global batch, element in the row). So
+a window has the masks of the full batch, however it is cut, in whatever order its parts run, on however many ranks, and
+when they run again; and the gradient is that of the full batch with dropout on. The hash takes integers alone, and is
+the same on every device.
+
+The mixing steps are those of `lowbias32` (C. Wellons 2018, "Prospecting for Hash Functions", nullprogram.com), found by
+search for the least bias. In 64-bit integers its products of 32-bit words cannot overflow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gradfold.batch.rows import Rows, shift_rows
+from gradfold.errors import ModelError, OptionError
+
+__all__ = ["keyed_dropout"]
+
+_WORD = 0xFFFFFFFF
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # the second as a negative number, which is the same modulo 2^32
+_GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: spreads consecutive numbers
+
+# alpha dropout: what stands for a dropped value, -scale * alpha of selu (Klambauer et al. 2017, arXiv 1706.02515)
+_DROPPED = -1.7580993408473766
+
+
+class Keys:
+    """Where a forward pass is: the update, and the rows of the global batch that it runs. Shared by a model's layers.
+
+    Attributes:
+        words: (2, rows) two 32-bit words per row, from update and row.
+        is_forward: whether a forward pass runs; else activations are computed again for a backward pass.
+    """
+
+    def __init__(self, layers: Sequence[KeyedDropout], update: int, device: torch.device) -> None:
+        self._layers = layers
+        self._of_update = _hash("update", update)
+        self._device = device
+        self.words = torch.empty(2, 0, dtype=torch.int64)
+        self.is_forward = False
+
+    @contextmanager
+    def of_rows(self, rows: Rows) -> Iterator[None]:
+        """The forward pass of these rows of the global batch."""
+        if isinstance(rows, range):
+            numbers = torch.arange(rows.start, rows.stop, device=self._device)
+        else:
+            numbers = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        self.words = torch.stack([_mix(_mix(numbers * _GOLDEN & _WORD) ^ word) for word in self._of_update])
+        for layer in self._layers:
+            layer.num_calls = 0
+        self.is_forward = True
+        try:
+            yield
+        finally:
+            self.is_forward = False
+
+
+class KeyedDropout(nn.Dropout):
+    """Dropout that `convert_dropout` puts in the place of torch's.
+
+    In `accumulator.backward(batch)` its masks are those of the global batch; elsewhere it draws them as torch's does.
+
+    Attributes:
+        name: of the layer in the model.
+        seed: as given to `convert_dropout`.
+        row_dim: the dimension of inputs that counts the rows.
+        feature_dims: how many dimensions after the rows' are dropped one by one; None: all, element by element. In 2d
+            dropout it is 1: whole channels are dropped.
+        is_alpha: whether dropped elements are set to selu's lower end instead of 0, with mean and variance kept.
+        num_calls: so far in this forward pass.
+    """
+
+    def __init__(
+        self, p: float, name: str, seed: int, row_dim: int, feature_dims: int | None = None, is_alpha: bool = False
+    ) -> None:
+        super().__init__(p)
+        self.name = name
+        self.seed = seed
+        self.row_dim = row_dim
+        self.feature_dims = feature_dims
+        self.is_alpha = is_alpha
+        self.keys: Keys | None = None
+        self.num_calls = 0
+        self._words = _hash(seed, name)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop elements in training mode, as `torch.nn.Dropout`."""
+        if not self.training or self.p == 0.0:
+            return input
+        shape = list(input.shape)
+        if self.feature_dims is not None:
+            shape[1 + self.feature_dims :] = [1] * (len(shape) - 1 - self.feature_dims)
+        keep = torch.rand(shape, device=input.device) >= self.p if self.keys is None else self._keep(input, shape)
+        return _alpha_dropped(input, keep, self.p) if self.is_alpha else _dropped(input, keep, self.p)
+
+    def extra_repr(self) -> str:
+        """What stands in a printed model."""
+        return f"p={self.p}, name={self.name!r}, seed={self.seed}"
+
+    def _keep(self, input: Tensor, shape: list[int]) -> Tensor:
+        assert self.keys is not None
+        words = self.keys.words
+        if input.dim() <= self.row_dim or input.shape[self.row_dim] != words.shape[1]:
+            raise ModelError(
+                f"dropout in {self.name!r} got an input of shape {tuple(input.shape)} for a micro-batch of "
+                f"{words.shape[1]} rows; expected them in dimension {self.row_dim}, so that every row gets its own "
+                "mask. Where rows are in another dimension write convert_dropout(model, row_dim=...); where they are "
+                "folded into a longer one, drop before that, or leave this layer as torch.nn.Dropout and set its p to "
+                "0."
+            )
+        call = self._count()
+        first, second = ((word + call * _GOLDEN) & _WORD for word in self._words)
+        words = words.to(input.device)
+        return _keep(words[0] ^ first, words[1] ^ second, shape, self.row_dim, self.p)
+
+    def _count(self) -> int:
+        """The number of this call in the forward pass; known in activation checkpointing if there is but one."""
+        assert self.keys is not None
+        if self.keys.is_forward:
+            self.num_calls += 1
+            return self.num_calls - 1
+        if self.num_calls > 1:
+            raise ModelError(
+                f"dropout in {self.name!r} is called {self.num_calls} times in a forward pass and again in the "
+                "backward pass (activation checkpointing), where it cannot know which of them is computed again. Use "
+                "one layer for each place."
+            )
+        return 0
+
+
+@contextmanager
+def keyed_dropout(model: nn.Module, update: int, first_row: int = 0, num_rows: int = 1) -> Iterator[None]:
+    """In this block the layers of `convert_dropout` have the masks of some rows of an update, as in a window.
+
+    For loops of one's own, and to see what a window did: `accumulator.backward(batch)` has those of update
+    `accumulator.num_windows`, as that was before.
+
+    Args:
+        model: holds the layers.
+        update: the number of the update.
+        first_row: of the rows, in the global batch.
+        num_rows: how many there are.
+
+    >>> import torch, gradfold
+    >>> model = gradfold.convert_dropout(torch.nn.Sequential(torch.nn.Dropout(0.5)))
+    >>> with gradfold.keyed_dropout(model, update=0, num_rows=2):
+    ...     whole = model(torch.ones(2, 6))
+    >>> with gradfold.keyed_dropout(model, update=0, first_row=1, num_rows=1):
+    ...     torch.equal(model(torch.ones(1, 6)), whole[1:])
+    True
+    """
+    layers = keyed_layers(model.modules())
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with keyed(layers, update, device) as keys:
+        if keys is None:
+            yield
+            return
+        with keys.of_rows(range(first_row, first_row + num_rows)):
+            yield
+
+
+class Placed:
+    """What goes around the forward passes of a window, so that its rows get their own masks.
+
+    Args:
+        keys: shared by the layers.
+        first_row: where the rows of this process begin in the batch of all; asked for once.
+    """
+
+    def __init__(self, keys: Keys, first_row: Callable[[], int]) -> None:
+        self._keys = keys
+        self._ask = first_row
+        self._first: int | None = None
+
+    def __call__(self, rows: Rows) -> AbstractContextManager[None]:
+        """A forward pass of these rows of this process."""
+        if self._first is None:
+            self._first = self._ask()
+        return self._keys.of_rows(shift_rows(rows, self._first))
+
+
+@contextmanager
+def unkeyed(layers: Sequence[KeyedDropout]) -> Iterator[None]:
+    """The layers draw as torch's do: for trials, which hand out draws by themselves."""
+    found = [layer.keys for layer in layers]
+    for layer in layers:
+        layer.keys = None
+    try:
+        yield
+    finally:
+        for layer, keys in zip(layers, found, strict=True):
+            layer.keys = keys
+
+
+def refuse_options(layers: Sequence[KeyedDropout], batch_norm: str | None, is_sharded: bool) -> None:
+    """Raise OptionError where micro-batches do not run one after another."""
+    if layers and batch_norm not in (None, "per_micro_batch"):
+        raise OptionError(
+            f'batch_norm="{batch_norm}" does not go with the layers of convert_dropout, which must know whose forward '
+            "pass runs: micro-batches run in turns there. Use torch's dropout."
+        )
+    if len({(layer.seed, layer.name) for layer in layers}) < len(layers):
+        raise OptionError(
+            "two layers of convert_dropout have the same name and seed, and so the same masks: parts of the model were "
+            "converted one by one. Convert the whole model, or give each part a seed of its own."
+        )
+    if layers and is_sharded:
+        raise OptionError(
+            "fully_shard does not go with the layers of convert_dropout, which have no masks for the blank turns of a "
+            "rank. Use torch's dropout, or DistributedDataParallel."
+        )
+
+
+def keyed_layers(modules: Iterable[nn.Module]) -> list[KeyedDropout]:
+    """The layers of `convert_dropout` among some modules."""
+    return [module for module in modules if isinstance(module, KeyedDropout)]
+
+
+@contextmanager
+def keyed(layers: Sequence[KeyedDropout], update: int, device: torch.device) -> Iterator[Keys | None]:
+    """The layers share keys for an update; None where there are no layers."""
+    if not layers:
+        yield None
+        return
+    keys = Keys(layers, update, device)
+    for layer in layers:
+        layer.keys = keys
+    try:
+        yield keys
+    finally:
+        for layer in layers:
+            layer.keys = None
+
+
+def _keep(first: Tensor, second: Tensor, shape: Sequence[int], row_dim: int, p: float) -> Tensor:
+    """The mask of a layer, from two words per row: the hash of every element, above the share to be dropped."""
+    rest = [1 if dim == row_dim else size for dim, size in enumerate(shape)]
+    column = [-1 if dim == row_dim else 1 for dim in range(len(shape))]
+    # One after another on the same numbers: this is all the memory that a mask takes, and half the time.
+    hashed = _places(rest, first.device) ^ first.view(column)
+    hashed ^= hashed >> 16
+    hashed *= _FIRST
+    hashed &= _WORD
+    hashed ^= second.view(column)
+    hashed ^= hashed >> 15
+    hashed *= _SECOND
+    hashed &= _WORD
+    return hashed >= round(p * 2**32)
+
+
+def _places(shape: Sequence[int], device: torch.device) -> Tensor:
+    """A word for every element, from its coordinates alone: padding that makes a dimension longer changes none."""
+    places = torch.zeros([1] * len(shape), dtype=torch.int64, device=device)
+    for dim, size in enumerate(shape):
+        if size > 1:
+            steps = torch.arange(size, device=device) * _OF_DIMS[dim % len(_OF_DIMS)]
+            places = places + steps.view([-1 if dim == other else 1 for other in range(len(shape))])
+    return places.expand(shape) & _WORD
+
+
+def _mix(words: Tensor) -> Tensor:
+    """32-bit words into others, one to one, such that each bit of the input moves half of those of the output."""
+    words = words ^ (words >> 16)
+    words = words * _FIRST & _WORD
+    words = words ^ (words >> 15)
+    words = words * _SECOND & _WORD
+    return words ^ (words >> 16)
+
+
+def _hash(*parts: object) -> tuple[int, int]:
+    """Two 32-bit words from anything that can be printed."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _dropped(input: Tensor, keep: Tensor, p: float) -> Tensor:
+    # where() keeps the mask for the backward pass, one byte for each element; a product would keep a float.
+    return torch.where(keep, input * (0.0 if p == 1.0 else 1 / (1 - p)), 0.0)
+
+
+def _alpha_dropped(input: Tensor, keep: Tensor, p: float) -> Tensor:
+    """As `torch.nn.functional.alpha_dropout`: a lower end for what is dropped, and all scaled to mean and variance."""
+    scale = 0.0 if p == 1.0 else ((1 - p) * (1 + p * _DROPPED**2)) ** -0.5
+    shift = -scale * p * _DROPPED
+    return torch.where(keep, input, _DROPPED) * scale + shift
+
+
+_OF_DIMS = tuple(_hash("dimension", dim)[0] | 1 for dim in range(8))

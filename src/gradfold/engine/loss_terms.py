@@ -1,0 +1,234 @@
+"""A loss: one or several terms that `loss_fn` returned for each micro-batch, and their means over the window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradfold.batch.split import MicroBatch
+from gradfold.errors import LossError, NonFiniteLossError
+from gradfold.weights import BARE, WindowWeights
+
+__all__: list[str] = []
+
+Loss: TypeAlias = "Tensor | Mapping[str, Tensor]"
+LossOutput: TypeAlias = "Loss | tuple[Loss, Mapping[str, Any]]"
+LossFn: TypeAlias = Callable[[Any, Any], LossOutput]
+
+
+def read_pair(output: LossOutput) -> tuple[Loss, Mapping[str, Any]]:
+    """The loss and the metrics of an output that has both.
+
+    Raises:
+        LossError: it has not.
+    """
+    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
+        return output
+    raise LossError(_not_a_loss(output))
+
+
+def read_terms(loss: Loss) -> dict[str, Tensor]:
+    """The terms of a loss by name.
+
+    Raises:
+        LossError: it is no loss, or a term is not a 0-d floating point tensor.
+    """
+    terms = {BARE: loss} if isinstance(loss, Tensor) else loss
+    if not isinstance(terms, Mapping) or not terms or not all(isinstance(term, Tensor) for term in terms.values()):
+        raise LossError(_not_a_loss(loss))
+    for name, term in terms.items():
+        if term.dim() or not term.is_floating_point():
+            is_output = terms is loss and "loss" in terms  # of transformers, a mapping with the logits in it
+            raise LossError(_not_a_loss(loss) if is_output else _not_a_mean(name, term))
+    return dict(terms)
+
+
+def keep(loss: Tensor) -> Tensor | float:
+    """The value of a loss; where reading it would wait for a device, a tensor without the graph."""
+    return loss.item() if loss.is_cpu else loss.detach()
+
+
+def _read(values: list[Tensor | float], device: torch.device) -> list[float]:
+    """Kept values as numbers, in one transfer."""
+    # A model on several devices may have its terms on them.
+    waiting = [value.to(device) for value in values if isinstance(value, Tensor)]
+    if not waiting:
+        return values  # type: ignore[return-value]  # none is a tensor
+    read = iter(torch.stack(waiting).tolist() if len(waiting) > 1 else [waiting[0].item()])
+    return [next(read) if isinstance(value, Tensor) else value for value in values]
+
+
+def _not_a_loss(output: object) -> str:
+    has_loss = hasattr(output, "loss") or (isinstance(output, Mapping) and "loss" in output)
+    hint = " Return output.loss (or output['loss'])." if has_loss else ""
+    return (
+        f"loss_fn returned a {type(output).__name__}; expected a 0-d tensor (a mean), a dict of them by term, or a "
+        f"pair of such a loss and a dict of metrics.{hint}"
+    )
+
+
+def _not_a_mean(name: str, term: Tensor) -> str:
+    return (
+        f"the loss term {name!r} has shape {tuple(term.shape)} and dtype {term.dtype}; expected a 0-d floating point "
+        "tensor, the mean over the micro-batch: use reduction='mean', or write loss.mean()."
+    )
+
+
+@dataclass(frozen=True)
+class TermSums:
+    """By term, the sum of losses times their parts of the window; and their dtype, None where there are none."""
+
+    values: Mapping[str, float]
+    dtype: torch.dtype | None
+
+
+class LossTerms:
+    """The loss terms of a window's micro-batches, and what each makes up of the window."""
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], weights: WindowWeights, device: torch.device) -> None:
+        self._micro_batches = micro_batches
+        self._weights = weights
+        self._device = device
+        self._parts: dict[str, tuple[float, ...]] = {}  # term -> part of the window per micro-batch
+        self._bare: tuple[float, ...] | None = None  # the parts of a loss without other terms
+        self._values: dict[tuple[str, int], Tensor | float] = {}  # term, micro-batch -> what keep() made of the loss
+        self._dtype: torch.dtype | None = None  # of the first loss
+        self._taken: list[int] = []  # micro-batches so far
+        self.sums: dict[str, float] = {}  # by term, once settled
+        self._of_all: Sequence[TermSums] = ()  # where several processes train together: of all, in one order
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the terms; none before the first micro-batch."""
+        return self._parts
+
+    def add(self, index: int, loss: Loss) -> list[tuple[Tensor, float]]:
+        """Take the loss of micro-batch `index`.
+
+        Returns:
+            The terms that weigh something, each with the part of the window's mean that it makes up. The others are
+            left out, not multiplied by 0: a mean over nothing is NaN, and NaN x 0 is NaN.
+
+        Raises:
+            LossError: it is no loss, a term is not a 0-d floating point tensor, or the names differ.
+        """
+        if self._bare is not None and isinstance(loss, Tensor):
+            part = self._bare[index]
+            if part and loss.dim() == 0 and loss.is_floating_point():  # the usual case, faster
+                self._taken.append(index)
+                self._values[BARE, index] = keep(loss)
+                return [(loss, part)]
+        terms = read_terms(loss)
+        if terms.keys() != self._parts.keys():
+            self._check_names(index, terms)
+        self._taken.append(index)
+        self._dtype = self._dtype or next(iter(terms.values())).dtype
+        weighed = []
+        for name, term in terms.items():
+            part = self._parts[name][index]
+            if part:
+                weighed.append((term, part))
+                self._values[name, index] = keep(term)
+        return weighed
+
+    def carry_over(self, earlier: LossTerms, places: Mapping[int, int]) -> None:
+        """Take the losses of micro-batches that were done under an earlier split; `places`: their indices there, here.
+
+        The names of the terms are known from there, too.
+        """
+        self._parts = {name: self._weights.of_term(name).parts for name in earlier.names}
+        self._bare = self._parts.get(BARE) if len(self._parts) == 1 else None
+        self._dtype = earlier._dtype
+        self._taken = [places[index] for index in earlier._taken if index in places]
+        self._values = {
+            (name, places[index]): value for (name, index), value in earlier._values.items() if index in places
+        }
+
+    def settle(self, flags: Sequence[Tensor] = ()) -> bool:
+        """Every micro-batch is done: read the losses from the device, and these flags, in one transfer.
+
+        Returns:
+            Whether the loss is finite and every flag is 0.
+        """
+        values = _read([*self._values.values(), *flags], self._device)
+        self._values = dict(zip(self._values, values, strict=False))
+        self.sums = dict.fromkeys([name for name, _ in self._values], 0.0)
+        for (name, index), value in zip(self._values, values, strict=False):
+            self.sums[name] += self._parts[name][index] * value
+        if self._of_all:
+            self.sums = {}
+            for sums in self._of_all:
+                for name, value in sums.values.items():
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+        return math.isfinite(sum(self.sums.values())) and not any(values[len(self._values) :])
+
+    def own_sums(self) -> TermSums:
+        """What these micro-batches, once settled, make up of the loss."""
+        return TermSums(self.sums, self._dtype)
+
+    def join(self, of_all: Sequence[TermSums]) -> None:
+        """Take the sums of all processes, in one order, to be the loss when it is settled again."""
+        self._of_all = of_all
+        self._dtype = next((sums.dtype for sums in of_all if sums.dtype is not None), self._dtype)
+
+    def close(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the settled window and the mean of each named term; 0-d, detached, on the device.
+
+        Averaged in float64. NaN where nothing weighs anything; a term that weighs nothing adds nothing to the loss.
+        """
+        if not self.sums:
+            return self._scalar(math.nan, torch.float32), {}
+        names = [name for name in dict.fromkeys([*self._parts, *self.sums]) if name != BARE]
+        means = {name: self._scalar(self.sums.get(name, math.nan), self._dtype) for name in names}
+        return self._scalar(sum(self.sums.values()), self._dtype), means
+
+    def non_finite(self) -> set[int]:
+        """The micro-batches of a settled window whose loss is NaN or infinite."""
+        return {index for (_, index), value in self._values.items() if not math.isfinite(value)}
+
+    def refuse_non_finite(self, culprit: int | None = None) -> None:
+        """Raise NonFiniteLossError where the loss of a settled window is not finite.
+
+        Args:
+            culprit: the micro-batch to name; None names the first whose loss is not finite.
+        """
+        for (name, index), value in self._values.items():
+            if not math.isfinite(value) and culprit in (None, index):
+                part = self._micro_batches[index]
+                raise NonFiniteLossError(
+                    f"the loss term {name!r} is {float(value)} in micro-batch {index} of {len(self._micro_batches)}"
+                    f"{part.where}. Look for means over nothing, log(0), overflow or a learning rate too high; a "
+                    "weight of 0 leaves a micro-batch out.",
+                    index,
+                    name,
+                    float(value),
+                )
+        if not math.isfinite(sum(self.sums.values())):
+            if self._of_all:
+                raise NonFiniteLossError(
+                    "the loss of another rank is not finite; its own error says where.", 0, BARE, math.nan
+                )
+            raise NonFiniteLossError("the finite loss terms sum to more than a float holds.", 0, BARE, math.inf)
+
+    def _scalar(self, value: float, dtype: torch.dtype | None) -> Tensor:
+        dtype = dtype or torch.float32
+        return torch.full((), value, dtype=dtype if dtype.itemsize >= 4 else torch.float32, device=self._device)
+
+    def _check_names(self, index: int, terms: Mapping[str, Tensor]) -> None:
+        """A term may be left out of a micro-batch only where its weight is 0, in whatever order they come."""
+        new = {name: self._weights.of_term(name).parts for name in terms if name not in self._parts}
+        if self._taken:
+            late = [name for name, parts in new.items() if any(parts[taken] for taken in self._taken)]
+            missing = [name for name, parts in self._parts.items() if name not in terms and parts[index]]
+            if late or missing:
+                raise LossError(
+                    f"micro-batch {index} returned the loss terms {sorted(terms)}, others {sorted(self._parts)}. "
+                    "Return the same names every time; a term may be left out only where its weight is 0."
+                )
+        self._parts.update(new)
+        self._bare = self._parts.get(BARE) if len(self._parts) == 1 else None

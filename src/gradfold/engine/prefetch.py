@@ -1,0 +1,74 @@
+"""A feed: the micro-batches of a window on their way to the device, one ahead of the one that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfold.batch.nesting import Batch, map_leaves, map_tensors
+from gradfold.batch.split import MicroBatch
+
+__all__: list[str] = []
+
+
+def feed(micro_batches: Sequence[MicroBatch], device: torch.device) -> Callable[[int], Batch]:
+    """A function from the index of a micro-batch to its data on `device`; each may be asked for again."""
+    if device.type == "cpu":
+        return [part.data for part in micro_batches].__getitem__
+    return Feed(micro_batches, device).take
+
+
+class Feed:
+    """Hands out micro-batches on a device, while the host keeps its own.
+
+    At most two micro-batches are on the device through the feed: the one in use and the next. Copies to CUDA run on a
+    stream of their own, beside the computation, and overlap it when the batch is in pinned memory
+    (`DataLoader(pin_memory=True)`). The CUDA path has not been run on a GPU yet.
+    """
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], device: torch.device) -> None:
+        self._micro_batches = micro_batches
+        self._device = device
+        self._ahead: tuple[int, Batch] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def take(self, index: int) -> Batch:
+        """Micro-batch `index` on the device; starts to move the next one."""
+        batch = self._ahead[1] if self._ahead is not None and self._ahead[0] == index else self._move(index)
+        if self._stream is not None:
+            self._wait(self._stream, batch)
+        following = index + 1
+        self._ahead = (following, self._move(following)) if following < len(self._micro_batches) else None
+        return batch
+
+    def _move(self, index: int) -> Batch:
+        return map_leaves(self._to_device, self._micro_batches[index].data)
+
+    def _to_device(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return self._tensor_to_device(leaf)
+        return leaf.to(self._device) if hasattr(leaf, "to") else leaf  # a packed sequence, a batch of graphs
+
+    def _tensor_to_device(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self._device:
+            return tensor
+        if self._stream is None or not tensor.is_cpu:
+            return tensor.to(self._device, non_blocking=True)
+        with torch.cuda.stream(self._stream):
+            return tensor.to(self._device, non_blocking=True)
+
+    def _wait(self, stream: torch.cuda.Stream, batch: Batch) -> None:
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(stream)
+
+        def used_here(tensor: Tensor) -> None:
+            # Without this the allocator may hand the memory to the next copy while kernels still read it.
+            if tensor.is_cuda:
+                tensor.record_stream(current)
+
+        map_tensors(used_here, batch)

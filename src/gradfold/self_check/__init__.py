@@ -1,0 +1,1 @@
+"""The self-check of the first window: does the loss of a batch equal the mean over its parts?"""

@@ -1,0 +1,340 @@
+"""Windows over a loader of micro-batches: each the micro-batches of one update, the last one as short as it comes.
+
+A loop window: the micro-batches of one update, for a loop body that runs the forward passes by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import islice
+from typing import Generic, NoReturn, TypeVar, overload
+
+from torch import Tensor, nn
+
+from gradfold.batch.nesting import rows_if_any
+from gradfold.batch.split import MicroBatch
+from gradfold.batchnorm.per_micro_batch import (
+    BatchNormOption,
+    WindowStatistics,
+    batch_statistics_layers,
+    check_option,
+    refuse,
+)
+from gradfold.distributed.coordinators import Together
+from gradfold.distributed.ddp import RanksOption, find_ranks, without_reductions
+from gradfold.distributed.ddp import check_option as check_ranks
+from gradfold.distributed.fsdp import sharded_modules
+from gradfold.engine.backward import BackPropagation, BackwardFn, probe
+from gradfold.engine.coordinator import Alone
+from gradfold.engine.loss_terms import LossTerms
+from gradfold.engine.metrics import Metrics
+from gradfold.engine.model_checks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
+from gradfold.errors import LossError, OptionError, WeightError, WindowError
+from gradfold.state.gradients import SetAside, check_trainable
+from gradfold.weights import BARE, Weight, WindowWeights, weigh
+from gradfold.weights import check_option as check_weight
+
+__all__ = ["LoopWindow", "Window", "windows"]
+
+T = TypeVar("T")
+
+
+class LoopWindow(Generic[T]):
+    """The micro-batches of one update, for a loop body that stays as it was but for `window.backward(loss)`.
+
+    Iterate over it once. The weights of all micro-batches are known before the first, so every gradient is seeded with
+    its exact share. Nothing is rolled back if the loop body fails.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        micro_batches: list[T],
+        weight: Weight,
+        batch_norm: BatchNormOption,
+        backward: BackwardFn | None,
+        agreement: Alone,
+    ) -> None:
+        rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
+        stops = [sum(rows[: index + 1]) for index in range(len(rows))]
+        self._parts = [
+            MicroBatch(data, range(stop - count, stop))
+            for data, count, stop in zip(micro_batches, rows, stops, strict=True)
+        ]
+        self._agreement = agreement
+        self._model = model
+        self._weights: WindowWeights = self._agreement.weigh(self._parts)
+        device = next(model.parameters()).device
+        self._losses = LossTerms(self._parts, self._weights, device)
+        self._metrics = Metrics(self._parts, self._weights, device)
+        self._back_propagate = BackPropagation(backward)
+        layers = batch_statistics_layers(model) if len(micro_batches) > 1 else {}
+        if layers and batch_norm is None:
+            refuse(layers, len(micro_batches), stops[-1])
+        self._statistics = WindowStatistics(layers)
+        self._current: int | None = None
+        self._done: set[int] = set()
+        self._loss: Tensor | None = None
+        self._is_started = False
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[T]:
+        """The micro-batches, as the loader gave them.
+
+        Raises:
+            WindowError: the window was iterated before, or a micro-batch ended without `window.backward(loss)`.
+        """
+        if self._is_started:
+            raise WindowError("this window was iterated before; one pass over a window is one update.")
+        self._is_started = True
+        try:
+            with self._statistics:
+                with self._as_one():
+                    for index, part in enumerate(self._parts):
+                        self._current = index
+                        self._statistics.listen()
+                        yield part.data
+                        self._check_backward(index)
+                if not self._losses.settle():
+                    self._losses.refuse_non_finite()
+                loss, _ = self._losses.close()
+                self._statistics.commit()
+        finally:
+            self._current = None
+        self._loss = loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate the loss of the current micro-batch with its share of the window: was `(loss / n).backward()`.
+
+        Args:
+            loss: 0-d, the mean over the micro-batch. Several losses of one micro-batch: add them up first.
+
+        Raises:
+            WindowError: there is no current micro-batch, or it had its backward already.
+            LossError: the loss is not 0-d, or does not require grad.
+        """
+        if self._current is None:
+            raise WindowError(
+                "window.backward(loss) belongs inside the loop over the window: for micro_batch in window: ..."
+            )
+        if self._current in self._done:
+            raise WindowError(
+                f"micro-batch {self._current} had its window.backward(loss) already; add up its losses first."
+            )
+        if not isinstance(loss, Tensor):
+            raise LossError(f"window.backward takes the loss, one 0-d tensor; got a {type(loss).__name__}.")
+        weighed = self._losses.add(self._current, loss)
+        self._done.add(self._current)
+        self._statistics.pause()
+        self._back_propagate(weighed)
+
+    @property
+    def loss(self) -> Tensor:
+        """The weighted mean of the losses, 0-d, detached; NaN where the window weighs nothing.
+
+        Raises:
+            WindowError: the loop over the window is not finished.
+        """
+        if self._loss is None:
+            raise WindowError("window.loss is known after the loop over the window, not inside it.")
+        return self._loss
+
+    @property
+    def weight(self) -> float:
+        """The denominator: what the micro-batches weigh together."""
+        return self._weights.of_term(BARE).total
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a loop over the window began and did not reach its end."""
+        return self._is_started and self._loss is None
+
+    @contextmanager
+    def _as_one(self) -> Iterator[None]:
+        """Several processes accumulate by themselves, and sum their gradients at the end."""
+        if not isinstance(self._agreement, Together):
+            yield
+            return
+        modules = list(self._model.modules())
+        gradients = SetAside(list(self._model.parameters()))
+        try:
+            with self._agreement, without_reductions(modules):
+                yield
+                self._agreement.end(self._losses, self._metrics, gradients)
+                gradients.settle()
+                self._agreement.conclude()
+        except BaseException:
+            gradients.put_back(self._model.parameters())
+            raise
+        gradients.add_back()
+
+    def _check_backward(self, index: int) -> None:
+        if index not in self._done and self._weights.of_term(BARE).parts[index] > 0:
+            raise WindowError(
+                f"micro-batch {index} of {len(self._parts)} ended without window.backward(loss), but its weight is in "
+                "the denominator. To leave a micro-batch out, filter the loader or give it weight 0."
+            )
+
+
+def _count_rows(micro_batch: object) -> int:
+    rows = rows_if_any(micro_batch)
+    if rows is None:
+        raise WeightError(
+            f"the rows of a {type(micro_batch).__name__} cannot be counted. Give windows() a weight, "
+            'for example weight=lambda batch: len(batch["labels"]).'
+        )
+    return rows
+
+
+class Window(Generic[T]):
+    """The micro-batches of one update, for `accumulator.backward(window)`."""
+
+    def __init__(self, micro_batches: Sequence[T]) -> None:
+        self._micro_batches = tuple(micro_batches)
+
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._micro_batches)
+
+    def backward(self, loss: object) -> NoReturn:
+        """Only windows that know the model have a backward of their own.
+
+        Raises:
+            WindowError: always; says how to get one.
+        """
+        raise WindowError(
+            "this window does not know the model: write gradfold.windows(loader, n, model=model) for "
+            "window.backward(loss), or give the window to accumulator.backward(window)."
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Window[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Window[T]:
+        return Window(self._micro_batches[index]) if isinstance(index, slice) else self._micro_batches[index]
+
+
+@overload
+def windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[Window[T]]: ...
+@overload
+def windows(
+    loader: Iterable[T],
+    num_micro_batches: int,
+    *,
+    model: nn.Module,
+    weight: Weight = "samples",
+    batch_norm: BatchNormOption = None,
+    backward: BackwardFn | None = None,
+    ranks: RanksOption = None,
+) -> Iterator[LoopWindow[T]]: ...
+def windows(
+    loader: Iterable[T],
+    num_micro_batches: int,
+    *,
+    model: nn.Module | None = None,
+    weight: Weight = "samples",
+    batch_norm: BatchNormOption = None,
+    backward: BackwardFn | None = None,
+    ranks: RanksOption = None,
+) -> Iterator[Window[T]] | Iterator[LoopWindow[T]]:
+    """Group a loader of micro-batches into windows, one per update; the last may be shorter. No `len()` is needed.
+
+    Without `model`, a window goes to `accumulator.backward(window)`. With it, the loop body stays as it was:
+
+        for window in gradfold.windows(loader, 4, model=model):      # was: for i, (x, y) in enumerate(loader):
+            for x, y in window:
+                window.backward(criterion(model(x), y))              # was: (loss / 4).backward()
+            optimizer.step()                                         # was: if (i + 1) % 4 == 0: ...
+            optimizer.zero_grad()
+            log(window.loss)
+
+    Args:
+        loader: gives micro-batches. Those of one window are held at once (on the host, if the loader gives them there).
+        num_micro_batches: micro-batches per window.
+        model: the model that the loop body runs.
+        weight: with `model`: what the loss is a mean over, as for `Accumulator`.
+        batch_norm: with `model`: None or "per_micro_batch", as for `Accumulator`.
+        backward: with `model`: as for `Accumulator`.
+        ranks: with `model`: as for `Accumulator`.
+
+    Raises:
+        OptionError: an argument cannot work.
+        WindowError: while iterating: the loop over a window was left before its end.
+
+    >>> import gradfold
+    >>> [list(window) for window in gradfold.windows(iter("abcdefg"), 3)]
+    [['a', 'b', 'c'], ['d', 'e', 'f'], ['g']]
+    """
+    if isinstance(num_micro_batches, bool) or not isinstance(num_micro_batches, int) or num_micro_batches < 1:
+        given = repr(num_micro_batches) if isinstance(num_micro_batches, int) else type(num_micro_batches).__name__
+        raise OptionError(f"num_micro_batches is {given}; expected an int of at least 1: windows(loader, 4).")
+    if not isinstance(loader, Iterable):
+        raise OptionError(f"loader is {type(loader).__name__}; expected an iterable of micro-batches.")
+    if model is None:
+        if weight != "samples" or batch_norm is not None or backward is not None or ranks is not None:
+            raise OptionError(
+                "weight=, batch_norm=, backward= and ranks= belong to windows(..., model=model), whose windows have "
+                "their own backward; without model=, give them to the Accumulator."
+            )
+        return _plain_windows(loader, num_micro_batches)
+    check_weight(weight)
+    if isinstance(weight, Mapping):
+        raise OptionError("windows(..., model=) takes one weight; loss terms with their own need an Accumulator.")
+    check_option(batch_norm)
+    if batch_norm == "exact":
+        raise OptionError(
+            'batch_norm="exact" runs micro-batches in lock-step, which a loop over them cannot. Give the windows to an '
+            'accumulator: Accumulator(model, loss_fn, batch_norm="exact").backward(window).'
+        )
+    check_ranks(ranks)
+    return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward, ranks)
+
+
+def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[Window[T]]:
+    micro_batches = iter(loader)
+    while group := list(islice(micro_batches, num_micro_batches)):
+        yield Window(group)
+
+
+def _loop_windows(
+    loader: Iterable[T],
+    num_micro_batches: int,
+    model: nn.Module,
+    weight: Weight,
+    batch_norm: BatchNormOption,
+    backward: BackwardFn | None,
+    option: RanksOption,
+) -> Iterator[LoopWindow[T]]:
+
+    parameters = list(model.parameters())
+    check_trainable(model, parameters)
+    if backward is not None:
+        probe(backward, parameters[0].device)
+    warned_of: set[str] = set()
+    modules = list(model.modules())
+    ranks = find_ranks(modules, parameters[0].device, option)
+    if sharded_modules(modules):
+        raise OptionError("windows(..., model=) does not go with fully_shard; give the windows to an Accumulator.")
+    for group in _plain_windows(loader, num_micro_batches):
+        own_weights = partial(weigh, weight)
+        agreement = Alone(own_weights) if ranks is None else Together(ranks, own_weights, num_totals=2)
+        with ExitStack() as stack:
+            stack.push(agreement)  # tells the others what fails here
+            if len(group) > 1:
+                refuse_post_accumulate_hooks(model, parameters)
+                warn_of_hooks(parameters_with_hooks(model, parameters), warned_of)
+            window = LoopWindow(model, list(group), weight, batch_norm, backward, agreement)
+            stack.pop_all()
+        yield window
+        if window.is_unfinished:
+            raise WindowError(
+                "the loop over a window was left before its end, so .grad holds a part of the batch's gradient. Finish "
+                "the loop over each window, or stop the outer loop too and zero the gradients."
+            )
