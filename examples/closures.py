@@ -28,7 +28,7 @@ NUM_UPDATES = {"LBFGS": 6, "SAM": 50}
 
 
 class SAM(torch.optim.SGD):
-    """Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412): the gradient is taken a step `rho` uphill."""
+    """Sharpness-aware minimization (Foret et al. 2021, arXiv 2010.01412): the gradient is taken a step `rho` uphill."""
 
     def __init__(self, parameters, rho=0.05, **options):
         super().__init__(parameters, **options)

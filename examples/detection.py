@@ -10,7 +10,7 @@ one micro-batch. The two terms have denominators of their own: cells of the heat
     -        optimizer.step()
     -        optimizer.zero_grad()
     +loader = DataLoader(dataset, batch_size=16, collate_fn=list)
-    +weight = {"centre": num_cells, "size": num_objects}
+    +weight = {"center": num_cells, "size": num_objects}
     +accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=4, collate=collate, weight=weight)
     +for samples in loader:
     +    accumulator.backward(samples)
@@ -39,11 +39,11 @@ def num_objects(micro_batch):
     return sum(len(boxes) for boxes in micro_batch["boxes"])  # 0 in some micro-batches: they leave the term out
 
 
-WEIGHTS = {"centre": num_cells, "size": num_objects}
+WEIGHTS = {"center": num_cells, "size": num_objects}
 
 
 def make_loader():
-    """Dark images with up to two bright rectangles; a box is its centre's row and column, its height and its width."""
+    """Dark images with up to two bright rectangles; a box is its center's row and column, its height and its width."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for num_objects in torch.randint(0, 3, (60,), generator=generator).tolist():
@@ -62,21 +62,21 @@ def collate(samples):
 
 
 def make_model():
-    """For every cell: the logit that an object's centre is there, and the object's height and width."""
+    """For every cell: the logit that an object's center is there, and the object's height and width."""
     return nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 3, 5, padding=2))
 
 
 def loss_fn(model, micro_batch):
-    logits, centres, sizes, true_sizes = [], [], [], []
+    logits, centers, sizes, true_sizes = [], [], [], []
     for image, boxes in zip(micro_batch["images"], micro_batch["boxes"], strict=True):
         output = model(image[None])[0]  # (3, H, W)
         row, column = boxes[:, 0], boxes[:, 1]
         logits.append(output[0].flatten())
-        centres.append(torch.zeros_like(output[0]).index_put((row, column), output.new_ones(())).flatten())
+        centers.append(torch.zeros_like(output[0]).index_put((row, column), output.new_ones(())).flatten())
         sizes.append(output[1:, row, column].T)  # (num_objects, 2)
         true_sizes.append(boxes[:, 2:])
-    centre = F.binary_cross_entropy_with_logits(torch.cat(logits), torch.cat(centres))
-    return {"centre": centre, "size": 0.1 * F.l1_loss(torch.cat(sizes), torch.cat(true_sizes))}
+    center = F.binary_cross_entropy_with_logits(torch.cat(logits), torch.cat(centers))
+    return {"center": center, "size": 0.1 * F.l1_loss(torch.cat(sizes), torch.cat(true_sizes))}
 
 
 def main():

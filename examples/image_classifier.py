@@ -14,8 +14,8 @@ smaller last batch of an epoch is an update like any other.
     +for batch in loader:                                               # batches of 128
     +    step(batch)
 
-Without `batch_norm=` gradfold refuses: normalised by 32 images, the gradient is not that of 128. "per_micro_batch"
-accepts that, as "ghost batch normalisation" does, and lets running statistics advance once per update.
+Without `batch_norm=` gradfold refuses: normalized by 32 images, the gradient is not that of 128. "per_micro_batch"
+accepts that, as "ghost batch normalization" does, and lets running statistics advance once per update.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""PPO on token sequences: terms with denominators of their own, and advantages normalised over the whole batch.
+"""PPO on token sequences: terms with denominators of their own, and advantages normalized over the whole batch.
 
 The policy and entropy terms are means over tokens, the value term over sequences: no single division is right for all.
 What belongs to the whole batch (the advantages) is computed on the whole batch, before it is cut.

@@ -23,7 +23,7 @@ with the loss of a regression whose samples count differently, which division by
     +    optimizer.step()
     +    optimizer.zero_grad()
 
-In a LightningModule with manual optimisation it is `backward=self.manual_backward`. One process, without fp16: a
+In a LightningModule with manual optimization it is `backward=self.manual_backward`. One process, without fp16: a
 framework that scales the loss does so in its own backward, which is not supported.
 """
 

@@ -191,7 +191,7 @@ def test_a_resumed_run_takes_the_choice_over(monkeypatch):
     resumed.load_state_dict(saved[0])
     again = gradfold.Accumulator(resumed, loss_fn, micro_batch_size=QUICK)
     again.load_state_dict(kept)
-    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer.choose", lambda *_: pytest.fail("it searched again"))
+    monkeypatch.setattr("gradfold.memory.auto_tune.AutoTuner.choose", lambda *_: pytest.fail("it searched again"))
     train(resumed, again, batches[2:])
     assert again.micro_batch_choice == accumulator.micro_batch_choice
     for name, value in model.state_dict().items():
@@ -227,7 +227,7 @@ def test_a_run_may_be_resumed_with_another_option(saved, here, monkeypatch):
         return self.choice
 
     searched = []
-    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer.choose", choose)
+    monkeypatch.setattr("gradfold.memory.auto_tune.AutoTuner.choose", choose)
     batch = torch.randn(16, 8)
     before, after = (gradfold.Accumulator(plain(), loss_fn, micro_batch_size=OPTIONS[one]) for one in (saved, here))
     before.backward(batch)
@@ -255,7 +255,7 @@ def test_a_larger_batch_asks_again_where_rows_were_the_bound(monkeypatch):
         self.choice = MicroBatchChoice(min(rows, 16), "", (), rows, rows, 0, 0.0)
         return self.choice
 
-    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer.choose", choose)
+    monkeypatch.setattr("gradfold.memory.auto_tune.AutoTuner.choose", choose)
     for rows in (4, 6, 8, 3, 64, 256):
         accumulator.backward(torch.randn(rows, 8))
     assert asked == [4, 8, 64]
@@ -266,14 +266,14 @@ def test_the_second_start_is_instant(folder, monkeypatch):
     batch = torch.randn(32, 8)
     first = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
     (file,) = folder.iterdir()
-    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer._search", lambda *_: pytest.fail("it searched again"))
+    monkeypatch.setattr("gradfold.memory.auto_tune.AutoTuner._search", lambda *_: pytest.fail("it searched again"))
     second = gradfold.Accumulator(plain(), loss_fn, micro_batch_size=auto).choose_micro_batch(batch)
     assert second.is_cached and not first.is_cached
     assert (second.micro_batch_size, second.timings) == (first.micro_batch_size, first.timings)
 
     searched = []
     monkeypatch.setattr(
-        "gradfold.memory.auto_tune.Sizer._search",
+        "gradfold.memory.auto_tune.AutoTuner._search",
         lambda *_: searched.append(1) or MicroBatchChoice(1, "", (), 32, 32, 0, 0.0),
     )
     with_a_number = plain()
@@ -314,7 +314,7 @@ def test_the_cache_can_be_switched_off(folder, monkeypatch):
 def chosen_again(monkeypatch, choice, budget_bytes, free_bytes, change=None):
     """Whether a size is searched for once more, under a key that an earlier start has left."""
     searched = []
-    monkeypatch.setattr("gradfold.memory.auto_tune.Sizer._search", lambda *_: searched.append(1) or choice)
+    monkeypatch.setattr("gradfold.memory.auto_tune.AutoTuner._search", lambda *_: searched.append(1) or choice)
     monkeypatch.setattr("gradfold.memory.budget.free_bytes", lambda _: budget_bytes)
     choose = partial(gradfold.Accumulator, loss_fn=loss_fn, micro_batch_size=gradfold.Auto(seconds=0.05))
     batch = torch.randn(32, 8)

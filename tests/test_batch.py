@@ -193,13 +193,13 @@ def test_a_defaultdict_keeps_its_factory_and_an_ordered_dict_its_order():
     assert list(take_rows(ordered, range(1))) == ["z", "a"]
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = 1
 
 
 @pytest.mark.parametrize(
     "constant",
-    [None, True, 3, 2.5, 1j, "words", b"bytes", Colour.RED, torch.float16, torch.device("cpu"), torch.tensor(3.0)],
+    [None, True, 3, 2.5, 1j, "words", b"bytes", Color.RED, torch.float16, torch.device("cpu"), torch.tensor(3.0)],
     ids=repr,
 )
 def test_what_has_no_rows_is_the_same_for_every_micro_batch(constant):

@@ -1,4 +1,4 @@
-"""What was built apart goes together, or is refused by name: ways to cut, to couple, to drop out, to normalise."""
+"""What was built apart goes together, or is refused by name: ways to cut, to couple, to drop out, to normalize."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def lengths(batch):
 class Encoder(nn.Module):
     """The mean of the words of a row, then layers."""
 
-    def __init__(self, normalises, drops):
+    def __init__(self, normalizes, drops):
         super().__init__()
         self.words = nn.Embedding(WORDS, 4, padding_idx=0)
         self.layers = nn.Sequential(
             nn.Linear(4, 6),
-            nn.BatchNorm1d(6) if normalises else nn.Identity(),
+            nn.BatchNorm1d(6) if normalizes else nn.Identity(),
             nn.Tanh(),
             nn.Dropout(0.5) if drops else nn.Identity(),
             nn.Linear(6, 4),
@@ -66,16 +66,16 @@ CUTS = {
     "auto tokens": gradfold.TokenBudget("auto", lengths=lengths),
 }
 LOSSES = {"plain": plain, "two phases": gradfold.TwoPhaseLoss(embed, match)}
-REFUSED = {  # (loss, normalises, drops)
+REFUSED = {  # (loss, normalizes, drops)
     ("two phases", True, False),
     ("two phases", True, True),
     ("plain", True, True),
 }
 
 
-def is_refused(cut, loss, normalises, drops):
+def is_refused(cut, loss, normalizes, drops):
     """What would see rows in another order, or statistics with other padding, does not go with a token budget."""
-    return (loss, bool(normalises), bool(drops)) in REFUSED or ("tokens" in cut and (normalises or loss != "plain"))
+    return (loss, bool(normalizes), bool(drops)) in REFUSED or ("tokens" in cut and (normalizes or loss != "plain"))
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +83,9 @@ def cache_of_choices(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADFOLD_CACHE_DIR", str(tmp_path))
 
 
-def make(normalises, drops):
+def make(normalizes, drops):
     torch.manual_seed(1)
-    model = Encoder(normalises, drops).double()
+    model = Encoder(normalizes, drops).double()
     return gradfold.convert_dropout(model, seed=3) if drops else model
 
 
@@ -93,11 +93,11 @@ def gradients(model):
     return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
 
-@pytest.mark.parametrize(("cut", "loss", "normalises", "drops"), [*itertools.product(CUTS, LOSSES, (0, 1), (0, 1))])
-def test_ways_to_cut_and_to_couple(cut, loss, normalises, drops):
-    options = {"batch_norm": "exact" if normalises else None}
-    model, whole = make(normalises, drops), make(normalises, drops)
-    if is_refused(cut, loss, normalises, drops):
+@pytest.mark.parametrize(("cut", "loss", "normalizes", "drops"), [*itertools.product(CUTS, LOSSES, (0, 1), (0, 1))])
+def test_ways_to_cut_and_to_couple(cut, loss, normalizes, drops):
+    options = {"batch_norm": "exact" if normalizes else None}
+    model, whole = make(normalizes, drops), make(normalizes, drops)
+    if is_refused(cut, loss, normalizes, drops):
         with pytest.raises(gradfold.OptionError, match=r"does not go with|TokenBudget takes rows in another order"):
             gradfold.Accumulator(model, LOSSES[loss], micro_batch_size=CUTS[cut], **options).backward(batch())
         return

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from gradfold import Accumulator, TrainStep, TwoPhaseLoss, Workload
 from gradfold.cli.tables import print_comparison
 from gradfold.compare import Comparison, Progress, Settings, compare
-from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, Training, Update, arms_in
+from gradfold.compare.arms import ARMS, DEFAULT_ARMS, GROUP_NORM_ARMS, ArmTraining, Update, arms_in
 from gradfold.compare.data import cut, epoch_order, num_samples
 from gradfold.compare.experiment import LossLog, measure_arm
 from gradfold.compare.measure import Clock, MemoryMeter, Seconds
@@ -543,7 +543,7 @@ def test_all_arms_see_the_same_samples_in_the_same_order() -> None:
         model = network()
         spied = dataclasses.replace(workload, loss_fn=loss_fn)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        training = Training(spied, model, optimizer, GLOBAL_BATCH, MICRO_BATCH, Clock(torch.device("cpu")))
+        training = ArmTraining(spied, model, optimizer, GLOBAL_BATCH, MICRO_BATCH, Clock(torch.device("cpu")))
         assert sum(update.num_samples for update in ARMS[name].train(training, orders)) == 2 * ROWS
         return rows
 
@@ -648,7 +648,7 @@ def test_texts_are_trained_under_their_token_budget_too() -> None:
         chosen_arms(Settings(arms=("token-budget",)), tiny())
     model = workload.make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    training = Training(workload, model, optimizer, GLOBAL_BATCH, 6, Clock(torch.device("cpu")))
+    training = ArmTraining(workload, model, optimizer, GLOBAL_BATCH, 6, Clock(torch.device("cpu")))
     assert training.token_budget.max_tokens == 18 * 6 // workload.micro_batch_size
     losses = {
         name: [

@@ -69,7 +69,7 @@ def test_layers_over_rows_accumulate_exactly_and_let_the_signal_through(size):
     expected = full_batch_gradient(model, lambda model: loss_fn(model, batch))
     gradfold.Accumulator(model, loss_fn, micro_batch_size=size).backward(batch)
     assert relative_error(gradients(model), expected) < 1e-12
-    # Two values in a group would be normalised to +1 and -1, whatever they are, and stop the gradient.
+    # Two values in a group would be normalized to +1 and -1, whatever they are, and stop the gradient.
     assert float(expected["0.weight"].norm()) > 1e-2 * float(expected["3.weight"].norm())
 
 

@@ -124,7 +124,7 @@ def assert_is_small_mnist(images):
         assert torch.equal(labels, arrays[f"{part}-labels-idx1-ubyte"])
 
 
-def test_mnist_is_read_and_normalised(mnist_folder):
+def test_mnist_is_read_and_normalized(mnist_folder):
     images = load_mnist(mnist_folder)
     assert_is_small_mnist(images)
     assert images.facts["training samples"] == "12"
@@ -210,7 +210,7 @@ def test_cifar_without_training_batches_says_what_is_there(cifar_folder):
         load_cifar10(cifar_folder)
 
 
-def test_digits_are_split_by_class_and_normalised():
+def test_digits_are_split_by_class_and_normalized():
     images = load_digits()
     num_train, num_test = len(images.train_labels), len(images.test_labels)
     assert (num_train, num_test) == (1433, 364)

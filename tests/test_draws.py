@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradfold.self_check.rng_replay import DrawsOfRows, RecordedDraws
+from gradfold.self_check.rng_replay import RecordedRandomness, SlicedRandomness
 
 ROWS, SPLIT = 6, (range(0, 2), range(2, 6))  # unequal parts
 
@@ -16,14 +16,14 @@ ROWS, SPLIT = 6, (range(0, 2), range(2, 6))  # unequal parts
 def record(function, batch):
     """The output of `function` on the whole batch, and its draws."""
     torch.manual_seed(3)
-    with RecordedDraws() as recorded:
+    with RecordedRandomness() as recorded:
         whole = function(batch)
     recorded.restore_generators()
     return whole, recorded
 
 
 def run_part(function, batch, recorded, rows, dim=0):
-    with DrawsOfRows(recorded, ROWS, rows) as draws:
+    with SlicedRandomness(recorded, ROWS, rows) as draws:
         output = function(batch.narrow(dim, rows.start, len(rows)))
     draws.finish()
     draws.restore_generators()
@@ -264,7 +264,7 @@ def test_a_part_with_another_number_of_draws_is_told(numbers):
 def test_a_mode_may_go_on_with_other_rows():
     x = inputs(ROWS, 3)
     whole, recorded = record(F.dropout, x)
-    with DrawsOfRows(recorded, ROWS, SPLIT[0]) as draws:
+    with SlicedRandomness(recorded, ROWS, SPLIT[0]) as draws:
         first = F.dropout(x[:2])
         draws.go_on_with(SPLIT[1])
         second = F.dropout(x[2:])
@@ -310,6 +310,6 @@ def test_the_floating_point_types_met_on_the_way_are_kept():
         (lambda x: F.layer_norm(x, (3,)), False),
     ],
 )
-def test_normalisation_by_the_batch_is_seen(function, expected):
+def test_normalization_by_the_batch_is_seen(function, expected):
     _, recorded = record(function, inputs(ROWS, 3).float())
     assert recorded.uses_batch_norm is expected

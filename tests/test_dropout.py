@@ -42,7 +42,7 @@ def reference(model, batch, update):
     """The whole batch in plain torch, with the masks of an update."""
     model = copy.deepcopy(model)
     model.zero_grad()
-    with gradfold.keyed_dropout(model, update, num_rows=len(batch[0])):
+    with gradfold.counter_based_dropout(model, update, num_rows=len(batch[0])):
         loss = regression(model, batch)
     loss.backward()
     return gradients(model), loss.detach()
@@ -75,10 +75,10 @@ def test_torch_dropout_would_not_have_it():
 def test_the_masks_are_those_of_rows_whatever_the_order():
     model = network().train()
     rows, _ = batch()
-    with gradfold.keyed_dropout(model, 3, num_rows=33):
+    with gradfold.counter_based_dropout(model, 3, num_rows=33):
         whole = model[:2](rows)
     for start, stop in ((20, 33), (0, 7), (7, 20)):
-        with gradfold.keyed_dropout(model, 3, first_row=start, num_rows=stop - start):
+        with gradfold.counter_based_dropout(model, 3, first_row=start, num_rows=stop - start):
             part = model[:2](rows[start:stop])
         assert torch.equal(part == 0, whole[start:stop] == 0)
 
@@ -138,7 +138,7 @@ def test_a_layer_that_is_called_twice_has_two_masks_and_the_law_holds():
     model = gradfold.convert_dropout(Twice().double())
     gradfold.Accumulator(model, regression, micro_batch_size=5).backward(batch())
     assert relative_error(gradients(model), reference(model, batch(), 0)[0]) < 1e-12
-    with gradfold.keyed_dropout(model, 0, num_rows=33):
+    with gradfold.counter_based_dropout(model, 0, num_rows=33):
         model(batch()[0])
     first, second = model.seen
     assert 0.4 < (first == second).double().mean() < 0.6
@@ -192,7 +192,7 @@ def test_each_kind_drops_what_torch_drops_at_the_same_rate(kind, p):
     torch.manual_seed(0)
     values = torch.randn(SHAPES[kind], dtype=torch.float64) + 3
     layer = gradfold.convert_dropout(nn.Sequential(kind(p)))[0]
-    with gradfold.keyed_dropout(nn.Sequential(layer), 0, num_rows=64):
+    with gradfold.counter_based_dropout(nn.Sequential(layer), 0, num_rows=64):
         found = layer(values)
     own = kind(p)(values)
 
@@ -215,8 +215,8 @@ def test_each_kind_drops_what_torch_drops_at_the_same_rate(kind, p):
 
 
 def masks(p=0.5, rows=256, elements=256, **where):
-    layer = gradfold.dropout.layer.KeyedDropout(p, where.pop("name", "drop"), where.pop("seed", 0), 0)
-    with gradfold.keyed_dropout(nn.Sequential(layer), where.pop("update", 0), num_rows=rows, **where):
+    layer = gradfold.dropout.layer.CounterBasedDropout(p, where.pop("name", "drop"), where.pop("seed", 0), 0)
+    with gradfold.counter_based_dropout(nn.Sequential(layer), where.pop("update", 0), num_rows=rows, **where):
         return layer(torch.ones(rows, elements)) != 0
 
 
@@ -239,7 +239,7 @@ def test_masks_of_layers_updates_seeds_and_rows_are_independent():
 
 
 def test_rows_and_columns_are_dropped_at_the_rate():
-    """Chi-square over rows, over elements and over pairs of neighbours, at a rate that is not a half."""
+    """Chi-square over rows, over elements and over pairs of neighbors, at a rate that is not a half."""
     for update in range(3):
         kept = masks(p=0.2, rows=512, elements=512, update=update).double()
         pairs = kept[:, 1:] * kept[:, :-1], kept[1:] * kept[:-1]
@@ -287,9 +287,9 @@ def test_torch_compile_makes_one_graph_with_the_same_masks():
     torch._dynamo.utils.counters.clear()
     for update in range(3):
         for start in (0, 8, 16, 24):
-            with gradfold.keyed_dropout(model, update, first_row=start, num_rows=8):
+            with gradfold.counter_based_dropout(model, update, first_row=start, num_rows=8):
                 expected = model(rows[start : start + 8])
-            with gradfold.keyed_dropout(model, update, first_row=start, num_rows=8):
+            with gradfold.counter_based_dropout(model, update, first_row=start, num_rows=8):
                 found = compiled(rows[start : start + 8])
             torch.testing.assert_close(found, expected)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -298,9 +298,9 @@ def test_torch_compile_makes_one_graph_with_the_same_masks():
 
 def test_rows_in_another_dimension():
     layer = gradfold.convert_dropout(nn.Sequential(nn.Dropout(0.5)), row_dim=1)
-    with gradfold.keyed_dropout(layer, 0, num_rows=6):
+    with gradfold.counter_based_dropout(layer, 0, num_rows=6):
         whole = layer(torch.ones(3, 6, 4))
-    with gradfold.keyed_dropout(layer, 0, first_row=2, num_rows=3):
+    with gradfold.counter_based_dropout(layer, 0, first_row=2, num_rows=3):
         assert torch.equal(layer(torch.ones(3, 3, 4)), whole[:, 2:5])
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.batchnorm.coroutines import Runner
+from gradfold.batchnorm.coroutines import Coroutine
 
 PARTS = (1, 2, 3, 4, 5, 5, 6, 7)  # 33 rows, one of them alone
 
@@ -575,7 +575,7 @@ class TestFaults:
         """Twice, as by a user in a hurry."""
         model = perceptron(nn.BatchNorm1d(4))
         before = state(model)
-        advance, join = Runner.advance, Runner.join
+        advance, join = Coroutine.advance, Coroutine.join
         calls, joins = [], []
 
         def interrupted(self):
@@ -590,8 +590,8 @@ class TestFaults:
                 raise KeyboardInterrupt
             join(self)
 
-        monkeypatch.setattr(Runner, "advance", interrupted)
-        monkeypatch.setattr(Runner, "join", interrupted_join)
+        monkeypatch.setattr(Coroutine, "advance", interrupted)
+        monkeypatch.setattr(Coroutine, "join", interrupted_join)
         with pytest.raises(KeyboardInterrupt):
             exact(model, squares, micro_batch_size=4, self_check=False).backward(rows())
         assert_same_state(state(model), before)

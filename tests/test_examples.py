@@ -130,7 +130,7 @@ def test_contrastive(run):
     number = 0
     for _ in range(example.NUM_EPOCHS):
         for batch in loader:
-            with gradfold.keyed_dropout(reference, update=number, num_rows=len(batch[0])):
+            with gradfold.counter_based_dropout(reference, update=number, num_rows=len(batch[0])):
                 loss, _ = example.contrast(reference, example.embed(reference, batch))
             update(reference, optimizer, loss)
             number += 1

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradfold.batch.split import MicroBatch, split_rows
-from gradfold.engine.prefetch import feed
+from gradfold.engine.prefetch import prefetch
 
 DEVICE = torch.device("meta")
 
@@ -37,13 +37,13 @@ def parts(*sizes: int) -> list[MicroBatch]:
 
 def test_on_the_cpu_a_micro_batch_is_handed_on_itself():
     micro_batches = parts(3, 2)
-    take = feed(micro_batches, torch.device("cpu"))
+    take = prefetch(micro_batches, torch.device("cpu"))
     assert take(0) is micro_batches[0].data and take(1) is micro_batches[1].data and take(0) is micro_batches[0].data
 
 
 def test_the_next_micro_batch_moves_when_one_is_asked_for():
     with Moves() as moves:
-        take = feed(parts(5, 4, 3), DEVICE)
+        take = prefetch(parts(5, 4, 3), DEVICE)
         assert moves.rows == []
         seen = []
         for index in range(3):
@@ -54,20 +54,20 @@ def test_the_next_micro_batch_moves_when_one_is_asked_for():
 
 
 def test_any_micro_batch_can_be_asked_for_again():
-    take = feed(parts(5, 4, 3), DEVICE)
+    take = prefetch(parts(5, 4, 3), DEVICE)
     assert [len(take(index)["x"]) for index in (0, 0, 2, 1, 1, 2, 0)] == [5, 5, 3, 4, 4, 3, 5]
 
 
 def test_the_host_keeps_its_own():
     micro_batches = parts(3, 2)
     kept = [part.data["x"] for part in micro_batches]
-    take = feed(micro_batches, DEVICE)
+    take = prefetch(micro_batches, DEVICE)
     take(0), take(1)
     assert all(part.data["x"] is tensor and tensor.is_cpu for part, tensor in zip(micro_batches, kept, strict=True))
 
 
 def test_two_micro_batches_at_most_are_held_on_the_device():
-    take = feed(parts(*range(1, 9)), DEVICE)
+    take = prefetch(parts(*range(1, 9)), DEVICE)
     alive: list[weakref.ref] = []
     for index in range(8):
         batch = take(index)
@@ -79,7 +79,7 @@ def test_two_micro_batches_at_most_are_held_on_the_device():
 def test_nestings_are_moved_as_they_are_and_constants_shared():
     words = ["a", "b"]
     batch = ({"x": [torch.zeros(2)]}, words, None, torch.tensor(1.0))
-    moved = feed([MicroBatch(batch, range(2))], DEVICE)(0)
+    moved = prefetch([MicroBatch(batch, range(2))], DEVICE)(0)
     assert moved[0]["x"][0].device.type == "meta" and moved[3].device.type == "meta"
     assert moved[1] == words and moved[2] is None
     assert batch[0]["x"][0].is_cpu
@@ -88,12 +88,12 @@ def test_nestings_are_moved_as_they_are_and_constants_shared():
 def test_what_is_on_the_device_already_is_not_moved():
     tensor = torch.zeros(4, device=DEVICE)
     with Moves() as moves:
-        assert feed([MicroBatch(tensor, range(4))], DEVICE)(0) is tensor
+        assert prefetch([MicroBatch(tensor, range(4))], DEVICE)(0) is tensor
     assert moves.rows == []
 
 
 def test_a_split_batch_arrives_in_pieces():
-    take = feed(split_rows((torch.zeros(7, 2), torch.zeros(7)), 3), DEVICE)
+    take = prefetch(split_rows((torch.zeros(7, 2), torch.zeros(7)), 3), DEVICE)
     assert [tuple(tensor.shape for tensor in take(index)) for index in range(3)] == [
         ((3, 2), (3,)),
         ((2, 2), (2,)),
@@ -103,7 +103,7 @@ def test_a_split_batch_arrives_in_pieces():
 
 def test_a_packed_sequence_arrives_as_its_own_to_would_move_it():
     packed = pack_sequence([torch.ones(3, 1), torch.ones(2, 1)])
-    moved = feed([MicroBatch((packed, torch.zeros(2)), range(2))], DEVICE)(0)[0]
+    moved = prefetch([MicroBatch((packed, torch.zeros(2)), range(2))], DEVICE)(0)[0]
     assert moved.data.device.type == "meta" and moved.batch_sizes.device.type == "cpu"
 
 
@@ -118,7 +118,7 @@ def test_a_collated_object_with_a_to_of_its_own_arrives_on_the_device():
             return Graph(self.nodes.to(device))
 
     graph = Graph(torch.zeros(5))
-    moved = feed([MicroBatch(graph, range(2))], DEVICE)(0)
+    moved = prefetch([MicroBatch(graph, range(2))], DEVICE)(0)
     assert moved.nodes.device.type == "meta" and graph.nodes.is_cpu
 
 
@@ -185,7 +185,7 @@ def on(place, size, streams):
 
 
 def test_on_cuda_copies_run_beside_the_computation_and_are_waited_for(streams):
-    take = feed([MicroBatch([on("cpu", size, streams)], range(size)) for size in (3, 2, 1)], torch.device("cuda:0"))
+    take = prefetch([MicroBatch([on("cpu", size, streams)], range(size)) for size in (3, 2, 1)], torch.device("cuda:0"))
     assert take(0)[0].place == "cuda:0"
     take(1), take(2)
     assert streams.events == [
@@ -202,7 +202,7 @@ def test_on_cuda_copies_run_beside_the_computation_and_are_waited_for(streams):
 
 
 def test_what_comes_from_another_device_is_copied_on_the_stream_that_made_it(streams):
-    feed([MicroBatch(on("cuda:1", 3, streams), range(3))], torch.device("cuda:0"))(0)
+    prefetch([MicroBatch(on("cuda:1", 3, streams), range(3))], torch.device("cuda:0"))(0)
     assert streams.events[0] == "3 copied on main"
 
 
@@ -210,7 +210,7 @@ def test_what_comes_from_another_device_is_copied_on_the_stream_that_made_it(str
 def test_on_cuda_the_copies_arrive_before_they_are_used():
     host = torch.randn(64, 512, 512).pin_memory()
     device = torch.device("cuda", torch.cuda.current_device())
-    take = feed(split_rows(host, 8), device)
+    take = prefetch(split_rows(host, 8), device)
     layer = nn.Linear(512, 512, device=device)
     for index in range(8):
         batch = take(index)

@@ -13,7 +13,7 @@ from torch import nn
 
 import gradfold
 from gradfold.errors import ModelError
-from gradfold.state.gradients import SetAside, check_trainable, clip_norm, non_finite_flags, non_finite_names
+from gradfold.state.gradients import GradientBuffer, check_trainable, clip_norm, non_finite_flags, non_finite_names
 
 F = nn.functional
 
@@ -46,7 +46,7 @@ def test_new_gradients_are_added_to_those_found(found_kind, new_kind):
         sum(g.to_dense() for g in (found, new) if g is not None) if found is not None or new is not None else None
     )
     one = parameter(found)
-    aside = SetAside([one])
+    aside = GradientBuffer([one])
     assert one.grad is None, "meanwhile the field is empty"
     one.grad = new
     aside.settle()
@@ -63,7 +63,7 @@ def test_new_gradients_are_added_to_those_found(found_kind, new_kind):
 
 def test_repeated_rows_of_a_sparse_gradient_are_merged():
     one = parameter()
-    aside = SetAside([one])
+    aside = GradientBuffer([one])
     one.grad = sparse(rows=(1, 3, 1, 1))
     aside.settle()
     aside.add_back()
@@ -73,7 +73,7 @@ def test_repeated_rows_of_a_sparse_gradient_are_merged():
 def test_gradients_that_are_views_of_one_flat_buffer_stay_so():
     flat = torch.arange(16.0).double()
     model = [parameter(flat[:8].view(4, 2)), parameter(flat[8:].view(4, 2))]
-    aside = SetAside(model)
+    aside = GradientBuffer(model)
     for one in model:
         one.grad = torch.ones(4, 2).double()
     aside.settle()
@@ -85,7 +85,7 @@ def test_gradients_that_are_views_of_one_flat_buffer_stay_so():
 def test_a_view_of_a_flat_buffer_takes_in_a_sparse_gradient():
     flat = torch.zeros(8).double()
     one = parameter(flat.view(4, 2))
-    aside = SetAside([one])
+    aside = GradientBuffer([one])
     one.grad = sparse(4)
     aside.settle()
     aside.add_back()
@@ -95,7 +95,7 @@ def test_a_view_of_a_flat_buffer_takes_in_a_sparse_gradient():
 def test_all_of_a_mixed_model_is_added_back():
     model = [parameter(dense(1)), parameter(), parameter(sparse(3)), parameter(dense(4)), parameter()]
     expected = [n + 1 + (torch.zeros(4, 2) if one.grad is None else one.grad.to_dense()) for n, one in enumerate(model)]
-    aside = SetAside(model)
+    aside = GradientBuffer(model)
     for n, one in enumerate(model[:4]):
         one.grad = torch.full((4, 2), n + 1.0).double()
     aside.settle()
@@ -109,7 +109,7 @@ def test_putting_back_drops_what_is_new_and_keeps_what_was_found():
     found, late = dense(1), parameter(dense(2))
     model = [parameter(found), parameter()]
     kept = found.clone()
-    aside = SetAside(model)
+    aside = GradientBuffer(model)
     for one in model:
         one.grad = torch.ones(4, 2).double()
     aside.put_back([*model, late])
@@ -122,7 +122,7 @@ def plainly(one):
 
 
 def set_aside(one):
-    aside = SetAside([one])
+    aside = GradientBuffer([one])
     one.sum().backward()
     aside.settle()
     aside.add_back()
@@ -264,7 +264,7 @@ class TestFoundSparseGradients:
 
     def test_keep_their_tensor_and_hold_the_sum(self):
         model, held, before = self.made()
-        aside = SetAside(model)
+        aside = GradientBuffer(model)
         for one in model:
             one.grad = sparse(4)
         aside.settle()
@@ -275,7 +275,7 @@ class TestFoundSparseGradients:
 
     def test_are_as_they_were_where_adding_fails(self, monkeypatch):
         model, held, before = self.made()
-        aside = SetAside(model)
+        aside = GradientBuffer(model)
         for one in model:
             one.grad = sparse(4)
         aside.settle()
@@ -293,7 +293,7 @@ class TestFoundSparseGradients:
 
 def test_an_expanded_gradient_is_replaced_since_it_cannot_be_written_to():
     one = parameter(torch.ones(()).double().expand(4, 2))
-    aside = SetAside([one])
+    aside = GradientBuffer([one])
     one.grad = dense(1)
     aside.settle()
     aside.add_back()
@@ -307,9 +307,9 @@ def test_an_interrupt_while_gradients_are_set_aside_leaves_them(monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(SetAside, "_widen", interrupted)
+    monkeypatch.setattr(GradientBuffer, "_widen", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        SetAside(model)
+        GradientBuffer(model)
     assert all(one.grad is gradient for one, gradient in zip(model, held, strict=True))
 
 
@@ -319,7 +319,7 @@ class TestNarrowParameters:
     def made(self, **options):
         one = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
         one.grad = torch.ones(4, dtype=torch.bfloat16)
-        return one, SetAside([one], accumulate_dtype=torch.float32, **options)
+        return one, GradientBuffer([one], accumulate_dtype=torch.float32, **options)
 
     def add(self, one, value):
         (one * value).float().sum().backward()

@@ -11,7 +11,7 @@ from gradfold.engine.non_finite import Inspection, accuse
 from gradfold.engine.window import one_after_another
 from gradfold.errors import NonFiniteGradientError
 from gradfold.state.buffers import BufferKeeper
-from gradfold.state.snapshot import Transaction
+from gradfold.state.snapshot import Snapshot
 
 
 class Named:
@@ -29,7 +29,7 @@ def model():
 
 def inspect(model, slopes):
     """Run micro-batches whose gradients are these, by parameter."""
-    transaction = Transaction(model, list(model.modules()), list(model.parameters()), BufferKeeper()).__enter__()
+    transaction = Snapshot(model, list(model.modules()), list(model.parameters()), BufferKeeper()).__enter__()
     inspection = Inspection(model, transaction)
 
     def forward(index):

@@ -83,7 +83,7 @@ class TestGrouping:
     def test_a_window_is_a_sequence(self):
         (window,) = gradfold.windows("abc", 3)
         assert window[0] == "a" and window[-1] == "c" and "b" in window and len(window) == 3
-        assert isinstance(window[1:], gradfold.Window) and list(window[1:]) == ["b", "c"]
+        assert isinstance(window[1:], gradfold.LoadedWindow) and list(window[1:]) == ["b", "c"]
         assert list(window) == list(window) == list("abc")
 
     @pytest.mark.parametrize("number", [0, -1, 2.0, True, "4", None])
@@ -118,7 +118,7 @@ class TestPlainWindows:
         samples = list(zip(*batch, strict=True))
         expected = full_batch_gradient(model, lambda model: loss_fn(model, batch))
         accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=2, collate=torch.utils.data.default_collate)
-        accumulator.backward(gradfold.Window([samples[:3], samples[3:]]))
+        accumulator.backward(gradfold.LoadedWindow([samples[:3], samples[3:]]))
         assert relative_error(gradients(model), expected) < 1e-12
 
     def test_metrics_are_in_the_order_of_the_loader(self):
@@ -126,18 +126,20 @@ class TestPlainWindows:
         accumulator = gradfold.Accumulator(
             model, lambda m, b: (loss_fn(m, b), {"rows": b[0][:, 0]}), micro_batch_size=2
         )
-        metrics = accumulator.backward(gradfold.Window(parts)).metrics
+        metrics = accumulator.backward(gradfold.LoadedWindow(parts)).metrics
         assert torch.equal(metrics["rows"], joined(parts)[0][:, 0])
 
     def test_a_bad_micro_batch_is_refused(self):
         model, parts = make(3, 2)
         with pytest.raises(BatchError, match="dim 0"):
-            gradfold.Accumulator(model, loss_fn).backward(gradfold.Window([parts[0], (parts[1][0], parts[1][1][:1])]))
+            gradfold.Accumulator(model, loss_fn).backward(
+                gradfold.LoadedWindow([parts[0], (parts[1][0], parts[1][1][:1])])
+            )
 
     def test_an_empty_window_is_refused_as_a_batch(self):
         model, parts = make(3)
         with pytest.raises(BatchError):
-            gradfold.Accumulator(model, loss_fn).backward(gradfold.Window(parts)[1:])
+            gradfold.Accumulator(model, loss_fn).backward(gradfold.LoadedWindow(parts)[1:])
 
     def test_a_window_of_the_loop_body_is_not_for_an_accumulator(self):
         model, parts = make(3)
@@ -427,13 +429,13 @@ def test_a_loss_that_is_not_finite_names_no_rows_that_are_not_there():
     assert "to -1" not in str(caught.value)
 
 
-def normalised():
+def normalized():
     return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
 
 
 class TestBatchNorm:
     def test_is_refused_by_name_once_a_window_has_two_micro_batches(self):
-        model, parts = make(4, 3, 2, model=normalised())
+        model, parts = make(4, 3, 2, model=normalized())
         windows = iter(gradfold.windows(parts, 2, model=model))
         with pytest.raises(
             BatchNormError, match=r"BatchNorm in 1 layer \(0\) would see 4 rows.*7 of the batch"
@@ -442,13 +444,13 @@ class TestBatchNorm:
         assert caught.value.layers == ("0",)
 
     def test_is_refused_without_naming_rows_that_nobody_counted(self):
-        model, parts = make(4, 3, model=normalised())
+        model, parts = make(4, 3, model=normalized())
         with pytest.raises(BatchNormError, match="per_micro_batch") as caught:
             next(iter(gradfold.windows(parts, 2, model=model, weight=lambda part: len(part[0]))))
         assert " 0 rows" not in str(caught.value)
 
     def test_is_no_obstacle_in_windows_of_one(self):
-        model, parts = make(4, 3, model=normalised())
+        model, parts = make(4, 3, model=normalized())
         for window, part in zip(gradfold.windows(parts, 1, model=model), parts, strict=True):
             expected = full_batch_gradient(model, lambda model, part=part: loss_fn(model, part))
             loop(window, model)
@@ -458,7 +460,7 @@ class TestBatchNorm:
 
     @pytest.mark.parametrize("momentum", [0.1, None, 1.0])
     def test_per_micro_batch_advances_once_by_the_whole_window(self, momentum):
-        model, parts = make(4, 2, 3, model=normalised())
+        model, parts = make(4, 2, 3, model=normalized())
         model[0].momentum = momentum
         twin = copy.deepcopy(model)
         for _ in range(2):
@@ -472,7 +474,7 @@ class TestBatchNorm:
 
     def test_a_layer_that_runs_again_in_backward_counts_once(self):
         """Activation checkpointing."""
-        model, parts = make(4, 2, 3, model=normalised())
+        model, parts = make(4, 2, 3, model=normalized())
         twin = copy.deepcopy(model)
         for window in gradfold.windows(parts, 3, model=model, batch_norm="per_micro_batch"):
             for inputs, targets in window:
@@ -484,7 +486,7 @@ class TestBatchNorm:
 
     @pytest.mark.parametrize("how", ["break", "error", "no backward", "close", "drop"])
     def test_an_abandoned_loop_leaves_the_layer_as_it_was(self, how):
-        model, parts = make(4, 3, 2, model=normalised())
+        model, parts = make(4, 3, 2, model=normalized())
         before = copy.deepcopy(model[0].state_dict())
         (window,) = gradfold.windows(parts, 3, model=model, batch_norm="per_micro_batch")
         self.abandon(window, model, how)
@@ -519,7 +521,7 @@ class TestBatchNorm:
                 iterator.close()
 
     def test_a_loss_that_is_not_finite_leaves_the_layer_as_it_was(self):
-        model, parts = make(4, 3, model=normalised())
+        model, parts = make(4, 3, model=normalized())
         before = copy.deepcopy(model[0].state_dict())
         (window,) = gradfold.windows(parts, 2, model=model, batch_norm="per_micro_batch")
         with pytest.raises(NonFiniteLossError):
@@ -528,7 +530,7 @@ class TestBatchNorm:
             assert torch.equal(model[0].state_dict()[name], value), name
 
     def test_evaluation_mode_is_no_obstacle(self):
-        model, parts = make(4, 3, model=normalised())
+        model, parts = make(4, 3, model=normalized())
         model.eval()
         expected = full_batch_gradient(model, lambda model: loss_fn(model, joined(parts)))
         for window in gradfold.windows(parts, 2, model=model):

@@ -188,7 +188,7 @@ def test_an_interrupt_ends_a_window_that_stands_still(impatient, monkeypatch):
         if self.is_still():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(standstill.Standstill, "look", interrupt)
+    monkeypatch.setattr(standstill.DeadlockDetector, "look", interrupt)
 
     def loss_fn(model, x):
         event.wait()

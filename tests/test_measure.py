@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradfold
 from gradfold.memory.measure import PeakMemory
-from gradfold.memory.trace import Ledger, MakeUp
+from gradfold.memory.trace import AllocationTrace, MemoryBreakdown
 
 FLOAT = 4
 ROWS, IN, HIDDEN = 64, 8, 512
@@ -183,7 +183,7 @@ def test_the_result_as_json():
 
 
 def test_a_ledger_says_when_most_was_in_use():
-    ledger = Ledger()
+    ledger = AllocationTrace()
     ledger.begin("forward and backward")
     ledger.find(100, "parameters")
     a = ledger.take(50, "temporaries")
@@ -194,12 +194,12 @@ def test_a_ledger_says_when_most_was_in_use():
     ledger.give_back(b)
     ledger.begin("forward and backward")
     expected = {
-        "forward and backward": MakeUp(parameters=100, temporaries=50),
-        "update": MakeUp(parameters=100, optimizer_state=30),
+        "forward and backward": MemoryBreakdown(parameters=100, temporaries=50),
+        "update": MemoryBreakdown(parameters=100, optimizer_state=30),
     }
     ledger.take(20, "temporaries")
     assert ledger.peaks() == expected
-    assert ledger.peaks([100, 5, 30, 10, 20])["forward and backward"] == MakeUp(parameters=100, temporaries=20)
+    assert ledger.peaks([100, 5, 30, 10, 20])["forward and backward"] == MemoryBreakdown(parameters=100, temporaries=20)
 
 
 def test_rows_are_flattened_once():

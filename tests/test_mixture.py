@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradfold.self_check.comparison import Mixture
+from gradfold.self_check.comparison import GradientComparison
 
 TOLERANCE = 1e-6
 SHARES = [0.3, 0.5, 1e-6, 1 - 1e-6]
@@ -19,7 +19,7 @@ def means(sizes=(7, 1, 5), scale=1.0, dtype=torch.float64):
 def mixture(share, relation, a, b):
     """Parts as they are back-propagated, seeded by their shares, and a whole made by `relation(a, b)`."""
     whole = [relation(one, other) for one, other in zip(a, b, strict=True)]
-    return Mixture.of(whole, [share * one for one in a], [(1 - share) * other for other in b], share)
+    return GradientComparison.of(whole, [share * one for one in a], [(1 - share) * other for other in b], share)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -57,7 +57,7 @@ def test_a_sum_is_told_from_a_mean(share):
 def test_a_backward_pass_that_ignores_its_seed_is_told(share):
     a, b = means()
     whole = [share * one + (1 - share) * other for one, other in zip(a, b, strict=True)]
-    assert Mixture.of(whole, a, b, share).explain(TOLERANCE) == ("seed", None)
+    assert GradientComparison.of(whole, a, b, share).explain(TOLERANCE) == ("seed", None)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_coupling_within_the_tolerance_is_no_other_weighting_either():
 def test_a_parameter_with_small_gradients_has_a_say_in_the_cause():
     (a, small_a), (b, small_b) = means(sizes=(9, 9))
     whole = [1e6 * (0.9 * a + 0.1 * b), 3e3 * small_a * small_b]
-    found = Mixture.of(whole, [0.3e6 * a, 0.9e3 * small_a], [0.7e6 * b, 2.1e3 * small_b], 0.3)
+    found = GradientComparison.of(whole, [0.3e6 * a, 0.9e3 * small_a], [0.7e6 * b, 2.1e3 * small_b], 0.3)
     assert found.explain(1e-2) == ("coupled", None)
 
 
@@ -94,7 +94,7 @@ def test_a_sum_is_told_though_the_rounding_of_a_small_part_is_blown_up():
 
 def test_a_parameter_is_negligible_by_its_elements_and_not_by_their_number():
     one, many = torch.ones(1), torch.full((10_000,), 1e-4)
-    found = Mixture.of([one, many], [0.5 * one, -0.5 * many], [0.5 * one, -0.5 * many], 0.5)
+    found = GradientComparison.of([one, many], [0.5 * one, -0.5 * many], [0.5 * one, -0.5 * many], 0.5)
     assert float(found.errors[1]) == pytest.approx(0.2, rel=1e-3)  # 2e-4 by a thousandth of 1
 
 
@@ -120,18 +120,18 @@ def test_a_part_that_weighs_nothing_separates_nothing(share):
 
 def test_missing_gradients_are_zero_and_parameters_that_nobody_has_are_left_out():
     one = torch.ones(3)
-    found = Mixture.of([one, one, None, None], [None, one, None, one], [one, None, None, None], 0.3)
+    found = GradientComparison.of([one, one, None, None], [None, one, None, one], [one, None, None, None], 0.3)
     assert len(found.whole) == 3
     assert found.errors.tolist() == pytest.approx([0.0, 0.0, 1.0])
 
 
 def test_nothing_to_see_is_none():
-    assert Mixture.of([None, None], [None, None], [None, None], 0.5) is None
+    assert GradientComparison.of([None, None], [None, None], [None, None], 0.5) is None
 
 
 def test_zeros_have_no_error_and_no_separation():
     zero = [torch.zeros(3)]
-    found = Mixture.of(zero, zero, zero, 0.5)
+    found = GradientComparison.of(zero, zero, zero, 0.5)
     assert found.errors.tolist() == [0.0]
     assert found.separation() == 0.0
 
@@ -141,26 +141,26 @@ def test_zeros_have_no_error_and_no_separation():
 def test_what_is_not_finite_gives_errors_that_are_not(value, where):
     three = [[torch.ones(3)], [torch.ones(3)], [torch.ones(3)]]
     three[where][0][1] = value
-    assert not Mixture.of(*three, 0.5).errors.isfinite().all()
+    assert not GradientComparison.of(*three, 0.5).errors.isfinite().all()
 
 
 def test_a_parameter_with_a_negligible_gradient_is_measured_by_the_largest():
     whole = [torch.ones(4), torch.full((4,), 1e-8)]
-    found = Mixture.of(whole, [0.5 * whole[0], -whole[1]], [0.5 * whole[0], -whole[1]], 0.5)
+    found = GradientComparison.of(whole, [0.5 * whole[0], -whole[1]], [0.5 * whole[0], -whole[1]], 0.5)
     assert float(found.errors.max()) < 1e-4
-    alone = Mixture.of(whole[1:], [-whole[1]], [-whole[1]], 0.5)
+    alone = GradientComparison.of(whole[1:], [-whole[1]], [-whole[1]], 0.5)
     assert float(alone.errors.max()) > 1
 
 
 def test_errors_are_per_parameter_whatever_its_length():
     long, short = torch.ones(10_000), torch.ones(1)
-    found = Mixture.of([long, short * 1.1], [0.5 * long, 0.5 * short], [0.5 * long, 0.5 * short], 0.5)
+    found = GradientComparison.of([long, short * 1.1], [0.5 * long, 0.5 * short], [0.5 * long, 0.5 * short], 0.5)
     assert found.errors.tolist() == pytest.approx([0.0, 0.1 / 1.1])
 
 
 def test_parameters_of_several_types_are_compared_together():
     whole = [torch.ones(3), torch.ones(3, dtype=torch.float64)]
-    found = Mixture.of(whole, [0.3 * one for one in whole], [0.7 * one for one in whole], 0.3)
+    found = GradientComparison.of(whole, [0.3 * one for one in whole], [0.7 * one for one in whole], 0.3)
     assert float(found.errors.max()) < 1e-6
     assert found.explain(1e-4) is not None
 
@@ -168,7 +168,7 @@ def test_parameters_of_several_types_are_compared_together():
 def test_differences_to_another_run():
     whole = [torch.ones(3), torch.ones(3)]
     half = [0.5 * one for one in whole]
-    found = Mixture.of([*whole, None], [*half, None], [*half, None], 0.5)
+    found = GradientComparison.of([*whole, None], [*half, None], [*half, None], 0.5)
     assert found.differences([*whole, None]).tolist() == [0.0, 0.0]
     assert found.differences([1.5 * whole[0], None, whole[1]]).tolist() == pytest.approx([0.5, 0.0])
     assert found.differences([whole[0], None, None]).tolist() == [torch.inf, torch.inf]

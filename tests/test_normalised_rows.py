@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import gradfold
 from gradfold.batch.nesting import structure
-from gradfold.batchnorm.checks import NormalisedRows
+from gradfold.batchnorm.checks import InputDependence
 from gradfold.batchnorm.moments import Moments
-from gradfold.self_check.experiment import TriedRuns
+from gradfold.self_check.experiment import Observations
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def assert_exact(model, batch, loss_fn=squares, whole=None, **options):
 
 
 class Prototypes(nn.Module):
-    """Rows held against normalised prototypes, which every micro-batch brings along."""
+    """Rows held against normalized prototypes, which every micro-batch brings along."""
 
     def __init__(self, count=6, together=False):
         super().__init__()
@@ -82,7 +82,7 @@ def test_one_prototype_has_no_variance_in_the_whole_batch_either():
 def test_prototypes_beside_rows_are_refused():
     """Every micro-batch brought them into the statistics: gradients 42 % off."""
     accumulator = gradfold.Accumulator(Prototypes(together=True), squares, batch_norm="exact", micro_batch_size=3)
-    with pytest.raises(gradfold.BatchNormError, match=r"BatchNorm in norm normalises 9 values .* of 3 rows, and") as e:
+    with pytest.raises(gradfold.BatchNormError, match=r"BatchNorm in norm normalizes 9 values .* of 3 rows, and") as e:
         accumulator.backward(torch.randn(12, 4))
     assert e.value.layers == ("norm",)
 
@@ -149,7 +149,7 @@ def samples():
 def test_padding_to_the_longest_of_a_micro_batch_is_refused():
     """The whole batch has more of it in its statistics: gradients 131 % off."""
     accumulator = gradfold.Accumulator(Speech(), squares, batch_norm="exact", micro_batch_size=3, collate=collate)
-    with pytest.raises(gradfold.BatchNormError, match=r"BatchNorm in norm normalises 21 .* pad to one length"):
+    with pytest.raises(gradfold.BatchNormError, match=r"BatchNorm in norm normalizes 21 .* pad to one length"):
         accumulator.backward(samples())
 
 
@@ -158,7 +158,7 @@ def test_padding_that_cannot_be_tried_is_warned_of():
     for size, fewest in ((3, 3), (1, 1)):
         model = Speech(dropout=0.5)
         accumulator = gradfold.Accumulator(model, squares, batch_norm="exact", micro_batch_size=size, collate=collate)
-        with pytest.warns(RuntimeWarning, match=f"normalises {fewest} values per channel for each row .* and 7 for"):
+        with pytest.warns(RuntimeWarning, match=f"normalizes {fewest} values per channel for each row .* and 7 for"):
             accumulator.backward(samples())
 
 
@@ -181,14 +181,14 @@ def test_pictures_of_several_sizes_in_a_loader_s_micro_batches_are_fine():
 
 
 def test_one_thing_that_is_not_the_same_everywhere_is_refused():
-    normalised = NormalisedRows(is_collated=False)
+    normalized = InputDependence(is_collated=False)
     for rows in (3, 1, 2):
-        normalised.note(torch.ones(rows), [("norm", 5)])
-    normalised.judge(is_content=True)
+        normalized.note(torch.ones(rows), [("norm", 5)])
+    normalized.judge(is_content=True)
     parts = [Moments(torch.zeros(4), torch.ones(4) * scale, 5) for scale in (1, 2)]
-    assert normalised.is_one_thing((structure(torch.ones(1)), 0, "norm"), parts[:1] * 2, [])
-    with pytest.raises(gradfold.BatchNormError, match=r"normalises 5 values .* not the same in every micro-batch"):
-        normalised.is_one_thing((structure(torch.ones(1)), 0, "norm"), parts, [])
+    assert normalized.is_one_thing((structure(torch.ones(1)), 0, "norm"), parts[:1] * 2, [])
+    with pytest.raises(gradfold.BatchNormError, match=r"normalizes 5 values .* not the same in every micro-batch"):
+        normalized.is_one_thing((structure(torch.ones(1)), 0, "norm"), parts, [])
 
 
 def test_the_same_call_may_be_another_for_other_batches():
@@ -217,7 +217,7 @@ def test_the_same_call_may_be_another_for_other_batches():
 
 @pytest.mark.parametrize("order", [(3, 1, 2), (2, 1, 3), (7, 3, 1, 2), (2, 2, 1, 3), (1, 2, 3)])
 def test_runs_that_belong_together_are_found(order):
-    runs = TriedRuns()
+    runs = Observations()
     for rows in order:
         runs.note(rows, f"{rows} rows")
     found = runs.take()
@@ -226,7 +226,7 @@ def test_runs_that_belong_together_are_found(order):
 
 
 def test_runs_whose_rows_nobody_can_count_belong_to_none():
-    runs = TriedRuns()
+    runs = Observations()
     for rows in (3, None, 1, 2):
         runs.note(rows, "")
     assert runs.take() is None

@@ -30,7 +30,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't 
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_memory_that_ran_out_is_recognised(error):
+def test_memory_that_ran_out_is_recognized(error):
     assert is_out_of_memory(error)
 
 

@@ -690,7 +690,7 @@ class TestSums:
                 self.double_one = nn.Parameter(torch.randn(4).double())
                 self.complex_one = nn.Parameter(torch.randn(4, dtype=torch.complex64))
                 self.single_one = nn.Parameter(torch.randn(4))
-                self.codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)  # as quantised layers
+                self.codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)  # as quantized layers
 
         def loss_fn(model, batch):
             factor = model.half_one.double() * model.double_one * model.single_one * model.complex_one.abs()

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gradfold
 from gradfold.memory.dry_run import Program
-from gradfold.memory.estimate import Prediction, largest_that_fits
-from gradfold.memory.probe_batch import Specimen
+from gradfold.memory.estimate import PeakEstimate, largest_that_fits
+from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.precision import Precision
 from gradfold.workloads.images import LeNet, ResNet
 
@@ -115,8 +115,8 @@ OPTIMIZERS = {
 
 
 def predict(model, loss_fn, batch, optimizer=None, collate=None, precision=None, device=CPU):
-    return Prediction(
-        Program(model, loss_fn, Specimen(batch, collate), optimizer, precision or Precision()), torch.device(device)
+    return PeakEstimate(
+        Program(model, loss_fn, ProbeBatch(batch, collate), optimizer, precision or Precision()), torch.device(device)
     )
 
 

@@ -19,14 +19,14 @@ from PIL import Image
 from gradfold.cli.tables import print_comparison
 from gradfold.compare import summary as readable
 from gradfold.compare.arms import ARMS, DEFAULT_ARMS
-from gradfold.compare.measure import Memory, Seconds
+from gradfold.compare.measure import MeasuredMemory, Seconds
 from gradfold.compare.report import COLORS, PLOTS, draw_gradient_error, make_folder, render_page, write_report
 from gradfold.compare.results import Comparison, Curve, Deviation, Deviations, Measured, Row, WorkloadFacts
 from gradfold.compare.settings import Settings, Sizes
 from gradfold.compare.summary import verdict
 from gradfold.errors import OptionError
 from gradfold.memory.measure import PeakMemory
-from gradfold.memory.trace import MakeUp
+from gradfold.memory.trace import MemoryBreakdown
 
 MIB = 2**20
 
@@ -38,8 +38,10 @@ def measured(scale: float = 1.0, **changes: Any) -> Measured:
         num_threads=1,
         device="cpu",
         seconds=Seconds(0.3 * scale, 0.5 * scale, 0.1 * scale, 0.1 * scale),
-        memory=Memory(300 * MIB, 300 * MIB + int(48 * MIB / scale), "process high-water mark"),
-        tracked=PeakMemory(MakeUp(*[2 * MIB] * 3, int(20 * MIB / scale), 3 * MIB, MIB), {}, "tensor storage", 0),
+        memory=MeasuredMemory(300 * MIB, 300 * MIB + int(48 * MIB / scale), "process high-water mark"),
+        tracked=PeakMemory(
+            MemoryBreakdown(*[2 * MIB] * 3, int(20 * MIB / scale), 3 * MIB, MIB), {}, "tensor storage", 0
+        ),
         final_loss=0.125,
         metrics={"accuracy": 0.974},
         curve=Curve((100.0, 900.0, 1800.0), (2.0, 0.5, 0.05 * scale)),
@@ -99,7 +101,7 @@ def broken(comparison: Comparison) -> Comparison:
 @pytest.fixture
 def normed(comparison: Comparison) -> Comparison:
     """A workload with BatchNorm by micro-batch, trained with GroupNorm too."""
-    measured_otherwise = measured(metrics={"accuracy": 0.951, "loss": 0.4142}, memory=Memory(0, 96 * MIB, ""))
+    measured_otherwise = measured(metrics={"accuracy": 0.951, "loss": 0.4142}, memory=MeasuredMemory(0, 96 * MIB, ""))
     wrong = changed(comparison, "gradfold", measured(), deviations(0.39, 0.39, 0.42, 0.379))
     return replace(
         wrong,
@@ -143,7 +145,7 @@ def test_the_folder_holds_valid_images_and_valid_json(folder: Path) -> None:
     assert results["sizes"]["last_window"] == 1000 % 64
 
 
-def test_every_arm_has_its_colour_in_the_plots(folder: Path) -> None:
+def test_every_arm_has_its_color_in_the_plots(folder: Path) -> None:
     for name in ("memory.png", "loss.png"):
         with Image.open(folder / name) as image:
             colors = {color for _, color in image.convert("RGB").getcolors(2**24) or []}
@@ -285,8 +287,10 @@ def test_the_words_do_not_praise_a_wrong_gradient(comparison: Comparison) -> Non
     assert "the first gradient is 40.0 % off the full batch's" in said(wrong)
     assert "more than rounding" in said(wrong)
     normed = replace(wrong, workload=replace(wrong.workload, batch_norm="per_micro_batch"))
-    assert "BatchNorm normalises by micro-batch" in said(normed) and "more than rounding" not in said(normed)
-    small = changed(comparison, "gradfold", measured(memory=Memory(0, 41 * MIB, "")), deviations(0.0, 0.0, 0.0, 0.0))
+    assert "BatchNorm normalizes by micro-batch" in said(normed) and "more than rounding" not in said(normed)
+    small = changed(
+        comparison, "gradfold", measured(memory=MeasuredMemory(0, 41 * MIB, "")), deviations(0.0, 0.0, 0.0, 0.0)
+    )
     assert "about the same memory as the full batch (41.0 MiB against 48.0 MiB)" in said(small)  # a process's noise
     assert "about the same memory" in said(wrong) and "at about the same speed" in said(wrong)
 

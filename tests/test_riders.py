@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradfold
-from gradfold.twophase.checks import Riders
+from gradfold.twophase.checks import NonDifferentiableStatistics
 
 
 def batch(num_rows=20):
@@ -49,7 +49,7 @@ def run(rider, combine="concatenate", net=None, rows=20, size=7):
         lambda model, batch: len(batch["x"]),
         lambda model, batch: model(batch["x"]).detach() - model(batch["x"]).detach().mean(0),
     ],
-    ids=["index", "inverse", "centred", "rank", "count per row", "largest", "no rows", "count", "frozen"],
+    ids=["index", "inverse", "centerd", "rank", "count per row", "largest", "no rows", "count", "frozen"],
 )
 def test_labels_that_depend_on_other_rows_are_refused(rider, size):
     """Nobody looked at them: a label that is an index within the micro-batch came again in each of them."""
@@ -95,7 +95,7 @@ def test_means_among_sums_are_refused_and_sums_are_right():
 
 
 def judged(whole, first, second, dtype, combine="concatenate"):
-    riders = Riders(combine)
+    riders = NonDifferentiableStatistics(combine)
     for rows, value in ((10, whole), (3, first), (7, second)):
         riders.note(rows, value)
     riders.judge(True, [dtype])
@@ -119,7 +119,7 @@ def test_what_rounding_explains_is_let_pass():
 
 
 def test_nothing_is_held_where_the_guard_was_not_content():
-    riders = Riders("concatenate")
+    riders = NonDifferentiableStatistics("concatenate")
     for rows in (3, 1, 2):
         riders.note(rows, torch.arange(rows))
     riders.judge(False, [torch.float64])

@@ -5,7 +5,7 @@ import torch
 
 from gradfold.batch.split import MicroBatch
 from gradfold.packing import token_batcher as stopwatch
-from gradfold.packing.token_batcher import Stopwatch
+from gradfold.packing.token_batcher import StepTimer
 
 
 def watched(sizes, seconds, monkeypatch):
@@ -23,7 +23,7 @@ def watched(sizes, seconds, monkeypatch):
     def backward(index):
         now[0] += 0.75 * seconds[index]
 
-    watch = Stopwatch(
+    watch = StepTimer(
         lambda indices, forward, backward: [backward(forward(index)) for index in indices], parts, torch.device("cpu")
     )
     watch(range(len(parts)), forward, backward)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.state.external import Surroundings, reach
+from gradfold.state.external import ExternalState, reach
 
 HISTORY: list[float] = []
 STEPS = 0
@@ -285,14 +285,14 @@ CASES = {
 def test_what_a_run_changes_is_put_back(name):
     run, look = CASES[name]()
     before = look()
-    with Surroundings(run):
+    with ExternalState(run):
         run()
         assert look() != before
     assert look() == before
 
 
 def test_it_is_put_back_after_an_error():
-    with pytest.raises(KeyError), Surroundings(logged):
+    with pytest.raises(KeyError), ExternalState(logged):
         logged(1.0)
         raise KeyError
     assert not HISTORY
@@ -305,7 +305,7 @@ def test_what_has_not_changed_is_not_written_to():
 
     elements = [Watched(), object()]
     tensor = torch.zeros(2)
-    with Surroundings(lambda: (elements, tensor)):
+    with ExternalState(lambda: (elements, tensor)):
         pass
     assert tensor._version == 0
 
@@ -314,7 +314,7 @@ def test_large_tensors_and_installed_packages_are_left_alone():
     large = torch.zeros(2**19)  # 2 MiB
     accumulator = gradfold.Accumulator(nn.Linear(1, 1), lambda model, batch: model(batch).mean())
     packages = functools.partial(lambda *_: None, accumulator, numpy, torch.optim.SGD(accumulator.model.parameters()))
-    with Surroundings(lambda: (large, packages)):
+    with ExternalState(lambda: (large, packages)):
         large.add_(1)
         accumulator.num_windows = 1
     assert large[0] == 1 and accumulator.num_windows == 1
@@ -324,7 +324,7 @@ def test_large_tensors_and_installed_packages_are_left_alone():
 def test_modules_of_installed_packages_are_kept():
     """Everybody subclasses them, and their attributes are where state is kept."""
     layer = nn.Dropout(0.1)
-    with Surroundings(lambda: layer):
+    with ExternalState(lambda: layer):
         layer.p = 0.5
     assert layer.p == 0.1
 

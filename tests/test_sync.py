@@ -10,7 +10,7 @@ from torch import nn
 import gradfold
 from gradfold.distributed import ddp as sync
 from gradfold.distributed import fsdp
-from gradfold.errors import ModelError, OptionError, RanksError
+from gradfold.errors import DistributedError, ModelError, OptionError
 
 
 def loss_fn(model, batch):
@@ -24,7 +24,7 @@ def two_ranks(monkeypatch):
 
 
 def find(option=None, model=None):
-    return sync.find_ranks(list((model or nn.Linear(2, 1)).modules()), torch.device("cpu"), option)
+    return sync.find_process_group(list((model or nn.Linear(2, 1)).modules()), torch.device("cpu"), option)
 
 
 def test_no_process_group_is_the_usual_case():
@@ -39,7 +39,9 @@ def test_a_torch_without_distributed_is_no_obstacle(monkeypatch):
 
 
 def test_several_processes_without_a_wrapped_model_are_refused_with_what_to_write(two_ranks):
-    with pytest.raises(RanksError, match=r"2 processes.*DistributedDataParallel\(model\).*ranks=\"alone\"") as caught:
+    with pytest.raises(
+        DistributedError, match=r"2 processes.*DistributedDataParallel\(model\).*ranks=\"alone\""
+    ) as caught:
         find()
     assert isinstance(caught.value, ModelError)
     assert find("alone") is None
@@ -56,15 +58,15 @@ def test_an_unknown_option_is_refused(ranks):
 def test_engines_that_own_their_steps_and_fsdp1_are_refused_by_name(two_ranks):
     for name, module in (("DeepSpeedEngine", "deepspeed.runtime.engine"), ("FullyShardedDataParallel", "torch.fsdp")):
         made = type(name, (nn.Linear,), {"__module__": module})(2, 1)
-        with pytest.raises(RanksError, match=name.removesuffix("Engine")):
+        with pytest.raises(DistributedError, match=name.removesuffix("Engine")):
             find(model=made)
 
 
 def test_several_ranks_are_refused_at_both_doors_before_anything_runs(two_ranks):
     model, ran = nn.Linear(2, 1), []
-    with pytest.raises(RanksError):
+    with pytest.raises(DistributedError):
         gradfold.Accumulator(model, lambda *_: ran.append(1)).backward(torch.ones(3, 2))
-    with pytest.raises(RanksError):
+    with pytest.raises(DistributedError):
         next(iter(gradfold.windows([torch.ones(3, 2)], 2, model=model)))
     assert not ran and gradients(model) == {}
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import gradfold
 from gradfold.errors import BatchError, DoesNotFitError, OptionError
-from gradfold.packing.token_batcher import TokenSplit
+from gradfold.packing.token_batcher import TokenBatcher
 
 F = nn.functional
 LENGTHS = [9, 2, 8, 2, 0, 5, 9, 1, 3, 2, 7, 2, 4]
@@ -88,7 +88,7 @@ def test_gradient_loss_and_rows_are_those_of_the_batch_as_it_was(is_samples):
 
 
 def test_micro_batches_are_no_longer_than_their_rows_and_within_the_budget():
-    split = TokenSplit(gradfold.TokenBudget(20, lengths=lengths_of_batch, cost=2))
+    split = TokenBatcher(gradfold.TokenBudget(20, lengths=lengths_of_batch, cost=2))
     whole = collate(make_samples())
     parts = split.cut(whole, None, None, is_first=True)
     assert sorted(row for part in parts for row in part.rows) == list(range(len(LENGTHS)))
@@ -100,7 +100,7 @@ def test_micro_batches_are_no_longer_than_their_rows_and_within_the_budget():
 
 
 def test_one_micro_batch_keeps_the_order_of_the_batch_and_copies_nothing_without_need():
-    split = TokenSplit(gradfold.TokenBudget(10_000, lengths=lengths_of_batch, cost=1e6))
+    split = TokenBatcher(gradfold.TokenBudget(10_000, lengths=lengths_of_batch, cost=1e6))
     whole = collate(make_samples())
     (part,) = split.cut(whole, None, None, is_first=True)
     assert part.data is whole and part.rows == range(len(LENGTHS))

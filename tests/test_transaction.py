@@ -8,7 +8,7 @@ from reference import assert_same_state, state
 from torch import nn
 
 from gradfold.state.buffers import BufferKeeper
-from gradfold.state.snapshot import Transaction
+from gradfold.state.snapshot import Snapshot
 
 
 class Model(nn.Module):
@@ -34,7 +34,7 @@ def model():
 
 
 def opened(model, buffers=None):
-    return Transaction(model, list(model.modules()), list(model.parameters()), buffers or BufferKeeper())
+    return Snapshot(model, list(model.modules()), list(model.parameters()), buffers or BufferKeeper())
 
 
 class Failed(Exception):

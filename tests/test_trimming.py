@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradfold.errors import BatchError
-from gradfold.packing.padding import Trimming
+from gradfold.packing.padding import PaddedBatch
 
 LENGTHS = torch.tensor([4, 1, 0, 3])
 PADDED = 6
@@ -29,7 +29,7 @@ def tokens(lengths=LENGTHS, size=PADDED, pad=0, side="right"):
 
 def trimming(batch, lengths=LENGTHS, side="right", name=None):
     lengths = lengths if isinstance(lengths, dict) else {"": lengths}
-    return Trimming(batch, lengths, side, name or named())
+    return PaddedBatch(batch, lengths, side, name or named())
 
 
 def test_rows_are_cut_to_the_longest_of_them():

@@ -74,7 +74,7 @@ def write_sentences(folder, generator):
 
 @pytest.fixture(scope="session")
 def workload(small_data):
-    """Each built-in workload, built once; "resnet" is on digits, "resnet on cifar10" on images in colour."""
+    """Each built-in workload, built once; "resnet" is on digits, "resnet on cifar10" on images in color."""
     built = {}
 
     def get(name):
@@ -316,7 +316,7 @@ def test_cifar10_is_as_in_its_description(workload):
     assert (workload.micro_batch_size, workload.global_batch_size) == (64, 256)
 
 
-def test_resnet_normalises_per_micro_batch_and_learns(workload):
+def test_resnet_normalizes_per_micro_batch_and_learns(workload):
     workload = workload("resnet")
     assert workload.batch_norm == "per_micro_batch"
     assert any("micro-batch" in fact for fact in workload.facts.values())

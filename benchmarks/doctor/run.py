@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks.paired import ratio, time_rounds, write
 from gradfold.doctor.instrumentation import Guard, Patches
 from gradfold.doctor.patches import patch_surroundings, patch_training
-from gradfold.doctor.recorder import Stop, Watch
+from gradfold.doctor.recorder import Recorder, Stop
 
 QUESTION = "How much slower is a script while the doctor watches it?"
 NUM_UPDATES, NUM_MICRO_BATCHES, NUM_ROUNDS = 8, 4, 12
@@ -77,7 +77,7 @@ def training(model: nn.Module, make_batch: Callable[[], Tensor]) -> Callable[[],
 def watched(train: Callable[[], None]) -> None:
     """The same under a new watch, patches and all."""
     guard = Guard()
-    watch, patches = Watch(Path(__file__), Stop(NUM_UPDATES + 1), guard), Patches(guard)
+    watch, patches = Recorder(Path(__file__), Stop(NUM_UPDATES + 1), guard), Patches(guard)
     patch_training(patches, watch)
     patch_surroundings(patches, watch)
     try:

@@ -54,7 +54,7 @@ def measure(model: nn.Module, inputs: Tensor) -> dict[str, object]:
 
     def step(call: Callable[[Tensor], Tensor], model: nn.Module) -> None:
         model.zero_grad()
-        with gradfold.keyed_dropout(model, update=0, num_rows=ROWS):
+        with gradfold.counter_based_dropout(model, update=0, num_rows=ROWS):
             call(inputs).sum().backward()
 
     arms = {

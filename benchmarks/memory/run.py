@@ -25,8 +25,8 @@ from benchmarks.paired import write
 from gradfold.compare.data import take
 from gradfold.memory.amount import margin_for
 from gradfold.memory.dry_run import Program
-from gradfold.memory.estimate import Prediction
-from gradfold.memory.probe_batch import Specimen
+from gradfold.memory.estimate import PeakEstimate
+from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.memory.system import high_water_mark_bytes
 from gradfold.precision import Precision
 from gradfold.workloads import registry
@@ -40,14 +40,14 @@ NUM_SEARCHES = 5
 SEARCHED = {"mnist": 128, "cifar10": 256, "digits": 512, "encoder": 64}  # global batches
 
 
-def make(name: str, optimizer: str, rows: int) -> tuple[Any, Any, torch.optim.Optimizer, Prediction]:
+def make(name: str, optimizer: str, rows: int) -> tuple[Any, Any, torch.optim.Optimizer, PeakEstimate]:
     """Model, batch, optimizer and prediction of a case."""
     torch.manual_seed(0)
     case = CASES[name]
     model, batch = case.make_model(), case.make_batch(rows)
     own = OPTIMIZERS[optimizer]([one for one in model.parameters() if one.requires_grad])
-    program = Program(model, case.loss_fn, Specimen(batch, None), own, Precision())
-    return model, batch, own, Prediction(program, CPU)
+    program = Program(model, case.loss_fn, ProbeBatch(batch, None), own, Precision())
+    return model, batch, own, PeakEstimate(program, CPU)
 
 
 def step_of(name: str, model: Any, optimizer: torch.optim.Optimizer, size: int) -> gradfold.TrainStep:
@@ -101,7 +101,7 @@ def one_process(name: str, rows: int) -> None:
     step = step_of(name, model, optimizer, rows)
     step(batch), step(batch)
     mark = high_water_mark_bytes()
-    prediction = Prediction(Program(model, case.loss_fn, Specimen(batch, None), optimizer, Precision()), CPU)
+    prediction = PeakEstimate(Program(model, case.loss_fn, ProbeBatch(batch, None), optimizer, Precision()), CPU)
     peak = prediction.peak(rows).total
     margin = margin_for(CPU, None, is_process_there=False)
     result = {

@@ -218,7 +218,7 @@ class Ways:
             return self._window(self._without_padding(samples))
         return samples
 
-    def _window(self, groups: list[list[Sample]]) -> gradfold.Window[Any]:
+    def _window(self, groups: list[list[Sample]]) -> gradfold.LoadedWindow[Any]:
         (window,) = gradfold.windows(groups, len(groups))
         return window
 

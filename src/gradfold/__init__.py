@@ -6,13 +6,14 @@ from gradfold import losses as losses
 from gradfold.accumulator import Accumulator as Accumulator
 from gradfold.batchnorm.convert import convert_batch_norm as convert_batch_norm
 from gradfold.dropout.convert import convert_dropout as convert_dropout
-from gradfold.dropout.layer import keyed_dropout as keyed_dropout
+from gradfold.dropout.layer import counter_based_dropout as counter_based_dropout
 from gradfold.engine.window import Recovery as Recovery
 from gradfold.engine.window import WindowResult as WindowResult
 from gradfold.errors import BackwardError as BackwardError
 from gradfold.errors import BatchError as BatchError
 from gradfold.errors import BatchNormError as BatchNormError
 from gradfold.errors import DataError as DataError
+from gradfold.errors import DistributedError as DistributedError
 from gradfold.errors import DoesNotFitError as DoesNotFitError
 from gradfold.errors import GradfoldError as GradfoldError
 from gradfold.errors import HookError as HookError
@@ -23,8 +24,7 @@ from gradfold.errors import NonFiniteLossError as NonFiniteLossError
 from gradfold.errors import NotDecomposableError as NotDecomposableError
 from gradfold.errors import OptionError as OptionError
 from gradfold.errors import PaddingError as PaddingError
-from gradfold.errors import RanksError as RanksError
-from gradfold.errors import ReplayError as ReplayError
+from gradfold.errors import RecomputeError as RecomputeError
 from gradfold.errors import TrainStepError as TrainStepError
 from gradfold.errors import WeightError as WeightError
 from gradfold.errors import WindowError as WindowError
@@ -46,7 +46,7 @@ from gradfold.verification.verdict import Verdict as Verdict
 from gradfold.verification.verify import verify as verify
 from gradfold.weights import TokenCount as TokenCount
 from gradfold.weights import token_count as token_count
+from gradfold.windows import LoadedWindow as LoadedWindow
 from gradfold.windows import LoopWindow as LoopWindow
-from gradfold.windows import Window as Window
 from gradfold.windows import windows as windows
 from gradfold.workloads.workload import Workload as Workload

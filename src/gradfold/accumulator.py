@@ -19,34 +19,34 @@ from gradfold.batch.nesting import Batch
 from gradfold.batch.split import Collate
 from gradfold.batchnorm import checks as uncoupled
 from gradfold.batchnorm import exact as exact_batch_norm
-from gradfold.batchnorm import per_micro_batch as batch_normalisation
-from gradfold.batchnorm.checks import NormalisedRows
-from gradfold.batchnorm.coordinator import InLockStep
+from gradfold.batchnorm import per_micro_batch as batch_normalization
+from gradfold.batchnorm.checks import InputDependence
+from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.per_micro_batch import BatchNormOption, batch_statistics_layers
 from gradfold.distributed import ddp as sync
-from gradfold.distributed.coordinators import Sharded, Together
-from gradfold.distributed.ddp import RanksOption, find_ranks, on_its_own, without_reductions
+from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator
+from gradfold.distributed.ddp import DistributedOption, find_process_group, on_its_own, without_reductions
 from gradfold.distributed.fsdp import divide_factor, reshard, set_reducing, sharded_modules
-from gradfold.distributed.process_group import Company, InStep, Ranks
+from gradfold.distributed.process_group import LocalGroup, ProcessGroup, SynchronizedGroup
 from gradfold.dropout import layer as keyed_dropout
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
-from gradfold.engine.coordinator import Alone, Weigh
+from gradfold.engine.coordinator import Coordinator, Weigh
 from gradfold.engine.loss_terms import LossFn
-from gradfold.engine.micro_batcher import Cutting
+from gradfold.engine.micro_batcher import MicroBatcher
 from gradfold.engine.model_checks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.engine.recovery import Cautious, FindCulprit, OnNonFinite, Replay, check_on_non_finite
-from gradfold.engine.window import OpenWindow, Schedule, WindowResult, one_after_another
+from gradfold.engine.window import Schedule, Window, WindowResult, one_after_another
 from gradfold.errors import NotDecomposableError, OptionError
 from gradfold.memory.auto import MicroBatchChoice, MicroBatchSize
-from gradfold.memory.probe_batch import Specimen, Work
+from gradfold.memory.probe_batch import ProbeBatch, Work
 from gradfold.packing.padding_check import check_once
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.precision import PrecisionOption, read_option
 from gradfold.self_check.self_check import SelfCheck
 from gradfold.state.buffers import BufferKeeper
-from gradfold.state.gradients import SetAside, check_trainable, parameters_of
-from gradfold.state.snapshot import Transaction
-from gradfold.twophase.checks import Riders
+from gradfold.state.gradients import GradientBuffer, check_trainable, parameters_of
+from gradfold.state.snapshot import Snapshot
+from gradfold.twophase.checks import NonDifferentiableStatistics
 from gradfold.twophase.loss import TwoPhaseLoss, explain, probe_of, wrap_loss
 from gradfold.twophase.strategy import Phases, check_options, dtypes_of
 from gradfold.weights import WeightOption, check_option, counts_samples, weigh
@@ -76,13 +76,13 @@ class Coupling:
         self.tried = loss_fn
         self._batch_norm = batch_norm
 
-    def normalises_parts(self) -> bool:
-        """Whether layers normalise by micro-batch, so that a halved one has other statistics."""
+    def normalizes_parts(self) -> bool:
+        """Whether layers normalize by micro-batch, so that a halved one has other statistics."""
         return self._batch_norm == "per_micro_batch" and bool(batch_statistics_layers(self.model))
 
-    def agreement(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> Together:
+    def agreement(self, ranks: ProcessGroup, weigh: Weigh, num_totals: int) -> DataParallelCoordinator:
         """What a window has to agree on with processes that hold the whole model each."""
-        return Together(ranks, weigh, num_totals)
+        return DataParallelCoordinator(ranks, weigh, num_totals)
 
     def refuse_shards(self) -> None:
         """Raise OptionError where processes cannot hold a part of the model each."""
@@ -91,11 +91,11 @@ class Coupling:
                 "fully_shard does not go with batch_norm=, whose statistics the blank turns of a rank would move."
             )
 
-    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+    def is_whole(self, window: Window, agreement: Coordinator) -> bool:
         """Whether all that depends on each other is in one micro-batch, which then runs as in plain torch."""
         return len(window.micro_batches) == 1
 
-    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
+    def schedule(self, window: Window, transaction: Snapshot, agreement: Coordinator, plain: Schedule) -> Schedule:
         """How to run a window of several micro-batches.
 
         Args:
@@ -107,7 +107,7 @@ class Coupling:
         Raises:
             BatchNormError: layers would see a micro-batch instead of the batch, and nobody said that this is meant.
         """
-        return batch_normalisation.schedule_for(
+        return batch_normalization.schedule_for(
             self.model,
             transaction.modules,
             self._batch_norm,
@@ -142,36 +142,36 @@ class Coupling:
 class ExactCoupling(Coupling):
     """Samples that share the statistics of BatchNorm over the whole window, of all ranks."""
 
-    find_culprit = staticmethod(uncoupled.find_culprit)
+    find_culprit = staticmethod(uncoupled.find_offender)
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, is_collated: bool) -> None:
         super().__init__(model, loss_fn, "exact")
-        self._normalised = NormalisedRows(is_collated)
-        self.tried = uncoupled.watched(loss_fn, self._normalised)
+        self._normalized = InputDependence(is_collated)
+        self.tried = uncoupled.watched(loss_fn, self._normalized)
 
-    def agreement(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> Together:
+    def agreement(self, ranks: ProcessGroup, weigh: Weigh, num_totals: int) -> DataParallelCoordinator:
         """They also meet at every BatchNorm."""
-        return (InLockStep if ranks.size > 1 else Together)(ranks, weigh, num_totals)
+        return (SynchronizedCoordinator if ranks.size > 1 else DataParallelCoordinator)(ranks, weigh, num_totals)
 
-    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+    def is_whole(self, window: Window, agreement: Coordinator) -> bool:
         """Not so where other ranks have rows in the same statistics."""
-        return len(window.micro_batches) == 1 and not isinstance(agreement, InLockStep)
+        return len(window.micro_batches) == 1 and not isinstance(agreement, SynchronizedCoordinator)
 
-    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
+    def schedule(self, window: Window, transaction: Snapshot, agreement: Coordinator, plain: Schedule) -> Schedule:
         """In lock-step."""
-        return exact_batch_norm.schedule_for(window, agreement, self._normalised)
+        return exact_batch_norm.schedule_for(window, agreement, self._normalized)
 
     def accepted(self) -> Mapping[str, nn.Module]:
         """Layers with running statistics; the others are fixed in what is tried."""
         layers = batch_statistics_layers(self.model)
         fixed = {name: layer for name, layer in layers.items() if getattr(layer, "running_mean", None) is not None}
-        self._normalised.names.clear()
-        self._normalised.names.update({id(layer.running_mean): name for name, layer in fixed.items()})
+        self._normalized.names.clear()
+        self._normalized.names.update({id(layer.running_mean): name for name, layer in fixed.items()})
         return fixed
 
     def judge(self, is_content: bool) -> None:
-        """Whether every BatchNorm normalises rows."""
-        self._normalised.judge(is_content)
+        """Whether every BatchNorm normalizes rows."""
+        self._normalized.judge(is_content)
 
 
 class TwoPhaseCoupling(Coupling):
@@ -187,7 +187,7 @@ class TwoPhaseCoupling(Coupling):
         compute: torch.dtype | None,
         raises: bool,
     ) -> None:
-        self._riders = Riders(loss_fn.combine)
+        self._riders = NonDifferentiableStatistics(loss_fn.combine)
         super().__init__(model, probe_of(loss_fn, self._riders.note), batch_norm)
         self._loss_fn = loss_fn
         self._phases = Phases(loss_fn, compute)
@@ -200,11 +200,11 @@ class TwoPhaseCoupling(Coupling):
             "ranks. Use DistributedDataParallel."
         )
 
-    def is_whole(self, window: OpenWindow, agreement: Alone) -> bool:
+    def is_whole(self, window: Window, agreement: Coordinator) -> bool:
         """Not so where other ranks have statistics in the same loss."""
-        return len(window.micro_batches) == 1 and not isinstance(agreement, Together)
+        return len(window.micro_batches) == 1 and not isinstance(agreement, DataParallelCoordinator)
 
-    def schedule(self, window: OpenWindow, transaction: Transaction, agreement: Alone, plain: Schedule) -> Schedule:
+    def schedule(self, window: Window, transaction: Snapshot, agreement: Coordinator, plain: Schedule) -> Schedule:
         """In two phases."""
         inner = plain
         if len(window.micro_batches) > 1:
@@ -288,7 +288,7 @@ class Opening:
         weight: WeightOption,
         back_propagate: BackPropagation,
         coupling: Coupling,
-        cutting: Cutting,
+        cutting: MicroBatcher,
         self_check: SelfCheck | None,
     ) -> None:
         self._model = model
@@ -299,7 +299,7 @@ class Opening:
         self._self_check = self_check
         self._warned_of: set[str] = set()
 
-    def schedule(self, batch: Batch, transaction: Transaction, agreement: Alone, window: OpenWindow) -> Schedule:
+    def schedule(self, batch: Batch, transaction: Snapshot, agreement: Coordinator, window: Window) -> Schedule:
         """How to run a window that begins, also once more, after a look at it.
 
         Raises:
@@ -317,13 +317,13 @@ class Opening:
         self._look(batch, transaction.modules, agreement, window, schedule is plain)
         return agreement.around(schedule, window)
 
-    def _plain(self, window: OpenWindow) -> Schedule:
+    def _plain(self, window: Window) -> Schedule:
         by_tokens = self._cutting.by_tokens
         if by_tokens is None:
             return one_after_another
         return by_tokens.timed(one_after_another, window.micro_batches, window.device)
 
-    def _check_padding(self, window: OpenWindow, agreement: Alone) -> None:
+    def _check_padding(self, window: Window, agreement: Coordinator) -> None:
         """Once, whether the model gives the same with less padding."""
         by_tokens = self._cutting.by_tokens
         if by_tokens is not None:
@@ -339,7 +339,7 @@ class Opening:
             warn_of_hooks(named, self._warned_of)
 
     def _look(
-        self, batch: Batch, modules: Sequence[nn.Module], agreement: Alone, window: OpenWindow, is_plain: bool
+        self, batch: Batch, modules: Sequence[nn.Module], agreement: Coordinator, window: Window, is_plain: bool
     ) -> None:
         """Have the first micro-batch tried out, where that is due."""
         check = self._self_check
@@ -352,7 +352,7 @@ class Opening:
         fixed = self._coupling.accepted()
         if fixed is None:
             return
-        dropouts = keyed_dropout.keyed_layers(modules)
+        dropouts = keyed_dropout.counter_based_layers(modules)
         try:
             with keyed_dropout.unkeyed(dropouts):
                 window.after_first = check.look(
@@ -398,9 +398,9 @@ class Accumulator:
         precision: None leaves autocast and loss scaling to you; "bf16" and "fp16" run `loss_fn` under autocast, "fp16"
             with a loss scaler (`grad_scaler`); a `Precision` sets each part. Parameters in float16 or bfloat16 get
             gradients that were summed in float32, unless a `Precision` says otherwise.
-        batch_norm: None refuses windows of several micro-batches where BatchNorm layers normalise by batch
-            statistics; "exact" normalises by the whole batch, of all ranks: forward passes run in lock-step, and what
-            they save waits in host memory; "per_micro_batch" normalises by micro-batch and advances running statistics
+        batch_norm: None refuses windows of several micro-batches where BatchNorm layers normalize by batch
+            statistics; "exact" normalizes by the whole batch, of all ranks: forward passes run in lock-step, and what
+            they save waits in host memory; "per_micro_batch" normalizes by micro-batch and advances running statistics
             once per window.
         on_non_finite: where a gradient is NaN or infinite: "raise" names the first micro-batch to blame;
             "skip_update" leaves no gradient at all, so that `optimizer.step()` does nothing; "skip_micro_batch" leaves
@@ -445,7 +445,7 @@ class Accumulator:
         batch_norm: BatchNormOption = None,
         on_non_finite: OnNonFinite = "raise",
         backward: BackwardFn | None = None,
-        ranks: RanksOption = None,
+        ranks: DistributedOption = None,
         self_check: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -454,7 +454,7 @@ class Accumulator:
             if not callable(function) and (function is not None or name == "loss_fn"):
                 raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
         check_option(weight)
-        batch_normalisation.check_option(batch_norm)
+        batch_normalization.check_option(batch_norm)
         check_on_non_finite(on_non_finite)
         sync.check_option(ranks)
         self.model = model
@@ -477,12 +477,12 @@ class Accumulator:
         self._run = wrap_loss(loss_fn, self.precision.around)
         self._weigh = partial(weigh, weight)
         self._set_aside = partial(
-            SetAside,
+            GradientBuffer,
             accumulate_dtype=self.precision.accumulate_dtype,
             keep_dtype=self.precision.keep_accumulate_dtype,
         )
         self._buffers = BufferKeeper()
-        self._cutting = Cutting(micro_batch_size, collate, counts_samples(weight))
+        self._cutting = MicroBatcher(micro_batch_size, collate, counts_samples(weight))
         self._coupling = find_coupling(
             model,
             self._run,
@@ -519,8 +519,8 @@ class Accumulator:
         Raises:
             BatchError: the batch cannot be cut by rows.
             ModelError: nothing to train, BatchNorm, hooks, or processes that cannot train together: the message names
-                the cause. RanksError also where another rank has failed in this window.
-            LossError: `loss_fn` returned no loss, or one that is NaN or infinite; ReplayError where a `TwoPhaseLoss`
+                the cause. DistributedError also where another rank has failed in this window.
+            LossError: `loss_fn` returned no loss, or one that is NaN or infinite; RecomputeError where a `TwoPhaseLoss`
                 did not give the same twice.
             NonFiniteGradientError: the gradient is NaN or infinite, though the losses are finite.
             DoesNotFitError: one row does not fit in memory, or fewer rows than do not fit cannot be run.
@@ -530,13 +530,13 @@ class Accumulator:
         reshard(modules)
         parameters = parameters_of(modules)
         device = parameters[0].device if parameters else torch.device("cpu")
-        ranks = find_ranks(modules, device, self.ranks)
+        ranks = find_process_group(modules, device, self.ranks)
         agreement = self._agree(ranks, modules)
-        dropouts = keyed_dropout.keyed_layers(modules)
-        keyed_dropout.refuse_options(dropouts, self.batch_norm, isinstance(agreement, Sharded))
+        dropouts = keyed_dropout.counter_based_layers(modules)
+        keyed_dropout.refuse_options(dropouts, self.batch_norm, isinstance(agreement, FsdpCoordinator))
         with (
             agreement,
-            Transaction(self.model, modules, parameters, self._buffers, self._set_aside) as transaction,
+            Snapshot(self.model, modules, parameters, self._buffers, self._set_aside) as transaction,
             nullcontext() if ranks is None else without_reductions(modules),
             keyed_dropout.keyed(dropouts, self.num_windows, device) if dropouts else nullcontext() as keys,
         ):
@@ -544,15 +544,15 @@ class Accumulator:
             self._probe_backward(device)
             self._choose(batch, device, _company(modules, ranks))
             micro_batches = self._cutting.cut(batch, is_first=self.num_windows == 0)
-            window = OpenWindow(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
-            window.around = None if keys is None else keyed_dropout.Placed(keys, agreement.first_row)
+            window = Window(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
+            window.around = None if keys is None else keyed_dropout.RowPosition(keys, agreement.first_row)
             replay = Replay(
                 transaction,
                 agreement,
                 partial(self._opening.schedule, batch, transaction, agreement),
                 self._cutting.recut_of(batch),
                 self._cutting.fitting,
-                self._coupling.normalises_parts(),
+                self._coupling.normalizes_parts(),
                 self._coupling.find_culprit,
             )
             result = replay.run(window, None if self.precision.is_scaled else self.on_non_finite)
@@ -597,7 +597,7 @@ class Accumulator:
         reshard(modules)
         parameters = parameters_of(modules)
         device = parameters[0].device if parameters else torch.device("cpu")
-        ranks = find_ranks(modules, device, self.ranks)
+        ranks = find_process_group(modules, device, self.ranks)
         found = self._set_aside(parameters)
         try:
             with on_its_own(modules) if ranks is not None else nullcontext():
@@ -608,16 +608,16 @@ class Accumulator:
             raise OptionError(f'micro_batch_size={self.micro_batch_size}; expected "auto" or an Auto to choose one.')
         return self.micro_batch_choice
 
-    def _choose(self, batch: Batch, device: torch.device, company: Company) -> None:
+    def _choose(self, batch: Batch, device: torch.device, company: LocalGroup) -> None:
         """Find the micro-batch size, where that was asked for and is due."""
         if self._cutting.sizer is None:
             return
 
-        def work_on(specimen: Specimen) -> Work:
+        def work_on(specimen: ProbeBatch) -> Work:
             of_loss = self.model, self.loss_fn, self.precision, self._back_propagate
             return Work(*of_loss, specimen, device, company, self.ranks == "reduce_once")
 
-        with keyed_dropout.unkeyed(keyed_dropout.keyed_layers(self.model.modules())):
+        with keyed_dropout.unkeyed(keyed_dropout.counter_based_layers(self.model.modules())):
             self._cutting.choose(batch, company, work_on)
 
     def twin(
@@ -628,7 +628,7 @@ class Accumulator:
         *,
         collate: Collate | None,
         batch_norm: BatchNormOption,
-        ranks: RanksOption = "alone",
+        ranks: DistributedOption = "alone",
     ) -> Accumulator:
         """An accumulator for another model, with the same weights; to compare gradients, so nothing is checked."""
         twin = Accumulator(
@@ -679,10 +679,10 @@ class Accumulator:
         if self.grad_scaler is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
 
-    def _agree(self, ranks: Ranks | None, modules: Sequence[nn.Module]) -> Alone:
+    def _agree(self, ranks: ProcessGroup | None, modules: Sequence[nn.Module]) -> Coordinator:
         """What this window has to agree on with other processes."""
         if ranks is None:
-            return Alone(self._weigh)
+            return Coordinator(self._weigh)
         num_totals = 1 + (len(self.weight) if isinstance(self.weight, Mapping) else 1)
         sharded = sharded_modules(modules)
         if not sharded:
@@ -695,7 +695,7 @@ class Accumulator:
             )
         self._back_propagate.factor = divide_factor(sharded, ranks.size)
         reduces_once = self.ranks == "reduce_once"
-        return Sharded(
+        return FsdpCoordinator(
             ranks, self._weigh, num_totals, lambda is_last: set_reducing(sharded, is_last or not reduces_once)
         )
 
@@ -705,6 +705,6 @@ class Accumulator:
             self._backward_is_probed = True
 
 
-def _company(modules: Sequence[nn.Module], ranks: Ranks | None) -> Company:
+def _company(modules: Sequence[nn.Module], ranks: ProcessGroup | None) -> LocalGroup:
     """Who has to try micro-batch sizes together: ranks of which none can run its shards alone."""
-    return Company() if ranks is None or not sharded_modules(modules) else InStep(ranks)
+    return LocalGroup() if ranks is None or not sharded_modules(modules) else SynchronizedGroup(ranks)

@@ -10,11 +10,11 @@ GradfoldError                       1
 │   ├── BatchNormError              1   ... since its samples see each other
 │   ├── HookError                   1   ... since a hook acts on every micro-batch
 │   ├── PaddingError                1   ... under a token budget, since its gradient depends on the padding
-│   └── RanksError                  1   ... since of several processes one has failed, or trains it in another way
+│   └── DistributedError                  1   ... since of several processes one has failed, or trains it in another way
 ├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
 │   ├── NonFiniteLossError          1   ... since it is NaN or infinite
 │   ├── NotDecomposableError        1   ... since it is not the weighted mean of its parts
-│   └── ReplayError                 1   ... since a micro-batch did not give the same when it ran again
+│   └── RecomputeError                 1   ... since a micro-batch did not give the same when it ran again
 ├── WeightError (ValueError)        1   a weight that is not a non-negative number, or has no loss term
 ├── NonFiniteGradientError (ValueError) 1  a gradient that is NaN or infinite though the losses are finite
 ├── DoesNotFitError (RuntimeError)  1   rows for which memory does not suffice, however few at once
@@ -96,7 +96,7 @@ class PaddingError(ModelError):
         self.layer = layer
 
 
-class RanksError(ModelError):
+class DistributedError(ModelError):
     """Several processes train together in a way that is not supported, or another one of them has failed."""
 
 
@@ -139,7 +139,7 @@ class NotDecomposableError(LossError):
         self.weight = weight
 
 
-class ReplayError(LossError):
+class RecomputeError(LossError):
     """The statistics of a two-phase loss were others when a micro-batch ran again.
 
     Attributes:

@@ -232,7 +232,7 @@ def check_option(weight: WeightOption) -> None:
 def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWeights:
     """Weigh all micro-batches of a window.
 
-    Weights that are tensors on a device are read in one transfer each dtype: the only host synchronisation here.
+    Weights that are tensors on a device are read in one transfer each dtype: the only host synchronization here.
 
     Raises:
         WeightError: a weight is negative, not finite, or not a number.

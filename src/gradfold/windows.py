@@ -22,21 +22,21 @@ from gradfold.batchnorm.per_micro_batch import (
     check_option,
     refuse,
 )
-from gradfold.distributed.coordinators import Together
-from gradfold.distributed.ddp import RanksOption, find_ranks, without_reductions
+from gradfold.distributed.coordinators import DataParallelCoordinator
+from gradfold.distributed.ddp import DistributedOption, find_process_group, without_reductions
 from gradfold.distributed.ddp import check_option as check_ranks
 from gradfold.distributed.fsdp import sharded_modules
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
-from gradfold.engine.coordinator import Alone
+from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossTerms
 from gradfold.engine.metrics import Metrics
 from gradfold.engine.model_checks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
 from gradfold.errors import LossError, OptionError, WeightError, WindowError
-from gradfold.state.gradients import SetAside, check_trainable
+from gradfold.state.gradients import GradientBuffer, check_trainable
 from gradfold.weights import BARE, Weight, WindowWeights, weigh
 from gradfold.weights import check_option as check_weight
 
-__all__ = ["LoopWindow", "Window", "windows"]
+__all__ = ["LoadedWindow", "LoopWindow", "windows"]
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class LoopWindow(Generic[T]):
         weight: Weight,
         batch_norm: BatchNormOption,
         backward: BackwardFn | None,
-        agreement: Alone,
+        agreement: Coordinator,
     ) -> None:
         rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
         stops = [sum(rows[: index + 1]) for index in range(len(rows))]
@@ -156,11 +156,11 @@ class LoopWindow(Generic[T]):
     @contextmanager
     def _as_one(self) -> Iterator[None]:
         """Several processes accumulate by themselves, and sum their gradients at the end."""
-        if not isinstance(self._agreement, Together):
+        if not isinstance(self._agreement, DataParallelCoordinator):
             yield
             return
         modules = list(self._model.modules())
-        gradients = SetAside(list(self._model.parameters()))
+        gradients = GradientBuffer(list(self._model.parameters()))
         try:
             with self._agreement, without_reductions(modules):
                 yield
@@ -190,7 +190,7 @@ def _count_rows(micro_batch: object) -> int:
     return rows
 
 
-class Window(Generic[T]):
+class LoadedWindow(Generic[T]):
     """The micro-batches of one update, for `accumulator.backward(window)`."""
 
     def __init__(self, micro_batches: Sequence[T]) -> None:
@@ -216,13 +216,13 @@ class Window(Generic[T]):
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> Window[T]: ...
-    def __getitem__(self, index: int | slice) -> T | Window[T]:
-        return Window(self._micro_batches[index]) if isinstance(index, slice) else self._micro_batches[index]
+    def __getitem__(self, index: slice) -> LoadedWindow[T]: ...
+    def __getitem__(self, index: int | slice) -> T | LoadedWindow[T]:
+        return LoadedWindow(self._micro_batches[index]) if isinstance(index, slice) else self._micro_batches[index]
 
 
 @overload
-def windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[Window[T]]: ...
+def windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[LoadedWindow[T]]: ...
 @overload
 def windows(
     loader: Iterable[T],
@@ -232,7 +232,7 @@ def windows(
     weight: Weight = "samples",
     batch_norm: BatchNormOption = None,
     backward: BackwardFn | None = None,
-    ranks: RanksOption = None,
+    ranks: DistributedOption = None,
 ) -> Iterator[LoopWindow[T]]: ...
 def windows(
     loader: Iterable[T],
@@ -242,8 +242,8 @@ def windows(
     weight: Weight = "samples",
     batch_norm: BatchNormOption = None,
     backward: BackwardFn | None = None,
-    ranks: RanksOption = None,
-) -> Iterator[Window[T]] | Iterator[LoopWindow[T]]:
+    ranks: DistributedOption = None,
+) -> Iterator[LoadedWindow[T]] | Iterator[LoopWindow[T]]:
     """Group a loader of micro-batches into windows, one per update; the last may be shorter. No `len()` is needed.
 
     Without `model`, a window goes to `accumulator.backward(window)`. With it, the loop body stays as it was:
@@ -297,10 +297,10 @@ def windows(
     return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward, ranks)
 
 
-def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[Window[T]]:
+def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[LoadedWindow[T]]:
     micro_batches = iter(loader)
     while group := list(islice(micro_batches, num_micro_batches)):
-        yield Window(group)
+        yield LoadedWindow(group)
 
 
 def _loop_windows(
@@ -310,7 +310,7 @@ def _loop_windows(
     weight: Weight,
     batch_norm: BatchNormOption,
     backward: BackwardFn | None,
-    option: RanksOption,
+    option: DistributedOption,
 ) -> Iterator[LoopWindow[T]]:
 
     parameters = list(model.parameters())
@@ -319,12 +319,14 @@ def _loop_windows(
         probe(backward, parameters[0].device)
     warned_of: set[str] = set()
     modules = list(model.modules())
-    ranks = find_ranks(modules, parameters[0].device, option)
+    ranks = find_process_group(modules, parameters[0].device, option)
     if sharded_modules(modules):
         raise OptionError("windows(..., model=) does not go with fully_shard; give the windows to an Accumulator.")
     for group in _plain_windows(loader, num_micro_batches):
         own_weights = partial(weigh, weight)
-        agreement = Alone(own_weights) if ranks is None else Together(ranks, own_weights, num_totals=2)
+        agreement = (
+            Coordinator(own_weights) if ranks is None else DataParallelCoordinator(ranks, own_weights, num_totals=2)
+        )
         with ExitStack() as stack:
             stack.push(agreement)  # tells the others what fails here
             if len(group) > 1:

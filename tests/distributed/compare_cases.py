@@ -16,7 +16,7 @@ from gradfold import Workload
 from gradfold.compare.arms import ARMS
 from gradfold.compare.experiment import measure_arm
 from gradfold.compare.results import Tensors, load
-from gradfold.distributed.process_group import Ranks
+from gradfold.distributed.process_group import ProcessGroup
 
 ROWS, GLOBAL_BATCH, MICRO_BATCH = 22, 8, 2  # windows of 8, 8 and 6 rows
 ON_ALL = ("gradfold", "plain-loop", "small-batch")
@@ -85,5 +85,5 @@ def train(arm, ranks):
 
 
 def train_arms(rank, size):
-    ranks = Ranks(torch.distributed.group.WORLD, torch.device("cpu"))
+    ranks = ProcessGroup(torch.distributed.group.WORLD, torch.device("cpu"))
     return {arm: train(arm, ranks) for arm in ON_ALL}

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfold
-from gradfold.distributed.process_group import Ranks, Reduction
+from gradfold.distributed.process_group import ProcessGroup, Reduction
 
 ERRORS = {
     "out of memory": lambda: torch.OutOfMemoryError("injected"),
@@ -36,7 +36,12 @@ def without_faults(function):
 
 
 def spare_meetings():
-    for owner, name in ((Ranks, "begin_gather"), (Ranks, "exchange"), (Ranks, "all_well"), (Reduction, "run")):
+    for owner, name in (
+        (ProcessGroup, "begin_gather"),
+        (ProcessGroup, "exchange"),
+        (ProcessGroup, "all_well"),
+        (Reduction, "run"),
+    ):
         setattr(owner, name, without_faults(getattr(owner, name)))
 
 

@@ -121,7 +121,7 @@ def frozen(model, rows):
 
 
 class Prototypes(nn.Module):
-    """Rows held against normalised prototypes, which every micro-batch of every rank brings along."""
+    """Rows held against normalized prototypes, which every micro-batch of every rank brings along."""
 
     def __init__(self):
         super().__init__()

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gradfold
 from gradfold.memory.dry_run import Program
-from gradfold.memory.estimate import Prediction
-from gradfold.memory.probe_batch import Specimen
-from gradfold.memory.tracker import Tracker
+from gradfold.memory.estimate import PeakEstimate
+from gradfold.memory.probe_batch import ProbeBatch
+from gradfold.memory.tracker import MemoryTracker
 from gradfold.precision import read_option
 
 ROWS, WIDTH, CLASSES = 24, 64, 5
@@ -167,9 +167,9 @@ def local(tensor):
 def predict(model, optimizer, batch, case):
     reduces_once = case.options.get("ranks") == "reduce_once"
     program = Program(
-        model, loss_fn, Specimen(batch, None), optimizer, read_option(None, model), reduces_once=reduces_once
+        model, loss_fn, ProbeBatch(batch, None), optimizer, read_option(None, model), reduces_once=reduces_once
     )
-    prediction = Prediction(program, torch.device("cpu"))
+    prediction = PeakEstimate(program, torch.device("cpu"))
     assert prediction.source == "fake tensors", prediction.reason
     return {size: {phase: one.total for phase, one in prediction.peaks(size).items()} for size in SIZES}
 
@@ -205,7 +205,7 @@ def train(accumulator, optimizer, batch):
 
 
 def track(accumulator, optimizer, batch):
-    tracker = Tracker()
+    tracker = MemoryTracker()
     tracker.know_model(accumulator.model)
     tracker.know_optimizer(optimizer)
     tracker.know(batch.values(), "inputs")

@@ -182,10 +182,10 @@ def refusals(rank, size):
 
     hooked = DistributedDataParallel(perceptron())
     hooked.register_comm_hook(None, lambda state, bucket: bucket.buffer())
-    normalised = nn.Sequential(nn.SyncBatchNorm(3), nn.Linear(3, 1)).double()
+    normalized = nn.Sequential(nn.SyncBatchNorm(3), nn.Linear(3, 1)).double()
     if size > 1:  # it runs on GPUs only, but that is not what it is refused for
         wrapped = DistributedDataParallel(perceptron())
-        wrapped.module.extra = normalised[0]
+        wrapped.module.extra = normalized[0]
     engine = type("DeepSpeedEngine", (nn.Linear,), {"__module__": "deepspeed.runtime.engine"})(3, 1)
     other = dist.new_group(list(range(size)))
     groups = nn.ModuleList(

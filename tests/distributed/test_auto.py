@@ -64,7 +64,7 @@ def test_a_rank_on_which_nothing_fits_ends_the_window_on_all(ranks):
         assert is_clean
         for name, text in twice:
             assert "not even one row fits into 300.0 MiB" in text
-            assert name == ("DoesNotFitError" if rank == last else "RanksError")
+            assert name == ("DoesNotFitError" if rank == last else "DistributedError")
             assert rank == last or text.startswith(f"rank {last} failed in this window")
     assert_gradient_of_all_rows([result["memory for none"][2] for result in ranks], expected)
 
@@ -80,4 +80,4 @@ def test_a_loss_that_fails_while_one_rank_searches_is_told(ranks):
     assert ranks[0]["a loss that fails"] == ("KeyError", "'no such key'")
     for result in ranks[1:]:
         name, text = result["a loss that fails"]
-        assert name == "RanksError" and "KeyError" in text
+        assert name == "DistributedError" and "KeyError" in text

@@ -137,13 +137,13 @@ def test_a_micro_batch_of_one_rank_is_left_out_of_the_denominator_of_all(scenes)
         ("hook", "communication hook"),
         ("deepspeed", "DeepSpeed"),
         ("groups", "different process groups"),
-        ("sync batch norm", "SyncBatchNorm normalises"),
+        ("sync batch norm", "SyncBatchNorm normalizes"),
     ],
 )
 def test_what_cannot_work_is_refused(scenes, set_up, text):
     for scene in scenes:
         name, message = scene["refusals"][set_up]
-        assert name == "RanksError" and text in message
+        assert name == "DistributedError" and text in message
 
 
 def test_a_process_may_train_by_itself(scenes):
@@ -156,7 +156,7 @@ def test_an_error_on_one_rank_is_told_to_the_others_and_the_next_window_is_fine(
     assert name == "BatchError"
     for scene in scenes[1:]:
         assert scene["bad batch"][0] == (
-            "RanksError",
+            "DistributedError",
             f"rank 0 failed in this window, which was rolled back on all. BatchError: {text}",
         )
     assert_same_everywhere([scene["bad batch"][1] for scene in scenes], expected)
@@ -166,7 +166,7 @@ def test_an_error_on_one_rank_is_told_to_the_others_and_the_next_window_is_fine(
 def test_parameters_that_do_not_stand_alike_are_refused_on_all_ranks(scenes, what):
     for scene in scenes:
         name, text = scene[f"{what} on one rank"]
-        assert name == "RanksError" and "on some ranks and not on others" in text
+        assert name == "DistributedError" and "on some ranks and not on others" in text
 
 
 def test_a_rank_may_lose_all_its_micro_batches(scenes):
@@ -184,4 +184,4 @@ def test_metrics_count_the_rows_of_a_rank_that_weighs_nothing(scenes):
 
 def test_what_fails_before_the_loop_over_a_window_is_told(scenes):
     assert scenes[0]["refused on one rank"][0] == "KeyError"
-    assert all(scene["refused on one rank"][0] == "RanksError" for scene in scenes[1:])
+    assert all(scene["refused on one rank"][0] == "DistributedError" for scene in scenes[1:])

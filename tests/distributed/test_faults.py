@@ -38,7 +38,7 @@ def test_all_ranks_end_alike(num_points, error):
             else:
                 kind = outcomes[FAULTY][0]
                 assert (name, text) == (
-                    "RanksError",
+                    "DistributedError",
                     f"rank {FAULTY} failed in this window, which was rolled back on all. {kind}: injected",
                 ), at
     # Memory that runs out between the opening and the close is recovered from; all else ends the window.

@@ -76,7 +76,7 @@ def test_an_evaluation_before_makes_no_difference(scenes):
 
 def test_parameters_that_nobody_sums_are_refused(scenes):
     for kind, message in (scene["ignored"] for scene in scenes):
-        assert kind == "RanksError" and "Linear.bias" in message and "ignored_params" in message
+        assert kind == "DistributedError" and "Linear.bias" in message and "ignored_params" in message
 
 
 def test_what_is_not_finite_on_one_rank_is_refused_on_all(scenes):
@@ -97,4 +97,4 @@ def test_leaving_micro_batches_out_is_refused(scenes):
 
 def test_an_error_before_the_first_forward_is_told(scenes):
     assert scenes[0]["bad batch"][0] == "BatchError"
-    assert scenes[1]["bad batch"][0] == "RanksError" and "BatchError" in scenes[1]["bad batch"][1]
+    assert scenes[1]["bad batch"][0] == "DistributedError" and "BatchError" in scenes[1]["bad batch"][1]

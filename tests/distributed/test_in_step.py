@@ -48,10 +48,10 @@ def test_where_nothing_fits_on_one_rank_all_say_so(failures):
     for kind, message in failures[1]["no room"]:
         assert kind == "DoesNotFitError" and "not even one row fits" in message
     for kind, message in failures[0]["no room"]:
-        assert kind == "RanksError" and message.startswith("rank 1 failed") and "not even one row fits" in message
+        assert kind == "DistributedError" and message.startswith("rank 1 failed") and "not even one row fits" in message
 
 
 def test_a_batch_that_cannot_be_cut_is_told_to_all(failures):
     assert [kind for kind, _ in failures[0]["no batch"]] == ["BatchError", "BatchError"]
     for kind, message in failures[1]["no batch"]:
-        assert kind == "RanksError" and "BatchError" in message
+        assert kind == "DistributedError" and "BatchError" in message

@@ -87,7 +87,9 @@ def test_an_error_on_one_rank_ends_the_window_on_all(ranks, name, text):
     *others, last = [result[name] for result in ranks]
     assert text in last[0][1]
     for (kind, message), is_as_before, _ in others:
-        assert kind == "RanksError" and f"rank {len(ranks) - 1} failed in this window" in message and text in message
+        assert (
+            kind == "DistributedError" and f"rank {len(ranks) - 1} failed in this window" in message and text in message
+        )
         assert is_as_before
     assert last[1]
     assert_exact([result[name][2] for result in ranks])

@@ -62,7 +62,7 @@ def test_a_rank_that_fails_ends_the_window_on_all_and_the_next_is_right(results,
     expected, _ = ranks.expect(ranks.INFO_NCE)
     for rank, result in enumerate(results):
         error, left, after = result[when]
-        assert error[0] == ("KeyError" if rank == 0 else "RanksError") and when in error[1]
+        assert error[0] == ("KeyError" if rank == 0 else "DistributedError") and when in error[1]
         assert not left
         assert relative_error(after, expected) < 1e-12
 

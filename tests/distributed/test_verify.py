@@ -46,7 +46,7 @@ def test_what_is_wrong_on_several_ranks_only_is_found(verdicts):
 def test_errors_reach_all_ranks(verdicts):
     *others, last = (result["failing"] for result in verdicts)
     assert last == "LookupError: ill"
-    assert all(text.startswith("RanksError: rank ") and "LookupError: ill" in text for text in others)
+    assert all(text.startswith("DistributedError: rank ") and "LookupError: ill" in text for text in others)
     assert all("before fully_shard is applied" in result["sharded"] for result in verdicts)
 
 

@@ -149,7 +149,7 @@ def run_all(rank, size):
 def expect(loss_fn, drop=0.0):
     """One process with all rows, in plain torch."""
     model = towers(drop)
-    with gradfold.keyed_dropout(model, update=0, num_rows=ROWS):
+    with gradfold.counter_based_dropout(model, update=0, num_rows=ROWS):
         output = loss_fn(model, batch())
     loss = output[0] if isinstance(output, tuple) else output
     loss = sum(loss.values()) if isinstance(loss, dict) else loss

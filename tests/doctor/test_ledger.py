@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradfold.doctor.gradient_state import Ledger
+from gradfold.doctor.gradient_state import GradientProvenance
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def optimizer(model):
 
 @pytest.fixture
 def ledger(model, optimizer):
-    ledger = Ledger(weakref.ref(optimizer), 0)
+    ledger = GradientProvenance(weakref.ref(optimizer), 0)
     model(torch.ones(5, 3)).square().mean().backward()
     ledger.remember()
     ledger.remember_parameters()

@@ -87,7 +87,7 @@ def test_a_scaled_loss_is_seen_through():
 def test_the_census_counts_what_a_graph_keeps():
     layer, norm = nn.Linear(5, 7), nn.BatchNorm1d(7)
     found = census.take(norm(layer(X)).square().sum(), may_read=True)
-    kept = X.numel() + 2 * 6 * 7 + 2 * 7  # the input, what is normalised and what is squared; mean and deviation
+    kept = X.numel() + 2 * 6 * 7 + 2 * 7  # the input, what is normalized and what is squared; mean and deviation
     assert found.activation_bytes == 4 * (kept + 2 * 7)  # and the running statistics
     assert len(found.leaves) == 4 and len(found.batch_norms) == 1
     assert census.take(norm.eval()(layer(X)).sum(), may_read=True).batch_norms == []

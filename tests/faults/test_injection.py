@@ -15,7 +15,6 @@ from reference import assert_same_state, full_batch_gradient, gradients, relativ
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfold
-from gradfold.engine.window import OpenWindow
 
 ENTRIES = ["fresh", "warm"]
 OUT_OF_MEMORY = [
@@ -103,7 +102,7 @@ def quick_collection():
 @pytest.fixture(autouse=True)
 def marked_runs(monkeypatch):
     """Tells the dispatch mode that is on when micro-batches run."""
-    run = OpenWindow.run
+    run = Window.run
 
     def marked(window, schedule):
         modes = [
@@ -117,7 +116,7 @@ def marked_runs(monkeypatch):
             for mode in modes:
                 mode.is_running = False
 
-    monkeypatch.setattr(OpenWindow, "run", marked)
+    monkeypatch.setattr(Window, "run", marked)
 
 
 def live_tensors():

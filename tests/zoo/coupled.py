@@ -300,11 +300,11 @@ def listwise():
 
 
 @coupled(
-    "advantages standardised inside the loss",
-    remedy="Standardise over the whole batch before `backward(batch)`",
+    "advantages standardized inside the loss",
+    remedy="Standardize over the whole batch before `backward(batch)`",
     why="Mean and spread of the micro-batch instead of the batch.",
 )
-def standardised_advantages():
+def standardized_advantages():
     def loss_fn(model, batch):
         rewards = batch["rewards"]
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
@@ -339,11 +339,11 @@ def divided_by_largest():
 
 
 @coupled(
-    "standardisation over the rows, written by hand",
+    "standardization over the rows, written by hand",
     remedy="LayerNorm or GroupNorm",
     why="BatchNorm by another name, which no search for modules finds.",
 )
-def standardised():
+def standardized():
     def forward(self, x):
         hidden = self.first(x)
         return self.last((hidden - hidden.mean(0)) / (hidden.std(0) + 0.1))
@@ -414,7 +414,7 @@ def load_balance():
     return setup(model, loss_fn, classes())
 
 
-class CentredGradient(torch.autograd.Function):
+class CenterdGradient(torch.autograd.Function):
     """Per row forwards; backwards, the mean over the rows is taken off the gradient."""
 
     @staticmethod
@@ -429,11 +429,11 @@ class CentredGradient(torch.autograd.Function):
 @coupled(
     "rows coupled in the backward pass only",
     remedy="Let `backward` treat each row by itself",
-    why="A custom `autograd.Function` that centres the gradient over the rows: values do not show it.",
+    why="A custom `autograd.Function` that centers the gradient over the rows: values do not show it.",
 )
 def backward_only():
     def forward(self, x):
-        return self.last(CentredGradient.apply(self.first(x)).tanh())
+        return self.last(CenterdGradient.apply(self.first(x)).tanh())
 
     return setup(Module(forward, first=nn.Linear(4, 5), last=nn.Linear(5, 3)), cross_entropy, classes())
 
@@ -450,7 +450,7 @@ def flipped():
 
 
 @coupled(
-    "rows that see their neighbour `x.roll(1, 0)`",
+    "rows that see their neighbor `x.roll(1, 0)`",
     remedy="Shift in the loader, before the cut",
     why="The first row of a micro-batch sees its last, not the one before it in the batch.",
 )

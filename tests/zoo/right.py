@@ -161,7 +161,7 @@ def policy_gradient():
     return setup(net(), loss_fn, {"x": x, "actions": actions, "advantages": advantages})
 
 
-# --- Constants, regularisers, several terms
+# --- Constants, regularizers, several terms
 
 
 @right(
@@ -332,7 +332,7 @@ def segmentation():
 # --- Layers
 
 
-@right("LayerNorm", why="It normalises each row by itself.")
+@right("LayerNorm", why="It normalizes each row by itself.")
 def layer_norm():
     return setup(nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), cross_entropy, classes())
 

@@ -92,7 +92,7 @@ def annealed():
 
 
 def grouped(model, batch):
-    """Four answers per question; the advantages of a group are standardised within it (GRPO)."""
+    """Four answers per question; the advantages of a group are standardized within it (GRPO)."""
     rewards = batch["rewards"].view(-1, 4)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten()
     scores = F.log_softmax(model(batch["x"]), 1).gather(1, batch["actions"][:, None])[:, 0]

@@ -199,7 +199,7 @@ def one_wrong_weight():
 
 
 @weights(
-    "masked language modelling with the mask drawn inside the loss",
+    "masked language modeling with the mask drawn inside the loss",
     remedy="Draw the mask in the loader, and `weight=gradfold.token_count(...)`",
     why="How many tokens are masked is not known before the forward pass, so no weight can count them.",
     proof=False,
@@ -319,7 +319,7 @@ def batch_norm(model, batch, name, **rest):
         cause="BatchNormError",
         says="BatchNorm in 1 layer",
         remedy=NORMS,
-        why="Normalises by the mean and spread of the micro-batch.",
+        why="Normalizes by the mean and spread of the micro-batch.",
         **rest,
     )(lambda: setup(model(), cross_entropy, batch()))
 
@@ -345,7 +345,7 @@ batch_norm(block(nn.SyncBatchNorm, 32), images, "SyncBatchNorm", proof=False)  #
     cause="batch_norm",
     says="batch_norm",
     remedy='`batch_norm="exact"`, GroupNorm, or `training=False` with running statistics',
-    why="Normalises by the micro-batch, and is no module that could be found.",
+    why="Normalizes by the micro-batch, and is no module that could be found.",
 )
 def functional_batch_norm():
     def forward(self, x):
@@ -361,7 +361,7 @@ def functional_batch_norm():
     cause="batch_norm",
     says="batch_norm",
     remedy='`batch_norm="exact"`, GroupNorm, or `training=False`',
-    why="The same within a hand-written layer; its buffers move, but it is the micro-batch that normalises.",
+    why="The same within a hand-written layer; its buffers move, but it is the micro-batch that normalizes.",
 )
 def functional_batch_norm_with_buffers():
     def forward(self, x):
@@ -379,16 +379,16 @@ ONCE = "Move the state once per update, outside of the forward pass"
 
 
 @stateful(
-    "normalisation by a running mean that each forward moves",
+    "normalization by a running mean that each forward moves",
     remedy=ONCE,
-    why="The second micro-batch is normalised by another mean than the first; in the batch all rows share one.",
+    why="The second micro-batch is normalized by another mean than the first; in the batch all rows share one.",
 )
 def running_mean():
     def forward(self, x):
         hidden = self.first(x)
-        normalised = hidden - self.mean
+        normalized = hidden - self.mean
         self.mean.lerp_(hidden.detach().mean(0), 0.5)
-        return self.last(normalised.tanh())
+        return self.last(normalized.tanh())
 
     model = Module(forward, buffers={"mean": torch.zeros(5)}, first=nn.Linear(4, 5), last=nn.Linear(5, 3))
     x, y = classes()
@@ -396,18 +396,18 @@ def running_mean():
 
 
 @stateful(
-    "a teacher's centre that each forward moves (DINO)",
+    "a teacher's center that each forward moves (DINO)",
     remedy=ONCE,
     why="Later micro-batches have another target than the first.",
 )
-def centre():
+def center():
     def loss_fn(model, batch):
         teacher, student = model.net(batch[0]).detach(), model.net(batch[1])
-        target = ((teacher - model.centre) / 0.2).softmax(1)
-        model.centre.lerp_(teacher.mean(0), 0.5)
+        target = ((teacher - model.center) / 0.2).softmax(1)
+        model.center.lerp_(teacher.mean(0), 0.5)
         return F.cross_entropy(student, target)
 
-    return setup(Module(None, net=net(), buffers={"centre": torch.zeros(3)}), loss_fn, two_views())
+    return setup(Module(None, net=net(), buffers={"center": torch.zeros(3)}), loss_fn, two_views())
 
 
 @stateful(
@@ -495,13 +495,13 @@ def fused():
     "wrong",
     cause="seed",
     remedy="Clip once per update: `TrainStep(max_grad_norm=...)`",
-    why="A custom `autograd.Function` that normalises: the seed cancels out.",
+    why="A custom `autograd.Function` that normalizes: the seed cancels out.",
 )
-def normalised_gradient():
-    return setup(net(), lambda model, batch: NormalisedGradient.apply(cross_entropy(model, batch)), classes())
+def normalized_gradient():
+    return setup(net(), lambda model, batch: NormalizedGradient.apply(cross_entropy(model, batch)), classes())
 
 
-class NormalisedGradient(torch.autograd.Function):
+class NormalizedGradient(torch.autograd.Function):
     """Hands on the sign of the gradient only."""
 
     @staticmethod

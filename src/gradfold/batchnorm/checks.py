@@ -1,4 +1,4 @@
-"""Normalised rows: whether a BatchNorm normalises rows of the batch, and nothing that each micro-batch brings anew.
+"""Normalized rows: whether a BatchNorm normalizes rows of the batch, and nothing that each micro-batch brings anew.
 
 The statistics of a window are those of the whole batch where the values that micro-batches bring add up to those that
 the batch would bring. Prototypes do not: every micro-batch brings them, the batch once. Nor does padding, where the
@@ -34,13 +34,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from gradfold.batch.nesting import Batch, in_own_containers, rows_if_any, structure
 from gradfold.batch.split import MicroBatch
-from gradfold.batchnorm.intercept import UNNAMED, BatchNormCall, Interception, by_fixed_statistics
+from gradfold.batchnorm.intercept import UNNAMED, BatchNormCall, BatchNormMode, by_fixed_statistics
 from gradfold.batchnorm.moments import Moments
 from gradfold.engine.loss_terms import LossFn, LossOutput, read_pair, read_terms
-from gradfold.engine.window import OpenWindow
+from gradfold.engine.window import Window
 from gradfold.errors import BatchNormError
 from gradfold.messages import warn
-from gradfold.self_check.experiment import TriedRuns
+from gradfold.self_check.experiment import Observations
 
 __all__: list[str] = []
 
@@ -49,7 +49,7 @@ _FILLED = (list, dict, deque, set)
 _PLAIN = (int, float, complex, str, bytes, type(None), Enum, type, range, slice, torch.dtype, torch.device)
 
 
-class Leftovers:
+class ModuleMutations:
     """The modules as they are before any forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -199,7 +199,7 @@ class _Known:
     is_even: bool
 
 
-class Census:
+class InputCounter:
     """Counts the values of each call in one run."""
 
     def __init__(self, names: dict[int, str]) -> None:
@@ -207,7 +207,7 @@ class Census:
         self.counts: list[tuple[str, int]] = []
 
     def concerns(self, call: BatchNormCall) -> bool:
-        """Whether it is one that a window would normalise by the batch; layers are held in evaluation mode here."""
+        """Whether it is one that a window would normalize by the batch; layers are held in evaluation mode here."""
         return call.is_training or id(call.running_mean) in self._names
 
     def count(self, call: BatchNormCall) -> Tensor:
@@ -217,7 +217,7 @@ class Census:
         return by_fixed_statistics(call)
 
 
-class NormalisedRows:
+class InputDependence:
     """Knows the calls of one accumulator.
 
     Args:
@@ -225,7 +225,7 @@ class NormalisedRows:
     """
 
     def __init__(self, is_collated: bool) -> None:
-        self._runs: TriedRuns[list[tuple[str, int]]] = TriedRuns()
+        self._runs: Observations[list[tuple[str, int]]] = Observations()
         self._structure: Hashable = None  # of the batch in these runs
         self.names: dict[int, str] = {}
         self._is_collated = is_collated
@@ -287,7 +287,7 @@ class NormalisedRows:
         self._warn_once(
             "one thing",
             f"BatchNorm in {key[-1]} got the same mean and variance in every micro-batch, all of which have as many "
-            "rows. If what it normalises does not come from the batch (prototypes, class embeddings), its running "
+            "rows. If what it normalizes does not come from the batch (prototypes, class embeddings), its running "
             "variance takes it for several: leave self_check on, which tells.",
         )
         return False
@@ -300,10 +300,10 @@ class NormalisedRows:
         if len(per_row) > 1:
             self._warn_once(
                 "padding",
-                f"BatchNorm in {layer} normalises {per_row[0]} values per channel for each row of one micro-batch, and "
+                f"BatchNorm in {layer} normalizes {per_row[0]} values per channel for each row of one micro-batch, and "
                 f"{per_row[-1]} for each of another. If rows are padded to the longest of their micro-batch, the "
                 "padding is in the statistics, and the batch collated as a whole would have more of it: have collate= "
-                "pad to one length, or normalise x[mask]. If this is what a mask leaves, or every row is a set of its "
+                "pad to one length, or normalize x[mask]. If this is what a mask leaves, or every row is a set of its "
                 "own size (a graph's nodes), all is well.",
             )
 
@@ -324,46 +324,46 @@ def _are_same(parts: Collection[Moments]) -> bool:
 
 def _refused_mixture(layer: str, num_rows: int, count: int, counts: tuple[int, int]) -> BatchNormError:
     return BatchNormError(
-        f"BatchNorm in {layer} normalises {count} values per channel of {num_rows} rows, and {counts[0]} and "
+        f"BatchNorm in {layer} normalizes {count} values per channel of {num_rows} rows, and {counts[0]} and "
         f"{counts[1]} when these run in two parts: more than rows is in its statistics, which would not be those of "
         "the whole batch. Where prototypes or queries are put beside the rows, give them a BatchNorm (or a call of it) "
         "of their own. Where rows are padded to the longest that runs with them, have collate= pad to one length, or "
-        "normalise x[mask]. GroupNorm does not mind: gradfold.convert_batch_norm(model).",
+        "normalize x[mask]. GroupNorm does not mind: gradfold.convert_batch_norm(model).",
         (layer,),
     )
 
 
 def _refused_differing(layer: str, count: int) -> BatchNormError:
     return BatchNormError(
-        f"BatchNorm in {layer} normalises {count} values per channel however many rows there are, and they are not the "
+        f"BatchNorm in {layer} normalizes {count} values per channel however many rows there are, and they are not the "
         "same in every micro-batch (a mean over rows, dropout on prototypes), so that the whole batch would have "
-        "others. Normalise before rows are put together, or use GroupNorm: gradfold.convert_batch_norm(model).",
+        "others. Normalize before rows are put together, or use GroupNorm: gradfold.convert_batch_norm(model).",
         (layer,),
     )
 
 
-def uncoupled(loss_fn: LossFn) -> LossFn:
+def with_frozen_statistics(loss_fn: LossFn) -> LossFn:
     """`loss_fn` with fixed statistics."""
 
     def run(model: nn.Module, batch: Any) -> LossOutput:
-        return _run(loss_fn, model, batch, Interception(by_fixed_statistics))
+        return _run(loss_fn, model, batch, BatchNormMode(by_fixed_statistics))
 
     return run
 
 
-def watched(loss_fn: LossFn, normalised: NormalisedRows) -> LossFn:
-    """The same, which also counts what each BatchNorm normalises."""
+def watched(loss_fn: LossFn, normalized: InputDependence) -> LossFn:
+    """The same, which also counts what each BatchNorm normalizes."""
 
     def run(model: nn.Module, batch: Any) -> LossOutput:
-        census = Census(normalised.names)
-        output = _run(loss_fn, model, batch, Interception(census.count, concerns=census.concerns))
-        normalised.note(batch, census.counts)
+        census = InputCounter(normalized.names)
+        output = _run(loss_fn, model, batch, BatchNormMode(census.count, concerns=census.concerns))
+        normalized.note(batch, census.counts)
         return output
 
     return run
 
 
-def _run(loss_fn: LossFn, model: nn.Module, batch: Any, interception: Interception) -> LossOutput:
+def _run(loss_fn: LossFn, model: nn.Module, batch: Any, interception: BatchNormMode) -> LossOutput:
     try:
         with eagerly(), interception:
             return loss_fn(model, batch)
@@ -372,12 +372,12 @@ def _run(loss_fn: LossFn, model: nn.Module, batch: Any, interception: Intercepti
 
 
 @torch.no_grad()
-def find_culprit(window: OpenWindow) -> int | None:
+def find_offender(window: Window) -> int | None:
     """The first micro-batch whose loss is not finite though no other is in its statistics; None where there is none.
 
     A single NaN is in the statistics of all, and so in every loss.
     """
-    loss_fn = uncoupled(window.loss_fn)
+    loss_fn = with_frozen_statistics(window.loss_fn)
     for index in sorted(window.losses.non_finite()):
         output = loss_fn(window.model, in_own_containers(window.take(index)))
         terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)

@@ -1,6 +1,6 @@
 """The conversion of a model: BatchNorm layers into layers that look at one sample at a time.
 
-GroupNorm normalises each sample by the mean and variance of its own groups of channels, so the gradient of a batch is
+GroupNorm normalizes each sample by the mean and variance of its own groups of channels, so the gradient of a batch is
 the mean of the gradients of its parts again, and accumulation is exact.
 """
 
@@ -17,7 +17,7 @@ from gradfold.errors import BatchNormError, OptionError
 
 __all__ = ["convert_batch_norm"]
 
-# What a group must hold. Normalising n values leaves n - 2 degrees of freedom: of one value nothing, of two the sign of
+# What a group must hold. Normalizing n values leaves n - 2 degrees of freedom: of one value nothing, of two the sign of
 # their difference, whose gradient is zero. Images have many values in a channel, and two channels keep a group from
 # being instance norm, which trains worse (Wu and He 2018). Layers that also take (N, C) may have one value in
 # a channel; 16 channels in a group is the paper's other setting.
@@ -44,7 +44,7 @@ def convert_batch_norm(model: nn.Module, to: str = "group_norm", num_groups: int
     a single value); one group where there is no such divisor. So 48 channels get 24 groups in BatchNorm2d and 3 in
     BatchNorm1d, and 7 channels get one.
 
-    Left as they are: layers in evaluation mode (`layer.eval()`), which normalise by constants and couple no samples,
+    Left as they are: layers in evaluation mode (`layer.eval()`), which normalize by constants and couple no samples,
     and everything that is no BatchNorm (instance norm among it). A model without BatchNorm comes back unchanged.
 
     Args:
@@ -165,7 +165,7 @@ def _obstacle(layer: _BatchNorm) -> str:
         )
     if layer.num_features < _LEAST_VALUES and not isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
         return (
-            f"({kind}) has {layer.num_features} channel{'s' * (layer.num_features > 1)}: normalised within one row of "
+            f"({kind}) has {layer.num_features} channel{'s' * (layer.num_features > 1)}: normalized within one row of "
             "an (N, C) input, nothing but signs would be left. Take the layer out, or replace it by "
             f"nn.GroupNorm(1, {layer.num_features}) where its inputs are (N, C, L)."
         )

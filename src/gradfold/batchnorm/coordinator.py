@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from gradfold.batchnorm.moments import Moments, merge
-from gradfold.distributed.coordinators import Together
-from gradfold.distributed.process_group import Ranks
+from gradfold.distributed.coordinators import DataParallelCoordinator
+from gradfold.distributed.process_group import ProcessGroup
 from gradfold.engine.coordinator import Weigh
-from gradfold.engine.window import Backward, Forward, OpenWindow, Schedule
-from gradfold.errors import BatchNormError, RanksError
+from gradfold.engine.window import Backward, Forward, Schedule, Window
+from gradfold.errors import BatchNormError, DistributedError
 
 __all__: list[str] = []
 
 
-class Company(Protocol):
+class StatisticsGroup(Protocol):
     """Those whose rows are in the same statistics.
 
     Attributes:
@@ -41,7 +41,7 @@ class Company(Protocol):
     def end_backward(self) -> None: ...
 
 
-class OneProcess:
+class LocalStatisticsGroup:
     """Nobody else's."""
 
     meets_in_backward = False
@@ -65,13 +65,13 @@ class OneProcess:
         """And the backward pass."""
 
 
-class InLockStep(Together):
+class SynchronizedCoordinator(DataParallelCoordinator):
     """Several processes whose micro-batches are in one set of statistics; none can run again by itself."""
 
     can_replay = False
     meets_in_backward = True
 
-    def __init__(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> None:
+    def __init__(self, ranks: ProcessGroup, weigh: Weigh, num_totals: int) -> None:
         super().__init__(ranks, weigh, num_totals)
         self._may_be_greeted = True  # by others, until this rank is through with its micro-batches
 
@@ -79,13 +79,13 @@ class InLockStep(Together):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None and self._may_be_greeted and self._wait is not None and self.next is not None:
-            with suppress(RanksError):  # where others have failed before their first greeting
+            with suppress(DistributedError):  # where others have failed before their first greeting
                 self.read_totals()
                 self._may_be_greeted = False
                 self.ranks.begin_gather([1.0, 0.0, 0.0])()
         super().__exit__(kind, error, traceback)
 
-    def around(self, schedule: Schedule, window: OpenWindow) -> Schedule:
+    def around(self, schedule: Schedule, window: Window) -> Schedule:
         """As this process would, once all have come so far; what weighs nothing runs as the rest."""
 
         def run(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
@@ -120,7 +120,7 @@ class InLockStep(Together):
         self._may_be_greeted = False
 
     def _greet(self, count: int, channels: int) -> list[tuple[float, float]]:
-        """Counts and channels of all ranks; RanksError where one has failed."""
+        """Counts and channels of all ranks; DistributedError where one has failed."""
         greetings = self.ranks.begin_gather([0.0, float(count), float(channels)])()
         if any(failed for failed, _, _ in greetings):
             self._may_be_greeted = False

@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
-from gradfold.batchnorm.global_state import Own, ProcessState
+from gradfold.batchnorm.global_state import CoroutineState, GlobalState
 from gradfold.errors import BatchNormError
 from gradfold.messages import warn
 
@@ -58,7 +58,7 @@ _WAITING = frozenset({"threading", "queue"})  # modules of Python whose frames w
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Semaphore, threading.Condition)
 
 
-class Standstill:
+class DeadlockDetector:
     """Looks at a thread that is being waited for.
 
     Args:
@@ -186,11 +186,11 @@ def _place(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-class Stopped(BaseException):
+class Cancelled(BaseException):
     """Ends a thread whose function is not to go on; no `except Exception` on the way stops it."""
 
 
-class Runner:
+class Coroutine:
     """One function in a thread of its own, which runs only while it has the baton.
 
     Args:
@@ -208,9 +208,9 @@ class Runner:
 
     def __init__(
         self,
-        function: Callable[[Runner], Any],
+        function: Callable[[Coroutine], Any],
         state: Callable[[], AbstractContextManager[Any]],
-        own: Own,
+        own: CoroutineState,
         threads: list[threading.Thread],
     ) -> None:
         self._own = own
@@ -241,22 +241,22 @@ class Runner:
 
     def _wait(self) -> None:
         """Until the baton comes back, or an interrupt."""
-        standstill: Standstill | None = None
+        standstill: DeadlockDetector | None = None
         while not self._rest.acquire(timeout=LOOKS_EVERY_S):
             if standstill is None:
-                standstill = Standstill(self._thread, [one for one in self._threads if one is not self._thread])
+                standstill = DeadlockDetector(self._thread, [one for one in self._threads if one is not self._thread])
             standstill.look()
 
     def meet(self, request: Any) -> Any:
         """In the thread: hand the baton back with a request, and wait for the answer."""
         if self._is_stopped:
-            raise Stopped
+            raise Cancelled
         self.request = request
         del request
         _open(self._rest)
         self._turn.acquire()
         if self._is_stopped:
-            raise Stopped
+            raise Cancelled
         answer, self.answer = self.answer, None
         return answer
 
@@ -267,21 +267,21 @@ class Runner:
 
     def join(self) -> None:
         """Wait until the thread has ended; one that stands still, whatever it waits for, ends as soon as it moves."""
-        standstill = Standstill(self._thread)
+        standstill = DeadlockDetector(self._thread)
         while self._thread.is_alive():
             self._thread.join(LOOKS_EVERY_S)
             if standstill.is_still():
                 ident = ctypes.c_ulong(self._thread.ident or 0)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Stopped))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Cancelled))
                 return
 
-    def _run(self, function: Callable[[Runner], Any], state: Callable[[], AbstractContextManager[Any]]) -> None:
+    def _run(self, function: Callable[[Coroutine], Any], state: Callable[[], AbstractContextManager[Any]]) -> None:
         self._turn.acquire()
         try:
             if not self._is_stopped:
                 with state():
                     self.result = function(self)
-        except Stopped:
+        except Cancelled:
             pass
         except BaseException as error:
             self._error = error
@@ -291,26 +291,26 @@ class Runner:
             _open(self._rest)
 
 
-class Runners(Sequence[Runner]):
+class Coroutines(Sequence[Coroutine]):
     """The runners of some functions, in order; at the end of the `with` block none of their threads is left."""
 
     def __init__(
         self,
-        functions: Sequence[Callable[[Runner], Any]],
+        functions: Sequence[Callable[[Coroutine], Any]],
         state: Callable[[], AbstractContextManager[Any]],
-        process: ProcessState,
+        process: GlobalState,
     ) -> None:
         self._functions = functions
         self._state = state
         self._process = process
-        self._runners: list[Runner] = []
+        self._runners: list[Coroutine] = []
 
-    def __enter__(self) -> Runners:
+    def __enter__(self) -> Coroutines:
         self._process.__enter__()
         try:
             threads: list[threading.Thread] = []
             for function in self._functions:
-                self._runners.append(Runner(function, self._state, self._process.own(), threads))
+                self._runners.append(Coroutine(function, self._state, self._process.own(), threads))
         except BaseException:  # no more threads can be had, or an interrupt
             self._end()
             raise
@@ -330,7 +330,7 @@ class Runners(Sequence[Runner]):
     def __len__(self) -> int:
         return len(self._runners)
 
-    def __iter__(self) -> Iterator[Runner]:
+    def __iter__(self) -> Iterator[Coroutine]:
         return iter(self._runners)
 
     def _end(self) -> None:

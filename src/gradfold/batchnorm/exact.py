@@ -1,4 +1,4 @@
-"""Exact batch normalisation: a schedule in which every BatchNorm normalises by the whole window, of all ranks.
+"""Exact batch normalization: a schedule in which every BatchNorm normalizes by the whole window, of all ranks.
 
 The forward passes of all micro-batches run in lock-step: one at a time up to its next BatchNorm, where the statistics
 of all are formed; then each goes on from there. So there is one autograd graph and one backward pass, whose gradient is
@@ -18,28 +18,28 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfold.batch.nesting import structure
-from gradfold.batchnorm.checks import Leftovers, NormalisedRows, eagerly
-from gradfold.batchnorm.coordinator import Company, InLockStep, OneProcess
-from gradfold.batchnorm.coroutines import Runner, Runners, ThreadState
-from gradfold.batchnorm.global_state import ProcessState
+from gradfold.batchnorm.checks import InputDependence, ModuleMutations, eagerly
+from gradfold.batchnorm.coordinator import LocalStatisticsGroup, StatisticsGroup, SynchronizedCoordinator
+from gradfold.batchnorm.coroutines import Coroutine, Coroutines, ThreadState
+from gradfold.batchnorm.global_state import GlobalState
 from gradfold.batchnorm.intercept import (
-    Attendance,
+    BatchCounters,
     BatchNormCall,
-    Interception,
-    OwnCounters,
-    Passage,
+    BatchNormMode,
+    ForwardContext,
+    LayerTracker,
     is_in_checkpoint,
     passage,
     refuse_scripted,
     refused_checkpoint,
 )
-from gradfold.batchnorm.joint_call import Entrance, Exit, JointCall, Place, join
+from gradfold.batchnorm.joint_call import CallHandle, Gather, JointCall, Normalize, join
 from gradfold.batchnorm.moments import Moments, merge
 from gradfold.batchnorm.offload import Offload
 from gradfold.batchnorm.per_micro_batch import batch_statistics_layers
 from gradfold.engine.backward import Weighed
-from gradfold.engine.coordinator import Alone
-from gradfold.engine.window import Backward, Forward, OpenWindow
+from gradfold.engine.coordinator import Coordinator
+from gradfold.engine.window import Backward, Forward, Window
 from gradfold.errors import BatchNormError, DoesNotFitError, OptionError, is_out_of_memory
 
 __all__: list[str] = []
@@ -51,7 +51,7 @@ class _Request:
 
     call: BatchNormCall
     layer: str
-    place: Place
+    place: CallHandle
     entered: Tensor
     moments: Moments
     has_grad: bool
@@ -67,25 +67,25 @@ class ExactBatchNorm:
 
     Args:
         window: whose micro-batches these are.
-        layers: that normalise by the statistics of what they are given, by name.
+        layers: that normalize by the statistics of what they are given, by name.
         company: the other ranks.
         offload: None where there is no other memory than the host's, or the user's own hooks see what is saved.
-        normalised: what is known of the calls.
+        normalized: what is known of the calls.
     """
 
     def __init__(
         self,
-        window: OpenWindow,
+        window: Window,
         layers: Mapping[str, _BatchNorm],
-        company: Company,
+        company: StatisticsGroup,
         offload: Offload | None,
-        normalised: NormalisedRows,
+        normalized: InputDependence,
     ) -> None:
         self._window = window
         self._layers = layers
         self._company = company
         self._offload = offload
-        self._normalised = normalised
+        self._normalized = normalized
         self._num_calls = 0
         self._structure = structure(window.micro_batches[0].data)
         self._calls: list[JointCall] = []
@@ -107,11 +107,11 @@ class ExactBatchNorm:
 
     def _run(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
         state = ThreadState(self._window.device)
-        with Attendance(self._layers) as attendance, eagerly():
+        with LayerTracker(self._layers) as attendance, eagerly():
             first = indices[0] if indices else None
             functions = [partial(self._run_forward, index, index == first, forward) for index in indices]
-            process = ProcessState(self._window.model.parameters())
-            with Runners(functions, state.on, process) as runners:
+            process = GlobalState(self._window.model.parameters())
+            with Coroutines(functions, state.on, process) as runners:
                 terms = self._run_through(runners, indices, backward)
             attendance.check()
             self._company.end_forward()
@@ -119,36 +119,38 @@ class ExactBatchNorm:
                 self._run_backward(terms, backward)
             self._company.end_backward()
 
-    def _run_forward(self, index: int, is_first: bool, forward: Forward, runner: Runner) -> Weighed:
+    def _run_forward(self, index: int, is_first: bool, forward: Forward, runner: Coroutine) -> Weighed:
         """In a thread of its own: one forward pass."""
-        own = Passage()
+        own = ForwardContext()
         passage.set(own)
-        with Interception(partial(self._meet, runner, own), counts=is_first):
+        with BatchNormMode(partial(self._meet, runner, own), counts=is_first):
             if self._offload is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
                 return forward(index)  # what is saved is for the user's own hooks
             with self._offload.hooks():
                 return forward(index)
 
-    def _meet(self, runner: Runner, own: Passage, call: BatchNormCall) -> Tensor:
+    def _meet(self, runner: Coroutine, own: ForwardContext, call: BatchNormCall) -> Tensor:
         """In that thread: one micro-batch in a joint call."""
         own.is_met = True
         if is_in_checkpoint():
             raise refused_checkpoint(own.layer)
-        place = Place()
+        place = CallHandle()
         moments = Moments.of(call.values)
-        entered: Tensor = Entrance.apply(call.values, place)  # type: ignore[no-untyped-call]
+        entered: Tensor = Gather.apply(call.values, place)  # type: ignore[no-untyped-call]
         joined = runner.meet(_Request(call, own.layer, place, entered, moments, torch.is_grad_enabled()))
-        normalised: Tensor = Exit.apply(joined, place)  # type: ignore[no-untyped-call]
-        return normalised
+        normalized: Tensor = Normalize.apply(joined, place)  # type: ignore[no-untyped-call]
+        return normalized
 
-    def _run_through(self, runners: Runners, indices: Sequence[int], backward: Backward) -> list[tuple[Tensor, float]]:
+    def _run_through(
+        self, runners: Coroutines, indices: Sequence[int], backward: Backward
+    ) -> list[tuple[Tensor, float]]:
         """Advance all from meeting to meeting; gives the loss terms of all.
 
         Where there is no BatchNorm on the way, each micro-batch is back-propagated when it is through.
         """
         terms: list[tuple[Tensor, float]] = []
-        leftovers = Leftovers(self._window.model) if len(indices) > 1 else None
-        counters = OwnCounters(self._layers.values())
+        leftovers = ModuleMutations(self._window.model) if len(indices) > 1 else None
+        counters = BatchCounters(self._layers.values())
         while True:
             for index, runner in zip(indices, runners, strict=True):
                 self._window.current = index
@@ -196,7 +198,7 @@ class ExactBatchNorm:
         """Those of all values; the running ones move by them."""
         key = self._structure, self._num_calls, first.layer
         self._num_calls += 1
-        is_one_thing = self._normalised.is_one_thing(key, parts, self._window.micro_batches)
+        is_one_thing = self._normalized.is_one_thing(key, parts, self._window.micro_batches)
         moments = self._company.merge(merge(parts))
         in_whole = replace(moments, count=parts[0].count) if is_one_thing else moments
         _check_count(in_whole, first.call.values)
@@ -212,7 +214,7 @@ class ExactBatchNorm:
         backward(terms)
         self._calls.clear()
 
-    def _check_alike(self, runners: Runners, indices: Sequence[int]) -> None:
+    def _check_alike(self, runners: Coroutines, indices: Sequence[int]) -> None:
         """Raise BatchNormError where micro-batches are not at the same joint call."""
         kinds = [None if runner.is_done else runner.request.kind for runner in runners]
         other = next((at for at, kind in enumerate(kinds) if kind != kinds[0]), None)
@@ -227,7 +229,7 @@ class ExactBatchNorm:
             tuple(layers),
         )
 
-    def _where(self, index: int, runner: Runner) -> str:
+    def _where(self, index: int, runner: Coroutine) -> str:
         name = f"micro-batch {index}{self._window.micro_batches[index].where}"
         if runner.is_done:
             return f"{name} is at its end"
@@ -236,18 +238,18 @@ class ExactBatchNorm:
         return f"{name} is at BatchNorm in {request.layer} ({channels} channels, {dtype})"
 
 
-def schedule_for(window: OpenWindow, agreement: Alone, normalised: NormalisedRows) -> ExactBatchNorm:
+def schedule_for(window: Window, agreement: Coordinator, normalized: InputDependence) -> ExactBatchNorm:
     """How to run a window.
 
     Raises:
         BatchNormError: a module is scripted, so that its BatchNorm could not be met.
     """
     refuse_scripted(window.model)
-    company: Company = agreement if isinstance(agreement, InLockStep) else OneProcess()
+    company: StatisticsGroup = agreement if isinstance(agreement, SynchronizedCoordinator) else LocalStatisticsGroup()
     offload = None
     if _has_memory_of_its_own(window.device):
         offload = Offload([*window.model.parameters(), *window.model.buffers()])
-    return ExactBatchNorm(window, batch_statistics_layers(window.model), company, offload, normalised)
+    return ExactBatchNorm(window, batch_statistics_layers(window.model), company, offload, normalized)
 
 
 def check_goes_with(on_non_finite: str) -> None:
@@ -263,7 +265,7 @@ def _has_memory_of_its_own(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _out_of_memory_among_ranks(window: OpenWindow, error: Exception) -> DoesNotFitError:
+def _out_of_memory_among_ranks(window: Window, error: Exception) -> DoesNotFitError:
     failed = window.micro_batches[window.current]
     size = len(failed.rows)
     fewer = f"Write a smaller micro_batch_size on all of them ({size // 2} or less), which changes no gradient. "

@@ -26,7 +26,7 @@ __all__: list[str] = []
 _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
-class ProcessState:
+class GlobalState:
     """That of the caller, to which it comes back at the end of the `with` block.
 
     Args:
@@ -36,9 +36,9 @@ class ProcessState:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._one_per_device = list({tensor.device: tensor for tensor in tensors}.values())
         self._settings = _settings()
-        self._owns: list[Own] = []
+        self._owns: list[CoroutineState] = []
 
-    def __enter__(self) -> ProcessState:
+    def __enter__(self) -> GlobalState:
         self.begin = self.record_random()
         self.home = self.record()
         return self
@@ -51,9 +51,9 @@ class ProcessState:
             self._last_random().restore()
         self._owns.clear()
 
-    def own(self) -> Own:
+    def own(self) -> CoroutineState:
         """The state of one more forward pass."""
-        self._owns.append(Own(self, len(self._owns), self._owns[-1] if self._owns else None))
+        self._owns.append(CoroutineState(self, len(self._owns), self._owns[-1] if self._owns else None))
         return self._owns[-1]
 
     def record(self) -> list[Any]:
@@ -90,7 +90,7 @@ class ProcessState:
         return last
 
 
-class Own:
+class CoroutineState:
     """The state of one forward pass, on while it has the baton.
 
     Attributes:
@@ -99,7 +99,7 @@ class Own:
         random: the states of the generators when it has last handed the baton back.
     """
 
-    def __init__(self, process: ProcessState, number: int, before: Own | None) -> None:
+    def __init__(self, process: GlobalState, number: int, before: CoroutineState | None) -> None:
         self._process = process
         self._number = number
         self._before = before
@@ -109,7 +109,7 @@ class Own:
         self.goes_on = before is None
         self.random: RandomState | None = None
 
-    def __enter__(self) -> Own:
+    def __enter__(self) -> CoroutineState:
         if self.random is None:
             self._begin()
         elif self.random.has_moved():

@@ -2,7 +2,7 @@
 
 Counters of batches: `num_batches_tracked`, which counts a batch once however many micro-batches it has.
 
-In layers of torch's own an `Interception` lets the first micro-batch count alone. A layer whose forward is the user's
+In layers of torch's own an `BatchNormMode` lets the first micro-batch count alone. A layer whose forward is the user's
 may count in any way (`self.num_batches_tracked = self.num_batches_tracked + 1`), so what stands there is put back.
 
 An interception: function modes that see calls of batch_norm, whether a module makes them or a function.
@@ -38,18 +38,18 @@ UNNAMED = "a functional batch_norm"
 
 
 @dataclass
-class Passage:
+class ForwardContext:
     """A forward pass of one micro-batch: the layer that it is in, and whether its batch_norm was met there."""
 
     layer: str = UNNAMED
     is_met: bool = False
 
 
-passage: ContextVar[Passage | None] = ContextVar("passage", default=None)
+passage: ContextVar[ForwardContext | None] = ContextVar("passage", default=None)
 """That of the micro-batch that runs; None outside of a window's forward passes."""
 
 
-class Attendance:
+class LayerTracker:
     """Listens to layers for the length of a `with` block."""
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
@@ -59,7 +59,7 @@ class Attendance:
         self._seen: set[str] = set()
         self._versions = {name: _version(layer) for name, layer in layers.items()}
 
-    def __enter__(self) -> Attendance:
+    def __enter__(self) -> LayerTracker:
         for layer in self._layers.values():
             self._handles.append(layer.register_forward_pre_hook(self._before))
             self._handles.append(layer.register_forward_hook(self._after))
@@ -105,7 +105,7 @@ def refused_checkpoint(name: str) -> BatchNormError:
 
 
 def refuse_scripted(model: nn.Module) -> None:
-    """Raise BatchNormError where a scripted module normalises by batch, which nobody can see."""
+    """Raise BatchNormError where a scripted module normalizes by batch, which nobody can see."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and module.training and _has_batch_norm(module):
             raise BatchNormError(
@@ -136,7 +136,7 @@ def is_in_checkpoint() -> bool:
 def _not_met(name: str) -> BatchNormError:
     return BatchNormError(
         f"BatchNorm in {name} ran where it cannot be met (a scripted or exported graph, or a kernel of its own), so it "
-        'would normalise by micro-batch. For batch_norm="exact" use an ordinary nn.BatchNorm layer there, or put it '
+        'would normalize by micro-batch. For batch_norm="exact" use an ordinary nn.BatchNorm layer there, or put it '
         "into evaluation mode.",
         (name,),
     )
@@ -151,7 +151,7 @@ _NAME = "num_batches_tracked"
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-class OwnCounters:
+class BatchCounters:
     """The counters of those layers whose forward is none of torch's."""
 
     def __init__(self, layers: Iterable[_BatchNorm]) -> None:
@@ -226,13 +226,13 @@ _COUNTS = frozenset({Tensor.add_, Tensor.__iadd__})
 _COUNTERS = frozenset({_BatchNorm.forward.__code__, nn.SyncBatchNorm.forward.__code__})
 
 
-def normalises_by_batch(call: BatchNormCall) -> bool:
+def normalizes_by_batch(call: BatchNormCall) -> bool:
     """Whether its statistics are those of what it is given."""
     return call.is_training
 
 
-class Interception(TorchFunctionMode):
-    """Hands calls of batch_norm that normalise by the statistics of the batch to a function.
+class BatchNormMode(TorchFunctionMode):
+    """Hands calls of batch_norm that normalize by the statistics of the batch to a function.
 
     Args:
         on_call: gets the call, and gives what is returned instead.
@@ -244,7 +244,7 @@ class Interception(TorchFunctionMode):
         self,
         on_call: Callable[[BatchNormCall], Any],
         counts: bool = True,
-        concerns: Callable[[BatchNormCall], bool] = normalises_by_batch,
+        concerns: Callable[[BatchNormCall], bool] = normalizes_by_batch,
     ) -> None:
         super().__init__()
         self._on_call = on_call

@@ -71,7 +71,7 @@ class JointCall:
         self._parts: list[Sums] = []
         self._correction: Sums | None = None
 
-    def normalise(self, values: Tensor) -> Tensor:
+    def normalize(self, values: Tensor) -> Tensor:
         """A micro-batch, by the statistics of all."""
         return self._affine(values, self._scale, self._shift)
 
@@ -132,7 +132,7 @@ class JointCall:
 
 
 @dataclass
-class Place:
+class CallHandle:
     """A micro-batch's place in a joint call, which it has before the call is there."""
 
     call: JointCall | None = None
@@ -144,11 +144,11 @@ class Place:
         return self.call
 
 
-class Entrance(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """Where a micro-batch comes in."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, place: Place) -> Tensor:
+    def forward(ctx: Any, values: Tensor, place: CallHandle) -> Tensor:
         """The same values."""
         ctx.set_materialize_grads(False)
         ctx.place = place
@@ -163,7 +163,7 @@ class Entrance(torch.autograd.Function):
         return ctx.place.joined.differentiate(values, gradient), None
 
 
-class Join(torch.autograd.Function):
+class Synchronize(torch.autograd.Function):
     """Where all micro-batches are together; inputs and outputs: token, entrances; in between, scale and shift."""
 
     @staticmethod
@@ -187,15 +187,15 @@ class Join(torch.autograd.Function):
         return (None, None, *own, *gradients)
 
 
-class Exit(torch.autograd.Function):
+class Normalize(torch.autograd.Function):
     """Where a micro-batch goes on."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, place: Place) -> Tensor:
-        """The micro-batch, normalised."""
+    def forward(ctx: Any, values: Tensor, place: CallHandle) -> Tensor:
+        """The micro-batch, normalized."""
         ctx.place = place
         ctx.save_for_backward(values)
-        return place.joined.normalise(values)
+        return place.joined.normalize(values)
 
     @staticmethod
     @once_differentiable
@@ -210,5 +210,5 @@ def join(
     call: JointCall, token: Tensor, scale: Tensor | None, shift: Tensor | None, entered: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """The token for the next joint call, and what goes on to the exits."""
-    token, *together = Join.apply(call, token, scale, shift, *entered)  # type: ignore[no-untyped-call]
+    token, *together = Synchronize.apply(call, token, scale, shift, *entered)  # type: ignore[no-untyped-call]
     return token, together

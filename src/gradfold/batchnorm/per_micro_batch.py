@@ -1,7 +1,7 @@
-"""Batch normalisation in a window of several micro-batches: refused, or by micro-batch knowingly.
+"""Batch normalization in a window of several micro-batches: refused, or by micro-batch knowingly.
 
-In training mode BatchNorm normalises by the mean and variance of what it is given, so a micro-batch of 16 rows is not
-normalised as those rows are in a batch of 256, and the gradient differs. `"per_micro_batch"` accepts that (as "ghost
+In training mode BatchNorm normalizes by the mean and variance of what it is given, so a micro-batch of 16 rows is not
+normalized as those rows are in a batch of 256, and the gradient differs. `"per_micro_batch"` accepts that (as "ghost
 batch norm" does on purpose: Hoffer et al. 2017, arXiv 1705.08741) but keeps the running statistics those of the batch:
 they advance once per window, by the window's own mean and unbiased variance.
 """
@@ -57,7 +57,7 @@ def schedule_for(
 
 
 def batch_statistics_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorm layers that normalise by the statistics of what they are given, by name.
+    """The BatchNorm layers that normalize by the statistics of what they are given, by name.
 
     SyncBatchNorm and subclasses are among them; layers in evaluation mode are not, unless they keep no statistics.
     """
@@ -76,7 +76,7 @@ def refuse(layers: Mapping[str, nn.Module], num_micro_batches: int, num_rows: in
     seen = f"{-(-num_rows // num_micro_batches)} rows at a time, not the {num_rows} of the batch"
     raise BatchNormError(
         f"BatchNorm in {noun} ({names}) would see {seen if num_rows else 'one micro-batch at a time, not the batch'}, "
-        'so the gradient would not be that of the batch. Write batch_norm="exact" to normalise by the whole batch, '
+        'so the gradient would not be that of the batch. Write batch_norm="exact" to normalize by the whole batch, '
         'batch_norm="per_micro_batch" to accept that, put the layers into evaluation mode (layer.eval()) to use their '
         "running statistics, or replace them by GroupNorm: gradfold.convert_batch_norm(model).",
         tuple(layers),
@@ -101,7 +101,7 @@ class PerMicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Moments:
+class _BatchMoments:
     """Mean and unbiased variance per channel, of `count` values each."""
 
     mean: Tensor  # (C,)
@@ -118,7 +118,9 @@ class _Record:
     tracked: Tensor | None  # num_batches_tracked when the window opened
     mean: Tensor  # running_mean when the window opened
     variance: Tensor  # running_var when the window opened
-    calls: dict[int, list[_Moments]] = field(default_factory=lambda: defaultdict(list))  # n-th call -> micro-batches
+    calls: dict[int, list[_BatchMoments]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # n-th call -> micro-batches
     num_calls: int = 0  # in the micro-batch being run
 
 
@@ -126,7 +128,7 @@ class WindowStatistics:
     """Collects each layer's batch moments during a window and commits them to its running statistics once.
 
     With momentum 1 a layer's running statistics *are* the mean and unbiased variance of its last batch, computed by
-    the kernel that normalises, at no further cost. So during the window the momentum is 1, and hooks copy the moments
+    the kernel that normalizes, at no further cost. So during the window the momentum is 1, and hooks copy the moments
     away. A layer that is called several times in a forward pass advances once per call, as in the full batch.
     """
 
@@ -221,7 +223,7 @@ class WindowStatistics:
         values = args[0] if args else kwargs["input"]  # (N, C) or (N, C, ...)
         assert layer.running_mean is not None and layer.running_var is not None
         record.calls[record.num_calls].append(
-            _Moments(layer.running_mean.clone(), layer.running_var.clone(), values.numel() // values.shape[1])
+            _BatchMoments(layer.running_mean.clone(), layer.running_var.clone(), values.numel() // values.shape[1])
         )
         record.num_calls += 1
 
@@ -255,7 +257,7 @@ def _advance(record: _Record) -> None:
         layer.running_var.mul_(1 - momentum).add_(window.variance * momentum)
 
 
-def _merge(parts: Sequence[_Moments]) -> _Moments:
+def _merge(parts: Sequence[_BatchMoments]) -> _BatchMoments:
     """The moments of several parts together: Chan, Golub and LeVeque 1983, eq. 2.1, stable for any mean.
 
     Sums of squared differences are added up, never squares: E[x^2] - E[x]^2 cancels where the mean is large.
@@ -267,7 +269,7 @@ def _merge(parts: Sequence[_Moments]) -> _Moments:
         mean += (part.mean - reference) * (part.count / count)
     for part in parts:
         squares += part.variance * (part.count - 1) + (part.mean - mean).square() * part.count
-    return _Moments(mean, squares / (count - 1), count)
+    return _BatchMoments(mean, squares / (count - 1), count)
 
 
 def _version(layer: _BatchNorm) -> int:

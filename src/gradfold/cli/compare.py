@@ -20,7 +20,7 @@ from gradfold.compare.results import Comparison
 from gradfold.compare.runner import accompany
 from gradfold.compare.runner import compare as run_comparison
 from gradfold.compare.settings import Settings
-from gradfold.distributed.launch import INTERRUPTED, find_place, meeting
+from gradfold.distributed.launch import INTERRUPTED, find_rank_info, meeting
 from gradfold.errors import OptionError
 
 __all__: list[str] = []
@@ -134,7 +134,7 @@ def compare(
     in time and memory. An arm that fails or does not fit says so, and the others still run.
     """
     launch_ranks(nproc)
-    place = find_place()
+    place = find_rank_info()
     settings = Settings(
         workload=workload,
         data=data,

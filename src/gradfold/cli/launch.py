@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from gradfold.distributed.launch import find_place, launch
+from gradfold.distributed.launch import find_rank_info, launch
 from gradfold.errors import OptionError
 
 __all__: list[str] = []
@@ -20,7 +20,7 @@ def launch_ranks(num_ranks: int | None) -> None:
     """
     if num_ranks is None:
         return
-    if find_place() is not None:
+    if find_rank_info() is not None:
         raise OptionError(
             f"--nproc {num_ranks} under torchrun, which has started several processes. Leave --nproc out."
         )

@@ -18,7 +18,7 @@ from gradfold.accumulator import Accumulator
 from gradfold.cli.tables import Column, print_wide, wide_enough
 from gradfold.compare.data import epoch_order, num_samples, take
 from gradfold.distributed.fsdp import shard
-from gradfold.distributed.launch import pretended
+from gradfold.distributed.launch import fake_process_group
 from gradfold.errors import OptionError
 from gradfold.memory.amount import read_bytes, written
 from gradfold.memory.plan import Plan, PlanRow
@@ -96,7 +96,7 @@ def plan(
             f"--global-batch {size}: expected {fully_shard} to {total} samples, which is what workload "
             f"{chosen.name!r} has."
         )
-    with nullcontext() if fully_shard == 1 else pretended(fully_shard), warnings.catch_warnings():
+    with nullcontext() if fully_shard == 1 else fake_process_group(fully_shard), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody writes to here
         found = _plan(chosen, memory, -(-size // fully_shard), fully_shard > 1, device, margin)
     if as_json:

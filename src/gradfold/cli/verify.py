@@ -22,8 +22,8 @@ from gradfold.batchnorm.per_micro_batch import BatchNormOption
 from gradfold.cli.launch import launch_ranks
 from gradfold.cli.tables import wide_enough
 from gradfold.compare.data import epoch_order, num_samples, share, take
-from gradfold.distributed.launch import find_place, in_parallel, is_first, meeting
-from gradfold.distributed.process_group import Ranks
+from gradfold.distributed.launch import find_rank_info, in_parallel, is_first, meeting
+from gradfold.distributed.process_group import ProcessGroup
 from gradfold.errors import OptionError
 from gradfold.verification.verdict import Verdict
 from gradfold.verification.verify import verify as prove
@@ -40,7 +40,7 @@ EPILOG = """
 
 `gradfold verify resnet` — does not: names the BatchNorm layers, and how far off they are
 
-`gradfold verify resnet --batch-norm exact` — holds: normalised by the whole batch, in lock-step
+`gradfold verify resnet --batch-norm exact` — holds: normalized by the whole batch, in lock-step
 
 `gradfold verify encoder --weight samples` — a mean over tokens, weighted by samples: names the weight that fits
 
@@ -56,15 +56,15 @@ Exit codes: 0 the law holds, 1 it does not or could not be proved, 2 wrong usage
 """
 
 
-class Precision(str, Enum):
+class PrecisionName(str, Enum):
     """What the copy of the model is run in."""
 
     FLOAT64 = "float64"
     FLOAT32 = "float32"
 
 
-class BatchNorm(str, Enum):
-    """What BatchNorm layers normalise by."""
+class BatchNormName(str, Enum):
+    """What BatchNorm layers normalize by."""
 
     EXACT = "exact"
     PER_MICRO_BATCH = "per_micro_batch"
@@ -94,16 +94,16 @@ def verify(
         ),
     ] = None,
     batch_norm: Annotated[
-        BatchNorm | None,
+        BatchNormName | None,
         typer.Option(
-            help="What BatchNorm normalises by: exact (the whole batch), per_micro_batch, or refuse (names the "
+            help="What BatchNorm normalizes by: exact (the whole batch), per_micro_batch, or refuse (names the "
             "layers). [default: the workload's]",
             metavar="HOW",
         ),
     ] = None,
     dtype: Annotated[
-        Precision, typer.Option(help="Precision of the copy that is run; in float64 rounding hides nothing.")
-    ] = Precision.FLOAT64,
+        PrecisionName, typer.Option(help="Precision of the copy that is run; in float64 rounding hides nothing.")
+    ] = PrecisionName.FLOAT64,
     seed: Annotated[int, typer.Option(help="Draws the weights and the samples of the batch.")] = 0,
     nproc: Annotated[
         int | None,
@@ -130,7 +130,7 @@ def verify(
         chosen = replace(chosen, weight=option)
     if batch_norm is not None:
         chosen = replace(chosen, batch_norm=_OPTIONS[batch_norm])
-    with nullcontext() if find_place() is None else meeting() as ranks:
+    with nullcontext() if find_rank_info() is None else meeting() as ranks:
         verdict = _prove(chosen, global_batch, sizes, dtype, seed, ranks)
     if not is_first():
         return
@@ -142,10 +142,10 @@ def verify(
         raise typer.Exit(1)
 
 
-_OPTIONS: dict[BatchNorm, BatchNormOption] = {
-    BatchNorm.EXACT: "exact",
-    BatchNorm.PER_MICRO_BATCH: "per_micro_batch",
-    BatchNorm.REFUSE: None,
+_OPTIONS: dict[BatchNormName, BatchNormOption] = {
+    BatchNormName.EXACT: "exact",
+    BatchNormName.PER_MICRO_BATCH: "per_micro_batch",
+    BatchNormName.REFUSE: None,
 }
 
 
@@ -173,9 +173,9 @@ def _prove(
     workload: Workload,
     global_batch: int | None,
     sizes: list[int] | None,
-    dtype: Precision,
+    dtype: PrecisionName,
     seed: int,
-    ranks: Ranks | None,
+    ranks: ProcessGroup | None,
 ) -> Verdict:
     total = num_samples(workload)
     size = workload.global_batch_size if global_batch is None else global_batch

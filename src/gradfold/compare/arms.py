@@ -22,7 +22,7 @@ from gradfold.batchnorm.convert import convert_batch_norm
 from gradfold.compare.data import cut, share, share_of_epoch, take, weight_of
 from gradfold.compare.measure import Clock
 from gradfold.distributed.launch import in_parallel
-from gradfold.distributed.process_group import Ranks
+from gradfold.distributed.process_group import ProcessGroup
 from gradfold.engine.backward import BackPropagation, Weighed
 from gradfold.engine.loss_terms import LossFn, LossOutput
 from gradfold.errors import OptionError
@@ -52,7 +52,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Training:
+class ArmTraining:
     """What every arm trains with.
 
     Args:
@@ -71,7 +71,7 @@ class Training:
     global_batch_size: int
     micro_batch_size: int
     clock: Clock
-    ranks: Ranks | None = None
+    ranks: ProcessGroup | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -191,7 +191,7 @@ LowerPrecision: TypeAlias = Literal["bf16", "fp16"]
 LOWER_PRECISIONS: tuple[LowerPrecision, ...] = get_args(LowerPrecision)
 
 
-def full_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+def full_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
     """The reference: each global batch at once, in plain torch."""
     for order in epochs:
         for batch, rows in training.global_batches(order):
@@ -203,7 +203,7 @@ def full_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]
 
 
 def mixed_precision(
-    training: Training, epochs: Iterable[Tensor], precision: LowerPrecision = "bf16"
+    training: ArmTraining, epochs: Iterable[Tensor], precision: LowerPrecision = "bf16"
 ) -> Iterator[Update]:
     """Each global batch at once, in the recipe of torch's documentation: autocast, and a loss scaler for float16."""
     device, dtype = training.device.type, torch.bfloat16 if precision == "bf16" else torch.float16
@@ -222,7 +222,7 @@ def mixed_precision(
 
 
 def gradfold(
-    training: Training,
+    training: ArmTraining,
     epochs: Iterable[Tensor],
     precision: LowerPrecision | None = None,
     batch_norm: Literal["exact"] | None = None,
@@ -231,13 +231,13 @@ def gradfold(
     return _accumulate(training, epochs, training.micro_batch_size, precision, batch_norm)
 
 
-def by_tokens(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+def by_tokens(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
     """The library, with micro-batches of rows of like length, under the workload's budget of padded tokens."""
     return _accumulate(training, epochs, training.token_budget)
 
 
 def _accumulate(
-    training: Training,
+    training: ArmTraining,
     epochs: Iterable[Tensor],
     micro_batch_size: int | TokenBudget,
     precision: LowerPrecision | None = None,
@@ -264,7 +264,7 @@ def _accumulate(
             yield Update(len(indices), result.loss.item(), weight, is_applied)
 
 
-def plain_loop(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+def plain_loop(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
     """The hand-written loop, as articles print it: divide by n, step every n micro-batches and at the end of an epoch.
 
     Its faults are the subject of the comparison and stay: micro-batches with different numbers of tokens count the
@@ -287,7 +287,7 @@ def plain_loop(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]
                 window = []
 
 
-def small_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+def small_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
     """No accumulation: an update per micro-batch, with the hyper-parameters of the global batch."""
     for order in epochs:
         for batch, rows in training.micro_batches(order):
@@ -298,7 +298,7 @@ def small_batch(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update
             yield training.of_all_ranks(Update(rows, loss.item(), weight_of(training.workload, batch, rows)))
 
 
-def reordered(training: Training, epochs: Iterable[Tensor]) -> Iterator[Update]:
+def reordered(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
     """The full batch with the rows of each batch in reverse, which changes nothing but rounding."""
     size = training.global_batch_size
     return full_batch(training, (torch.cat([part.flip(0) for part in torch.split(order, size)]) for order in epochs))
@@ -333,7 +333,7 @@ class Arm:
 
     name: str
     description: str
-    train: Callable[[Training, Iterable[Tensor]], Iterator[Update]]
+    train: Callable[[ArmTraining, Iterable[Tensor]], Iterator[Update]]
     accumulates: bool = True
     prepare: Callable[[nn.Module], nn.Module] = as_it_is
     reference: str = REFERENCE
@@ -380,10 +380,10 @@ ARMS: dict[str, Arm] = {
         Arm(CONTROL, "the control: the full batch with its rows in reverse, which changes rounding alone", reordered),
         Arm(
             EXACT_BATCH_NORM,
-            "each global batch by gradfold, BatchNorm normalised by the whole batch, in lock-step",
+            "each global batch by gradfold, BatchNorm normalized by the whole batch, in lock-step",
             partial(gradfold, batch_norm="exact"),
         ),
-        Arm(BATCH_NORM, "each global batch by gradfold, BatchNorm normalised by micro-batch", gradfold),
+        Arm(BATCH_NORM, "each global batch by gradfold, BatchNorm normalized by micro-batch", gradfold),
         Arm(
             GROUP_NORM_REFERENCE,
             "the full batch of another model: gradfold.convert_batch_norm puts GroupNorm in the place of BatchNorm",

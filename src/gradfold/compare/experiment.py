@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.accumulator import Accumulator
-from gradfold.compare.arms import Arm, Training, Update
+from gradfold.compare.arms import Arm, ArmTraining, Update
 from gradfold.compare.data import epoch_order, in_float64, num_samples, share, take, tensors
 from gradfold.compare.measure import Clock, MemoryMeter
 from gradfold.compare.results import Curve, Measured, Tensors, save_gradients, save_parameters
-from gradfold.distributed.process_group import Ranks
+from gradfold.distributed.process_group import ProcessGroup
 from gradfold.memory.auto import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory, measure_peak
 from gradfold.workloads.workload import Workload
@@ -38,7 +38,7 @@ def measure_arm(
     seed: int,
     folder: Path,
     on_update: Callable[[int, int, float], None],
-    ranks: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
     chooses_micro_batch: bool = False,
 ) -> Measured:
     """Train an arm from the seeded start and measure it; leaves its tensors in the folder.
@@ -57,7 +57,7 @@ def measure_arm(
     _rehearse(workload, arm, make_model(), ranks)
     model = make_model()
     save_parameters(model, folder, Tensors.START)
-    training = Training(
+    training = ArmTraining(
         workload,
         model,
         workload.make_optimizer(model.parameters()),
@@ -177,7 +177,7 @@ def _choose(workload: Workload, arm: Arm, model: nn.Module, order: Tensor) -> Mi
     return accumulator.choose_micro_batch(take(workload, order))
 
 
-def _rehearse(workload: Workload, arm: Arm, model: nn.Module, ranks: Ranks | None) -> None:
+def _rehearse(workload: Workload, arm: Arm, model: nn.Module, ranks: ProcessGroup | None) -> None:
     """Run one tiny update of an arm on a model to be thrown away.
 
     The first forward, backward and step of a process import modules, start threads and allocate workspaces, which
@@ -189,11 +189,11 @@ def _rehearse(workload: Workload, arm: Arm, model: nn.Module, ranks: Ranks | Non
         num = min(_REHEARSAL_SAMPLES * num_ranks, num_samples(workload))
         clock = Clock(next(model.parameters()).device)
         optimizer = workload.make_optimizer(model.parameters())
-        training = Training(workload, model, optimizer, num, -(-num // num_ranks), clock, ranks)
+        training = ArmTraining(workload, model, optimizer, num, -(-num // num_ranks), clock, ranks)
         next(arm.train(training, [torch.arange(num)]))
 
 
-def _watch_updates(training: Training, folder: Path, log: LossLog) -> None:
+def _watch_updates(training: ArmTraining, folder: Path, log: LossLog) -> None:
     """Time every `optimizer.step()`, and save the gradient that the first one finds: the same way for all arms."""
 
     def before(*_: object) -> None:
@@ -215,7 +215,7 @@ def _in_training_mode(model: nn.Module, orders: list[Tensor]) -> Iterator[Tensor
         yield order
 
 
-def _track(training: Training, arm: Arm, model: nn.Module, order: Tensor) -> PeakMemory | None:
+def _track(training: ArmTraining, arm: Arm, model: nn.Module, order: Tensor) -> PeakMemory | None:
     """The memory of tensors in the first updates, on a model of its own: the tracker would take time in the training.
 
     Two global batches, so that a second update finds gradients and optimizer state in place. The data set is left out:
@@ -237,7 +237,7 @@ def _track(training: Training, arm: Arm, model: nn.Module, order: Tensor) -> Pea
 
 
 def _measure_float64(
-    training: Training, arm: Arm, make_model: Callable[[], nn.Module], order: Tensor, seed: int, folder: Path
+    training: ArmTraining, arm: Arm, make_model: Callable[[], nn.Module], order: Tensor, seed: int, folder: Path
 ) -> dict[str, str]:
     """Save, in float64 and from the start, the gradient of the first update and of the epoch's last, partial window.
 
@@ -251,7 +251,7 @@ def _measure_float64(
     for name, rows in parts.items():
         try:
             model = make_model().double()
-            double = Training(
+            double = ArmTraining(
                 in_float64(training.workload),
                 model,
                 torch.optim.SGD(model.parameters(), lr=0.0),

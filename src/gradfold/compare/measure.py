@@ -93,7 +93,7 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MeasuredMemory:
     """Peak memory of the training loop.
 
     Args:
@@ -127,10 +127,10 @@ class MemoryMeter:
             reset_high_water_mark()
         self._baseline_bytes = self._peak_bytes()
 
-    def read(self) -> Memory:
+    def read(self) -> MeasuredMemory:
         """The memory up to now."""
         by = "CUDA allocator" if self._device.type == "cuda" else "process high-water mark"
-        return Memory(self._baseline_bytes, self._peak_bytes(), by)
+        return MeasuredMemory(self._baseline_bytes, self._peak_bytes(), by)
 
     def _peak_bytes(self) -> int:
         if self._device.type == "cuda":

@@ -34,7 +34,7 @@ __all__: list[str] = []
 
 Draw = Callable[[Axes, Comparison], None]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. Curves that should coincide are drawn from wide to
+# Okabe and Ito's palette, which color-blind readers can tell apart. Curves that should coincide are drawn from wide to
 # narrow, so that a narrow line on top leaves the wide one visible on both sides.
 COLORS = {
     "full-batch": "#8a8f98",
@@ -266,7 +266,7 @@ def _baseline(measured: Measured) -> str:
 
 
 def _mixed(color: str, strength: float) -> tuple[float, float, float]:
-    """A colour on white."""
+    """A color on white."""
     red, green, blue = (1 - strength * (1 - channel) for channel in to_rgb(color))
     return red, green, blue
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.compare.arms import ARMS
-from gradfold.compare.measure import Memory, Seconds
+from gradfold.compare.measure import MeasuredMemory, Seconds
 from gradfold.compare.settings import Settings, Sizes
 from gradfold.memory.auto import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory
@@ -36,7 +36,7 @@ class Curve:
     loss: tuple[float, ...]
 
     def thinned(self, num_points: int) -> Curve:
-        """The curve in about `num_points` points at most, each a mean over neighbours."""
+        """The curve in about `num_points` points at most, each a mean over neighbors."""
         size = -(-len(self.loss) // num_points)
         cuts = [slice(start, start + size) for start in range(0, len(self.loss), size)]
         return Curve(*(tuple(fmean(values[cut]) for cut in cuts) for values in (self.samples, self.loss)))
@@ -76,7 +76,7 @@ class Measured:
     num_threads: int
     device: str
     seconds: Seconds
-    memory: Memory
+    memory: MeasuredMemory
     final_loss: float
     metrics: Mapping[str, float]
     curve: Curve
@@ -120,7 +120,7 @@ class Measured:
             num_threads=data["num_threads"],
             device=data["device"],
             seconds=Seconds(seconds["forward"], seconds["backward"], seconds["update"], seconds["other"]),
-            memory=Memory(memory["baseline_bytes"], memory["peak_bytes"], memory["measured_by"]),
+            memory=MeasuredMemory(memory["baseline_bytes"], memory["peak_bytes"], memory["measured_by"]),
             final_loss=_number(data["final_loss"]),
             metrics={name: _number(value) for name, value in data["metrics"].items()},
             curve=Curve.from_json(data["curve"]),

@@ -26,8 +26,8 @@ from gradfold.compare.arms import ARMS
 from gradfold.compare.results import Comparison, Measured, Row, WorkloadFacts, deviations
 from gradfold.compare.settings import Settings, Sizes, as_options, check_options, chosen_arms, complete
 from gradfold.compare.worker import Task
-from gradfold.distributed.launch import Place, find_place
-from gradfold.distributed.process_group import Ranks
+from gradfold.distributed.launch import RankInfo, find_rank_info
+from gradfold.distributed.process_group import ProcessGroup
 from gradfold.workloads import registry
 
 __all__ = ["Progress", "accompany", "compare"]
@@ -126,7 +126,7 @@ def compare(
     *,
     on_progress: OnProgress = lambda progress: None,
     command_line: str = "",
-    ranks: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
 ) -> Comparison:
     """Train a workload in every arm and compare them.
 
@@ -144,7 +144,7 @@ def compare(
     sizes = complete(settings, workload)
     facts = WorkloadFacts(workload.name, workload.description, workload.batch_norm, dict(workload.facts))
     del workload  # the arms load their own, and may need the memory
-    place = find_place() if ranks is not None else None
+    place = find_rank_info() if ranks is not None else None
 
     for arm in arms:
         on_progress(Progress(arm, 0, _total_samples(sizes), 0, None, "waiting"))
@@ -175,7 +175,7 @@ def compare(
     return Comparison(as_options(settings, sizes, arms), sizes, facts, rows, versions(), machine, command_line)
 
 
-def accompany(settings: Settings, ranks: Ranks) -> None:
+def accompany(settings: Settings, ranks: ProcessGroup) -> None:
     """Run the shares of this rank, which is not the first: what it measures goes nowhere.
 
     Raises:
@@ -187,11 +187,11 @@ def accompany(settings: Settings, ranks: Ranks) -> None:
     del workload
     with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
         for arm in arms:
-            task = _task(arm, settings, sizes, Path(name), find_place())
+            task = _task(arm, settings, sizes, Path(name), find_rank_info())
             _of_all_ranks("" if ARMS[arm].runs_on_one else _run_arm(task, sizes, lambda progress: None), ranks)
 
 
-def _of_all_ranks(outcome: Measured | str, ranks: Ranks | None) -> Measured | str:
+def _of_all_ranks(outcome: Measured | str, ranks: ProcessGroup | None) -> Measured | str:
     """The first rank's measurement; where one has failed, what did so first: the others may have waited for it."""
     if ranks is None:
         return outcome
@@ -203,7 +203,7 @@ def _of_all_ranks(outcome: Measured | str, ranks: Ranks | None) -> Measured | st
     return failure if rank == 0 else f"on rank {rank}: {failure}"
 
 
-def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path, place: Place | None) -> Task:
+def _task(arm: str, settings: Settings, sizes: Sizes, folder: Path, place: RankInfo | None) -> Task:
     (folder / arm).mkdir()
     return Task(
         workload=settings.workload,

@@ -133,7 +133,7 @@ def _explained_gradient(row: Row, comparison: Comparison) -> str:
         is_by_micro_batch = comparison.workload.batch_norm == "per_micro_batch" and row.arm != EXACT_BATCH_NORM
         if is_by_micro_batch and row.reference == REFERENCE:
             words += (
-                ' BatchNorm normalises by micro-batch here, as the workload asks for (batch_norm="per_micro_batch").'
+                ' BatchNorm normalizes by micro-batch here, as the workload asks for (batch_norm="per_micro_batch").'
             )
         elif row.deviations.gradient_float64.value is not None:
             words += " That is more than rounding: dropout and other random layers draw differently in micro-batches."

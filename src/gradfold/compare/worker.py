@@ -22,7 +22,7 @@ import torch
 from gradfold.compare.arms import ARMS
 from gradfold.compare.experiment import measure_arm
 from gradfold.compare.results import Measured
-from gradfold.distributed.launch import Place, meeting_of_children
+from gradfold.distributed.launch import RankInfo, meeting_of_children
 from gradfold.workloads import registry
 
 __all__: list[str] = []
@@ -57,7 +57,7 @@ class Task:
     seed: int
     num_threads: int | None
     folder: str
-    place: Place | None = None
+    place: RankInfo | None = None
     chooses_micro_batch: bool = False
 
     def to_json(self) -> str:
@@ -69,7 +69,7 @@ class Task:
         """The task from `to_json`."""
         fields = json.loads(text)
         place = fields.pop("place")
-        return cls(**fields, place=None if place is None else Place(**place))
+        return cls(**fields, place=None if place is None else RankInfo(**place))
 
 
 def main() -> None:

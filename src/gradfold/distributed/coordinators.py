@@ -7,7 +7,8 @@ All of them meet four times, and nowhere else, since forward and backward passes
     [C] gradients      summed, in as few reductions as buckets; nothing that can fail is left to do in between
     [D] conclusion     all are well: the gradient is handed over
 
-A rank that fails goes to the next meeting all the same, says so, and raises its own error; the others raise RanksError
+A rank that fails goes to the next meeting all the same, says so, and raises its own error; the others raise
+DistributedError
 with its text. So an error on one rank ends the window on all, rolled back, and nobody hangs.
 
 Shards: what ranks agree on where each holds a part of every parameter (fully_shard), and how they take turns.
@@ -25,26 +26,26 @@ from torch import Tensor
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.split import MicroBatch
-from gradfold.distributed.process_group import Ranks, Reduction
-from gradfold.engine.coordinator import Alone, T, Weigh
+from gradfold.distributed.process_group import ProcessGroup, Reduction
+from gradfold.engine.coordinator import Coordinator, T, Weigh
 from gradfold.engine.loss_terms import LossTerms, TermSums, read_pair, read_terms
 from gradfold.engine.metrics import Metrics
-from gradfold.engine.prefetch import feed
-from gradfold.engine.window import Backward, Forward, OpenWindow, Schedule
-from gradfold.errors import RanksError
-from gradfold.state.gradients import SetAside
+from gradfold.engine.prefetch import prefetch
+from gradfold.engine.window import Backward, Forward, Schedule, Window
+from gradfold.errors import DistributedError
+from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import WindowWeights
 
 __all__: list[str] = []
 
 
 @dataclass(frozen=True)
-class _Failure:
+class _RankFailure:
     text: str
 
 
 @dataclass(frozen=True)
-class Report:
+class WindowReport:
     """What a rank tells the others at the end of its micro-batches."""
 
     losses: TermSums
@@ -53,7 +54,7 @@ class Report:
     found: list[bool]
 
 
-class Together(Alone):
+class DataParallelCoordinator(Coordinator):
     """Several processes.
 
     Args:
@@ -68,7 +69,7 @@ class Together(Alone):
         next: the meeting at which others would wait; None where there is none.
     """
 
-    def __init__(self, ranks: Ranks, weigh: Weigh, num_totals: int) -> None:
+    def __init__(self, ranks: ProcessGroup, weigh: Weigh, num_totals: int) -> None:
         super().__init__(self._weigh_together)
         self.ranks = ranks
         self._weigh_own = weigh
@@ -92,15 +93,17 @@ class Together(Alone):
         elif self._wait is not None and self._totals is None:
             self._wait()
         if meeting is not None:
-            self.ranks.exchange(_Failure(f"{type(error).__name__}: {error}"))
+            self.ranks.exchange(_RankFailure(f"{type(error).__name__}: {error}"))
 
-    def end(self, losses: LossTerms, metrics: Metrics, gradients: SetAside) -> None:
+    def end(self, losses: LossTerms, metrics: Metrics, gradients: GradientBuffer) -> None:
         """Meetings [B] and [C]."""
         self.read_totals()
         losses.settle()
         # Whatever takes memory comes before the meeting: after it the others wait.
         reduction, zeros = Reduction(self.ranks, gradients.parameters), gradients.zeros()
-        reports = self.share(Report(losses.own_sums(), metrics.sums(), gradients.layouts(), gradients.are_found()))
+        reports = self.share(
+            WindowReport(losses.own_sums(), metrics.sums(), gradients.layouts(), gradients.are_found())
+        )
         losses.join([report.losses for report in reports])
         metrics.join([report.metrics for report in reports])
         _refuse_differences(reports)
@@ -109,7 +112,7 @@ class Together(Alone):
         self.next = "conclusion"
 
     def conclude(self) -> None:
-        """Meeting [D]; RanksError where another rank has failed since the end."""
+        """Meeting [D]; DistributedError where another rank has failed since the end."""
         self.next = None
         if not self.ranks.all_well(True):
             self.share(None)  # raises
@@ -119,13 +122,13 @@ class Together(Alone):
         self.next = "share"
 
     def share(self, value: T) -> list[T]:
-        """What all ranks have to say; RanksError where one has failed."""
-        values: list[T | _Failure] = self.ranks.exchange(value)
-        failures = [(rank, one) for rank, one in enumerate(values) if isinstance(one, _Failure)]
+        """What all ranks have to say; DistributedError where one has failed."""
+        values: list[T | _RankFailure] = self.ranks.exchange(value)
+        failures = [(rank, one) for rank, one in enumerate(values) if isinstance(one, _RankFailure)]
         if failures:
             self.next = None
             rank, failure = failures[0]
-            raise RanksError(f"rank {rank} failed in this window, which was rolled back on all. {failure.text}")
+            raise DistributedError(f"rank {rank} failed in this window, which was rolled back on all. {failure.text}")
         values[self.ranks.rank] = value
         return values  # type: ignore[return-value]  # none is a failure
 
@@ -134,7 +137,7 @@ class Together(Alone):
         self._wait = self._totals = None
         self.next = "denominators"
 
-    def around(self, schedule: Schedule, window: OpenWindow) -> Schedule:
+    def around(self, schedule: Schedule, window: Window) -> Schedule:
         """As this process would; a rank on which nothing weighs anything looks for metrics all the same."""
         if len(window.idle) == len(window.micro_batches):
             self.read_totals()
@@ -151,7 +154,7 @@ class Together(Alone):
         if self._wait is None:
             num_busy = len(micro_batches) - len(own.idle())
             self._wait = self.ranks.begin_gather([0.0, float(num_busy), *own.own_totals()])
-        return _SharedWeights(own, self.read_totals)
+        return _GlobalWeights(own, self.read_totals)
 
     def read_totals(self) -> list[float]:
         """The end of meeting [A]: the denominators, summed."""
@@ -167,7 +170,7 @@ class Together(Alone):
         return self._totals
 
 
-class _SharedWeights(WindowWeights):
+class _GlobalWeights(WindowWeights):
     """Weights whose denominators are on their way."""
 
     def __init__(self, own: WindowWeights, read_totals: Callable[[], list[float]]) -> None:
@@ -182,15 +185,15 @@ class _SharedWeights(WindowWeights):
             self.shares, self.samples = larger.shares, larger.samples
 
 
-def _refuse_differences(reports: Sequence[Report]) -> None:
-    """Raise RanksError, on all ranks, where parameters do not stand alike on them."""
+def _refuse_differences(reports: Sequence[WindowReport]) -> None:
+    """Raise DistributedError, on all ranks, where parameters do not stand alike on them."""
     for what, columns in (
         ("frozen", [[layout == "frozen" for layout in report.gradients] for report in reports]),
         ("found with a gradient", [report.found for report in reports]),
     ):
         differing = [index for index, of_ranks in enumerate(zip(*columns, strict=True)) if len(set(of_ranks)) > 1]
         if differing:
-            raise RanksError(
+            raise DistributedError(
                 f"{len(differing)} parameters (the first is number {differing[0]}) are {what} on some ranks and not on "
                 "others, which would leave them different gradients. Freeze, and zero, alike on all ranks."
             )
@@ -206,7 +209,7 @@ Blank: TypeAlias = "tuple[Batch, list[str] | None]"
 """Rows for blank turns, and the loss terms that weigh something there (None: all)."""
 
 
-class Sharded(Together):
+class FsdpCoordinator(DataParallelCoordinator):
     """Several processes that hold a shard of every parameter each (FSDP2).
 
     Forward passes gather parameters and backward passes sum gradients, on all ranks at once. So all take as many turns
@@ -216,14 +219,16 @@ class Sharded(Together):
 
     can_replay = can_try = False
 
-    def __init__(self, ranks: Ranks, weigh: Weigh, num_totals: int, set_reducing: Callable[[bool], None]) -> None:
+    def __init__(
+        self, ranks: ProcessGroup, weigh: Weigh, num_totals: int, set_reducing: Callable[[bool], None]
+    ) -> None:
         super().__init__(ranks, weigh, num_totals)
         self._set_reducing = set_reducing
 
-    def end(self, losses: LossTerms, metrics: Metrics, gradients: SetAside) -> None:
+    def end(self, losses: LossTerms, metrics: Metrics, gradients: GradientBuffer) -> None:
         """Meeting [B]; gradients are summed already."""
         losses.settle()
-        reports = self.share(Report(losses.own_sums(), metrics.sums(), [], []))
+        reports = self.share(WindowReport(losses.own_sums(), metrics.sums(), [], []))
         losses.join([report.losses for report in reports])
         metrics.join([report.metrics for report in reports])
         self.next = "conclusion"
@@ -232,7 +237,7 @@ class Sharded(Together):
         """Whether loss and gradient are finite, on all ranks, each of which sees a shard."""
         return self.ranks.all_well(is_finite)
 
-    def around(self, schedule: Schedule, window: OpenWindow) -> Schedule:
+    def around(self, schedule: Schedule, window: Window) -> Schedule:
         """The micro-batches that weigh something, then blank turns until all ranks have had as many."""
 
         def run(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
@@ -255,7 +260,7 @@ class Sharded(Together):
 
         return run
 
-    def _blank(self, window: OpenWindow, busy: Sequence[int], num_turns: int) -> Blank:
+    def _blank(self, window: Window, busy: Sequence[int], num_turns: int) -> Blank:
         """What runs in blank turns: rows that weigh something, since 0 times the gradient of others may be NaN."""
         own = (window.micro_batches[busy[0]].data, window.weights.names_at(busy[0])) if busy else (None, None)
         if min(self.num_busy) > 0 or not num_turns:
@@ -265,8 +270,8 @@ class Sharded(Together):
         return own if busy else given
 
 
-def _blank_terms(window: OpenWindow, batch: Batch, names: list[str] | None) -> list[tuple[Tensor, float]]:
-    data = feed([MicroBatch(batch, range(0))], window.device)(0)
+def _blank_terms(window: Window, batch: Batch, names: list[str] | None) -> list[tuple[Tensor, float]]:
+    data = prefetch([MicroBatch(batch, range(0))], window.device)(0)
     output = window.loss_fn(window.model, data)
     terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
     return [(term, 0.0) for name, term in terms.items() if names is None or name in names]

@@ -1,4 +1,4 @@
-"""Synchronisation: which processes train a model together, found in the model, and its own reductions kept quiet.
+"""Synchronization: which processes train a model together, found in the model, and its own reductions kept quiet.
 
 gradfold reduces gradients once per window, after its last backward pass. So forward *and* backward passes of
 DistributedDataParallel modules run under `no_sync`, wherever in the model they are.
@@ -19,15 +19,15 @@ import torch.distributed
 from torch import nn
 
 from gradfold.distributed.fsdp import _group_of, _refuse_unsharded, sharded_modules
-from gradfold.distributed.process_group import Ranks
-from gradfold.errors import OptionError, RanksError
+from gradfold.distributed.process_group import ProcessGroup
+from gradfold.errors import DistributedError, OptionError
 
 if TYPE_CHECKING:
     pass
 
 __all__: list[str] = []
 
-RanksOption: TypeAlias = Literal["alone", "reduce_once"] | None
+DistributedOption: TypeAlias = Literal["alone", "reduce_once"] | None
 
 
 def check_option(ranks: str | None) -> None:
@@ -40,11 +40,13 @@ def check_option(ranks: str | None) -> None:
         )
 
 
-def find_ranks(modules: Sequence[nn.Module], device: torch.device, option: RanksOption) -> Ranks | None:
+def find_process_group(
+    modules: Sequence[nn.Module], device: torch.device, option: DistributedOption
+) -> ProcessGroup | None:
     """The processes that train these modules together; None where there is no such thing.
 
     Raises:
-        RanksError: there are several, and it is unclear or unsupported how they do it.
+        DistributedError: there are several, and it is unclear or unsupported how they do it.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized() or option == "alone":
         return None
@@ -54,21 +56,25 @@ def find_ranks(modules: Sequence[nn.Module], device: torch.device, option: Ranks
     sharded = sharded_modules(modules)
     if sharded:
         if wrapped:
-            raise RanksError("the model has both DistributedDataParallel and fully_shard modules; use one of them.")
+            raise DistributedError(
+                "the model has both DistributedDataParallel and fully_shard modules; use one of them."
+            )
         _refuse_unsharded(modules)
-        return Ranks(_group_of(sharded), device)
+        return ProcessGroup(_group_of(sharded), device)
     if not wrapped:
         _refuse_unwrapped()
         return None
     groups = {id(module.process_group): module.process_group for module in wrapped}
     if len(groups) > 1:
-        raise RanksError("the model's DistributedDataParallel modules have different process groups; give them one.")
+        raise DistributedError(
+            "the model's DistributedDataParallel modules have different process groups; give them one."
+        )
     for module in wrapped:
         _refuse_options(module)
     if torch.distributed.get_world_size(wrapped[0].process_group) > 1:
         _refuse_sync_batch_norm(modules)
     (group,) = groups.values()
-    return Ranks(group, device)
+    return ProcessGroup(group, device)
 
 
 def parallel_modules(modules: Sequence[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
@@ -132,8 +138,8 @@ def on_its_own(modules: Sequence[nn.Module]) -> Iterator[None]:
 def _refuse_unwrapped() -> None:
     size = torch.distributed.get_world_size()
     if size > 1:
-        raise RanksError(
-            f"{size} processes are initialised, but no DistributedDataParallel is found in the model, so that each "
+        raise DistributedError(
+            f"{size} processes are initialized, but no DistributedDataParallel is found in the model, so that each "
             "would train a model of its own. Wrap it: DistributedDataParallel(model); or say that this is meant: "
             'ranks="alone".'
         )
@@ -141,17 +147,17 @@ def _refuse_unwrapped() -> None:
 
 def _refuse_options(module: nn.parallel.DistributedDataParallel) -> None:
     if getattr(module, "static_graph", False):
-        raise RanksError(
+        raise DistributedError(
             "DistributedDataParallel(static_graph=True) does not go with no_sync(), under which gradients accumulate: "
             "it can stop reducing them in silence. Leave static_graph out."
         )
     if getattr(module, "parameters_to_ignore", None):
-        raise RanksError(
+        raise DistributedError(
             "the DistributedDataParallel was told to ignore some parameters, whose gradients gradfold would sum over "
             "the ranks all the same. Freeze them, or let it have them."
         )
     if getattr(module, "_comm_hooks", None):
-        raise RanksError(
+        raise DistributedError(
             "the DistributedDataParallel has a communication hook, which gradfold's one reduction per window would "
             "pass over. Leave the hook out."
         )
@@ -159,8 +165,8 @@ def _refuse_options(module: nn.parallel.DistributedDataParallel) -> None:
 
 def _refuse_sync_batch_norm(modules: Sequence[nn.Module]) -> None:
     if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules):
-        raise RanksError(
-            "SyncBatchNorm normalises by one micro-batch of every rank, which is not the batch, and waits for ranks "
+        raise DistributedError(
+            "SyncBatchNorm normalizes by one micro-batch of every rank, which is not the batch, and waits for ranks "
             'that have fewer micro-batches. Use nn.BatchNorm layers with batch_norm="exact", which takes the rows of '
             'all ranks, or with "per_micro_batch"; or GroupNorm: gradfold.convert_batch_norm(model), before wrapping.'
         )
@@ -169,12 +175,12 @@ def _refuse_sync_batch_norm(modules: Sequence[nn.Module]) -> None:
 def _refuse_foreign(module: nn.Module) -> None:
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if name.startswith("deepspeed."):
-        raise RanksError(
+        raise DistributedError(
             "a DeepSpeed engine counts micro-batches and steps by itself. Use its own "
             "gradient_accumulation_steps, or train the bare module under DistributedDataParallel."
         )
     if name.endswith("FullyShardedDataParallel"):
-        raise RanksError(
+        raise DistributedError(
             "FullyShardedDataParallel (FSDP1) is not supported. Use torch.distributed.fsdp.fully_shard (FSDP2), or "
             "DistributedDataParallel."
         )

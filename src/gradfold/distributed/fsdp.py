@@ -1,4 +1,4 @@
-"""Synchronisation: which processes train a model together, found in the model, and its own reductions kept quiet.
+"""Synchronization: which processes train a model together, found in the model, and its own reductions kept quiet.
 
 gradfold reduces gradients once per window, after its last backward pass. So forward *and* backward passes of
 DistributedDataParallel modules run under `no_sync`, wherever in the model they are.
@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from gradfold.errors import RanksError
+from gradfold.errors import DistributedError
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -53,7 +53,7 @@ def divide_factor(sharded: Sequence[FSDPModule], size: int) -> float:
         float(size if group.gradient_divide_factor is None else group.gradient_divide_factor) for group in groups
     }
     if len(factors) > 1:
-        raise RanksError(f"fully_shard modules divide gradients by different factors: {sorted(factors)}.")
+        raise DistributedError(f"fully_shard modules divide gradients by different factors: {sorted(factors)}.")
     return factors.pop() if factors else 1.0
 
 
@@ -72,7 +72,7 @@ def _group_of(sharded: Sequence[FSDPModule]) -> torch.distributed.ProcessGroup:
     """All data-parallel ranks: those of the mesh, of both its dimensions where shards are replicated (HSDP)."""
     meshes = {group.mesh_info.mesh for module in sharded for group in _parameter_groups(module)}
     if len(meshes) != 1:
-        raise RanksError("the model's fully_shard modules have different device meshes; give them one.")
+        raise DistributedError("the model's fully_shard modules have different device meshes; give them one.")
     (mesh,) = meshes
     group: torch.distributed.ProcessGroup = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
     return group
@@ -82,7 +82,7 @@ def _refuse_unsharded(modules: Sequence[nn.Module]) -> None:
     for module in modules:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not hasattr(parameter, "full_tensor"):
-                raise RanksError(
+                raise DistributedError(
                     f"{type(module).__name__}.{name}, of shape {tuple(parameter.shape)}, is trained, but fully_shard "
                     "was told to ignore it, or not applied around it: nothing sums its gradient over the ranks. Apply "
                     "fully_shard to the whole model in the end, without ignored_params; or freeze it."
@@ -94,7 +94,7 @@ _SETTINGS = ("reshard_after_backward", "unshard_in_backward", "reduce_scatter_ma
 
 
 @dataclass(frozen=True)
-class Applied:
+class FullyShardCall:
     """One call of fully_shard.
 
     Args:
@@ -110,7 +110,9 @@ class Applied:
         """Of the parameters that are gathered together; None where inner calls have taken all."""
         groups = self.state._fsdp_param_groups
         if len(groups) > 1 or any(group.mesh_info.is_spmd_mesh for group in groups):
-            raise RanksError("a fully_shard call with more than one mesh cannot be repeated on a copy of the model.")
+            raise DistributedError(
+                "a fully_shard call with more than one mesh cannot be repeated on a copy of the model."
+            )
         return groups[0] if groups else None
 
     @property
@@ -119,14 +121,14 @@ class Applied:
         return [] if self.group is None else list(self.group.fsdp_params)
 
 
-class Sharding:
+class ShardingRecipe:
     """How fully_shard was applied to a model, innermost calls first.
 
     Args:
         model: that has shards.
 
     Raises:
-        RanksError: it cannot be repeated.
+        DistributedError: it cannot be repeated.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -135,7 +137,7 @@ class Sharding:
         self._calls = list(_calls(model))
         for shard in self._shards():
             if shard.is_dtensor:
-                raise RanksError("a model that is tensor-parallel, too, cannot be sharded once more in a copy.")
+                raise DistributedError("a model that is tensor-parallel, too, cannot be sharded once more in a copy.")
         self._mesh = next(call.group.mesh_info.mesh for call in self._calls if call.group is not None)
 
     def whole_parameters(self) -> dict[int, nn.Parameter]:
@@ -170,7 +172,7 @@ class Sharding:
         self._prefetch(model)
         return found
 
-    def _repeat(self, call: Applied, model: nn.Module, placed: Mapping[nn.Parameter, Any]) -> Applied:
+    def _repeat(self, call: FullyShardCall, model: nn.Module, placed: Mapping[nn.Parameter, Any]) -> FullyShardCall:
         from torch.distributed.fsdp import fully_shard
 
         modules: Any = [model.get_submodule(name) for name in call.names]
@@ -185,7 +187,7 @@ class Sharding:
         ignored = {whole for whole, placement in placed.items() if placement is None}
         target = modules if len(modules) > 1 else modules[0]
         fully_shard(target, mp_policy=call.state._mp_policy, ignored_params=ignored, **options)
-        made = Applied(call.names, modules[0]._get_fsdp_state())
+        made = FullyShardCall(call.names, modules[0]._get_fsdp_state())
         for name in _SETTINGS if call.group is not None else ():
             setattr(made.group, name, getattr(call.group, name))
         return made
@@ -205,7 +207,7 @@ class Sharding:
             yield from call.shards
 
 
-def _calls(model: nn.Module) -> Iterator[Applied]:
+def _calls(model: nn.Module) -> Iterator[FullyShardCall]:
     names = {id(module): name for name, module in model.named_modules()}
     states: dict[int, Any] = {}
     for module in reversed(sharded_modules(list(model.modules()))):
@@ -213,7 +215,7 @@ def _calls(model: nn.Module) -> Iterator[Applied]:
         states.pop(id(state), None)  # where it groups several modules, all that is inside them comes first
         states[id(state)] = state
     for state in states.values():
-        yield Applied(tuple(names[id(module)] for module in state._modules), state)
+        yield FullyShardCall(tuple(names[id(module)] for module in state._modules), state)
 
 
 def _reshard_after_forward(state: Any, group: Any) -> bool | int | None:

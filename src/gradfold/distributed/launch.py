@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gradfold.distributed.process_group import Ranks
+from gradfold.distributed.process_group import ProcessGroup
 
 __all__: list[str] = []
 
@@ -27,7 +27,7 @@ INTERRUPTED = 130  # what shells report after Ctrl-C
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where this process stands among those that were started with it.
 
     Args:
@@ -41,32 +41,32 @@ class Place:
     local_rank: int
 
 
-def find_place() -> Place | None:
+def find_rank_info() -> RankInfo | None:
     """The place that torchrun gave this process; None where it was started alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
-    return Place(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    return RankInfo(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def is_first() -> bool:
     """Whether this is the process that speaks for all."""
-    place = find_place()
+    place = find_rank_info()
     return place is None or place.rank == 0
 
 
 @contextmanager
-def meeting() -> Iterator[Ranks]:
+def meeting() -> Iterator[ProcessGroup]:
     """A process group of all that were started together, on their processors, for as long as the block runs."""
     dist.init_process_group("gloo", timeout=_AS_LONG_AS_IT_TAKES)
     try:
-        yield Ranks(_default_group(), torch.device("cpu"))
+        yield ProcessGroup(_default_group(), torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def meeting_of_children(place: Place, name: str) -> Iterator[Ranks]:
+def meeting_of_children(place: RankInfo, name: str) -> Iterator[ProcessGroup]:
     """A process group of one child of each of them, which they have started under the same name."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if torch.cuda.is_available():
@@ -77,13 +77,13 @@ def meeting_of_children(place: Place, name: str) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
     try:
-        yield Ranks(_default_group(), torch.device("cpu"))
+        yield ProcessGroup(_default_group(), torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def pretended(num_ranks: int) -> Iterator[None]:
+def fake_process_group(num_ranks: int) -> Iterator[None]:
     """A process group of this process and others that are not there, for models that are looked at but not run.
 
     What it sends goes nowhere. Source: the backend "fake" of torch's own tests.

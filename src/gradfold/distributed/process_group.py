@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradfold.errors import RanksError
+from gradfold.errors import DistributedError
 
 __all__: list[str] = []
 
@@ -50,7 +50,7 @@ def _is_held(tensor: Tensor) -> bool:
     return tensor._use_count() > 1  # type: ignore[attr-defined, no-any-return]
 
 
-class Ranks:
+class ProcessGroup:
     """The processes of one group, each with rows of its own.
 
     Args:
@@ -121,7 +121,7 @@ class Reduction:
     So that memory cannot run out on one rank while the others wait for it.
     """
 
-    def __init__(self, ranks: Ranks, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, ranks: ProcessGroup, parameters: Iterable[Tensor]) -> None:
         self._group = ranks.group
         self.num_reductions = 0
         num_elements: dict[tuple[torch.dtype, torch.device], int] = {}
@@ -169,7 +169,7 @@ class Reduction:
         self.num_reductions += 1
 
 
-class Company:
+class LocalGroup:
     """That of one process, which decides by itself: none.
 
     Attributes:
@@ -196,14 +196,14 @@ class Company:
         return time.thread_time if is_busy else time.perf_counter
 
 
-class InStep(Company):
+class SynchronizedGroup(LocalGroup):
     """Several, all of which come to every call.
 
     Args:
         ranks: these.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: ProcessGroup) -> None:
         self._ranks = ranks
         self.size = ranks.size
 
@@ -211,7 +211,7 @@ class InStep(Company):
         """What this rank decides; where one fails, all do.
 
         Raises:
-            RanksError: another rank has failed.
+            DistributedError: another rank has failed.
             Exception: this one has.
         """
         try:
@@ -221,7 +221,7 @@ class InStep(Company):
             raise
         for rank, failure in enumerate(self._ranks.exchange("")):
             if failure:
-                raise RanksError(f"rank {rank} failed while a micro-batch size was looked for. {failure}")
+                raise DistributedError(f"rank {rank} failed while a micro-batch size was looked for. {failure}")
         return decided
 
     def gather(self, value: T) -> list[T]:

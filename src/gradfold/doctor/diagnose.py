@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradfold.doctor.events import Backward, Fetch, Pass, Read, Step
+from gradfold.doctor.events import Backward, EpochStart, Fetch, Read, Step
 from gradfold.doctor.finding import Finding
-from gradfold.doctor.history import Case, Stray, Training, trainings
+from gradfold.doctor.history import OptimizerHistory, RunRecord, UnoptimizedParameter, trainings
 from gradfold.doctor.instrumentation import Failure
-from gradfold.doctor.recorder import Watch
+from gradfold.doctor.recorder import Recorder
 from gradfold.doctor.rules import RULES
 from gradfold.doctor.run import Ending, Run
 from gradfold.doctor.source import is_ignored
@@ -26,7 +26,7 @@ from gradfold.memory.system import read_memory
 __all__: list[str] = []
 
 
-def summarise(case: Case) -> dict[str, Any]:
+def summarize(case: RunRecord) -> dict[str, Any]:
     """In plain values; None stands for what is not known."""
     return {
         "num_backwards": len(case.tape.backwards),
@@ -42,7 +42,7 @@ def summarise(case: Case) -> dict[str, Any]:
     }
 
 
-def _optimizer(case: Case, one: Training) -> dict[str, Any]:
+def _optimizer(case: RunRecord, one: OptimizerHistory) -> dict[str, Any]:
     sizes = [len(window) for window in one.windows]
     rows = [sum(micro.rows for micro in window.micro_batches) for window in one.windows]
     known = [total for total in rows if total]
@@ -57,10 +57,10 @@ def _optimizer(case: Case, one: Training) -> dict[str, Any]:
     }
 
 
-def _updates_per_epoch(case: Case, one: Training) -> int | None:
+def _updates_per_epoch(case: RunRecord, one: OptimizerHistory) -> int | None:
     """Of the first pass over the loader that trains, where that pass was seen to its end."""
     loaders = {micro.loader for window in one.windows for micro in window.micro_batches}
-    starts = [event for event in case.events(Pass) if event.loader in loaders]
+    starts = [event for event in case.events(EpochStart) if event.loader in loaders]
     ends = [event for event in case.events(Fetch) if event.loader in loaders and event.number < 0]
     if not starts or not ends:
         return None
@@ -68,11 +68,11 @@ def _updates_per_epoch(case: Case, one: Training) -> int | None:
     return sum(starts[0].at <= window.step.at < until for window in one.windows)
 
 
-def _total(case: Case, kind: type[Fetch] | type[Backward] | type[Read]) -> float:
+def _total(case: RunRecord, kind: type[Fetch] | type[Backward] | type[Read]) -> float:
     return sum(one.seconds for one in case.tape.events[case.since :] if isinstance(one, kind))
 
 
-def _seconds(case: Case) -> dict[str, float]:
+def _seconds(case: RunRecord) -> dict[str, float]:
     data, backward, reads = (_total(case, kind) for kind in (Fetch, Backward, Read))
     steps = sum(one.seconds for one in case.events(Step) if one.at >= case.since and not one.has_closure)
     rest = max(case.seconds - data - backward - steps - reads, 0.0)
@@ -154,10 +154,10 @@ def _examine(run: Run) -> Report:
             )
             found.setdefault(key, finding)
     kept = [one for key, one in sorted(found.items()) if not is_ignored(one.file, one.line, one.code)]
-    return Report(str(script), ending, tuple(kept), summarise(case), len(found) - len(kept))
+    return Report(str(script), ending, tuple(kept), summarize(case), len(found) - len(kept))
 
 
-def _case(script: Path, watch: Watch, ending: Ending) -> Case:
+def _case(script: Path, watch: Recorder, ending: Ending) -> RunRecord:
     ended = ending.how == "ended"
     if ended:
         watch.settle()
@@ -166,7 +166,7 @@ def _case(script: Path, watch: Watch, ending: Ending) -> Case:
     names = [name or steps.get(number, "Optimizer") for number, name in enumerate(names)]
     has_batch_norms = any(one.census is not None and one.census.batch_norms for one in watch.tape.backwards)
     models = _models() if has_batch_norms or watch.strays.parameters else []
-    return Case(
+    return RunRecord(
         script,
         watch.tape,
         tuple(trainings(watch.tape, watch.standing() if ended else {}, names)),
@@ -197,11 +197,11 @@ def _batch_norms(models: list[nn.Module]) -> dict[int, str]:
     return names
 
 
-def _stray(watch: Watch, models: list[nn.Module]) -> Stray | None:
+def _stray(watch: Recorder, models: list[nn.Module]) -> UnoptimizedParameter | None:
     lost = watch.strays.unmoved(watch.known())
     if not lost:
         return None
     names = [name for model in models for name, parameter in model.named_parameters() if id(parameter) in lost]
     passes = [watch.strays.backwards[key] for key in lost]
     first, number = min(some[0] for some in passes), max(len(some) for some in passes)
-    return Stray(tuple(dict.fromkeys(names)), sum(one.numel() for one in lost.values()), number, first)
+    return UnoptimizedParameter(tuple(dict.fromkeys(names)), sum(one.numel() for one in lost.values()), number, first)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gradfold.doctor.graph_stats import Census
-from gradfold.doctor.loss_graph import Term
-from gradfold.doctor.source import Place
+from gradfold.doctor.graph_stats import GraphStats
+from gradfold.doctor.loss_graph import DividedTerm
+from gradfold.doctor.source import SourceLocation
 
 __all__: list[str] = []
 
@@ -25,11 +25,11 @@ class Event:
     """
 
     at: int
-    place: Place
+    place: SourceLocation
 
 
 @dataclass(frozen=True)
-class Pass(Event):
+class EpochStart(Event):
     """An iteration over a loader begins.
 
     Attributes:
@@ -87,8 +87,8 @@ class Backward(Event):
     turns: Turns
     path: tuple[tuple[str, int], ...]
     is_gradfold: bool
-    terms: tuple[Term, ...]
-    census: Census | None
+    terms: tuple[DividedTerm, ...]
+    census: GraphStats | None
     fetches: int
     loader: int | None
     pass_number: int
@@ -134,7 +134,7 @@ class Step(Event):
 
 
 @dataclass(frozen=True)
-class Clear(Event):
+class ZeroGrad(Event):
     """Gradients are zeroed that no step has used.
 
     Attributes:
@@ -185,7 +185,7 @@ class Scaler(Event):
 
 
 @dataclass(frozen=True)
-class Tick(Event):
+class SchedulerStep(Event):
     """A learning-rate scheduler makes a step.
 
     Attributes:
@@ -221,7 +221,7 @@ class Read(Event):
 
 
 @dataclass
-class Tape:
+class EventLog:
     """All events in order, and by kind."""
 
     events: list[Event] = field(default_factory=list)

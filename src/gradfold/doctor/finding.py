@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradfold.doctor.source import Place
+from gradfold.doctor.source import SourceLocation
 
 __all__: list[str] = []
 
@@ -46,7 +46,7 @@ class Finding:
 class Observation:
     """What a rule saw: a finding, before the rule's own name and severity are put to it."""
 
-    place: Place
+    place: SourceLocation
     message: str
     fix: str
     confidence: str = CERTAIN

@@ -44,7 +44,7 @@ UNCHANGED = Change("none")
 
 
 @dataclass
-class Ledger:
+class GradientProvenance:
     """The gradients of one optimizer.
 
     Attributes:
@@ -160,7 +160,7 @@ class Ledger:
         """Of the gradients."""
         return {str(one.grad.dtype).removeprefix("torch.") for one in self.watched() if one.grad is not None}
 
-    def shares_with(self, other: Ledger) -> bool:
+    def shares_with(self, other: GradientProvenance) -> bool:
         """Whether both have a parameter in common."""
         if not self._watched or not other._watched:  # of an optimizer that is gone they are still known
             return other is self
@@ -207,7 +207,7 @@ class PreciseSums:
         self._sums: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # by optimizer and parameter: it, and its sum
         self._size = 0
 
-    def prepare(self, ledgers: list[Ledger]) -> None:
+    def prepare(self, ledgers: list[GradientProvenance]) -> None:
         """Begin to add up the parameters of low precision that are not added up yet, as far as they are few."""
         for ledger in ledgers:
             sums = self._sums.setdefault(ledger.number, {})
@@ -252,7 +252,7 @@ def _add(total: Tensor, grad: Tensor) -> None:
 _KEPT_ELEMENTS = 16  # kept of each, to see whether it was changed by hand
 
 
-class Strays:
+class UnoptimizedParameters:
     """All strays met so far.
 
     Attributes:

@@ -25,12 +25,12 @@ _INPUTS = ("mat1", "self", "input", "indices", "x1", "x2")
 
 
 @dataclass
-class Census:
+class GraphStats:
     """What was found.
 
     Attributes:
         num_nodes: operators in the graph.
-        batch_norms: the running mean (None without) of every BatchNorm that normalised with the micro-batch's own
+        batch_norms: the running mean (None without) of every BatchNorm that normalized with the micro-batch's own
             statistics.
         activation_bytes: what the graph keeps for the backward pass, parameters apart.
         similarities: rows of the square matrices in which samples are compared with each other, and of the matrices of
@@ -51,7 +51,7 @@ class Census:
     is_whole: bool = True
 
 
-def take(loss: Tensor, may_read: bool) -> Census:
+def take(loss: Tensor, may_read: bool) -> GraphStats:
     """Walk the graph of a loss.
 
     Args:
@@ -66,7 +66,7 @@ def take(loss: Tensor, may_read: bool) -> Census:
         >>> len(census.leaves), census.batch_norms, census.activation_bytes  # the input: 3 x 4 floats
         (2, [], 48)
     """
-    census = Census()
+    census = GraphStats()
     storages: dict[int, int] = {}
     factors: list[Tensor] = []  # of products by element: a model's input where it has no layers, else often a mask
     seen, queue = set(), [loss.grad_fn]
@@ -98,7 +98,7 @@ def take(loss: Tensor, may_read: bool) -> Census:
 
 
 def _is_instance_norm(node: Any) -> bool:
-    """InstanceNorm is computed as a batch normalisation of one row, with copies of its weights for every sample."""
+    """InstanceNorm is computed as a batch normalization of one row, with copies of its weights for every sample."""
     rows = getattr(node, "_saved_input", None)
     is_single = isinstance(rows, Tensor) and rows.dim() > 1 and rows.shape[0] == 1
     return is_single and not any(child is not None and child.name() == _LEAF for child, _ in node.next_functions[1:])
@@ -198,7 +198,7 @@ def _saved_names(kind: Hashable) -> tuple[str, ...]:
     return tuple(name for name in names if not name.endswith(("_sym_sizes", "_sym_strides", "_sym_numel")))
 
 
-def _read(node: Any, census: Census, storages: dict[int, int], factors: list[Tensor]) -> None:
+def _read(node: Any, census: GraphStats, storages: dict[int, int], factors: list[Tensor]) -> None:
     for name in _saved_names(cast(Hashable, type(node))):
         saved = getattr(node, name)
         if not isinstance(saved, Tensor) or saved.layout != torch.strided:

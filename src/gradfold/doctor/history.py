@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from gradfold.doctor.events import Backward, Clear, Event, Step, Tape
+from gradfold.doctor.events import Backward, Event, EventLog, Step, ZeroGrad
 from gradfold.memory.system import Memory
 
 __all__: list[str] = []
@@ -23,7 +23,7 @@ CallPath = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
-class Window:
+class UpdateWindow:
     """The backward passes that one step used.
 
     Attributes:
@@ -71,7 +71,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Training:
+class OptimizerHistory:
     """What one optimizer did.
 
     Attributes:
@@ -85,13 +85,13 @@ class Training:
 
     ledger: int
     optimizer: str
-    windows: tuple[Window, ...]
-    clears: tuple[Clear, ...]
+    windows: tuple[UpdateWindow, ...]
+    clears: tuple[ZeroGrad, ...]
     pending: tuple[Backward, ...]
-    tape: Tape = field(repr=False)
+    tape: EventLog = field(repr=False)
 
     @cached_property
-    def accumulating(self) -> tuple[Window, ...]:
+    def accumulating(self) -> tuple[UpdateWindow, ...]:
         """The windows that add up several micro-batches; those that were not looked at are as most others."""
         known = [one.is_distinct for one in self.windows if one.is_distinct is not None and len(one) > 1]
         usually = 2 * sum(known) > len(known)
@@ -111,7 +111,7 @@ class Training:
         return self.usual > 1 and 2 * len(self.accumulating) >= len(self.windows)
 
     @cached_property
-    def full(self) -> tuple[Window, ...]:
+    def full(self) -> tuple[UpdateWindow, ...]:
         """The accumulating windows of the usual length."""
         return tuple(one for one in self.accumulating if len(one) == self.usual)
 
@@ -120,12 +120,12 @@ class Training:
         """The calls whose backward passes reach a step."""
         return frozenset(one.path for window in self.windows for one in window.backwards)
 
-    def inside(self, window: Window, kind: type[E]) -> list[E]:
+    def inside(self, window: UpdateWindow, kind: type[E]) -> list[E]:
         """Events of a kind between a window's first and last backward pass."""
         some = window.micro_batches or window.backwards
         return [one for one in self.tape.events[some[0].at : some[-1].at] if isinstance(one, kind)] if some else []
 
-    def around(self, window: Window, kind: type[E]) -> list[E]:
+    def around(self, window: UpdateWindow, kind: type[E]) -> list[E]:
         """Events of a kind between the step before a window and its own."""
         return [one for one in self.tape.events[window.after : window.step.at] if isinstance(one, kind)]
 
@@ -134,7 +134,7 @@ class Training:
         return self.tape.backwards[index]
 
 
-def trainings(tape: Tape, pending: dict[int, tuple[int, ...]], names: Sequence[str]) -> list[Training]:
+def trainings(tape: EventLog, pending: dict[int, tuple[int, ...]], names: Sequence[str]) -> list[OptimizerHistory]:
     """One per optimizer, in order of making.
 
     Args:
@@ -148,12 +148,12 @@ def trainings(tape: Tape, pending: dict[int, tuple[int, ...]], names: Sequence[s
         windows, after = [], 0
         for step in steps:
             fresh = tuple(tape.backwards[index] for index in step.entries[step.num_stale :])
-            windows.append(Window(step, fresh, step.num_stale, after))
+            windows.append(UpdateWindow(step, fresh, step.num_stale, after))
             after = step.at
-        clears = tuple(one for one in tape.events if isinstance(one, Clear) and one.ledger == number)
+        clears = tuple(one for one in tape.events if isinstance(one, ZeroGrad) and one.ledger == number)
         clears = tuple(one for one in clears if not any(tape.backwards[index].is_gradfold for index in one.entries))
         left = tuple(tape.backwards[index] for index in pending.get(number, ()))
-        found.append(Training(number, name, tuple(windows), clears, left, tape))
+        found.append(OptimizerHistory(number, name, tuple(windows), clears, left, tape))
     return found
 
 
@@ -198,7 +198,7 @@ def _signature(one: Backward) -> tuple[object, ...] | None:
 
 
 @dataclass(frozen=True)
-class Stray:
+class UnoptimizedParameter:
     """Parameters that get gradients and are in no optimizer.
 
     Attributes:
@@ -215,7 +215,7 @@ class Stray:
 
 
 @dataclass(frozen=True)
-class Case:
+class RunRecord:
     """What is known.
 
     Attributes:
@@ -232,18 +232,18 @@ class Case:
     """
 
     script: Path
-    tape: Tape = field(repr=False)
-    trainings: tuple[Training, ...]
+    tape: EventLog = field(repr=False)
+    trainings: tuple[OptimizerHistory, ...]
     ended: bool
     memory: Memory
     batch_norms: dict[int, str]
-    stray: Stray | None
+    stray: UnoptimizedParameter | None
     precisions: frozenset[str]
     seconds: float
     since: int
 
     @cached_property
-    def accumulating(self) -> tuple[Training, ...]:
+    def accumulating(self) -> tuple[OptimizerHistory, ...]:
         """The optimizers that usually add up several micro-batches."""
         return tuple(one for one in self.trainings if one.accumulates)
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallOutcome:
     """How a call of the script's ended.
 
     Attributes:
@@ -33,7 +33,7 @@ class Outcome:
 
 # A look at one call: up to its only yield before the call, after it with the outcome. It yields the arguments to call
 # with instead, or None for those given.
-Look = Generator[tuple[tuple[Any, ...], dict[str, Any]] | None, Outcome, None]
+Look = Generator[tuple[tuple[Any, ...], dict[str, Any]] | None, CallOutcome, None]
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ class Guard:
         try:
             result = original(*args, **options)
         except BaseException as error:
-            self._end(part, looking, Outcome(error=error))
+            self._end(part, looking, CallOutcome(error=error))
             raise
-        self._end(part, looking, Outcome(result))
+        self._end(part, looking, CallOutcome(result))
         return result
 
-    def _end(self, part: str, looking: Look, outcome: Outcome) -> None:
+    def _end(self, part: str, looking: Look, outcome: CallOutcome) -> None:
         try:
             if self.failure is not None:
                 looking.close()

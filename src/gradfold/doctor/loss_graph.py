@@ -45,7 +45,7 @@ class Divisor:
 
 
 @dataclass(frozen=True)
-class Term:
+class DividedTerm:
     """One mean or sum that a loss consists of.
 
     Attributes:
@@ -86,7 +86,7 @@ def mark_of(loss: Tensor) -> Any:
     return None if loss.grad_fn is None else cast(dict[str, Any], loss.grad_fn.metadata).get(_MARK)
 
 
-def terms_of(loss: Tensor, seed: Tensor | None) -> tuple[Term, ...]:
+def terms_of(loss: Tensor, seed: Tensor | None) -> tuple[DividedTerm, ...]:
     """The means and sums that a loss consists of.
 
     Example:
@@ -100,8 +100,8 @@ def terms_of(loss: Tensor, seed: Tensor | None) -> tuple[Term, ...]:
     if seed is not None and seed.numel() == 1:
         divisors = (Divisor(_inverse(seed), by_division=False),)
     elif seed is not None:
-        return (Term("seed", "unknown"),)
-    found: list[Term] = []
+        return (DividedTerm("seed", "unknown"),)
+    found: list[DividedTerm] = []
     left = [(loss.grad_fn, divisors)]
     for _ in range(_MOST_NODES):
         if not left:
@@ -109,7 +109,7 @@ def terms_of(loss: Tensor, seed: Tensor | None) -> tuple[Term, ...]:
         node, divisors = left.pop()
         if node is not None:
             left += _follow(node, divisors, found)
-    return (*found, Term("deep", "unknown"))
+    return (*found, DividedTerm("deep", "unknown"))
 
 
 def terms_below(node: Any) -> int:
@@ -128,13 +128,15 @@ def terms_below(node: Any) -> int:
     return max(count, 1)
 
 
-def _follow(node: Any, divisors: tuple[Divisor, ...], found: list[Term]) -> list[tuple[Any, tuple[Divisor, ...]]]:
+def _follow(
+    node: Any, divisors: tuple[Divisor, ...], found: list[DividedTerm]
+) -> list[tuple[Any, tuple[Divisor, ...]]]:
     """What is further down; a term is added to `found`."""
     said = node.metadata.get(_MARK)
     children = [child for child, _ in node.next_functions]
     if said == "scaled":  # by a GradScaler, which takes it back
         return [(child, divisors) for child in children if child is not None][:1]
-    if isinstance(said, Term):
+    if isinstance(said, DividedTerm):
         found.append(replace(said, divisors=divisors))
         return []
     name = node.name().partition("Backward")[0]
@@ -185,16 +187,16 @@ def _number(value: Any) -> float | Tensor:
     return float(torch._C.TensorBase.item(value)) if isinstance(value, Tensor) else float(value)  # not the patched one
 
 
-def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> Term:
+def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> DividedTerm:
     read: Callable[[str], Any] = lambda field: getattr(node, f"_saved_{field}", None)  # noqa: E731
     if node.name() in ("MeanBackward0", "SumBackward0"):
         sizes = tuple(read("self_sym_sizes") or ())
         size = int(torch.Size(sizes).numel())
         reduction = "mean" if name == "Mean" else "sum"
-        return Term(name, reduction, size if name == "Mean" else None, size, sizes[0] if sizes else 0, divisors)
+        return DividedTerm(name, reduction, size if name == "Mean" else None, size, sizes[0] if sizes else 0, divisors)
     reduction = {1: "mean", 2: "sum"}.get(read("reduction") or 0, "unknown")
     if reduction == "unknown":
-        return Term(name, "unknown", divisors=divisors)
+        return DividedTerm(name, "unknown", divisors=divisors)
     target, count, weight = read("target"), read("total_weight"), read("weight")
     size = target.numel() if isinstance(target, Tensor) else 0
     rows = len(target) if isinstance(target, Tensor) and target.dim() else 0
@@ -203,7 +205,7 @@ def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> Term:
     elif weight is not None and name.startswith("Nll"):
         count = None if target is None else (target != _signed(read("ignore_index"))).sum()
     number = None if count is None else _number(count)
-    return Term(name, reduction, number, size, rows, divisors, target)
+    return DividedTerm(name, reduction, number, size, rows, divisors, target)
 
 
 def _signed(value: int) -> int:

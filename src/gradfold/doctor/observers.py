@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradfold.doctor import graph_stats as graph
-from gradfold.doctor.events import Backward, Clip, Read, Scaler, Step, Tick
-from gradfold.doctor.gradient_state import Ledger, State
+from gradfold.doctor.events import Backward, Clip, Read, Scaler, SchedulerStep, Step
+from gradfold.doctor.gradient_state import GradientProvenance, State
 from gradfold.doctor.instrumentation import Look
-from gradfold.doctor.loss_graph import Term, mark_of, terms_of
-from gradfold.doctor.recorder import Watch
-from gradfold.doctor.source import Place, Surroundings
+from gradfold.doctor.loss_graph import DividedTerm, mark_of, terms_of
+from gradfold.doctor.recorder import Recorder
+from gradfold.doctor.source import CallContext, SourceLocation
 
 __all__: list[str] = []
 
@@ -33,21 +33,21 @@ _MOST_CENSUSES = 48  # of the graphs of backward passes from one line
 class _OpenPass:
     """What is known while a backward pass runs."""
 
-    around: Surroundings
-    terms: tuple[Term, ...]
-    census: graph.Census | None
+    around: CallContext
+    terms: tuple[DividedTerm, ...]
+    census: graph.GraphStats | None
     is_scaled: bool
     keeps_graph: bool
-    before: list[tuple[Ledger, list[State]]]
+    before: list[tuple[GradientProvenance, list[State]]]
     start_s: float
 
 
 class BackwardPasses:
     """Writes each one down on a watch's tape."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Recorder) -> None:
         self._watch = watch
-        self._censuses: dict[Place, int] = {}
+        self._censuses: dict[SourceLocation, int] = {}
 
     def look(self, losses: list[Tensor], seeds: list[Tensor | None], keeps_graph: bool) -> Look:
         """At a backward pass; raises where enough was seen."""
@@ -73,7 +73,7 @@ class BackwardPasses:
                 self._note(one, end_s - one.start_s)
             watch.stopwatch.take_off(time.perf_counter() - end_s)
 
-    def _census(self, place: Place, losses: list[Tensor]) -> graph.Census | None:
+    def _census(self, place: SourceLocation, losses: list[Tensor]) -> graph.GraphStats | None:
         count = self._censuses.get(place, 0)
         if count >= _MOST_CENSUSES or len(losses) != 1 or losses[0].grad_fn is None:
             return None
@@ -127,14 +127,14 @@ class BackwardPasses:
         return tuple(found)
 
 
-def _terms(losses: list[Tensor], seeds: list[Tensor | None]) -> tuple[Term, ...]:
+def _terms(losses: list[Tensor], seeds: list[Tensor | None]) -> tuple[DividedTerm, ...]:
     try:
         return tuple(term for loss, seed in zip(losses, seeds, strict=True) for term in terms_of(loss, seed))
     except (RuntimeError, AttributeError, TypeError, ValueError):  # a graph that is gone, or arguments torch refuses
-        return (Term("nothing", "unknown"),)
+        return (DividedTerm("nothing", "unknown"),)
 
 
-def _micro_rows(fetched: int, terms: tuple[Term, ...]) -> int:
+def _micro_rows(fetched: int, terms: tuple[DividedTerm, ...]) -> int:
     """Of a micro-batch: of the batch that was fetched, or of the part of it that the loss is over."""
     known = [rows for rows in (fetched, *(term.rows for term in terms)) if rows]
     return min(known, default=0)
@@ -143,7 +143,7 @@ def _micro_rows(fetched: int, terms: tuple[Term, ...]) -> int:
 class Calls:
     """Writes down the calls that go with a watch's backward passes and steps."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Recorder) -> None:
         self._watch = watch
         self._numbers: dict[int, int] = {}  # of scalers and schedulers, by id
 
@@ -191,7 +191,7 @@ class Calls:
     def _scaling(self, scaler: Any, call: str, optimizer: Any) -> Look:
         watch = self._watch
         watch.settle()
-        ledger: Ledger | None = watch.ledger_of(optimizer) if isinstance(optimizer, Optimizer) else None
+        ledger: GradientProvenance | None = watch.ledger_of(optimizer) if isinstance(optimizer, Optimizer) else None
         entries, place = watch.standing(None if ledger is None else [ledger]), watch.map.here()
         if ledger is not None:
             entries.setdefault(ledger.number, ())
@@ -214,9 +214,9 @@ class Calls:
         horizon = next((length for length in lengths if isinstance(length, int)), None)
         number, name = self._number(scheduler), type(scheduler).__name__
         after = learning_rate(optimizer)
-        watch.tape.add(Tick(watch.tape.next, watch.map.here(), number, name, ledger, horizon, before, after))
+        watch.tape.add(SchedulerStep(watch.tape.next, watch.map.here(), number, name, ledger, horizon, before, after))
 
-    def read(self, place: Place, call: str, tensor: Tensor, seconds: float) -> None:
+    def read(self, place: SourceLocation, call: str, tensor: Tensor, seconds: float) -> None:
         """The host read what was computed."""
         tape = self._watch.tape
         tape.add(Read(tape.next, place, call, seconds, len(tape.backwards), tensor.device.type))
@@ -245,16 +245,16 @@ class _Found:
     gradients: str
 
 
-def _what_stands(ledger: Ledger) -> _Found:
+def _what_stands(ledger: GradientProvenance) -> _Found:
     return _Found(tuple(ledger.entries), ledger.stepped, ledger.what_a_step_finds())
 
 
 class Steps:
     """Writes each one down on a watch's tape; steps inside a step are its own."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Recorder) -> None:
         self._watch = watch
-        self._open: list[tuple[Ledger, int]] = []  # and how many backward passes there were when they began
+        self._open: list[tuple[GradientProvenance, int]] = []  # and how many backward passes there were when they began
         self._start_s = 0.0
         self._found = _Found((), 0, "none")
 

@@ -22,17 +22,17 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradfold.doctor.instrumentation import Look, Patches
-from gradfold.doctor.loss_graph import Term, mark
+from gradfold.doctor.loss_graph import DividedTerm, mark
 from gradfold.doctor.observers import BackwardPasses, Calls, Steps, learning_rate
-from gradfold.doctor.recorder import Watch
-from gradfold.doctor.source import Place, depends_on_result
+from gradfold.doctor.recorder import Recorder
+from gradfold.doctor.source import SourceLocation, depends_on_result
 
 __all__: list[str] = []
 
 _READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
 
 
-def patch_surroundings(patches: Patches, watch: Watch) -> None:
+def patch_surroundings(patches: Patches, watch: Recorder) -> None:
     """Put them in place."""
     calls = Calls(watch)
     _loaders(patches, watch)
@@ -42,7 +42,7 @@ def patch_surroundings(patches: Patches, watch: Watch) -> None:
     _contexts(patches, watch)
 
 
-def _loaders(patches: Patches, watch: Watch) -> None:
+def _loaders(patches: Patches, watch: Recorder) -> None:
     numbers: dict[int, int] = {}
 
     def at_iter(self: Any) -> Look:
@@ -80,7 +80,7 @@ def _losses(patches: Patches) -> None:
             count = len(target) if probabilities else (target != ignored).sum()
             number = float(count) if isinstance(count, int) or count.device.type == "cpu" else count
             size = len(target) if probabilities else target.numel()
-            mark(loss, Term("CrossEntropy", reduction, number, size, len(target), (), target))
+            mark(loss, DividedTerm("CrossEntropy", reduction, number, size, len(target), (), target))
 
     patches.look_at(nn.functional, "cross_entropy", at_cross_entropy)
 
@@ -92,7 +92,7 @@ def _ranks(patches: Patches, calls: Calls) -> None:
     patches.look_at(DistributedDataParallel, "forward", at_forward)
 
 
-def _reads(patches: Patches, watch: Watch, calls: Calls) -> None:
+def _reads(patches: Patches, watch: Recorder, calls: Calls) -> None:
     def look(name: str) -> Callable[..., Look | None]:
         def at_read(self: Tensor, *_args: Any, **_options: Any) -> Look | None:
             if watch.is_quiet or (watch.num_open_steps and not self.requires_grad):  # an optimizer reads its own state
@@ -102,7 +102,7 @@ def _reads(patches: Patches, watch: Watch, calls: Calls) -> None:
 
         return at_read
 
-    def reading(tensor: Tensor, name: str, place: Place) -> Look:
+    def reading(tensor: Tensor, name: str, place: SourceLocation) -> Look:
         with watch.quietly():
             start_s = time.perf_counter()
             outcome = yield None
@@ -114,7 +114,7 @@ def _reads(patches: Patches, watch: Watch, calls: Calls) -> None:
         patches.look_at(Tensor, name, look(name))
 
 
-def _contexts(patches: Patches, watch: Watch) -> None:
+def _contexts(patches: Patches, watch: Recorder) -> None:
     def at_hooks(*_args: Any) -> None:
         watch.has_saved_hooks = True
 
@@ -126,7 +126,7 @@ def _contexts(patches: Patches, watch: Watch) -> None:
     patches.look_at(torch.amp.autocast, "__enter__", at_autocast)
 
 
-def patch_training(patches: Patches, watch: Watch) -> None:
+def patch_training(patches: Patches, watch: Recorder) -> None:
     """Put them in place."""
     calls = Calls(watch)
     _backward(patches, watch)
@@ -140,7 +140,7 @@ def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, Tensor) or value is None else list(value)
 
 
-def _backward(patches: Patches, watch: Watch) -> None:
+def _backward(patches: Patches, watch: Recorder) -> None:
     passes = BackwardPasses(watch)
 
     def look(tensors: Any, seeds: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Look | None:
@@ -163,7 +163,7 @@ def _backward(patches: Patches, watch: Watch) -> None:
             patches.look_at(module, "_engine_run_backward", at_function)
 
 
-def _optimizers(patches: Patches, watch: Watch) -> None:
+def _optimizers(patches: Patches, watch: Recorder) -> None:
     guard, steps = patches.guard, Steps(watch)
     hooks = (
         register_optimizer_step_pre_hook(partial(guard.attempt, "step", steps.begin)),
@@ -185,7 +185,7 @@ def _optimizers(patches: Patches, watch: Watch) -> None:
     patches.look_at(nn.Module, "zero_grad", at_zero)
 
 
-def _zeroing(watch: Watch) -> Look:
+def _zeroing(watch: Recorder) -> Look:
     with watch.quietly():
         watch.settle()
         yield None

@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradfold.doctor.events import Clear, Fetch, Pass, Tape
-from gradfold.doctor.gradient_state import Ledger, PreciseSums, Strays
+from gradfold.doctor.events import EpochStart, EventLog, Fetch, ZeroGrad
+from gradfold.doctor.gradient_state import GradientProvenance, PreciseSums, UnoptimizedParameters
 from gradfold.doctor.instrumentation import Guard
-from gradfold.doctor.source import NOWHERE, Map, Place, zeroing_line
+from gradfold.doctor.source import NOWHERE, SourceLocation, SourceMap, zeroing_line
 
 __all__: list[str] = []
 
@@ -72,7 +72,7 @@ class Stop:
         if self._num_passes[loader] > 1:
             self._steps_since_pass = 0
 
-    def check(self, tape: Tape) -> None:
+    def check(self, tape: EventLog) -> None:
         """Raise where enough was seen; called when a backward pass begins, so that what follows a step was seen."""
         if self.was_reached or self._is_enough(tape):
             self.was_reached = True
@@ -81,7 +81,7 @@ class Stop:
                 self.on_swallowed()
             raise EnoughError
 
-    def _is_enough(self, tape: Tape) -> bool:
+    def _is_enough(self, tape: EventLog) -> bool:
         counts = self._steps.values()
         if not counts or (min(counts) < self.num_updates and max(counts) < _FURTHER * self.num_updates):
             return False
@@ -99,7 +99,7 @@ class Stop:
             length is not None and length > _FURTHER * self._backwards_then
         )
 
-    def _has_seen_turn(self, tape: Tape) -> bool:
+    def _has_seen_turn(self, tape: EventLog) -> bool:
         """Whether an outer loop of the user's went on to its next pass, two updates ago or more."""
         turns = [one.turns[:-1] for one in tape.backwards]
         changed = [index for index in range(1, len(turns)) if turns[index] != turns[index - 1]]
@@ -109,7 +109,7 @@ class Stop:
 _DEPTH = 3  # to which a batch is searched for a tensor
 
 
-class Feeding:
+class LoaderState:
     """Of all loaders of a script.
 
     Attributes:
@@ -118,7 +118,7 @@ class Feeding:
         num_fetches: batches so far.
     """
 
-    def __init__(self, tape: Tape, places: Map, stop: Stop) -> None:
+    def __init__(self, tape: EventLog, places: SourceMap, stop: Stop) -> None:
         self.loader: int | None = None
         self.rows = 0
         self.num_fetches = 0
@@ -143,7 +143,7 @@ class Feeding:
             length: int | None = len(loader)
         except (TypeError, NotImplementedError):
             length = None
-        self._tape.add(Pass(self._tape.next, self._places.here(), number, length))
+        self._tape.add(EpochStart(self._tape.next, self._places.here(), number, length))
         self._stop.note_pass(number, length)
         return number
 
@@ -194,7 +194,7 @@ class Stopwatch:
         return 0.0 if self._start_s is None else time.perf_counter() - self._start_s - self._cost_s
 
 
-class Watch:
+class Recorder:
     """Keeps the ledgers of all optimizers and the tape of events.
 
     Args:
@@ -214,13 +214,13 @@ class Watch:
     """
 
     def __init__(self, script: Path, stop: Stop, guard: Guard) -> None:
-        self.map = Map(script)
-        self.tape = Tape()
+        self.map = SourceMap(script)
+        self.tape = EventLog()
         self.stop = stop
         self.stopwatch = Stopwatch()
-        self.feeding = Feeding(self.tape, self.map, stop)
-        self.ledgers: list[Ledger] = []
-        self.strays = Strays()
+        self.feeding = LoaderState(self.tape, self.map, stop)
+        self.ledgers: list[GradientProvenance] = []
+        self.strays = UnoptimizedParameters()
         self.precise_sums = PreciseSums(guard)
         self.is_quiet = 0
         self.num_open_steps = 0
@@ -239,12 +239,12 @@ class Watch:
         finally:
             self.is_quiet -= 1
 
-    def ledger_of(self, optimizer: Optimizer) -> Ledger:
+    def ledger_of(self, optimizer: Optimizer) -> GradientProvenance:
         """The ledger of an optimizer, opened where there is none yet."""
         for ledger in self.ledgers:
             if ledger.optimizer() is optimizer:
                 return ledger
-        ledger = Ledger(weakref.ref(optimizer), len(self.ledgers))
+        ledger = GradientProvenance(weakref.ref(optimizer), len(self.ledgers))
         self.ledgers.append(ledger)
         ledger.entries = self.strays.entries(ledger.watched())
         for other in self.ledgers[:-1]:  # what another optimizer of the same parameters has left
@@ -260,12 +260,12 @@ class Watch:
         optimizers = [optimizer for ledger in self.ledgers if (optimizer := ledger.optimizer()) is not None]
         return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
-    def standing(self, ledgers: list[Ledger] | None = None) -> dict[int, tuple[int, ...]]:
+    def standing(self, ledgers: list[GradientProvenance] | None = None) -> dict[int, tuple[int, ...]]:
         """By optimizer's number, the backward passes in `.grad` that no step has used."""
         chosen = self.ledgers if ledgers is None else ledgers
         return {one.number: tuple(one.entries[one.stepped :]) for one in chosen if one.entries[one.stepped :]}
 
-    def settle(self, place: Place | None = None) -> None:
+    def settle(self, place: SourceLocation | None = None) -> None:
         """See what was done to gradients since the last event; `place` is where, if that is known."""
         for ledger in self.ledgers:
             change = ledger.change()
@@ -279,12 +279,12 @@ class Watch:
                 ledger.is_rewritten = True
             ledger.remember()
 
-    def _clear(self, ledger: Ledger, place: Place | None) -> None:
+    def _clear(self, ledger: GradientProvenance, place: SourceLocation | None) -> None:
         lost = tuple(ledger.entries[ledger.stepped :])
         if lost:
             used = self.num_open_steps > 0 or ledger.parameters_moved() or ledger.is_rewritten
             where = place or zeroing_line(self.map.here(), self.tape.backwards[lost[-1]].place)
-            self.tape.add(Clear(self.tape.next, where, ledger.number, lost, used))
+            self.tape.add(ZeroGrad(self.tape.next, where, ledger.number, lost, used))
         ledger.empty()
         self.unscaled.discard(ledger.number)
         self.precise_sums.empty(ledger.number)

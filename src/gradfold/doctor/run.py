@@ -15,7 +15,7 @@ from types import ModuleType, TracebackType
 
 from gradfold.doctor.instrumentation import Guard, Patches
 from gradfold.doctor.patches import patch_surroundings, patch_training
-from gradfold.doctor.recorder import EnoughError, Stop, TimedOutError, Watch
+from gradfold.doctor.recorder import EnoughError, Recorder, Stop, TimedOutError
 
 __all__: list[str] = []
 
@@ -51,7 +51,7 @@ class Run:
 
     script: Path
     guard: Guard
-    watch: Watch | None = None
+    watch: Recorder | None = None
     ending: Ending = Ending("ended", 0)
 
 
@@ -112,8 +112,8 @@ def run(
     return this
 
 
-def _watch(script: Path, stop: Stop, patches: Patches) -> Watch:
-    watch = Watch(script, stop, patches.guard)
+def _watch(script: Path, stop: Stop, patches: Patches) -> Recorder:
+    watch = Recorder(script, stop, patches.guard)
     patch_training(patches, watch)
     patch_surroundings(patches, watch)
     return watch

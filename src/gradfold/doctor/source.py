@@ -56,7 +56,7 @@ _USER, _TORCH, _DOCTOR, _PYTHON = "", "torch", "gradfold.doctor", "python"
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """A line of the user's code.
 
     Attributes:
@@ -75,11 +75,11 @@ class Place:
         return f"{self.file}:{self.line}"
 
 
-NOWHERE = Place("", 0)
+NOWHERE = SourceLocation("", 0)
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class CallContext:
     """A place, and what encloses it.
 
     Attributes:
@@ -90,13 +90,13 @@ class Surroundings:
         is_gradfold: whether gradfold itself is at work, further out.
     """
 
-    place: Place
+    place: SourceLocation
     turns: tuple[tuple[str, int, tuple[int, ...]], ...]
     path: tuple[tuple[str, int], ...]
     is_gradfold: bool
 
 
-class Map:
+class SourceMap:
     """Knows whose a file is: the user's, torch's, Python's or a library's."""
 
     def __init__(self, script: Path) -> None:
@@ -134,27 +134,27 @@ class Map:
                 return Path(path.rpartition(folder)[2]).parts[0].removesuffix(".py")
         return _PYTHON if path.startswith(self._python) else _USER
 
-    def caller(self, depth: int = 1) -> Place | None:
+    def caller(self, depth: int = 1) -> SourceLocation | None:
         """The user's line, if it calls what is `depth` frames out from here: itself, or through torch alone."""
         frame: FrameType | None = sys._getframe(depth + 1)
         while frame is not None:
             owner = self.owner(frame.f_code.co_filename)
             if owner == _USER:
-                return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+                return SourceLocation(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
             if owner not in (_TORCH, _DOCTOR, _PYTHON):
                 return None
             frame = frame.f_back
         return None
 
-    def here(self) -> Place:
+    def here(self) -> SourceLocation:
         """The innermost line of the user's that is running."""
         return self.around(with_turns=False).place
 
-    def around(self, with_turns: bool = True) -> Surroundings:
+    def around(self, with_turns: bool = True) -> CallContext:
         """The innermost line of the user's that is running, and the loops around it."""
         frame: FrameType | None = sys._getframe(1)
         through: list[str] = []
-        place: Place | None = None
+        place: SourceLocation | None = None
         turns: list[tuple[str, int, tuple[int, ...]]] = []
         path: list[tuple[str, int]] = []
         is_gradfold = False
@@ -163,7 +163,7 @@ class Map:
             owner = self.owner(code.co_filename)
             if owner == _USER:
                 if place is None:
-                    place = Place(code.co_filename, frame.f_lineno, code.co_name, tuple(through))
+                    place = SourceLocation(code.co_filename, frame.f_lineno, code.co_name, tuple(through))
                 path.append((code.co_filename, frame.f_lineno))
                 if with_turns:
                     turns[:0] = _turns(frame)
@@ -172,7 +172,9 @@ class Map:
             if place is None and owner not in (_USER, _TORCH, _DOCTOR, _PYTHON, *through[-1:]):
                 through.append(owner)
             frame = frame.f_back
-        return Surroundings(place or Place("", 0, through=tuple(through)), tuple(turns), tuple(path), is_gradfold)
+        return CallContext(
+            place or SourceLocation("", 0, through=tuple(through)), tuple(turns), tuple(path), is_gradfold
+        )
 
 
 def _turns(frame: FrameType) -> list[tuple[str, int, tuple[int, ...]]]:
@@ -235,7 +237,7 @@ def syntax(file: str) -> ast.Module:
 _MOST_ASSIGNMENTS = 3  # in a row
 
 
-def depends_on_result(tensor: Tensor, place: Place) -> bool:
+def depends_on_result(tensor: Tensor, place: SourceLocation) -> bool:
     """Whether a tensor has a graph, or a name in the statement that reads it stands for one that has.
 
     `torch.isnan(loss)` has no graph, but its `loss` has; `(labels != PAD).sum()` has nothing to do with the model.
@@ -291,12 +293,12 @@ def _read_on(file: str, line: int) -> set[str]:
     return names
 
 
-def zeroing_line(here: Place, backward: Place) -> Place:
+def zeroing_line(here: SourceLocation, backward: SourceLocation) -> SourceLocation:
     """The line that zeroed gradients by hand, between a backward pass and here; the nearest there is, or here."""
     for place in (backward, here):
         lines = _lines(place.file)
         if lines:
-            return Place(place.file, min(lines, key=lambda line: abs(line - place.line)))
+            return SourceLocation(place.file, min(lines, key=lambda line: abs(line - place.line)))
     return here
 
 

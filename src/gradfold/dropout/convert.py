@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from gradfold.dropout.layer import KeyedDropout
+from gradfold.dropout.layer import CounterBasedDropout
 from gradfold.errors import ModelError, OptionError
 from gradfold.messages import warn
 
@@ -49,7 +49,7 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
     >>> import torch, gradfold
     >>> model = torch.nn.Sequential(torch.nn.Linear(10, 8), torch.nn.ReLU(), torch.nn.Dropout(0.2))
     >>> gradfold.convert_dropout(model)[2]
-    KeyedDropout(p=0.2, name='2', seed=0)
+    CounterBasedDropout(p=0.2, name='2', seed=0)
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is a {type(model).__name__}; expected an nn.Module.")
@@ -60,7 +60,7 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
     new = {
         module: _converted(module, name, seed, row_dim)
         for name, module in model.named_modules()
-        if isinstance(module, _DropoutNd) and not isinstance(module, KeyedDropout)
+        if isinstance(module, _DropoutNd) and not isinstance(module, CounterBasedDropout)
     }
     _warn_of_others(model)
     for parent in list(model.modules()):
@@ -70,7 +70,7 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
     return new.get(model, model) if isinstance(model, _DropoutNd) else model
 
 
-def _converted(module: _DropoutNd, name: str, seed: int, row_dim: int) -> KeyedDropout:
+def _converted(module: _DropoutNd, name: str, seed: int, row_dim: int) -> CounterBasedDropout:
     feature_dims, is_alpha = _KINDS[type(module)]
     held = [key.strip("_") for key, value in vars(module).items() if key.endswith("_hooks") and value]
     if module.inplace or held:
@@ -83,7 +83,7 @@ def _converted(module: _DropoutNd, name: str, seed: int, row_dim: int) -> KeyedD
         raise OptionError(
             f"row_dim={row_dim} does not go with {type(module).__name__} ({name!r}), whose inputs are (N, C, ...)."
         )
-    return KeyedDropout(module.p, name, seed, row_dim, feature_dims, is_alpha).train(module.training)
+    return CounterBasedDropout(module.p, name, seed, row_dim, feature_dims, is_alpha).train(module.training)
 
 
 def _refuse_drawing_inside(model: nn.Module) -> None:
@@ -97,7 +97,7 @@ def _refuse_drawing_inside(model: nn.Module) -> None:
                 f"depend on the split. Switch that off, model.get_submodule({name!r}).dropout = 0.0, and convert the "
                 "layers around it."
             )
-        if isinstance(module, _DropoutNd) and type(module) not in (*_KINDS, KeyedDropout):
+        if isinstance(module, _DropoutNd) and type(module) not in (*_KINDS, CounterBasedDropout):
             raise ModelError(
                 f"{name or 'the model itself'} is a {type(module).__name__}, whose forward is not known. Replace it by "
                 "torch.nn.Dropout, or leave it out."

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gradfold.batch.rows import Rows, shift_rows
 from gradfold.errors import ModelError, OptionError
 
-__all__ = ["keyed_dropout"]
+__all__ = ["counter_based_dropout"]
 
 _WORD = 0xFFFFFFFF
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # the second as a negative number, which is the same modulo 2^32
@@ -31,7 +31,7 @@ _GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: spreads consecutive 
 _DROPPED = -1.7580993408473766
 
 
-class Keys:
+class DropoutKeys:
     """Where a forward pass is: the update, and the rows of the global batch that it runs. Shared by a model's layers.
 
     Attributes:
@@ -39,7 +39,7 @@ class Keys:
         is_forward: whether a forward pass runs; else activations are computed again for a backward pass.
     """
 
-    def __init__(self, layers: Sequence[KeyedDropout], update: int, device: torch.device) -> None:
+    def __init__(self, layers: Sequence[CounterBasedDropout], update: int, device: torch.device) -> None:
         self._layers = layers
         self._of_update = _hash("update", update)
         self._device = device
@@ -63,7 +63,7 @@ class Keys:
             self.is_forward = False
 
 
-class KeyedDropout(nn.Dropout):
+class CounterBasedDropout(nn.Dropout):
     """Dropout that `convert_dropout` puts in the place of torch's.
 
     In `accumulator.backward(batch)` its masks are those of the global batch; elsewhere it draws them as torch's does.
@@ -87,7 +87,7 @@ class KeyedDropout(nn.Dropout):
         self.row_dim = row_dim
         self.feature_dims = feature_dims
         self.is_alpha = is_alpha
-        self.keys: Keys | None = None
+        self.keys: DropoutKeys | None = None
         self.num_calls = 0
         self._words = _hash(seed, name)
 
@@ -137,7 +137,7 @@ class KeyedDropout(nn.Dropout):
 
 
 @contextmanager
-def keyed_dropout(model: nn.Module, update: int, first_row: int = 0, num_rows: int = 1) -> Iterator[None]:
+def counter_based_dropout(model: nn.Module, update: int, first_row: int = 0, num_rows: int = 1) -> Iterator[None]:
     """In this block the layers of `convert_dropout` have the masks of some rows of an update, as in a window.
 
     For loops of one's own, and to see what a window did: `accumulator.backward(batch)` has those of update
@@ -151,13 +151,13 @@ def keyed_dropout(model: nn.Module, update: int, first_row: int = 0, num_rows: i
 
     >>> import torch, gradfold
     >>> model = gradfold.convert_dropout(torch.nn.Sequential(torch.nn.Dropout(0.5)))
-    >>> with gradfold.keyed_dropout(model, update=0, num_rows=2):
+    >>> with gradfold.counter_based_dropout(model, update=0, num_rows=2):
     ...     whole = model(torch.ones(2, 6))
-    >>> with gradfold.keyed_dropout(model, update=0, first_row=1, num_rows=1):
+    >>> with gradfold.counter_based_dropout(model, update=0, first_row=1, num_rows=1):
     ...     torch.equal(model(torch.ones(1, 6)), whole[1:])
     True
     """
-    layers = keyed_layers(model.modules())
+    layers = counter_based_layers(model.modules())
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with keyed(layers, update, device) as keys:
         if keys is None:
@@ -167,7 +167,7 @@ def keyed_dropout(model: nn.Module, update: int, first_row: int = 0, num_rows: i
             yield
 
 
-class Placed:
+class RowPosition:
     """What goes around the forward passes of a window, so that its rows get their own masks.
 
     Args:
@@ -175,7 +175,7 @@ class Placed:
         first_row: where the rows of this process begin in the batch of all; asked for once.
     """
 
-    def __init__(self, keys: Keys, first_row: Callable[[], int]) -> None:
+    def __init__(self, keys: DropoutKeys, first_row: Callable[[], int]) -> None:
         self._keys = keys
         self._ask = first_row
         self._first: int | None = None
@@ -188,7 +188,7 @@ class Placed:
 
 
 @contextmanager
-def unkeyed(layers: Sequence[KeyedDropout]) -> Iterator[None]:
+def unkeyed(layers: Sequence[CounterBasedDropout]) -> Iterator[None]:
     """The layers draw as torch's do: for trials, which hand out draws by themselves."""
     found = [layer.keys for layer in layers]
     for layer in layers:
@@ -200,7 +200,7 @@ def unkeyed(layers: Sequence[KeyedDropout]) -> Iterator[None]:
             layer.keys = keys
 
 
-def refuse_options(layers: Sequence[KeyedDropout], batch_norm: str | None, is_sharded: bool) -> None:
+def refuse_options(layers: Sequence[CounterBasedDropout], batch_norm: str | None, is_sharded: bool) -> None:
     """Raise OptionError where micro-batches do not run one after another."""
     if layers and batch_norm not in (None, "per_micro_batch"):
         raise OptionError(
@@ -219,18 +219,18 @@ def refuse_options(layers: Sequence[KeyedDropout], batch_norm: str | None, is_sh
         )
 
 
-def keyed_layers(modules: Iterable[nn.Module]) -> list[KeyedDropout]:
+def counter_based_layers(modules: Iterable[nn.Module]) -> list[CounterBasedDropout]:
     """The layers of `convert_dropout` among some modules."""
-    return [module for module in modules if isinstance(module, KeyedDropout)]
+    return [module for module in modules if isinstance(module, CounterBasedDropout)]
 
 
 @contextmanager
-def keyed(layers: Sequence[KeyedDropout], update: int, device: torch.device) -> Iterator[Keys | None]:
+def keyed(layers: Sequence[CounterBasedDropout], update: int, device: torch.device) -> Iterator[DropoutKeys | None]:
     """The layers share keys for an update; None where there are no layers."""
     if not layers:
         yield None
         return
-    keys = Keys(layers, update, device)
+    keys = DropoutKeys(layers, update, device)
     for layer in layers:
         layer.keys = keys
     try:

@@ -7,7 +7,8 @@ All of them meet four times, and nowhere else, since forward and backward passes
     [C] gradients      summed, in as few reductions as buckets; nothing that can fail is left to do in between
     [D] conclusion     all are well: the gradient is handed over
 
-A rank that fails goes to the next meeting all the same, says so, and raises its own error; the others raise RanksError
+A rank that fails goes to the next meeting all the same, says so, and raises its own error; the others raise
+DistributedError
 with its text. So an error on one rank ends the window on all, rolled back, and nobody hangs.
 """
 
@@ -20,8 +21,8 @@ from typing import TypeVar
 from gradfold.batch.split import MicroBatch
 from gradfold.engine.loss_terms import LossTerms
 from gradfold.engine.metrics import Metrics
-from gradfold.engine.window import OpenWindow, Schedule
-from gradfold.state.gradients import SetAside
+from gradfold.engine.window import Schedule, Window
+from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import WindowWeights
 
 __all__: list[str] = []
@@ -31,7 +32,7 @@ T = TypeVar("T")
 Weigh = Callable[[Sequence[MicroBatch]], WindowWeights]
 
 
-class Alone:
+class Coordinator:
     """One process: nobody to agree with.
 
     Attributes:
@@ -45,7 +46,7 @@ class Alone:
     def __init__(self, weigh: Weigh) -> None:
         self.weigh = weigh
 
-    def __enter__(self) -> Alone:
+    def __enter__(self) -> Coordinator:
         return self
 
     def __exit__(
@@ -53,7 +54,7 @@ class Alone:
     ) -> None:
         pass
 
-    def end(self, losses: LossTerms, metrics: Metrics, gradients: SetAside) -> None:
+    def end(self, losses: LossTerms, metrics: Metrics, gradients: GradientBuffer) -> None:
         """Every micro-batch has run: make losses, metrics and gradients those of all ranks."""
 
     def conclude(self) -> None:
@@ -77,6 +78,6 @@ class Alone:
         """Where the rows of this process begin in the batch of all."""
         return 0
 
-    def around(self, schedule: Schedule, window: OpenWindow) -> Schedule:
+    def around(self, schedule: Schedule, window: Window) -> Schedule:
         """How to run the window, given how this process would."""
         return schedule

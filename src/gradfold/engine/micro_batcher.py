@@ -17,14 +17,14 @@ from gradfold.batch import split
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows
 from gradfold.batch.split import Collate, CollateRows, MicroBatch
-from gradfold.distributed.process_group import Company
+from gradfold.distributed.process_group import LocalGroup
 from gradfold.errors import BatchError, WindowError
 from gradfold.memory.auto import Auto, MicroBatchChoice, MicroBatchSize, read_auto
-from gradfold.memory.auto_tune import Sizer
-from gradfold.memory.probe_batch import Specimen, Work
-from gradfold.packing.token_batcher import TokenSplit
+from gradfold.memory.auto_tune import AutoTuner
+from gradfold.memory.probe_batch import ProbeBatch, Work
+from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
-from gradfold.windows import LoopWindow, Window
+from gradfold.windows import LoadedWindow, LoopWindow
 
 __all__: list[str] = []
 
@@ -85,7 +85,7 @@ class FittingSize:
         self._is_trying = state["is_trying"]
 
 
-class Cutting:
+class MicroBatcher:
     """Cuts batches.
 
     Args:
@@ -102,16 +102,16 @@ class Cutting:
     """
 
     def __init__(self, micro_batch_size: MicroBatchSize, collate: Collate | None, counts_samples: bool) -> None:
-        self.sizer: Sizer | None = None
-        self.by_tokens: TokenSplit | None = None
+        self.sizer: AutoTuner | None = None
+        self.by_tokens: TokenBatcher | None = None
         self.size: int | TokenBudget | None = None
         if isinstance(micro_batch_size, (str, Auto)):
-            self.sizer = Sizer(read_auto(micro_batch_size))
+            self.sizer = AutoTuner(read_auto(micro_batch_size))
         elif isinstance(micro_batch_size, TokenBudget):
             self.size = micro_batch_size
-            self.by_tokens = TokenSplit(micro_batch_size)
+            self.by_tokens = TokenBatcher(micro_batch_size)
             if micro_batch_size.max_tokens == "auto":
-                self.sizer = Sizer(Auto())
+                self.sizer = AutoTuner(Auto())
         else:
             split.check_size(micro_batch_size)
             self.size = micro_batch_size
@@ -124,12 +124,12 @@ class Cutting:
         """The size; a token budget with the cost that was measured."""
         return self.size if self.by_tokens is None else self.by_tokens.budget_as_measured
 
-    def choose(self, batch: Batch, company: Company, work_on: Callable[[Specimen], Work]) -> None:
+    def choose(self, batch: Batch, company: LocalGroup, work_on: Callable[[ProbeBatch], Work]) -> None:
         """Have the sizer choose, where a choice is due; several that have to come together for it do so once."""
         if self.sizer is None or (company.size > 1 and self.sizer.choice is not None):
             return
-        one = batch[0] if isinstance(batch, Window) and batch else batch
-        specimen = company.attempt(lambda: Specimen(one, self._collate))
+        one = batch[0] if isinstance(batch, LoadedWindow) and batch else batch
+        specimen = company.attempt(lambda: ProbeBatch(one, self._collate))
         if not self.sizer.is_due(specimen.num_rows):
             return
         num_rows = self.sizer.choose(work_on(specimen)).micro_batch_size
@@ -155,7 +155,7 @@ class Cutting:
                 "this window has a backward of its own; for accumulator.backward(window) leave model= out: "
                 "gradfold.windows(loader, n)."
             )
-        if isinstance(batch, Window):
+        if isinstance(batch, LoadedWindow):
             if not batch:
                 raise BatchError("the window holds no micro-batches. Skip empty windows.")
             if self.by_tokens is not None and self._collate is not None:  # one pool of samples to choose from
@@ -232,5 +232,5 @@ class Cutting:
 
 
 def _collate_rows(collate: Collate, batch: Batch, rows: Rows) -> Batch:
-    samples = [sample for part in batch for sample in part] if isinstance(batch, Window) else batch
+    samples = [sample for part in batch for sample in part] if isinstance(batch, LoadedWindow) else batch
     return collate([samples[row] for row in rows])

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from gradfold.engine.backward import Weighed
-from gradfold.engine.window import Backward, Forward, OpenWindow, Schedule
+from gradfold.engine.window import Backward, Forward, Schedule, Window
 from gradfold.errors import NonFiniteGradientError
 from gradfold.state.gradients import non_finite_names
-from gradfold.state.snapshot import Transaction
+from gradfold.state.snapshot import Snapshot
 
 __all__: list[str] = []
 
@@ -22,7 +22,7 @@ class Inspection:
         bad: the micro-batches whose gradient is not finite, with the names of the parameters.
     """
 
-    def __init__(self, model: nn.Module, transaction: Transaction) -> None:
+    def __init__(self, model: nn.Module, transaction: Snapshot) -> None:
         self._model = model
         self._transaction = transaction
         self.bad: dict[int, tuple[str, ...]] = {}
@@ -50,7 +50,7 @@ class Inspection:
         return run
 
 
-def accuse(window: OpenWindow, bad: Mapping[int, tuple[str, ...]]) -> NonFiniteGradientError:
+def accuse(window: Window, bad: Mapping[int, tuple[str, ...]]) -> NonFiniteGradientError:
     """The error that names the first micro-batch to blame; `bad` as in `Inspection`, empty where none was found."""
     if not bad:
         return _unexplained(window)
@@ -67,7 +67,7 @@ def accuse(window: OpenWindow, bad: Mapping[int, tuple[str, ...]]) -> NonFiniteG
     )
 
 
-def accuse_all(window: OpenWindow) -> NonFiniteGradientError:
+def accuse_all(window: Window) -> NonFiniteGradientError:
     """The error for micro-batches that make one gradient, of which none has its own."""
     names = non_finite_names(window.model)
     return NonFiniteGradientError(
@@ -80,7 +80,7 @@ def accuse_all(window: OpenWindow) -> NonFiniteGradientError:
     )
 
 
-def _unexplained(window: OpenWindow) -> NonFiniteGradientError:
+def _unexplained(window: Window) -> NonFiniteGradientError:
     return NonFiniteGradientError(
         "the gradient of the batch is not finite, and no micro-batch could be found whose own is not when it runs "
         "again: their sum is more than a float holds, or loss_fn does not give the same twice.",

@@ -14,14 +14,14 @@ from gradfold.batch.split import MicroBatch
 __all__: list[str] = []
 
 
-def feed(micro_batches: Sequence[MicroBatch], device: torch.device) -> Callable[[int], Batch]:
+def prefetch(micro_batches: Sequence[MicroBatch], device: torch.device) -> Callable[[int], Batch]:
     """A function from the index of a micro-batch to its data on `device`; each may be asked for again."""
     if device.type == "cpu":
         return [part.data for part in micro_batches].__getitem__
-    return Feed(micro_batches, device).take
+    return Prefetcher(micro_batches, device).take
 
 
-class Feed:
+class Prefetcher:
     """Hands out micro-batches on a device, while the host keeps its own.
 
     At most two micro-batches are on the device through the feed: the one in use and the next. Copies to CUDA run on a

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from gradfold.batch.split import MicroBatch
-from gradfold.engine.coordinator import Alone
+from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.non_finite import Inspection, accuse, accuse_all
-from gradfold.engine.window import Backward, Forward, OpenWindow, Recovery, Schedule, Unit, WindowResult
+from gradfold.engine.window import Backward, Forward, Recovery, Schedule, Unit, Window, WindowResult
 from gradfold.errors import (
     BatchError,
     DoesNotFitError,
@@ -37,7 +37,7 @@ from gradfold.errors import (
     OptionError,
     is_out_of_memory,
 )
-from gradfold.state.snapshot import Transaction
+from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _keep_heap_small() -> None:
 
 OnNonFinite: TypeAlias = Literal["raise", "skip_update", "skip_micro_batch"]
 
-FindCulprit: TypeAlias = Callable[[OpenWindow], int | None]
+FindCulprit: TypeAlias = Callable[[Window], int | None]
 
 Recut: TypeAlias = Callable[[MicroBatch, int], list[MicroBatch]]
 """Cuts a micro-batch into parts of at most this size (`MicroBatch.size`)."""
@@ -95,7 +95,7 @@ def check_on_non_finite(on_non_finite: str) -> None:
 class Cautious:
     """The plain schedule, which remembers where each micro-batch began: for sizes that have not gone through yet."""
 
-    def __init__(self, transaction: Transaction) -> None:
+    def __init__(self, transaction: Snapshot) -> None:
         self._transaction = transaction
         self.savepoint = transaction.savepoint()
         self.done: set[int] = set()
@@ -118,7 +118,7 @@ class Replay:
         prepare: gives the schedule for a window that begins; it may look at the window first, or refuse it.
         recut: for micro-batches that do not fit.
         fitting_size: learns from those.
-        normalises: whether layers normalise by micro-batch, so that a halved one has other statistics.
+        normalizes: whether layers normalize by micro-batch, so that a halved one has other statistics.
         find_culprit: where micro-batches depend on each other, so that one that is not finite spoils all: finds it.
 
     Attributes:
@@ -127,12 +127,12 @@ class Replay:
 
     def __init__(
         self,
-        transaction: Transaction,
-        agreement: Alone,
-        prepare: Callable[[OpenWindow], Schedule],
+        transaction: Snapshot,
+        agreement: Coordinator,
+        prepare: Callable[[Window], Schedule],
         recut: Recut,
         fitting_size: FittingSize,
-        normalises: bool,
+        normalizes: bool,
         find_culprit: FindCulprit | None,
     ) -> None:
         self._transaction = transaction
@@ -140,14 +140,14 @@ class Replay:
         self._prepare = prepare
         self._recut = recut
         self._fitting_size = fitting_size
-        self._normalises = normalises
+        self._normalizes = normalizes
         self._find_culprit = find_culprit
         self._sizes: list[int] = []  # that did not fit
         self._unit: Unit = "rows"  # of sizes
         self._recoveries: list[Recovery] = []
         self.terms: Collection[str] = ()
 
-    def run(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> WindowResult:
+    def run(self, window: Window, on_non_finite: OnNonFinite | None) -> WindowResult:
         """Run a window; None leaves gradients that are not finite to a loss scaler.
 
         Raises:
@@ -169,7 +169,7 @@ class Replay:
                 self._fitting_size.shrink(recovery.micro_batch_size)
         return result
 
-    def _run(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> WindowResult:
+    def _run(self, window: Window, on_non_finite: OnNonFinite | None) -> WindowResult:
         window = self._run_through(window)
         while not self._settle(window, on_non_finite) and on_non_finite is not None:
             if on_non_finite == "raise":
@@ -182,14 +182,14 @@ class Replay:
         self.terms = window.losses.names
         return replace(window.result(), recoveries=self._report()) if self._recoveries else window.result()
 
-    def _settle(self, window: OpenWindow, on_non_finite: OnNonFinite | None) -> bool:
+    def _settle(self, window: Window, on_non_finite: OnNonFinite | None) -> bool:
         self._agreement.end(window.losses, window.metrics, self._transaction.gradients)
         flags = self._transaction.settle()
         is_finite = window.losses.settle(flags if on_non_finite is not None else [])
         window.check_names()
         return self._agreement.all_finite(is_finite)
 
-    def _run_through(self, window: OpenWindow, around: Callable[[Schedule], Schedule] | None = None) -> OpenWindow:
+    def _run_through(self, window: Window, around: Callable[[Schedule], Schedule] | None = None) -> Window:
         """Run a window, halving what does not fit; `around` goes around its schedule."""
         schedule: Schedule | None = None
         while True:
@@ -203,7 +203,7 @@ class Replay:
             if not window.done:
                 schedule = None  # its savepoint holds gradients that were dropped
 
-    def _halve(self, window: OpenWindow, schedule: Schedule, message: str) -> OpenWindow:
+    def _halve(self, window: Window, schedule: Schedule, message: str) -> Window:
         """Undo the micro-batch that failed, or the whole window, and cut what is not done into smaller ones."""
         failed = window.micro_batches[window.current]
         self._sizes.append(failed.size)
@@ -227,14 +227,14 @@ class Replay:
         self._recoveries.append(Recovery("out_of_memory", "halved", failed.rows, size, done is None, unit=self._unit))
         return smaller
 
-    def _undo(self, window: OpenWindow, schedule: Schedule) -> frozenset[int] | None:
+    def _undo(self, window: Window, schedule: Schedule) -> frozenset[int] | None:
         """Undo the micro-batch that failed and say which are done; None where the window has to begin again."""
         if isinstance(schedule, Cautious) and self._transaction.go_back_to(schedule.savepoint):
             return window.done | schedule.done
         self._transaction.rewind()
         return None
 
-    def _cut_anew(self, window: OpenWindow, size: int, done: frozenset[int]) -> OpenWindow:
+    def _cut_anew(self, window: Window, size: int, done: frozenset[int]) -> Window:
         parts: list[MicroBatch] = []
         places: dict[int, int] = {}
         for index, part in enumerate(window.micro_batches):
@@ -248,7 +248,7 @@ class Replay:
         _check_totals(window.weights, smaller.weights)
         return smaller
 
-    def _inspect(self, window: OpenWindow) -> tuple[OpenWindow, Mapping[int, tuple[str, ...]]]:
+    def _inspect(self, window: Window) -> tuple[Window, Mapping[int, tuple[str, ...]]]:
         """Run the window again, one gradient at a time; gives the micro-batches to blame, with their parameters."""
         for index in range(len(window.micro_batches)):
             window.check_unchanged(index)
@@ -259,14 +259,14 @@ class Replay:
         window.losses.settle()
         return window, dict.fromkeys(window.losses.non_finite(), ()) | inspection.bad
 
-    def _culprit(self, window: OpenWindow) -> int | None:
+    def _culprit(self, window: Window) -> int | None:
         """The micro-batch that made the losses of others not finite as well; None where each has its own to answer."""
         if self._find_culprit is None or not window.losses.non_finite():
             return None
         self._transaction.rewind()  # the buffers may hold what is not finite
         return self._find_culprit(window)
 
-    def _accuse(self, window: OpenWindow) -> NonFiniteGradientError:
+    def _accuse(self, window: Window) -> NonFiniteGradientError:
         """The error that names the first micro-batch to blame."""
         if self._find_culprit is not None:
             return accuse_all(window)
@@ -284,7 +284,7 @@ class Replay:
             return NonFiniteGradientError(f"rank {rank}: {text}", None, range(0), ())
         return error
 
-    def _leave_out(self, window: OpenWindow) -> OpenWindow | None:
+    def _leave_out(self, window: Window) -> Window | None:
         """Run the window without the micro-batches whose gradient is not finite; None where that leaves nothing."""
         self._agreement.reopen()
         inspected, bad = self._inspect(window)
@@ -302,7 +302,7 @@ class Replay:
         self._transaction.rewind()
         return self._run_through(window)
 
-    def _skip(self, window: OpenWindow) -> WindowResult:
+    def _skip(self, window: Window) -> WindowResult:
         result = window.result()
         self._transaction.give_up()
         rows = range(window.num_samples)
@@ -316,13 +316,13 @@ class Replay:
             replace(
                 recovery,
                 changes_randomness=draws and recovery.action != "skipped_update",
-                changes_batch_statistics=self._normalises and recovery.action == "halved",
+                changes_batch_statistics=self._normalizes and recovery.action == "halved",
             )
             for recovery in self._recoveries
         )
 
 
-def _attempt(window: OpenWindow, schedule: Schedule, can_replay: bool) -> str | None:
+def _attempt(window: Window, schedule: Schedule, can_replay: bool) -> str | None:
     """Run a window; gives the message where memory runs out.
 
     A function of its own, since the traceback holds the tensors of the frames that failed until it is left.

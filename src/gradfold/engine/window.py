@@ -39,7 +39,7 @@ from gradfold.batch.split import MicroBatch, versions
 from gradfold.engine.backward import BackPropagation, Weighed
 from gradfold.engine.loss_terms import LossFn, LossTerms, read_pair
 from gradfold.engine.metrics import Metrics
-from gradfold.engine.prefetch import feed
+from gradfold.engine.prefetch import prefetch
 from gradfold.errors import BatchError
 from gradfold.weights import WindowWeights
 
@@ -61,7 +61,7 @@ class Recovery:
             skipped.
         replayed: whether the window began again; else the micro-batches that were done were kept.
         changes_randomness: whether random numbers (dropout masks) are others than without the fault.
-        changes_batch_statistics: whether BatchNorm layers normalised by other, smaller micro-batches.
+        changes_batch_statistics: whether BatchNorm layers normalized by other, smaller micro-batches.
         unit: what `micro_batch_size` counts.
     """
 
@@ -149,7 +149,7 @@ def one_after_another(indices: Sequence[int], forward: Forward, backward: Backwa
         backward(forward(index))
 
 
-class OpenWindow:
+class Window:
     """A window being run: its micro-batches, and what those that are done gave.
 
     Attributes:
@@ -178,7 +178,7 @@ class OpenWindow:
         self.idle = self.weights.idle()
         self.back_propagate = back_propagate
         self.device = device
-        self.take = feed(micro_batches, device)
+        self.take = prefetch(micro_batches, device)
         self.losses = LossTerms(micro_batches, self.weights, device)
         self.metrics = Metrics(micro_batches, self.weights, device)
         self.num_samples = sum([len(part.rows) for part in micro_batches])
@@ -192,9 +192,9 @@ class OpenWindow:
         # What was cut has begun at version 0.
         self._versions = [None if part.is_cut else versions(part) for part in micro_batches]
 
-    def again(self, micro_batches: Sequence[MicroBatch], done: Mapping[int, int] = MappingProxyType({})) -> OpenWindow:
+    def again(self, micro_batches: Sequence[MicroBatch], done: Mapping[int, int] = MappingProxyType({})) -> Window:
         """The window with other micro-batches; those that are done keep their place: their indices here, there."""
-        window = OpenWindow(self.model, self.loss_fn, micro_batches, self.weigh, self.back_propagate, self.device)
+        window = Window(self.model, self.loss_fn, micro_batches, self.weigh, self.back_propagate, self.device)
         window.num_samples = self.num_samples
         window.is_looked_at = self.is_looked_at
         window.around = self.around

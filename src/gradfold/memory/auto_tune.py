@@ -22,15 +22,15 @@ from gradfold.memory import cache
 from gradfold.memory.amount import written
 from gradfold.memory.auto import Auto, MicroBatchChoice
 from gradfold.memory.budget import Budget
-from gradfold.memory.cache import Memo, key_of
+from gradfold.memory.cache import CachedChoice, key_of
 from gradfold.memory.dry_run import Rehearsal, seen_by
-from gradfold.memory.estimate import Prediction, largest_that_fits
+from gradfold.memory.estimate import PeakEstimate, largest_that_fits
 from gradfold.memory.probe_batch import Work
 from gradfold.memory.search import GOOD_ENOUGH, Search, choose
-from gradfold.memory.trace import MakeUp
+from gradfold.memory.trace import MemoryBreakdown
 from gradfold.self_check.rng_replay import OwnGenerators
 from gradfold.self_check.trial import Trial
-from gradfold.state.external import Surroundings
+from gradfold.state.external import ExternalState
 
 __all__: list[str] = []
 
@@ -39,7 +39,7 @@ _ENOUGH_ROWS = 64
 _MAX_BATCHES = 8  # of one size, which stay on the device while sizes are timed
 
 
-class Sizer:
+class AutoTuner:
     """Chooses once, and again where a batch has twice the rows of one that was too small to choose from.
 
     Attributes:
@@ -64,7 +64,7 @@ class Sizer:
             Exception: whatever the model raises on one row.
         """
         refuse_lazy(work.model, 'micro_batch_size="auto"')
-        with Surroundings(work.model, work.loss_fn, work.specimen.collate):
+        with ExternalState(work.model, work.loss_fn, work.specimen.collate):
             return self._choose(work)
 
     def _choose(self, work: Work) -> MicroBatchChoice:
@@ -80,7 +80,7 @@ class Sizer:
             peak_bytes = 0 if make_up is None else make_up.total
             self.choice = replace(found, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
             if self._option.cache:
-                cache.write(key, Memo(self.choice, make_up, budget.num_bytes).to_json())
+                cache.write(key, CachedChoice(self.choice, make_up, budget.num_bytes).to_json())
         return self.choice
 
     def _prepare(self, work: Work) -> tuple[str, Budget, MicroBatchChoice | None]:
@@ -91,17 +91,17 @@ class Sizer:
     def _remembered(self, key: str, budget: Budget) -> MicroBatchChoice | None:
         """What an earlier start has chosen, if that is as good as ever."""
         found = cache.read(key) if self._option.cache else None
-        memo = None if found is None else Memo.from_json(found)
+        memo = None if found is None else CachedChoice.from_json(found)
         return replace(memo.choice, is_cached=True) if memo is not None and memo.holds_under(budget) else None
 
-    def _largest(self, work: Work, budget: Budget) -> tuple[int, Callable[[int], MakeUp] | None]:
+    def _largest(self, work: Work, budget: Budget) -> tuple[int, Callable[[int], MemoryBreakdown] | None]:
         """The largest size that fits, and what gives the memory of each; all of the batch where nobody can tell."""
         num_rows = work.specimen.num_rows
         try:
             rehearsal = Rehearsal(
                 *(work.model, work.loss_fn, work.specimen, None, work.precision), reduces_once=work.reduces_once
             )
-            prediction = Prediction(rehearsal, work.device)
+            prediction = PeakEstimate(rehearsal, work.device)
         except ModelError:  # recovery stands behind what is tried
             return num_rows, None
         if budget.num_bytes is None:

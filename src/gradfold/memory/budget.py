@@ -6,7 +6,7 @@ from gradfold.memory.amount import margin_for, read_bytes
 from gradfold.memory.auto import Auto
 from gradfold.memory.probe_batch import Work, storage_bytes
 from gradfold.memory.system import free_bytes
-from gradfold.memory.trace import MakeUp
+from gradfold.memory.trace import MemoryBreakdown
 
 __all__: list[str] = []
 
@@ -25,7 +25,7 @@ class Budget:
         # Optimizers make their state in the first update; Adam's is two tensors per parameter.
         self._state_bytes = 2 * storage_bytes(one for one in work.model.parameters() if one.requires_grad)
 
-    def has_room_for(self, peak: MakeUp) -> bool:
+    def has_room_for(self, peak: MemoryBreakdown) -> bool:
         """Whether a predicted peak fits, with its margin and an optimizer that has no state yet."""
         there = 0 if self._is_for_all else peak.parameters + peak.inputs
         return (

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradfold import __version__
 from gradfold.batch.nesting import map_tensors, structure
 from gradfold.memory.auto import Auto, MicroBatchChoice
 from gradfold.memory.budget import Budget
 from gradfold.memory.probe_batch import Work
-from gradfold.memory.trace import MakeUp
+from gradfold.memory.trace import MemoryBreakdown
 from gradfold.state.external import reach
-from gradfold import __version__
 
 __all__: list[str] = []
 
@@ -155,7 +155,7 @@ _MUCH_MORE = 2  # times the memory that there was: sizes that did not fit then m
 
 
 @dataclass(frozen=True)
-class Memo:
+class CachedChoice:
     """What an earlier start has found.
 
     Args:
@@ -165,7 +165,7 @@ class Memo:
     """
 
     choice: MicroBatchChoice
-    make_up: MakeUp | None
+    make_up: MemoryBreakdown | None
     budget_bytes: int | None
 
     def holds_under(self, budget: Budget) -> bool:
@@ -182,11 +182,11 @@ class Memo:
         return {"choice": self.choice.to_json(), "make_up": make_up, "budget_bytes": self.budget_bytes}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Memo | None:
+    def from_json(cls, data: Mapping[str, Any]) -> CachedChoice | None:
         """The memo from `to_json`; None where it is none."""
         try:
             choice, make_up = MicroBatchChoice.from_json(data["choice"]), data["make_up"]
-            found = cls(choice, None if make_up is None else MakeUp(**make_up), data["budget_bytes"])
+            found = cls(choice, None if make_up is None else MemoryBreakdown(**make_up), data["budget_bytes"])
         except (TypeError, KeyError):  # damaged
             return None
         return found if type(choice.micro_batch_size) is int and choice.micro_batch_size >= 1 else None

@@ -28,17 +28,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from gradfold.batch.nesting import Batch, every_leaf, map_tensors
-from gradfold.distributed.fsdp import Sharding, gathered_parameters, set_reducing, sharded_modules
+from gradfold.distributed.fsdp import ShardingRecipe, gathered_parameters, set_reducing, sharded_modules
 from gradfold.engine.backward import BackPropagation, graph_leaves
 from gradfold.engine.loss_terms import LossFn, read_pair, read_terms
-from gradfold.errors import RanksError
-from gradfold.memory.probe_batch import Specimen, storage_bytes
-from gradfold.memory.trace import Ledger
-from gradfold.memory.tracker import Tracker, state_tensors
+from gradfold.errors import DistributedError
+from gradfold.memory.probe_batch import ProbeBatch, storage_bytes
+from gradfold.memory.trace import AllocationTrace
+from gradfold.memory.tracker import MemoryTracker, state_tensors
 from gradfold.precision import Precision
 from gradfold.self_check.rng_replay import OwnGenerators
-from gradfold.state.external import Surroundings
-from gradfold.state.gradients import SetAside
+from gradfold.state.external import ExternalState
+from gradfold.state.gradients import GradientBuffer
 from gradfold.state.rng import HostRandomState, RandomState
 
 __all__: list[str] = []
@@ -50,10 +50,10 @@ def real_replica(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> R
     """With tensors of its own.
 
     Raises:
-        RanksError: the model has shards, which no rank can run alone.
+        DistributedError: the model has shards, which no rank can run alone.
     """
     if sharded_modules(list(model.modules())):
-        raise RanksError("its parameters are sharded, so that no rank can run it alone")
+        raise DistributedError("its parameters are sharded, so that no rank can run it alone")
     return copy.deepcopy((model, optimizer))
 
 
@@ -61,13 +61,13 @@ def fake_replica(model: nn.Module, optimizer: torch.optim.Optimizer | None, mode
     """On fake tensors; with shards where the model has them, though nothing will be sent to other ranks.
 
     Raises:
-        RanksError: it is sharded in a way that cannot be repeated.
+        DistributedError: it is sharded in a way that cannot be repeated.
         Exception: whatever copying a model or an optimizer raises.
     """
     if not sharded_modules(list(model.modules())):
         memo: dict[int, Any] = {id(tensor): _fake(tensor, mode) for tensor in _tensors(model, optimizer)}
         return copy.deepcopy(model, memo), copy.deepcopy(optimizer, memo)
-    sharding = Sharding(model)
+    sharding = ShardingRecipe(model)
     with mode:
         memo = dict(sharding.whole_parameters())
     memo |= {id(tensor): _fake(tensor, mode) for tensor in _tensors(model, optimizer) if id(tensor) not in memo}
@@ -119,7 +119,7 @@ class Program:
 
     model: nn.Module
     loss_fn: LossFn
-    specimen: Specimen
+    specimen: ProbeBatch
     optimizer: torch.optim.Optimizer | None
     precision: Precision
     prepare: Callable[[nn.Module], None] = leave_as_it_is
@@ -138,7 +138,7 @@ class Program:
         kept = [buffer.nbytes for layer in layers if layer.training for buffer in layer.buffers()]
         return sum(kept) * (2 + num_micro_batches if num_micro_batches > 1 else 1)
 
-    def run_fake(self, size: int, num_micro_batches: int) -> Ledger:
+    def run_fake(self, size: int, num_micro_batches: int) -> AllocationTrace:
         """The ledger of a window of some micro-batches and its update, on fake tensors.
 
         Raises:
@@ -148,7 +148,7 @@ class Program:
         batches = [self._take(size, mode.from_tensor) for _ in range(num_micro_batches)]
         return self._run(fake_replica(self.model, self.optimizer, mode), batches, mode)
 
-    def run_real(self, size: int, num_micro_batches: int) -> Ledger:
+    def run_real(self, size: int, num_micro_batches: int) -> AllocationTrace:
         """The same on copies of the real ones, which takes the memory that it says.
 
         Raises:
@@ -161,7 +161,7 @@ class Program:
     def _take(self, size: int, convert: Callable[[Tensor], Tensor]) -> Batch:
         return map_tensors(convert, self.specimen.take(size))
 
-    def _run(self, replica: Replica, batches: Sequence[Batch], mode: AbstractContextManager[Any]) -> Ledger:
+    def _run(self, replica: Replica, batches: Sequence[Batch], mode: AbstractContextManager[Any]) -> AllocationTrace:
         model, optimizer = replica
         if optimizer is not None and self.as_on_cuda:
             _work_on_all_at_once(optimizer)
@@ -169,13 +169,15 @@ class Program:
         with _no_trace(self.model), mode:
             return self._track(model, optimizer, batches)
 
-    def _track(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Sequence[Batch]) -> Ledger:
+    def _track(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Sequence[Batch]
+    ) -> AllocationTrace:
         _drop_gradients(model)
         if optimizer is not None:  # its state comes with the first update
             self._window(model, batches[:1])
             optimizer.step()
             _drop_gradients(model)
-        tracker = Tracker()
+        tracker = MemoryTracker()
         tracker.know([leaf for batch in batches for leaf in every_leaf(batch) if isinstance(leaf, Tensor)], "ignored")
         tracker.know_model(model)
         if optimizer is not None:
@@ -188,7 +190,9 @@ class Program:
                 optimizer.step()
         return tracker.ledger
 
-    def _note_metrics(self, ledger: Ledger, metrics: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]) -> None:
+    def _note_metrics(
+        self, ledger: AllocationTrace, metrics: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]
+    ) -> None:
         of_last = list(metrics[-1].values()) if metrics else []
         # On the host a window has all of its batches to the end in any case; on a device what holds on to them does.
         given = [] if self.as_on_cuda else [leaf for batch in batches for leaf in every_leaf(batch)]
@@ -200,7 +204,7 @@ class Program:
         modules = list(model.modules())
         sharded = sharded_modules(modules)
         precision = self.precision
-        gradients = SetAside(parameters, precision.accumulate_dtype, precision.keep_accumulate_dtype)
+        gradients = GradientBuffer(parameters, precision.accumulate_dtype, precision.keep_accumulate_dtype)
         run, back_propagate = precision.around(self.loss_fn), BackPropagation()
         metrics: list[dict[str, Tensor]] = []
         for index, batch in enumerate(batches):
@@ -282,12 +286,12 @@ class Rehearsal(Program):
 
     caches: list[_Wrapper] = field(default_factory=_caches, repr=False, compare=False)
 
-    def run_fake(self, size: int, num_micro_batches: int) -> Ledger:
+    def run_fake(self, size: int, num_micro_batches: int) -> AllocationTrace:
         """As of `Program`."""
         with self._without_trace():
             return super().run_fake(size, num_micro_batches)
 
-    def run_real(self, size: int, num_micro_batches: int) -> Ledger:
+    def run_real(self, size: int, num_micro_batches: int) -> AllocationTrace:
         """As of `Program`."""
         with self._without_trace():
             return super().run_real(size, num_micro_batches)
@@ -297,7 +301,7 @@ class Rehearsal(Program):
         misses = [one.cache_info().misses for one in self.caches]
         own = OwnGenerators()
         try:
-            with Surroundings(self.model, self.loss_fn, self.specimen.collate), seen_by(own, self.model):
+            with ExternalState(self.model, self.loss_fn, self.specimen.collate), seen_by(own, self.model):
                 yield
         finally:
             own.restore_generators()

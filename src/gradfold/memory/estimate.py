@@ -20,7 +20,7 @@ from gradfold.engine.recovery import give_back
 from gradfold.errors import ModelError, is_out_of_memory
 from gradfold.memory.dry_run import Program
 from gradfold.memory.probe_batch import storage_bytes
-from gradfold.memory.trace import Ledger, MakeUp
+from gradfold.memory.trace import AllocationTrace, MemoryBreakdown
 from gradfold.memory.tracker import BACKWARD, UPDATE
 
 __all__: list[str] = []
@@ -54,32 +54,34 @@ _BLOCK = 512  # bytes, in which CUDA's caching allocator hands out memory
 
 
 @dataclass(frozen=True)
-class Course:
+class LinearFit:
     """How memory goes up and down for two sizes of one program."""
 
     sizes: tuple[int, int]
-    ledgers: tuple[Ledger, Ledger]
+    ledgers: tuple[AllocationTrace, AllocationTrace]
 
     @property
     def is_linear(self) -> bool:
         """Whether the ledgers agree, so that lines can be drawn through them."""
         return self.ledgers[0].agrees_with(self.ledgers[1])
 
-    def peaks(self, size: int, round_up: Callable[[int], int]) -> dict[str, MakeUp]:
+    def peaks(self, size: int, round_up: Callable[[int], int]) -> dict[str, MemoryBreakdown]:
         """By phase, for a size, where the ledgers agree."""
         first, second = self.ledgers
         step = self._step(size)
         pairs = zip(first.num_bytes, second.num_bytes, strict=True)
         return first.peaks([round_up(max(round(a + (b - a) * step), 0)) for a, b in pairs])
 
-    def peaks_of_phases(self, size: int) -> dict[str, MakeUp]:
+    def peaks_of_phases(self, size: int) -> dict[str, MemoryBreakdown]:
         """By phase, from the peaks of the phases alone, which miss a peak that moves."""
         first, second = (ledger.peaks() for ledger in self.ledgers)
         step = self._step(size)
         found = {}
         for phase, low in first.items():
             high = second[phase].to_json()
-            found[phase] = MakeUp(**{k: max(round(a + (high[k] - a) * step), 0) for k, a in low.to_json().items()})
+            found[phase] = MemoryBreakdown(
+                **{k: max(round(a + (high[k] - a) * step), 0) for k, a in low.to_json().items()}
+            )
         return found
 
     def metrics(self, size: int) -> tuple[int, int]:
@@ -94,7 +96,7 @@ class Course:
         return (size - low) / (high - low) if high > low else 0.0
 
 
-class Prediction:
+class PeakEstimate:
     """What a program takes, for every size.
 
     Args:
@@ -135,7 +137,7 @@ class Prediction:
                 "gradfold.measure_peak(lambda: step(batch))."
             ) from error
 
-    def peaks(self, size: int) -> Mapping[str, MakeUp]:
+    def peaks(self, size: int) -> Mapping[str, MemoryBreakdown]:
         """The make-up when most is in use, by phase."""
         num_micro_batches = self._num_micro_batches(size)
         course = self._course(num_micro_batches)
@@ -156,10 +158,12 @@ class Prediction:
         }
         return self._with_metrics(peaks, size, *metrics)
 
-    def _with_metrics(self, peaks: dict[str, MakeUp], size: int, held: int, of_rows: int) -> dict[str, MakeUp]:
+    def _with_metrics(
+        self, peaks: dict[str, MemoryBreakdown], size: int, held: int, of_rows: int
+    ) -> dict[str, MemoryBreakdown]:
         """With the metrics that micro-batches beyond those run keep, those joined at the end, and for the update.
 
-        `held` and `of_rows` are bytes of one micro-batch, as `Course.metrics` gives them.
+        `held` and `of_rows` are bytes of one micro-batch, as `LinearFit.metrics` gives them.
         """
         if not held and not of_rows:
             return peaks
@@ -167,7 +171,7 @@ class Prediction:
         joined = round(of_rows * self.num_rows / size)
         last = peaks[BACKWARD]
         more = max(held_by_all - self._num_micro_batches(size) * held, 0)
-        end = MakeUp(
+        end = MemoryBreakdown(
             parameters=last.parameters,
             gradients=storage_bytes(one for one in self._program.model.parameters() if one.requires_grad),
             optimizer_state=last.optimizer_state,
@@ -181,7 +185,7 @@ class Prediction:
             found[UPDATE] = replace(peaks[UPDATE], temporaries=peaks[UPDATE].temporaries + joined)
         return found
 
-    def peak(self, size: int) -> MakeUp:
+    def peak(self, size: int) -> MemoryBreakdown:
         """The make-up when most is in use."""
         return max(self.peaks(size).values(), key=lambda found: found.total)
 
@@ -202,7 +206,7 @@ class Prediction:
     def _num_micro_batches(self, size: int) -> int:
         return min(self._program.num_unlike, -(-self.num_rows // size))
 
-    def _run_two(self, num_micro_batches: int) -> Course:
+    def _run_two(self, num_micro_batches: int) -> LinearFit:
         if self.source == "fake tensors":
             return self._run_at(min(_ROWS, self.num_rows), num_micro_batches, self._program.run_fake)
         high = min(_PROBE_ROWS, self.num_rows)
@@ -215,9 +219,9 @@ class Prediction:
             high //= 2
             give_back(next(self._program.model.parameters()).device)
 
-    def _run_at(self, high: int, num_micro_batches: int, run: Callable[[int, int], Ledger]) -> Course:
+    def _run_at(self, high: int, num_micro_batches: int, run: Callable[[int, int], AllocationTrace]) -> LinearFit:
         low = max(high // 2, 1)
-        return Course((low, high), (run(low, num_micro_batches), run(high, num_micro_batches)))
+        return LinearFit((low, high), (run(low, num_micro_batches), run(high, num_micro_batches)))
 
     def _input_bytes(self, size: int) -> int:
         specimen = self._program.specimen

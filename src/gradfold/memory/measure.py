@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.memory.system import high_water_mark_bytes, reset_high_water_mark
-from gradfold.memory.trace import MakeUp
-from gradfold.memory.tracker import Tracker
+from gradfold.memory.trace import MemoryBreakdown
+from gradfold.memory.tracker import MemoryTracker
 
 __all__ = ["PeakMemory", "measure_peak"]
 
@@ -30,8 +30,8 @@ class PeakMemory:
             heap has not given back included. 0 where the system does not say.
     """
 
-    make_up: MakeUp
-    by_phase: Mapping[str, MakeUp]
+    make_up: MemoryBreakdown
+    by_phase: Mapping[str, MemoryBreakdown]
     measured_by: str
     high_water_mark_bytes: int
 
@@ -54,8 +54,8 @@ class PeakMemory:
     def from_json(cls, data: Mapping[str, Any]) -> PeakMemory:
         """The value from `to_json`."""
         return cls(
-            MakeUp(**data["make_up"]),
-            {phase: MakeUp(**found) for phase, found in data["by_phase"].items()},
+            MemoryBreakdown(**data["make_up"]),
+            {phase: MemoryBreakdown(**found) for phase, found in data["by_phase"].items()},
             data["measured_by"],
             data["high_water_mark_bytes"],
         )
@@ -91,7 +91,7 @@ def measure_peak(
     (4004000, 4004000)
     """
     gc.collect()
-    tracker = Tracker()
+    tracker = MemoryTracker()
     tracker.know(ignore, "ignored")
     if model is not None:
         tracker.know_model(model)
@@ -125,8 +125,8 @@ def _device(model: nn.Module | None) -> torch.device | None:
     return None
 
 
-def _as_allocated(make_up: MakeUp, peak_bytes: int) -> MakeUp:
+def _as_allocated(make_up: MemoryBreakdown, peak_bytes: int) -> MemoryBreakdown:
     """The make-up with what only the allocator knows among the temporaries: workspaces, rounding, other tensors."""
     found = make_up.to_json()
     found["temporaries"] = max(found["temporaries"] + peak_bytes - make_up.total, 0)
-    return MakeUp(**found)
+    return MemoryBreakdown(**found)

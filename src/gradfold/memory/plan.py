@@ -12,16 +12,16 @@ from torch import nn
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.split import Collate
-from gradfold.distributed.ddp import RanksOption
+from gradfold.distributed.ddp import DistributedOption
 from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.errors import DoesNotFitError, OptionError
 from gradfold.memory.amount import Margin, margin_for, read_bytes, written
 from gradfold.memory.dry_run import Program, Rehearsal
-from gradfold.memory.estimate import Prediction, largest_that_fits
-from gradfold.memory.probe_batch import Specimen
-from gradfold.memory.savings import Lever, levers_of
-from gradfold.memory.trace import KINDS, MakeUp
+from gradfold.memory.estimate import PeakEstimate, largest_that_fits
+from gradfold.memory.probe_batch import ProbeBatch
+from gradfold.memory.savings import MemorySaving, levers_of
+from gradfold.memory.trace import KINDS, MemoryBreakdown
 from gradfold.precision import Precision
 
 __all__ = ["Plan", "PlanRow", "plan"]
@@ -36,7 +36,7 @@ class Planned(Protocol):
     loss_fn: LossFn
     collate: Collate | None
     precision: Precision
-    ranks: RanksOption
+    ranks: DistributedOption
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class PlanRow:
 
     micro_batch_size: int
     num_micro_batches: int
-    make_up: MakeUp
-    by_phase: Mapping[str, MakeUp]
+    make_up: MemoryBreakdown
+    by_phase: Mapping[str, MemoryBreakdown]
     needed_bytes: int
     fits: bool
     lever: str = ""
@@ -186,14 +186,14 @@ def plan(
     refuse_lazy(accumulator.model, "gradfold.plan")
     budget = read_bytes(memory)
     target = _device(device, accumulator.model)
-    specimen = Specimen(batch, accumulator.collate)
+    specimen = ProbeBatch(batch, accumulator.collate)
     program = Rehearsal(
         *(accumulator.model, accumulator.loss_fn, specimen, optimizer, accumulator.precision),
         reduces_once=accumulator.ranks == "reduce_once",
     )
     held_back = margin_for(target, margin, is_process_there=False)
     table = _Table(specimen.num_rows, budget, held_back)
-    prediction = Prediction(program, target)
+    prediction = PeakEstimate(program, target)
     size = table.solve(prediction)
     if size is None:
         raise _does_not_fit(table, prediction, program, target, budget)
@@ -221,7 +221,7 @@ class _Table:
         self._budget_bytes = budget_bytes
         self._margin = margin
 
-    def row(self, prediction: Prediction, size: int, lever: Lever | None = None) -> PlanRow:
+    def row(self, prediction: PeakEstimate, size: int, lever: MemorySaving | None = None) -> PlanRow:
         """The row of a size."""
         by_phase = prediction.peaks(size)
         make_up = max(by_phase.values(), key=lambda found: found.total)
@@ -231,7 +231,7 @@ class _Table:
         names = ("", "") if lever is None else (lever.name, lever.price)
         return PlanRow(size, how_many, make_up, by_phase, needed, fits, *names)
 
-    def solve(self, prediction: Prediction) -> int | None:
+    def solve(self, prediction: PeakEstimate) -> int | None:
         """The largest size that fits, checked by a run of its own size."""
         size = None
         for _ in range(_CHECKS):
@@ -250,7 +250,7 @@ def _with_levers(table: _Table, program: Program, device: torch.device) -> Itera
     """The largest size with each lever; those that cannot be run are left out."""
     for lever in levers_of(program, device):
         try:
-            prediction = Prediction(lever.program, device)
+            prediction = PeakEstimate(lever.program, device)
             size = table.solve(prediction) or 1
             yield table.row(prediction, size, lever)
         except Exception:  # a model that does not run so, in some way of its own
@@ -258,7 +258,7 @@ def _with_levers(table: _Table, program: Program, device: torch.device) -> Itera
 
 
 def _does_not_fit(
-    table: _Table, prediction: Prediction, program: Program, device: torch.device, budget: int
+    table: _Table, prediction: PeakEstimate, program: Program, device: torch.device, budget: int
 ) -> DoesNotFitError:
     row = table.row(prediction, 1)
     parts = sorted(((row.make_up.to_json()[kind], kind) for kind in KINDS), reverse=True)
@@ -290,7 +290,7 @@ _ADVICE = {
 }
 
 
-def _notes(prediction: Prediction, program: Program, margin: Margin, device: torch.device) -> Iterator[str]:
+def _notes(prediction: PeakEstimate, program: Program, margin: Margin, device: torch.device) -> Iterator[str]:
     if prediction.source == "probes":
         yield f"Run on a few real rows, in a copy, since {prediction.reason}."
     if program.optimizer is None:

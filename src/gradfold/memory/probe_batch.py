@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradfold.batch.nesting import Batch, cut_rows, every_leaf
 from gradfold.batch.rows import num_rows
 from gradfold.batch.split import Collate
-from gradfold.distributed.process_group import Company
+from gradfold.distributed.process_group import LocalGroup
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.loss_terms import LossFn
 from gradfold.errors import BatchError, OptionError
@@ -22,7 +22,7 @@ from gradfold.precision import Precision
 __all__: list[str] = []
 
 
-class Specimen:
+class ProbeBatch:
     """One global batch, from which micro-batches are taken to be looked at.
 
     Where samples are collated, their lengths vary: then a micro-batch is the longest sample as many times as it takes,
@@ -120,7 +120,7 @@ class Work:
     loss_fn: LossFn
     precision: Precision
     back_propagate: BackPropagation
-    specimen: Specimen
+    specimen: ProbeBatch
     device: torch.device
-    company: Company = field(default_factory=Company)
+    company: LocalGroup = field(default_factory=LocalGroup)
     reduces_once: bool = False

@@ -21,7 +21,7 @@ __all__: list[str] = []
 
 
 @dataclass(frozen=True)
-class Lever:
+class MemorySaving:
     """One change.
 
     Args:
@@ -35,24 +35,24 @@ class Lever:
     program: Program
 
 
-def levers_of(program: Program, device: torch.device) -> Iterator[Lever]:
+def levers_of(program: Program, device: torch.device) -> Iterator[MemorySaving]:
     """What can be changed about a program for this device."""
     layers = longest_list(program.model)
     if layers is not None:
-        yield Lever(
+        yield MemorySaving(
             f"checkpoint {layers}",
             f"each module of {layers!r} runs twice: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)",
             replace(program, prepare=partial(_checkpoint_all, layers)),
         )
     is_wide = any(one.dtype == torch.float32 for one in program.model.parameters())
     if program.precision.compute is None and is_wide:
-        yield Lever(
+        yield MemorySaving(
             "bf16 autocast",
             'activations are rounded to 8 bits: precision="bf16"',
             replace(program, precision=replace(program.precision, compute=torch.bfloat16)),
         )
     if program.precision.accumulate_dtype is not None and any(_is_narrow(one) for one in program.model.parameters()):
-        yield Lever(
+        yield MemorySaving(
             "narrow sums",
             "gradients are summed in the parameters' own dtype, off by 1 % over 128 micro-batches: "
             "precision=Precision(accumulate_dtype=None)",
@@ -61,14 +61,14 @@ def levers_of(program: Program, device: torch.device) -> Iterator[Lever]:
     if sharded_modules(list(program.model.modules())):
         yield _of_shards(program)
     if device.type != "cpu":
-        yield Lever(
+        yield MemorySaving(
             "offload saved tensors",
             "saved tensors travel to the host and back: with torch.autograd.graph.save_on_cpu(pin_memory=True)",
             replace(program, around=offloaded),
         )
 
 
-def _of_shards(program: Program) -> Lever:
+def _of_shards(program: Program) -> MemorySaving:
     if program.reduces_once:
         name, price = (
             "reduce every time",
@@ -79,7 +79,7 @@ def _of_shards(program: Program) -> Lever:
             "reduce once",
             'gradients travel once per window, and every rank keeps whole ones until then: ranks="reduce_once"',
         )
-    return Lever(name, price, replace(program, reduces_once=not program.reduces_once))
+    return MemorySaving(name, price, replace(program, reduces_once=not program.reduces_once))
 
 
 def longest_list(model: nn.Module) -> str | None:

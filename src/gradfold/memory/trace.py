@@ -43,7 +43,7 @@ Kind: TypeAlias = Literal[
 
 
 @dataclass(frozen=True)
-class MakeUp:
+class MemoryBreakdown:
     """Bytes in use at one moment, by what they are for.
 
     Attributes:
@@ -73,10 +73,10 @@ class MakeUp:
         return asdict(self)
 
 
-KINDS: tuple[str, ...] = tuple(field.name for field in fields(MakeUp))
+KINDS: tuple[str, ...] = tuple(field.name for field in fields(MemoryBreakdown))
 
 
-class Ledger:
+class AllocationTrace:
     """Takes entries, and says when most memory was in use and for what.
 
     Pieces of memory have numbers. What they were for may be noted later than they were made: it counts from the start.
@@ -120,7 +120,7 @@ class Ledger:
         """A piece is free again."""
         self.entries.append(~number)
 
-    def agrees_with(self, other: Ledger) -> bool:
+    def agrees_with(self, other: AllocationTrace) -> bool:
         """Whether both are of one program: the same entries, but for their bytes."""
         return (self.entries, self.phases, self.first, self.kinds) == (
             other.entries,
@@ -129,7 +129,7 @@ class Ledger:
             other.kinds,
         )
 
-    def peaks(self, num_bytes: Sequence[int] | None = None) -> dict[str, MakeUp]:
+    def peaks(self, num_bytes: Sequence[int] | None = None) -> dict[str, MemoryBreakdown]:
         """The make-up when most was in use, by phase, in the order of phases; `num_bytes` stands in for those noted."""
         num_bytes = self.num_bytes if num_bytes is None else num_bytes
         now = dict.fromkeys((*KINDS, "ignored"), 0)
@@ -141,7 +141,7 @@ class Ledger:
             # What stands at the beginning of a stretch belongs to the one before, unless the phase is new.
             highest = peaks.get(phase, (sum(now.values()) - now["ignored"], dict(now)))
             peaks[phase] = self._run(now, self.entries[start:stop], num_bytes, highest)
-        return {phase: MakeUp(**{kind: found[kind] for kind in KINDS}) for phase, (_, found) in peaks.items()}
+        return {phase: MemoryBreakdown(**{kind: found[kind] for kind in KINDS}) for phase, (_, found) in peaks.items()}
 
     def _run(
         self, now: dict[str, int], entries: Sequence[int], num_bytes: Sequence[int], highest: tuple[int, dict[str, int]]

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gradfold.memory.trace import Kind, Ledger, held_bytes
+from gradfold.memory.trace import AllocationTrace, Kind, held_bytes
 
 __all__: list[str] = []
 
@@ -28,7 +28,7 @@ BACKWARD, UPDATE = "forward and backward", "update"
 _SHARDS = ("fsdp", "c10d")  # whose operators gather parameters and sum gradients
 
 
-class Tracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Keeps a ledger of live tensor storage while its `with` block runs.
 
     Steps of optimizers are phases of their own.
@@ -39,7 +39,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ledger = Ledger()
+        self.ledger = AllocationTrace()
         # By address of the storage: its number, and its size when last seen.
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, int]] = {}
         self._parameters: dict[int, nn.Parameter] = {}
@@ -61,8 +61,8 @@ class Tracker(TorchDispatchMode):
         """The optimizer's state is there before the block starts."""
         self.know(state_tensors(optimizer), "optimizer_state")
 
-    def __enter__(self) -> Tracker:
-        self.ledger = Ledger()
+    def __enter__(self) -> MemoryTracker:
+        self.ledger = AllocationTrace()
         self.ledger.begin(BACKWARD)
         self._live, self._parameters, self._made_of_parameters = {}, {}, set()
         while self._before:  # lets go of the tensors, or old gradients would live on
@@ -249,7 +249,7 @@ def _resize(
     return made
 
 
-def _on_free(tracker: weakref.ref[Tracker], address: int, number: int, _: object) -> None:
+def _on_free(tracker: weakref.ref[MemoryTracker], address: int, number: int, _: object) -> None:
     # Through a weak reference: the storage must not keep the tracker, nor the tracker's end be missed.
     alive = tracker()
     if alive is not None:

@@ -28,7 +28,7 @@ Named: TypeAlias = Callable[[str], "Mapping[str | int, tuple[int, ...] | None]"]
 """
 
 
-class Trimming:
+class PaddedBatch:
     """What to cut off a batch.
 
     Args:
@@ -251,7 +251,7 @@ def _positive(leaf: Tensor, dims: Sequence[int], path: str) -> tuple[int, ...]:
 _MOST_PADDED_ROWS = 8  # that are run with more padding than they need
 
 
-class PaddedRows(NamedTuple):
+class PaddingProbe(NamedTuple):
     """Some rows of a batch with more padding than they need, and the same rows as they are run.
 
     Attributes:
@@ -266,25 +266,25 @@ class PaddedRows(NamedTuple):
 
 
 def find_in_tensors(
-    trimming: Trimming, lengths: Mapping[str, Tensor], groups: Sequence[Rows], max_tokens: int, look: int
-) -> Callable[[], PaddedRows] | None:
+    trimming: PaddedBatch, lengths: Mapping[str, Tensor], groups: Sequence[Rows], max_tokens: int, look: int
+) -> Callable[[], PaddingProbe] | None:
     """Some rows that need half of the padded length at most, as many as fit with all of it."""
     group = _half_as_long(groups, trimming.widths, trimming.padded, look)
     if group is None:
         return None
     rows = group[: max(1, min(_MOST_PADDED_ROWS, max_tokens // trimming.full_width))]
 
-    def make() -> PaddedRows:
+    def make() -> PaddingProbe:
         whole = MicroBatch(trimming.untrimmed(rows), range(len(rows)))
         part = MicroBatch(trimming.of_rows(rows), range(len(rows)))
-        return PaddedRows(whole, (part,), {name: length[torch.tensor(rows)] for name, length in lengths.items()})
+        return PaddingProbe(whole, (part,), {name: length[torch.tensor(rows)] for name, length in lengths.items()})
 
     return make
 
 
 def find_in_samples(
     samples: Sequence[Any], collate: Collate, widths: Mapping[str, Tensor], groups: Sequence[Rows], look: int
-) -> Callable[[], PaddedRows] | None:
+) -> Callable[[], PaddingProbe] | None:
     """Some samples together with the longest, of which they are half as long at most, beside both by themselves."""
     longest = int(torch.stack(list(widths.values())).sum(0).argmax())
     group = _half_as_long(groups, widths, {name: int(width[longest]) for name, width in widths.items()}, look)
@@ -292,10 +292,10 @@ def find_in_samples(
         return None
     rows = group[:_MOST_PADDED_ROWS]
 
-    def make() -> PaddedRows:
+    def make() -> PaddingProbe:
         short, long = [samples[row] for row in rows], [samples[longest]]
         num = len(short)
-        return PaddedRows(
+        return PaddingProbe(
             MicroBatch(collate(short + long), range(num + 1)),
             (MicroBatch(collate(short), range(num)), MicroBatch(collate(long), range(num, num + 1))),
             {name: width[torch.tensor(rows)] for name, width in widths.items()},

@@ -22,15 +22,15 @@ from gradfold.batch.split import MicroBatch
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.model_checks import dropping_modules
-from gradfold.engine.prefetch import feed
-from gradfold.engine.window import OpenWindow
+from gradfold.engine.prefetch import prefetch
+from gradfold.engine.window import Window
 from gradfold.errors import BatchError, PaddingError, is_out_of_memory
 from gradfold.messages import warn
-from gradfold.packing.padding import PaddedRows
-from gradfold.packing.token_batcher import TokenSplit
-from gradfold.self_check.comparison import Jitter, Mixture, tolerance_of
+from gradfold.packing.padding import PaddingProbe
+from gradfold.packing.token_batcher import TokenBatcher
+from gradfold.self_check.comparison import GradientComparison, Perturbation, tolerance_of
 from gradfold.self_check.rng_replay import OwnGenerators
-from gradfold.self_check.trial import Outcome, Shares, Trial
+from gradfold.self_check.trial import ProbeResult, Shares, Trial
 from gradfold.weights import WeightOption, WindowWeights, weigh
 
 __all__: list[str] = []
@@ -41,12 +41,12 @@ _ROUNDINGS = 1000  # by how many of them an output must differ in order to count
 
 
 def check_once(
-    token_split: TokenSplit,
+    token_split: TokenBatcher,
     model: nn.Module,
     loss_fn: LossFn,
     weight: WeightOption,
     back_propagate: BackPropagation,
-    window: OpenWindow,
+    window: Window,
     is_possible: bool,
 ) -> None:
     """See once that padding does not change the gradient, by rows of the batch that a window has just begun with.
@@ -84,7 +84,7 @@ class PaddingCheck:
         loss_fn: LossFn,
         weight: WeightOption,
         back_propagate: BackPropagation,
-        padded_rows: PaddedRows,
+        padded_rows: PaddingProbe,
         side: str,
         device: torch.device,
     ) -> None:
@@ -94,7 +94,7 @@ class PaddingCheck:
         self._side = side
         self._trial = Trial(model, loss_fn, back_propagate, dropping_modules(model).values())
         self._loss_fn = loss_fn
-        self._take = feed([_uncounted(part) for part in (padded_rows.whole, *padded_rows.parts)], device)
+        self._take = prefetch([_uncounted(part) for part in (padded_rows.whole, *padded_rows.parts)], device)
         self._dtypes = {parameter.dtype for parameter in self._trial.parameters}
 
     def run(self) -> bool:
@@ -135,7 +135,9 @@ class PaddingCheck:
         first, second = (*parts, None)[:2]
         assert first is not None
         nothing: list[Tensor | None] = [None] * len(whole.gradients)
-        mixture = Mixture.of(whole.gradients, first.gradients, nothing if second is None else second.gradients, 0.5)
+        mixture = GradientComparison.of(
+            whole.gradients, first.gradients, nothing if second is None else second.gradients, 0.5
+        )
         if mixture is None or not bool(mixture.errors.isfinite().all()):
             return False
         tolerance = tolerance_of(self._dtypes)
@@ -148,7 +150,7 @@ class PaddingCheck:
             return self._cannot_know("loss_fn draws random numbers, other ones where there is less padding")
         raise self._accuse(error)
 
-    def _run_whole(self) -> Outcome | None:
+    def _run_whole(self) -> ProbeResult | None:
         try:
             return self._run(0, lambda name: 1.0)
         except Exception as error:
@@ -157,7 +159,7 @@ class PaddingCheck:
             self._cannot_know(f"loss_fn fails on rows with the padding of the batch ({_first_line(error)})")
             return None
 
-    def _run_part(self, number: int, weights: WindowWeights) -> Outcome:
+    def _run_part(self, number: int, weights: WindowWeights) -> ProbeResult:
         try:
             return self._run(number + 1, lambda name: weights.of_term(name).parts[number])
         except Exception as error:
@@ -169,7 +171,7 @@ class PaddingCheck:
                 'TokenBudget(..., trim=("position_ids",)).'
             ) from error
 
-    def _run(self, number: int, shares: Shares) -> Outcome:
+    def _run(self, number: int, shares: Shares) -> ProbeResult:
         self._trial.rewind()
         mode = OwnGenerators()
         try:
@@ -178,11 +180,11 @@ class PaddingCheck:
             mode.restore_generators()
             self._dtypes |= mode.dtypes
 
-    def _noise(self, mixture: Mixture) -> float:
+    def _noise(self, mixture: GradientComparison) -> float:
         """What rounding moves in the gradient of the whole."""
         noise = 0.0
         for seed in range(2):
-            with Jitter(self._model.parameters(), seed):
+            with Perturbation(self._model.parameters(), seed):
                 jittered = self._run(0, lambda name: 1.0)
             noise = max(noise, float(mixture.differences(jittered.gradients).max()))
         return noise
@@ -224,9 +226,9 @@ class PaddingCheck:
                 return f"what is given to {quoted}", None
         return "the loss itself, in what loss_fn does with the model's outputs,", None
 
-    def _passages(self, number: int) -> list[_Passage]:
+    def _passages(self, number: int) -> list[_LayerCall]:
         """Every module's inputs and outputs, in order."""
-        found: list[_Passage] = []
+        found: list[_LayerCall] = []
         self._trial.rewind()
         with ExitStack() as stack, torch.no_grad():
             for name, module in self._model.named_modules():
@@ -266,7 +268,7 @@ class PaddingCheck:
 
 
 @dataclass(frozen=True)
-class _Passage:
+class _LayerCall:
     """Tensors on their way into a module or out of it."""
 
     name: str
@@ -275,14 +277,14 @@ class _Passage:
     tensors: list[Tensor]
 
 
-def _watch(name: str, module: nn.Module, found: list[_Passage]) -> Sequence[Any]:
+def _watch(name: str, module: nn.Module, found: list[_LayerCall]) -> Sequence[Any]:
     kind = type(module).__name__
 
     def enter(_: nn.Module, arguments: Any, keywords: Any) -> None:
-        found.append(_Passage(name, kind, False, _copies((arguments, keywords))))
+        found.append(_LayerCall(name, kind, False, _copies((arguments, keywords))))
 
     def leave(_: nn.Module, __: Any, outputs: Any) -> None:
-        found.append(_Passage(name, kind, True, _copies(outputs)))
+        found.append(_LayerCall(name, kind, True, _copies(outputs)))
 
     return module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)
 

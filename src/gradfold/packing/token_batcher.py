@@ -23,13 +23,13 @@ from gradfold.engine.window import Backward, Forward, Schedule
 from gradfold.errors import BatchError, OptionError
 from gradfold.messages import warn
 from gradfold.packing.packer import StepCost, plan, width_of
-from gradfold.packing.padding import PaddedRows, Trimming, find_in_samples, find_in_tensors
+from gradfold.packing.padding import PaddedBatch, PaddingProbe, find_in_samples, find_in_tensors
 from gradfold.packing.token_budget import TokenBudget
 
 __all__: list[str] = []
 
 
-class Stopwatch:
+class StepTimer:
     """Goes around a schedule: how long each micro-batch takes, forward and backward."""
 
     def __init__(self, schedule: Schedule, micro_batches: Sequence[MicroBatch], device: torch.device) -> None:
@@ -86,7 +86,7 @@ _FIRST_OVERHEAD = 64.0  # padded tokens, until it is measured
 _NUM_PROBES = 3  # micro-batches of one row that are timed
 
 
-class TokenSplit:
+class TokenBatcher:
     """Cuts one batch after another.
 
     Attributes:
@@ -101,8 +101,8 @@ class TokenSplit:
         self.is_checked = False
         self._is_measuring = False
         self._trimmed: Collection[str] = ()  # paths of the tensors
-        self._stopwatch: Stopwatch | None = None
-        self._padded_rows: Callable[[], PaddedRows] | None = None
+        self._stopwatch: StepTimer | None = None
+        self._padded_rows: Callable[[], PaddingProbe] | None = None
         self._longest_warned_of = 0
         self._num_looks = 0  # at the padding
         self._places: dict[str, str] = {}  # that go with the tokens, and with which input
@@ -133,7 +133,7 @@ class TokenSplit:
                 for rows in groups
             ]
         named = {name: self.budget.trim_of(name, list(found)) for name in found}
-        trimming = Trimming(batch, found, self.budget.padding_side, named.__getitem__)
+        trimming = PaddedBatch(batch, found, self.budget.padding_side, named.__getitem__)
         self._trimmed = {*self._trimmed, *trimming.paths}
         self._settle_places(trimming.found)
         groups = self._plan(trimming.widths, max_tokens, is_first)
@@ -161,7 +161,7 @@ class TokenSplit:
                 )
         self._places = self._places or dict(places)
 
-    def padded_rows(self) -> PaddedRows | None:
+    def padded_rows(self) -> PaddingProbe | None:
         """Rows of the last batch by which to see whether padding matters; None where all are of one length."""
         self._num_looks += 1
         return None if self._padded_rows is None else self._padded_rows()
@@ -180,7 +180,7 @@ class TokenSplit:
         """The schedule, timed where a micro-step is to be measured."""
         if not self._is_measuring:
             return schedule
-        self._stopwatch = Stopwatch(schedule, micro_batches, device)
+        self._stopwatch = StepTimer(schedule, micro_batches, device)
         return self._stopwatch
 
     def settle(self) -> None:

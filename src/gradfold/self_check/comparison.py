@@ -34,7 +34,7 @@ def tolerance_of_types(dtypes: Iterable[torch.dtype | None]) -> float:
 _STEPS = 4.0  # at most, in units of the last place
 
 
-class Jitter:
+class Perturbation:
     """Moves floating point parameters while the `with` block runs, by a random number of rounding errors each.
 
     Args:
@@ -73,7 +73,7 @@ _NEGLIGIBLE = 1e-3
 
 
 @dataclass(frozen=True)
-class Mixture:
+class GradientComparison:
     """Gradients of a whole and of its two parts, per parameter the same elements of each (1-d tensors).
 
     Attributes:
@@ -93,7 +93,7 @@ class Mixture:
         first: Sequence[Tensor | None],
         second: Sequence[Tensor | None],
         share: float,
-    ) -> Mixture | None:
+    ) -> GradientComparison | None:
         """From gradients of which some may be missing, which are zero; None where all are."""
         found = [three for three in zip(whole, first, second, strict=True) if any(one is not None for one in three)]
         if not found:

@@ -83,11 +83,11 @@ def moves_state(term: str, error: float, buffers: Sequence[str]) -> NotDecomposa
     )
 
 
-def normalises_by_batch(term: str, error: float) -> NotDecomposableError:
+def normalizes_by_batch(term: str, error: float) -> NotDecomposableError:
     """A functional batch_norm was seen."""
     return NotDecomposableError(
-        f"{_subject(term)} normalises by the statistics of the batch (functional batch_norm with training=True), of "
-        f'which a micro-batch has its own ({error:.1%} off). Write batch_norm="exact" to normalise by the whole batch, '
+        f"{_subject(term)} normalizes by the statistics of the batch (functional batch_norm with training=True), of "
+        f'which a micro-batch has its own ({error:.1%} off). Write batch_norm="exact" to normalize by the whole batch, '
         "or use group_norm or training=False.",
         "batch_norm",
         term,

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from gradfold.batch.nesting import Batch
 from gradfold.errors import NotDecomposableError, is_out_of_memory
 from gradfold.self_check import diagnosis as accusation
-from gradfold.self_check.comparison import Jitter, Mixture, tolerance_of
+from gradfold.self_check.comparison import GradientComparison, Perturbation, tolerance_of
 from gradfold.self_check.diagnosis import name_weight
-from gradfold.self_check.rng_replay import DrawsOfRows, EqualDraws, RecordedDraws
-from gradfold.self_check.trial import Outcome, Shares, Trial
+from gradfold.self_check.rng_replay import RecordedRandomness, SharedRandomness, SlicedRandomness
+from gradfold.self_check.trial import ProbeResult, Shares, Trial
 from gradfold.weights import WeightOption
 
 __all__: list[str] = []
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TriedRun(Generic[T]):
+class ObservedRun(Generic[T]):
     """One of them: how many rows it had, and what was seen of it."""
 
     num_rows: int
@@ -41,35 +41,35 @@ class TriedRun(Generic[T]):
 
 
 @dataclass(frozen=True)
-class WholeAndParts(Generic[T]):
+class Observation(Generic[T]):
     """Three runs over the same rows, with the same random numbers for each."""
 
-    whole: TriedRun[T]
-    parts: tuple[TriedRun[T], TriedRun[T]]
+    whole: ObservedRun[T]
+    parts: tuple[ObservedRun[T], ObservedRun[T]]
 
 
-class TriedRuns(Generic[T]):
+class Observations(Generic[T]):
     """Notes runs as they come, in the order whole, part, part or part, part, whole."""
 
     def __init__(self) -> None:
-        self._last: deque[TriedRun[T]] = deque(maxlen=3)
-        self._found: WholeAndParts[T] | None = None
+        self._last: deque[ObservedRun[T]] = deque(maxlen=3)
+        self._found: Observation[T] | None = None
 
     def note(self, num_rows: int | None, seen: T) -> None:
         """A run of as many rows, None where nobody can count them."""
         if num_rows is None:
             self._last.clear()
             return
-        self._last.append(TriedRun(num_rows, seen))
+        self._last.append(ObservedRun(num_rows, seen))
         if len(self._last) < 3:
             return
         first, second, third = self._last
         if first.num_rows == second.num_rows + third.num_rows:
-            self._found = WholeAndParts(first, (second, third))
+            self._found = Observation(first, (second, third))
         elif third.num_rows == first.num_rows + second.num_rows:
-            self._found = WholeAndParts(third, (first, second))
+            self._found = Observation(third, (first, second))
 
-    def take(self) -> WholeAndParts[T] | None:
+    def take(self) -> Observation[T] | None:
         """The last three that belong together, once; only where the guard was content is their randomness the same."""
         found, self._found = self._found, None
         self._last.clear()
@@ -85,7 +85,7 @@ class UndecidedError(Exception):
 
 
 @dataclass(frozen=True)
-class Examined:
+class SplitCase:
     """A micro-batch and its two parts, on the device, with their weights.
 
     Attributes:
@@ -126,14 +126,14 @@ _PROOF = 4  # how many times what rounding explains a difference must be
 _NOISE = 30  # how many times the effect of a rounding error in every parameter a difference must be
 
 
-class Examination:
+class SplitExperiment:
     """Examines one micro-batch within a trial."""
 
-    def __init__(self, trial: Trial, model: nn.Module, examined: Examined) -> None:
+    def __init__(self, trial: Trial, model: nn.Module, examined: SplitCase) -> None:
         self._trial = trial
         self._model = model
         self._examined = examined
-        self._recorded = RecordedDraws()
+        self._recorded = RecordedRandomness()
         self._parts = examined.parts
         self._dims: dict[int, int] = {}  # by draw, the dimension that holds its rows
 
@@ -173,7 +173,7 @@ class Examination:
 
     def _run_whole(
         self, mode: AbstractContextManager[Any], only: str | None = None, shares: Shares | None = None
-    ) -> Outcome:
+    ) -> ProbeResult:
         self._trial.rewind()
         outcome = self._trial.run(self._examined.whole, shares or self._examined.shares, mode, only)
         moved = self._trial.has_drawn_on_host()
@@ -184,8 +184,8 @@ class Examination:
             raise UndecidedError  # nothing to see, or something that the window itself will say
         return outcome
 
-    def _record_whole(self, only: str | None = None, shares: Shares | None = None) -> Outcome:
-        recorded = RecordedDraws()
+    def _record_whole(self, only: str | None = None, shares: Shares | None = None) -> ProbeResult:
+        recorded = RecordedRandomness()
         try:
             outcome = self._run_whole(recorded, only, shares)
         finally:
@@ -193,13 +193,15 @@ class Examination:
         self._recorded = recorded
         return outcome
 
-    def _run_parts(self, whole: Outcome, only: str | None = None, rewind_between: bool = False) -> list[Outcome]:
+    def _run_parts(
+        self, whole: ProbeResult, only: str | None = None, rewind_between: bool = False
+    ) -> list[ProbeResult]:
         self._trial.rewind()
         outcomes = []
         for index in (0, 1):
             if index and rewind_between:
                 self._trial.rewind()
-            draws = DrawsOfRows(self._recorded, self._num_rows, self._examined.rows[index])
+            draws = SlicedRandomness(self._recorded, self._num_rows, self._examined.rows[index])
             try:
                 outcomes.append(self._run_part(whole, index, draws, only))
             finally:
@@ -212,11 +214,11 @@ class Examination:
         return outcomes
 
     def _run_part(
-        self, whole: Outcome, index: int, mode: AbstractContextManager[Any], only: str | None = None
-    ) -> Outcome:
+        self, whole: ProbeResult, index: int, mode: AbstractContextManager[Any], only: str | None = None
+    ) -> ProbeResult:
         shares = self._examined.seeds_of(index)
         if not any(map(shares, whole.losses)):  # the engine would not run it either
-            return Outcome([None] * len(whole.gradients), {})
+            return ProbeResult([None] * len(whole.gradients), {})
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the window itself will say them
@@ -240,17 +242,17 @@ class Examination:
     def _sizes(self) -> tuple[int, int]:
         return len(self._examined.rows[0]), len(self._examined.rows[1])
 
-    def _mix(self, whole: Outcome, parts: list[Outcome], term: str) -> Mixture | None:
+    def _mix(self, whole: ProbeResult, parts: list[ProbeResult], term: str) -> GradientComparison | None:
         share = self._examined.part_shares[0](term)
-        return Mixture.of(whole.gradients, parts[0].gradients, parts[1].gradients, share)
+        return GradientComparison.of(whole.gradients, parts[0].gradients, parts[1].gradients, share)
 
-    def _check_empty(self, outcome: Outcome, index: int) -> None:
+    def _check_empty(self, outcome: ProbeResult, index: int) -> None:
         for name, loss in outcome.losses.items():
             if self._examined.seeds_of(index)(name) and not math.isfinite(float(loss)):
                 weight = name_weight(*self._examined.parts, self._sizes, float(index))
                 raise accusation.is_empty(name, self._examined.rows[index], float(loss), weight)
 
-    def _convict(self, whole: Outcome, mixture: Mixture, tolerance: float) -> None:
+    def _convict(self, whole: ProbeResult, mixture: GradientComparison, tolerance: float) -> None:
         """Raise NotDecomposableError, unless something else explains the difference."""
         if any(parameter._backward_hooks for parameter in self._model.parameters()):
             raise UndecidedError  # hooks see the gradient of each micro-batch, which the user was told
@@ -266,7 +268,7 @@ class Examination:
                 raise self._accuse(of_term, name, tolerance)
         raise self._accuse(mixture, self._examined.telling(whole.losses), tolerance)
 
-    def _check_reproducible(self, mixture: Mixture, suspicious: Tensor) -> None:
+    def _check_reproducible(self, mixture: GradientComparison, suspicious: Tensor) -> None:
         again = self._record_whole()
         if bool((mixture.differences(again.gradients) > mixture.errors / 4)[suspicious].any()):
             raise CannotKnowError(
@@ -274,11 +276,11 @@ class Examination:
                 "random numbers of its own"
             )
 
-    def _noise(self, mixture: Mixture, tolerance: float) -> Tensor:
+    def _noise(self, mixture: GradientComparison, tolerance: float) -> Tensor:
         """What rounding moves, per parameter: of the parameters, and of the seeds, which small types lose."""
         noise = torch.zeros_like(mixture.errors)
         for seed in range(4):
-            with Jitter(self._model.parameters(), seed):
+            with Perturbation(self._model.parameters(), seed):
                 jittered = self._record_whole()
             noise = torch.maximum(noise, mixture.differences(jittered.gradients))
         if mixture.explain(tolerance)[0] != "seed":
@@ -291,12 +293,12 @@ class Examination:
     def _scaled_shares(self, factor: float) -> Shares:
         return lambda name: factor * self._examined.shares(name)
 
-    def _check_draws(self, whole: Outcome, tolerance: float) -> None:
+    def _check_draws(self, whole: ProbeResult, tolerance: float) -> None:
         """Raise CannotKnowError where the parts fit once every row has the same random numbers."""
         if not self._recorded.values:
             return
         dims, recorded = dict(self._dims), self._recorded
-        equal = [EqualDraws(recorded, dims) for _ in range(3)]
+        equal = [SharedRandomness(recorded, dims) for _ in range(3)]
         alike = self._run_whole(equal[0])
         self._trial.rewind()
         parts = [self._run_part(whole, index, equal[index + 1]) for index in (0, 1)]
@@ -306,7 +308,7 @@ class Examination:
         if mixture is None or not float(mixture.errors.max()) > _PROOF * tolerance:
             raise CannotKnowError("random numbers are drawn for rows in another order than they came")
 
-    def _check_weights(self, whole: Outcome) -> None:
+    def _check_weights(self, whole: ProbeResult) -> None:
         """Raise CannotKnowError where the weights of the parts do not make up that of the whole."""
         for name in whole.losses:
             declared, parts = self._examined.weights_of(name)
@@ -316,11 +318,11 @@ class Examination:
                     "no count of what the loss is a mean over"
                 )
 
-    def _mix_alone(self, term: str) -> Mixture | None:
+    def _mix_alone(self, term: str) -> GradientComparison | None:
         whole = self._record_whole(only=term)
         return self._mix(whole, self._run_parts(whole, only=term), term)
 
-    def _accuse(self, mixture: Mixture, term: str, tolerance: float) -> NotDecomposableError:
+    def _accuse(self, mixture: GradientComparison, term: str, tolerance: float) -> NotDecomposableError:
         cause, share = mixture.explain(tolerance)
         error = float(mixture.errors.max())
         if share is not None:
@@ -333,7 +335,7 @@ class Examination:
         if cause == "seed":
             return accusation.ignores_seed(term)
         if self._recorded.uses_batch_norm:
-            return accusation.normalises_by_batch(term, error)
+            return accusation.normalizes_by_batch(term, error)
         whole = self._record_whole()
         buffers = self._trial.changed_buffers()
         if buffers:
@@ -343,5 +345,5 @@ class Examination:
         return accusation.couples_samples(term, error)
 
 
-def _are_finite(outcome: Outcome) -> bool:
+def _are_finite(outcome: ProbeResult) -> bool:
     return all(math.isfinite(float(loss)) for loss in outcome.losses.values())

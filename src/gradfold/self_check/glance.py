@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from gradfold.errors import is_out_of_memory
-from gradfold.self_check.comparison import Mixture, tolerance_of
+from gradfold.self_check.comparison import GradientComparison, tolerance_of
 from gradfold.self_check.draws_ahead import DrawsAhead
-from gradfold.self_check.experiment import Examined, UndecidedError
+from gradfold.self_check.experiment import SplitCase, UndecidedError
 from gradfold.self_check.rng_replay import OwnGenerators
-from gradfold.self_check.trial import Outcome, Trial
+from gradfold.self_check.trial import ProbeResult, Trial
 
 __all__: list[str] = []
 
@@ -29,10 +29,10 @@ __all__: list[str] = []
 class Glance:
     """Glances at one micro-batch within a trial that is at its beginning."""
 
-    def __init__(self, trial: Trial, examined: Examined) -> None:
+    def __init__(self, trial: Trial, examined: SplitCase) -> None:
         self._trial = trial
         self._examined = examined
-        self._parts: dict[int, Outcome] = {}
+        self._parts: dict[int, ProbeResult] = {}
         self._dtypes = {parameter.dtype for parameter in trial.parameters}
         self._is_clear: bool | None = None  # not known before the parts have run
 
@@ -68,7 +68,7 @@ class Glance:
         """Hold a sample of the gradient of the whole against the parts; see `run`."""
         names = self._parts[0].losses
         share = self._examined.part_shares[0](self._examined.telling(names))
-        mixture = Mixture.of(whole, self._parts[0].gradients, self._parts[1].gradients, share)
+        mixture = GradientComparison.of(whole, self._parts[0].gradients, self._parts[1].gradients, share)
         tolerance = tolerance_of(self._dtypes)
         if mixture is None or not float(mixture.errors.max()) <= tolerance:
             return None

@@ -54,7 +54,7 @@ class RandomOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return bool(self._own_generators)
 
 
-class _Draws(RandomOperators):  # type: ignore[no-untyped-call]
+class _ReplayedRandomness(RandomOperators):  # type: ignore[no-untyped-call]
     """Calls `_draw` for the operators that took numbers from a generator."""
 
     def __init__(self) -> None:
@@ -84,14 +84,14 @@ class _Draws(RandomOperators):  # type: ignore[no-untyped-call]
         raise NotImplementedError
 
 
-class RecordedDraws(_Draws):  # type: ignore[no-untyped-call]
+class RecordedRandomness(_ReplayedRandomness):  # type: ignore[no-untyped-call]
     """Runs a whole batch as it is, and keeps its draws.
 
     Attributes:
         values: the draws in order; None where they cannot be handed to rows.
         names: their operators.
         dtypes: of all floating point results, from which the rounding of the whole computation can be told.
-        uses_batch_norm: whether some operator normalised by the statistics of the batch.
+        uses_batch_norm: whether some operator normalized by the statistics of the batch.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class RecordedDraws(_Draws):  # type: ignore[no-untyped-call]
         if isinstance(result, Tensor) and result.is_floating_point():
             self.dtypes.add(result.dtype)
         if _is_batch_norm(func):
-            # InstanceNorm runs as the normalisation of a batch of one row with many channels.
+            # InstanceNorm runs as the normalization of a batch of one row with many channels.
             self.uses_batch_norm |= any(arg is True for arg in args) and args[0].shape[0] > 1
 
     def _draw(self, number: int, func: Any, args: tuple[Any, ...], result: Any) -> Any:
@@ -119,7 +119,7 @@ class OwnGenerators(TorchFunctionMode):
     """Sees the generators that a user passes as `generator=`, at less cost than a look at every operator.
 
     Attributes:
-        dtypes: of the floating point results, as of `RecordedDraws`.
+        dtypes: of the floating point results, as of `RecordedRandomness`.
     """
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class OwnGenerators(TorchFunctionMode):
         return bool(self._found)
 
 
-class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
+class SlicedRandomness(_ReplayedRandomness):  # type: ignore[no-untyped-call]
     """Runs some rows of a batch with their share of its draws.
 
     Attributes:
@@ -155,7 +155,7 @@ class DrawsOfRows(_Draws):  # type: ignore[no-untyped-call]
         dims: by number of a draw, the dimension that holds its rows.
     """
 
-    def __init__(self, recorded: RecordedDraws, num_rows: int, rows: Rows) -> None:
+    def __init__(self, recorded: RecordedRandomness, num_rows: int, rows: Rows) -> None:
         super().__init__()
         self._recorded = recorded
         self._num_rows = num_rows
@@ -224,14 +224,14 @@ def kept(func: Any, result: Any) -> Tensor | None:
     return result.to(torch.bool) if name.rstrip("_") == "bernoulli" else result.clone()
 
 
-class EqualDraws(_Draws):  # type: ignore[no-untyped-call]
+class SharedRandomness(_ReplayedRandomness):  # type: ignore[no-untyped-call]
     """Runs a batch or some of its rows with the same draws for every row: those of the first.
 
     A model that sorts its rows, or folds them into a longer dimension, draws for them in another order than they came,
     and what was handed to a row need not have been its own. Here that makes no difference.
     """
 
-    def __init__(self, recorded: RecordedDraws, dims: Mapping[int, int]) -> None:
+    def __init__(self, recorded: RecordedRandomness, dims: Mapping[int, int]) -> None:
         super().__init__()
         self._recorded = recorded
         self._dims = dims

@@ -22,11 +22,11 @@ from gradfold.batch.rows import num_rows
 from gradfold.batch.split import CollateRows, MicroBatch
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.loss_terms import LossFn
-from gradfold.engine.prefetch import feed
+from gradfold.engine.prefetch import prefetch
 from gradfold.engine.window import AfterFirst, RunAgain
 from gradfold.errors import BatchError, NotDecomposableError, is_out_of_memory
 from gradfold.messages import warn
-from gradfold.self_check.experiment import CannotKnowError, Examination, Examined, UndecidedError
+from gradfold.self_check.experiment import CannotKnowError, SplitCase, SplitExperiment, UndecidedError
 from gradfold.self_check.glance import Glance
 from gradfold.self_check.trial import Shares, Trial, sample_gradients
 from gradfold.weights import WeightOption, WindowWeights, weigh
@@ -130,7 +130,9 @@ class SelfCheck:
 
         def examine() -> tuple[str, ...] | AfterFirst:
             if is_large:
-                seen = _try_half(part, collate_rows, lambda half: Examination(trial, self._model, prepare(half)).run())
+                seen = _try_half(
+                    part, collate_rows, lambda half: SplitExperiment(trial, self._model, prepare(half)).run()
+                )
                 if seen is not None:
                     return seen
                 trial.rewind()
@@ -139,12 +141,12 @@ class SelfCheck:
             if may_wait and glance.run_parts() and trial.can_undo_others:
                 glance.let_go()
                 return partial(self._finish, trial, glance, partial(prepare, part))
-            return Examination(trial, self._model, examined).run(glance)
+            return SplitExperiment(trial, self._model, examined).run(glance)
 
         with trial:
             return self._conclude(examine)
 
-    def _finish(self, trial: Trial, glance: Glance, prepare: Callable[[], Examined], run_again: RunAgain) -> None:
+    def _finish(self, trial: Trial, glance: Glance, prepare: Callable[[], SplitCase], run_again: RunAgain) -> None:
         """Compare the window's own run of its first micro-batch with the parts that have been run of it."""
         is_undone = False
 
@@ -156,7 +158,7 @@ class SelfCheck:
             is_undone = True
             trial.undo()
             try:
-                return Examination(trial, self._model, prepare()).look_closely()
+                return SplitExperiment(trial, self._model, prepare()).look_closely()
             finally:
                 trial.undo()
 
@@ -192,7 +194,7 @@ class SelfCheck:
         device: torch.device,
         collate_rows: CollateRows | None,
         part: MicroBatch,
-    ) -> Examined:
+    ) -> SplitCase:
         sizes = _unequal(len(part.rows))
         rows = range(sizes[0]), range(sizes[0], sum(sizes))
         recollated = None if collate_rows is None else _recollate(part, rows, collate_rows)
@@ -205,10 +207,10 @@ class SelfCheck:
             first, second = recollated
         pair = self._weigh([MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
         pieces = [MicroBatch(data, part.rows) for data in (part.data, first, second, *(recollated or ()))]
-        take = feed(pieces, device)
+        take = prefetch(pieces, device)
         if collate_rows is not None:
             trial.rewind()  # it may have drawn
-        return Examined(
+        return SplitCase(
             whole=take(0),
             parts=(take(1), take(2)),
             recollated=None if recollated is None else (take(3), take(4)),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradfold.batch.nesting import Batch, in_own_containers, map_leaves, map_tensors
 from gradfold.engine.backward import BackPropagation, graph_leaves
 from gradfold.engine.loss_terms import LossFn, read_pair, read_terms
-from gradfold.state.attributes import Attributes
+from gradfold.state.attributes import ModuleAttributes
 from gradfold.state.buffers import BufferKeeper
 from gradfold.state.gradients import parameters_of
 from gradfold.state.rng import HostRandomState, RandomState
@@ -33,7 +33,7 @@ Shares = Callable[[str], float]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProbeResult:
     """What one run gave: a bounded sample of the gradient, per parameter, and the loss terms by name."""
 
     gradients: list[Tensor | None]
@@ -62,7 +62,7 @@ class Trial:
         self.changes_inputs = False
 
     def __enter__(self) -> Trial:
-        self._attributes = Attributes(self.modules)
+        self._attributes = ModuleAttributes(self.modules)
         self._buffers = BufferKeeper()
         self._buffers.open(self.modules)
         self._random_state = RandomState.record(self.parameters)
@@ -114,7 +114,7 @@ class Trial:
         shares: Shares,
         mode: AbstractContextManager[Any] | None = None,
         only: str | None = None,
-    ) -> Outcome:
+    ) -> ProbeResult:
         """One forward and backward pass.
 
         Args:
@@ -135,7 +135,7 @@ class Trial:
         self.changes_inputs |= _marks(batch) != marks
         gradients = sample_gradients(self.parameters)
         self._empty_gradients(self.parameters)
-        return Outcome(gradients, {name: term.detach() for name, term in terms.items()})
+        return ProbeResult(gradients, {name: term.detach() for name, term in terms.items()})
 
     def step(self, batch: Batch, shares: Shares) -> None:
         """One forward and backward pass as fast as the engine's, after a `run`; the gradient stays until the end."""

@@ -18,7 +18,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, children
 _CONTAINERS = (list, dict, set, deque)
 
 
-class Attributes:
+class ModuleAttributes:
     """What stood in the attributes of some modules. Objects inside of attributes are not looked into."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

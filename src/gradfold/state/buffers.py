@@ -23,7 +23,7 @@ __all__: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _BufferLocation:
     """A buffer's place in the model and the tensor that stood there when the window opened."""
 
     module: nn.Module
@@ -45,8 +45,8 @@ class BufferKeeper:
     def __init__(self) -> None:
         self._modes: list[tuple[int, bool]] | None = None
         self._changing: set[tuple[int, str]] | None = None  # None: not known yet
-        self._kept: list[tuple[_Place, Tensor]] = []
-        self._unkept: list[_Place] = []
+        self._kept: list[tuple[_BufferLocation, Tensor]] = []
+        self._unkept: list[_BufferLocation] = []
         self._missing: list[tuple[nn.Module, str]] = []  # None, or of a lazy module that has not run
 
     def open(self, modules: Sequence[nn.Module]) -> None:
@@ -118,15 +118,15 @@ class BufferKeeper:
                 "their new values; everything else was restored.",
             )
 
-    def _may_change(self, place: _Place) -> bool:
+    def _may_change(self, place: _BufferLocation) -> bool:
         if self._changing is None or place.key in self._changing:
             return True
         return isinstance(place.module, _NormBase) and place.module.training
 
 
-def _places(modules: Iterable[nn.Module]) -> list[_Place]:
+def _places(modules: Iterable[nn.Module]) -> list[_BufferLocation]:
     return [
-        _Place(module, name, tensor, tensor._version)
+        _BufferLocation(module, name, tensor, tensor._version)
         for module in modules
         for name, tensor in module._buffers.items()
         if tensor is not None and not is_lazy(tensor) and not tensor.is_inference()
@@ -160,7 +160,7 @@ def _is_expanded(tensor: Tensor) -> bool:
     )
 
 
-def _copies(places: list[_Place]) -> list[Tensor]:
+def _copies(places: list[_BufferLocation]) -> list[Tensor]:
     """A copy per place; a tensor that stands in several places is copied once."""
     copies = {id(place.tensor): place.tensor for place in places}
     with torch.no_grad():
@@ -168,17 +168,17 @@ def _copies(places: list[_Place]) -> list[Tensor]:
     return [copies[id(place.tensor)] for place in places]
 
 
-def _shows_change(place: _Place) -> bool:
+def _shows_change(place: _BufferLocation) -> bool:
     return place.is_rebound() or place.tensor._version != place.version
 
 
-def _changed(kept: list[tuple[_Place, Tensor]]) -> set[tuple[int, str]]:
+def _changed(kept: list[tuple[_BufferLocation, Tensor]]) -> set[tuple[int, str]]:
     """The places that differ from their copies; values are compared on the device and read in one transfer each."""
     changed = {place.key for place, _ in kept if _shows_change(place)}
     # Sparse tensors cannot be compared, but nothing changes them behind their version counters.
     unclear = [(place, copy) for place, copy in kept if place.key not in changed and copy.layout is torch.strided]
     differs: dict[torch.device, list[Tensor]] = {}
-    order: dict[torch.device, list[_Place]] = {}
+    order: dict[torch.device, list[_BufferLocation]] = {}
     for place, copy in unclear:
         differs.setdefault(copy.device, []).append((place.tensor != copy).any())
         order.setdefault(copy.device, []).append(place)
@@ -189,7 +189,7 @@ def _changed(kept: list[tuple[_Place, Tensor]]) -> set[tuple[int, str]]:
     return changed
 
 
-def _changed_if_known(kept: list[tuple[_Place, Tensor]]) -> set[tuple[int, str]]:
+def _changed_if_known(kept: list[tuple[_BufferLocation, Tensor]]) -> set[tuple[int, str]]:
     """The places that differ from their copies; all of them where memory does not suffice to compare."""
     try:
         return _changed(kept)

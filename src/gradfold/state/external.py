@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradfold.state.attributes import Attributes
+from gradfold.state.attributes import ModuleAttributes
 from gradfold.state.buffers import BufferKeeper
 from gradfold.state.rng import HostRandomState, RandomState
 
@@ -142,7 +142,7 @@ _MOST_BYTES = 2**20  # of a tensor that is copied: a larger one is data, or a we
 _NOTHING = object()
 
 
-class Surroundings:
+class ExternalState:
     """Keeps what is around functions and modules while a `with` block runs, and puts back what has changed.
 
     Modules are kept with their attributes and buffers, generators with their states, and the global random states are
@@ -155,12 +155,12 @@ class Surroundings:
     def __init__(self, *roots: Any) -> None:
         self._roots = roots
 
-    def __enter__(self) -> Surroundings:
+    def __enter__(self) -> ExternalState:
         reached = list(reach(*self._roots))
         modules = [one for one in reached if isinstance(one, nn.Module)]
         parameters = chain.from_iterable(module.parameters(recurse=False) for module in modules)
         self._random_states = RandomState.record(parameters), HostRandomState.record()
-        self._attributes = Attributes(modules)
+        self._attributes = ModuleAttributes(modules)
         self._buffers = BufferKeeper()
         self._buffers.open(modules)
         self._undo = [undo for undo in map(_keep, reached) if undo is not None]

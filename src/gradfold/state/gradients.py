@@ -17,7 +17,7 @@ __all__: list[str] = []
 _LARGE = 2**14  # elements, of which one more call costs less than writing them
 
 
-class SetAside:
+class GradientBuffer:
     """The gradients that stood in `.grad` when a window opened; meanwhile the fields are empty, for the window's own.
 
     Users who back-propagate several losses into one `.grad` find the sum there when the window closes, in the *same*

@@ -13,13 +13,13 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from gradfold.state.buffers import BufferKeeper
-from gradfold.state.gradients import SetAside, non_finite_flags
+from gradfold.state.gradients import GradientBuffer, non_finite_flags
 from gradfold.state.rng import RandomState
 
 __all__: list[str] = []
 
 
-class Transaction:
+class Snapshot:
     """Opened and closed by a `with` block.
 
     Args:
@@ -41,7 +41,7 @@ class Transaction:
         modules: Sequence[nn.Module],
         parameters: Sequence[nn.Parameter],
         buffers: BufferKeeper,
-        set_aside: Callable[[Sequence[nn.Parameter]], SetAside] = SetAside,
+        set_aside: Callable[[Sequence[nn.Parameter]], GradientBuffer] = GradientBuffer,
     ) -> None:
         self._model = model
         self.modules = modules
@@ -50,7 +50,7 @@ class Transaction:
         self._set_aside = set_aside
         self._is_given_up = False
 
-    def __enter__(self) -> Transaction:
+    def __enter__(self) -> Snapshot:
         self._random_state = self._beginning = RandomState.record(self.parameters)
         self._buffers.open(self.modules)
         self.gradients = self._set_aside(self.parameters)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradfold.batch.nesting import leaves_by_path
 from gradfold.errors import NotDecomposableError
 from gradfold.self_check.comparison import tolerance_of_types
-from gradfold.self_check.experiment import TriedRun, TriedRuns
+from gradfold.self_check.experiment import Observations, ObservedRun
 from gradfold.twophase.loss import Combine
 
 __all__: list[str] = []
@@ -22,7 +22,7 @@ __all__: list[str] = []
 _FEW_OF_HALF_TYPES = 0.1  # the share of labels that rounding may turn into others: those of near ties
 
 
-class Riders:
+class NonDifferentiableStatistics:
     """Those of one accumulator.
 
     Args:
@@ -31,7 +31,7 @@ class Riders:
 
     def __init__(self, combine: Combine) -> None:
         self._combine = combine
-        self._runs: TriedRuns[dict[str, Any]] = TriedRuns()
+        self._runs: Observations[dict[str, Any]] = Observations()
 
     def note(self, num_rows: int | None, output: Any) -> None:
         """What a run of the guard gave."""
@@ -78,7 +78,9 @@ class Riders:
             is_right = whole == first == second or whole != whole
         return "" if is_right else f"{whole!r} for the whole, {first!r} and {second!r} for the parts"
 
-    def _refused(self, path: str, whole: TriedRun[Any], parts: list[TriedRun[Any]], seen: str) -> NotDecomposableError:
+    def _refused(
+        self, path: str, whole: ObservedRun[Any], parts: list[ObservedRun[Any]], seen: str
+    ) -> NotDecomposableError:
         rule = (
             "one below the other, are not those of both together. A label must be the same whichever rows run with it: "
             "no index within the batch (torch.arange(len(batch))), no number of rows, no rank or mean among them. "

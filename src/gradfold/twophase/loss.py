@@ -43,7 +43,7 @@ class TwoPhaseLoss:
 
     Called as `two_phase_loss(model, batch)` it is that expression, so that it goes where any `loss_fn` goes. In windows
     of several micro-batches, and on several ranks, each micro-batch runs forward twice. Every forward pass must give
-    the same statistics for the same rows and random state; what does not is refused with `ReplayError`.
+    the same statistics for the same rows and random state; what does not is refused with `RecomputeError`.
 
     Args:
         statistic: `(model, micro_batch) -> S`: tensors in any nesting of tuples, lists, dicts and dataclasses.
@@ -103,7 +103,7 @@ def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | No
     """A loss that is a mean over samples if, and but for coincidence only if, the statistics can be combined.
 
     It weighs all statistics with fixed random numbers, the same for every row; rows also by their squares, since those
-    of centred rows add up to nothing.
+    of centerd rows add up to nothing.
 
     Args:
         loss_fn: whose statistics these are.

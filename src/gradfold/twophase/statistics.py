@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch, every_leaf, leaves_by_path, map_leaves
-from gradfold.distributed.coordinators import Together
+from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.engine.backward import Weighed
-from gradfold.engine.coordinator import Alone
+from gradfold.engine.coordinator import Coordinator
 from gradfold.errors import LossError
 from gradfold.messages import warn
 from gradfold.twophase.loss import Combine
@@ -28,7 +28,7 @@ __all__: list[str] = []
 
 
 @dataclass(frozen=True)
-class Contribution:
+class LocalStatistics:
     """What a rank tells the others of its own statistics, before tensors are sent."""
 
     paths: list[str]
@@ -44,7 +44,7 @@ def listed(paths: Sequence[str]) -> str:
     return ", ".join(path or "a tensor" for path in paths) or "nothing"
 
 
-def check_alike(of_all: Sequence[Contribution], combine: Combine) -> None:
+def check_alike(of_all: Sequence[LocalStatistics], combine: Combine) -> None:
     """Raise LossError, on all ranks, where their statistics do not go together."""
     first = 1 if combine == "concatenate" else 0
     forms = [
@@ -58,7 +58,9 @@ def check_alike(of_all: Sequence[Contribution], combine: Combine) -> None:
             )
 
 
-def gathered(agreement: Together, own: Sequence[Any], of_all: Sequence[Contribution]) -> tuple[list[Any], list[int]]:
+def gathered(
+    agreement: DataParallelCoordinator, own: Sequence[Any], of_all: Sequence[LocalStatistics]
+) -> tuple[list[Any], list[int]]:
     """The rows of all ranks, and where those of this one begin in each leaf."""
     rank = agreement.ranks.rank
     counts = [
@@ -83,7 +85,7 @@ def gathered(agreement: Together, own: Sequence[Any], of_all: Sequence[Contribut
     return whole, [list(accumulate(of_leaf, initial=0))[rank] for of_leaf in counts]
 
 
-def summed(agreement: Together, own: Sequence[Any], of_all: Sequence[Contribution]) -> list[Any]:
+def summed(agreement: DataParallelCoordinator, own: Sequence[Any], of_all: Sequence[LocalStatistics]) -> list[Any]:
     """The sums of all ranks."""
     whole: list[Any] = []
     for number, leaf in enumerate(own):
@@ -185,10 +187,10 @@ class Statistics:
         self._sums = wide
         self._dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
 
-    def join(self, agreement: Alone, num_samples: int) -> None:
+    def join(self, agreement: Coordinator, num_samples: int) -> None:
         """Combine, over all ranks in their order; every rank must come."""
         own = self._concatenated() if self._combine == "concatenate" else self._sums
-        contribution = Contribution(
+        contribution = LocalStatistics(
             self._paths,
             [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in own],
             [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in own],
@@ -200,12 +202,12 @@ class Statistics:
         check_alike(of_all, self._combine)
         self.differentiable = self.differentiable.union(*(one.differentiable for one in of_all))
         counts = [one.num_samples for one in of_all]
-        rank = agreement.ranks.rank if isinstance(agreement, Together) else 0
+        rank = agreement.ranks.rank if isinstance(agreement, DataParallelCoordinator) else 0
         self.num_samples, self.first_sample = sum(counts), sum(counts[:rank])
         shift = [0] * len(own)
-        if isinstance(agreement, Together) and self._combine == "concatenate":
+        if isinstance(agreement, DataParallelCoordinator) and self._combine == "concatenate":
             own, shift = gathered(agreement, own, of_all)
-        elif isinstance(agreement, Together):
+        elif isinstance(agreement, DataParallelCoordinator):
             own = summed(agreement, own, of_all)
         if self._combine == "concatenate":
             self._place(shift)

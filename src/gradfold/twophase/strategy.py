@@ -22,26 +22,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gradfold.distributed.coordinators import Together
+from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.engine.backward import Weighed
-from gradfold.engine.coordinator import Alone
+from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import Loss, LossOutput, read_pair, read_terms
-from gradfold.engine.window import Backward, Forward, OpenWindow, Schedule
+from gradfold.engine.window import Backward, Forward, Schedule, Window
 from gradfold.errors import (
     DoesNotFitError,
     LossError,
     NonFiniteGradientError,
     NonFiniteLossError,
     OptionError,
-    ReplayError,
+    RecomputeError,
     is_out_of_memory,
 )
 from gradfold.self_check.comparison import tolerance_of_types
-from gradfold.state.attributes import Attributes
+from gradfold.state.attributes import ModuleAttributes
 from gradfold.state.buffers import BufferKeeper
 from gradfold.state.gradients import parameters_of
 from gradfold.state.rng import HostRandomState, RandomState
-from gradfold.state.snapshot import Transaction
+from gradfold.state.snapshot import Snapshot
 from gradfold.twophase.loss import Statistic, TwoPhaseLoss
 from gradfold.twophase.statistics import Statistics
 from gradfold.weights import WeightOption
@@ -65,14 +65,14 @@ class WholeLoss:
 
 
 @dataclass(frozen=True)
-class States:
+class RandomStates:
     """The random states of torch, numpy and Python."""
 
     torch: RandomState
     host: HostRandomState
 
     @classmethod
-    def record(cls, parameters: Iterable[Tensor]) -> States:
+    def record(cls, parameters: Iterable[Tensor]) -> RandomStates:
         """The states now, of the devices of some tensors."""
         return cls(RandomState.record(parameters), HostRandomState.record())
 
@@ -82,7 +82,7 @@ class States:
         self.host.restore()
 
 
-class SecondRun:
+class RecomputeRun:
     """The third phase, run by any schedule of plain windows.
 
     In its `with` block `loss_fn` of the window gives each micro-batch its part of what is known.
@@ -93,10 +93,10 @@ class SecondRun:
 
     def __init__(
         self,
-        window: OpenWindow,
+        window: Window,
         statistic: Statistic,
         statistics: Statistics,
-        states: Mapping[int, States],
+        states: Mapping[int, RandomStates],
         whole: WholeLoss,
         forward: Forward,
     ) -> None:
@@ -111,9 +111,9 @@ class SecondRun:
         self._weighed: Weighed = []
         self._stack = ExitStack()
 
-    def __enter__(self) -> SecondRun:
+    def __enter__(self) -> RecomputeRun:
         self._stack.enter_context(calling(self._window, self._run))
-        self._end = States.record(self._window.model.parameters())
+        self._end = RandomStates.record(self._window.model.parameters())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -160,7 +160,7 @@ class SecondRun:
 
 
 @contextmanager
-def calling(window: OpenWindow, loss_fn: Callable[[Any, Any], Any]) -> Iterator[None]:
+def calling(window: Window, loss_fn: Callable[[Any, Any], Any]) -> Iterator[None]:
     """The window calls another `loss_fn`."""
     before, window.loss_fn = window.loss_fn, loss_fn
     try:
@@ -199,11 +199,11 @@ class Phases:
     def __init__(self, loss_fn: TwoPhaseLoss, compute: torch.dtype | None) -> None:
         self._loss_fn = loss_fn
         self.compute = compute
-        self._waited_for: Alone | None = None  # by other ranks, until all micro-batches of this one are done
+        self._waited_for: Coordinator | None = None  # by other ranks, until all micro-batches of this one are done
         self._differentiable: frozenset[str] | None = None  # paths of statistics with a gradient; None: not known
 
     def schedule(
-        self, window: OpenWindow, transaction: Transaction, agreement: Alone, inner: Schedule, raises: bool
+        self, window: Window, transaction: Snapshot, agreement: Coordinator, inner: Schedule, raises: bool
     ) -> Schedule:
         """How to run a window.
 
@@ -225,7 +225,7 @@ class Phases:
                 statistics.join(agreement, window.num_samples)
                 self._waited_for = agreement
                 whole = self._run_loss(window, agreement, statistics)
-                with SecondRun(window, self._loss_fn.statistic, statistics, states, whole, forward) as replay:
+                with RecomputeRun(window, self._loss_fn.statistic, statistics, states, whole, forward) as replay:
                     inner(indices, replay.forward, backward)
                     if not statistics.missed:
                         _check_graph(window, statistics, whole)
@@ -240,7 +240,7 @@ class Phases:
 
         return run
 
-    def _sweep(self, window: OpenWindow, indices: Sequence[int], statistics: Statistics) -> dict[int, States]:
+    def _sweep(self, window: Window, indices: Sequence[int], statistics: Statistics) -> dict[int, RandomStates]:
         """Collect the statistics; gives the random states with which each micro-batch began.
 
         The first micro-batch of the first window has a graph, which tells the statistics that have a gradient.
@@ -249,12 +249,12 @@ class Phases:
         parameters = parameters_of(list(window.model.modules()))
         with _without_trace(window.model), calling(window, self._loss_fn.statistic), torch.no_grad():
             for index in indices:
-                states[index] = States.record(parameters)
+                states[index] = RandomStates.record(parameters)
                 torch.set_grad_enabled(self._differentiable is None and index == indices[0])
                 statistics.add(index, window.call(index), len(window.micro_batches[index].rows))
         return states
 
-    def _run_loss(self, window: OpenWindow, agreement: Alone, statistics: Statistics) -> WholeLoss:
+    def _run_loss(self, window: Window, agreement: Coordinator, statistics: Statistics) -> WholeLoss:
         """The loss of the whole batch, back-propagated to the statistics and to parameters that it uses itself."""
         try:
             with torch.enable_grad():
@@ -275,7 +275,7 @@ class Phases:
             ) from error
         parameters = list(window.model.parameters())
         reaches = any(parameter.grad is not None for parameter in parameters)
-        if isinstance(agreement, Together) and agreement.ranks.rank > 0:
+        if isinstance(agreement, DataParallelCoordinator) and agreement.ranks.rank > 0:
             for parameter in parameters:
                 parameter.grad = None  # all ranks have the same, and sums over ranks shall count it once
         detached = {name: term.detach() for name, term in terms.items()}
@@ -283,7 +283,7 @@ class Phases:
 
     def _check(
         self,
-        window: OpenWindow,
+        window: Window,
         statistics: Statistics,
         whole: WholeLoss,
         deviations: Mapping[int, Tensor],
@@ -311,7 +311,7 @@ class Phases:
             raise _not_reproduced(window, index, worst)
 
 
-def _check_graph(window: OpenWindow, statistics: Statistics, whole: WholeLoss) -> None:
+def _check_graph(window: Window, statistics: Statistics, whole: WholeLoss) -> None:
     """Raise LossError where there are statistics with a gradient, and the loss has none."""
     if statistics.differentiable and not whole.has_graph:
         window.back_propagate([(term, 1.0) for term in read_terms(whole.loss).values()])
@@ -322,7 +322,7 @@ def _without_trace(model: nn.Module) -> Iterator[None]:
     """Put back what forward passes change in buffers and plain attributes, so that replays change it, once."""
     modules = list(model.modules())
     # A layer that does not know its shape yet learns it here, and for good.
-    attributes = None if any(map(is_lazy, model.parameters())) else Attributes(modules)
+    attributes = None if any(map(is_lazy, model.parameters())) else ModuleAttributes(modules)
     buffers = BufferKeeper()  # a new one keeps them all: what it has not kept it could not put back
     buffers.open(modules)
     try:
@@ -338,7 +338,7 @@ def dtypes_of(model: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
 
 
-def _non_finite(window: OpenWindow, statistics: Statistics, values: Mapping[str, float]) -> NonFiniteLossError:
+def _non_finite(window: Window, statistics: Statistics, values: Mapping[str, float]) -> NonFiniteLossError:
     name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
     bad = statistics.non_finite()
     index = bad[0] if bad else 0
@@ -357,8 +357,8 @@ def _non_finite(window: OpenWindow, statistics: Statistics, values: Mapping[str,
     )
 
 
-def _not_reproduced(window: OpenWindow, index: int, deviation: float) -> ReplayError:
-    return ReplayError(
+def _not_reproduced(window: Window, index: int, deviation: float) -> RecomputeError:
+    return RecomputeError(
         f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
         f"came out {deviation:.1%} different when it ran again, from the same rows and the same random states of "
         "torch, numpy and Python. A two-phase loss runs every micro-batch twice: look in statistic(model, micro_batch) "

@@ -18,14 +18,14 @@ from gradfold.engine.backward import BackPropagation
 from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError, PaddingError
 from gradfold.packing.padding_check import PaddingCheck
 from gradfold.packing.token_budget import TokenBudget
-from gradfold.self_check.experiment import CannotKnowError, Examination, Examined, UndecidedError
+from gradfold.self_check.experiment import CannotKnowError, SplitCase, SplitExperiment, UndecidedError
 from gradfold.self_check.trial import Trial
 from gradfold.twophase.loss import TwoPhaseLoss, explain
-from gradfold.verification.comparison import Allowance, Comparison, measure
-from gradfold.verification.locate import find_coupling
+from gradfold.verification.comparison import NoiseAllowance, SizeComparison, measure
+from gradfold.verification.locate import find_first_coupled_layer
 from gradfold.verification.reference import relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_whole
-from gradfold.verification.setup import Specimen
+from gradfold.verification.setup import Setup
 from gradfold.verification.verdict import Cause, listed, number
 from gradfold.weights import weigh
 
@@ -34,7 +34,7 @@ __all__: list[str] = []
 _PLAIN = (bool, int, float, str, list, dict, tuple, set)
 
 
-def find_hidden_state(specimen: Specimen) -> str | None:
+def find_hidden_state(specimen: Setup) -> str | None:
     """The attributes that one run of a copy changed, as " (module.name)", if its second run gives another gradient."""
     model = specimen.fresh_model()
     first, second = run_whole(specimen, model), run_whole(specimen, model)
@@ -67,7 +67,7 @@ _UNKNOWN = (
 )
 
 
-def before_comparing(specimen: Specimen, whole: WholeRun) -> Cause | None:
+def before_comparing(specimen: Setup, whole: WholeRun) -> Cause | None:
     """What makes any comparison pointless."""
     if not math.isfinite(whole.loss) or not all(bool(one.isfinite().all()) for one in whole.gradients.values()):
         what = "loss" if not math.isfinite(whole.loss) else "gradient"
@@ -104,7 +104,7 @@ _NOT_OF_ROWS = {
 }
 
 
-def after_comparing(specimen: Specimen, comparison: Comparison, allowed: Allowance) -> Cause:
+def after_comparing(specimen: Setup, comparison: SizeComparison, allowed: NoiseAllowance) -> Cause:
     """Why the comparison failed."""
     if not allowed.is_repeatable:
         return Cause(
@@ -132,8 +132,8 @@ def after_comparing(specimen: Specimen, comparison: Comparison, allowed: Allowan
 
 
 def batch_norm(layers: tuple[str, ...], is_accepted: bool) -> Cause:
-    """BatchNorm modules that normalise by the statistics of a micro-batch."""
-    noun = "1 layer normalises" if len(layers) == 1 else f"{len(layers)} layers normalise"
+    """BatchNorm modules that normalize by the statistics of a micro-batch."""
+    noun = "1 layer normalizes" if len(layers) == 1 else f"{len(layers)} layers normalize"
     how = (
         'You accepted that with batch_norm="per_micro_batch", and the errors below show how far it goes.'
         if is_accepted
@@ -142,7 +142,7 @@ def batch_norm(layers: tuple[str, ...], is_accepted: bool) -> Cause:
     return Cause(
         "batch_norm",
         f"{noun} by the mean and variance of the micro-batch, not of the batch: {listed(list(map(repr, layers)))}. "
-        f'{how} Write batch_norm="exact" to normalise by the whole batch, gradfold.convert_batch_norm(model) for '
+        f'{how} Write batch_norm="exact" to normalize by the whole batch, gradfold.convert_batch_norm(model) for '
         "GroupNorm, or layer.eval() to use the running statistics.",
         layers=layers,
     )
@@ -158,7 +158,7 @@ def failing(attempt: Attempt) -> Cause:
     )
 
 
-def _examine(specimen: Specimen, comparison: Comparison, worst: Attempt) -> Cause:
+def _examine(specimen: Setup, comparison: SizeComparison, worst: Attempt) -> Cause:
     """Cut the batch in two in several ways, until the gradients of whole and parts say what is wrong."""
     if isinstance(worst.size, TokenBudget):
         cause = _padding(specimen, worst.size)
@@ -192,7 +192,7 @@ def _examine(specimen: Specimen, comparison: Comparison, worst: Attempt) -> Caus
     return Cause("unknown", _UNKNOWN if reason is None else f"{_UNKNOWN} One experiment failed: {reason}.")
 
 
-def _padding(specimen: Specimen, budget: TokenBudget) -> Cause | None:
+def _padding(specimen: Setup, budget: TokenBudget) -> Cause | None:
     """Whether rows have another gradient with the padding of the whole batch."""
     rows = specimen.padded_rows(budget)
     if rows is None:
@@ -218,16 +218,16 @@ def _cuts(num_rows: int, worst: Attempt) -> Iterator[int]:
     yield ranges[-1].start
 
 
-def _run(specimen: Specimen, first: int, recollate: bool) -> None:
+def _run(specimen: Setup, first: int, recollate: bool) -> None:
     model = specimen.fresh_model()
     with warnings.catch_warnings(), specimen.running():
         warnings.simplefilter("ignore")
         examined = _prepare(specimen, first, recollate)
         with Trial(model, specimen.examined_loss_fn, BackPropagation()) as trial:
-            Examination(trial, model, examined).run()
+            SplitExperiment(trial, model, examined).run()
 
 
-def _prepare(specimen: Specimen, first: int, recollate: bool) -> Examined:
+def _prepare(specimen: Setup, first: int, recollate: bool) -> SplitCase:
     whole = specimen.whole_batch()
     rows = range(first), range(first, specimen.num_rows)
     recollated = specimen.collated(rows) if recollate else None
@@ -240,7 +240,7 @@ def _prepare(specimen: Specimen, first: int, recollate: bool) -> Examined:
         parts = list(recollated)
     pair = weigh(specimen.accumulator.weight, [MicroBatch(part, own) for part, own in zip(parts, rows, strict=True)])
     total = weigh(specimen.accumulator.weight, [MicroBatch(whole, range(specimen.num_rows))])
-    return Examined(
+    return SplitCase(
         whole=whole,
         parts=_two(parts),
         recollated=recollated,
@@ -257,7 +257,7 @@ def _two(parts: list[Batch]) -> tuple[Batch, Batch]:
     return first, second
 
 
-def _found(specimen: Specimen, first: int, error: NotDecomposableError) -> Cause:
+def _found(specimen: Setup, first: int, error: NotDecomposableError) -> Cause:
     if isinstance(specimen.accumulator.loss_fn, TwoPhaseLoss):
         error = explain(specimen.accumulator.loss_fn, error)
     text = str(error).replace("of a micro-batch", "of the batch")  # the whole batch was examined as one
@@ -270,14 +270,14 @@ def _found(specimen: Specimen, first: int, error: NotDecomposableError) -> Cause
                 "the model and in the loss, or pad every sample to one length."
             )
         else:
-            coupling = find_coupling(specimen)
+            coupling = find_first_coupled_layer(specimen)
             if coupling is not None:
                 text = f"{text.rstrip('.')}.\n{coupling.text}"
                 layers = (coupling.layer,) if coupling.layer is not None else ()
     return Cause(error.cause, text, error.term, error.weight, layers)
 
 
-def _fits(specimen: Specimen, first: int) -> bool:
+def _fits(specimen: Setup, first: int) -> bool:
     """Whether parts that are cut from the padded batch make up the whole."""
     try:
         _run(specimen, first, recollate=False)

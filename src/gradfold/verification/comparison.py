@@ -15,7 +15,7 @@ from gradfold.errors import NonFiniteLossError, OptionError
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.verification.reference import difference_norm, relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_in_parts, run_jittered, run_whole
-from gradfold.verification.setup import Specimen
+from gradfold.verification.setup import Setup
 from gradfold.verification.verdict import ParameterRow, SizeRow
 
 __all__: list[str] = []
@@ -29,7 +29,7 @@ _NEGLIGIBLE = 1e-9  # of the whole gradient: what a parameter's error is relativ
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SizeComparison:
     """The whole batch, and each attempt to make its gradient out of parts.
 
     Attributes:
@@ -82,7 +82,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Allowance:
+class NoiseAllowance:
     """What rounding explains.
 
     Attributes:
@@ -102,15 +102,15 @@ class Allowance:
         return error <= _NOISE * self.noise_floor
 
 
-def compare(specimen: Specimen, sizes: Sequence[int | TokenBudget], whole: WholeRun | None = None) -> Comparison:
+def compare(specimen: Setup, sizes: Sequence[int | TokenBudget], whole: WholeRun | None = None) -> SizeComparison:
     """Run the whole batch, twice, and each size."""
     whole = whole or run_whole(specimen)
     again = run_whole(specimen)
     attempts = [run_in_parts(specimen, size, whole) for size in sizes]
-    return Comparison(whole, attempts, relative_error(again.gradients, whole.gradients))
+    return SizeComparison(whole, attempts, relative_error(again.gradients, whole.gradients))
 
 
-def allowance(specimen: Specimen, comparison: Comparison) -> Allowance:
+def allowance(specimen: Setup, comparison: SizeComparison) -> NoiseAllowance:
     """What to allow, by the lowest precision that autograd saw; only if that is exceeded, by the lowest seen at all.
 
     A model in float64 may well compute its loss, or a metric, in float32.
@@ -157,16 +157,16 @@ def measure(size: int | TokenBudget) -> tuple[int, Unit]:
     return size, "rows"
 
 
-def _allowance(specimen: Specimen, comparison: Comparison, dtypes: set[torch.dtype]) -> Allowance:
+def _allowance(specimen: Setup, comparison: SizeComparison, dtypes: set[torch.dtype]) -> NoiseAllowance:
     precision = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     base = _TOLERANCES.get(precision, 0.0)
     if comparison.repeat > base:
-        return Allowance(precision, math.nan, base, is_repeatable=False)
+        return NoiseAllowance(precision, math.nan, base, is_repeatable=False)
     moved = [run_jittered(specimen, precision, seed) for seed in range(2)]
     # Two runs may differ a little, by kernels that add up in any order.
     noise = max(comparison.repeat, *(relative_error(one.gradients, comparison.whole.gradients) for one in moved))
     tolerance = max(base, min(_NOISE * noise, _LARGEST))
-    return Allowance(precision, noise, tolerance, is_repeatable=True)
+    return NoiseAllowance(precision, noise, tolerance, is_repeatable=True)
 
 
 def _first_line(failure: Exception | None) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gradfold.batch.nesting import Batch, map_tensors
-from gradfold.verification.setup import Specimen
+from gradfold.verification.setup import Setup
 
 __all__: list[str] = []
 
@@ -24,7 +24,7 @@ _ROUNDINGS = 1000  # by how many of them a value must differ in order to count a
 
 
 @dataclass(frozen=True)
-class Coupling:
+class CoupledLayer:
     """Where it first happens.
 
     Attributes:
@@ -37,7 +37,7 @@ class Coupling:
 
 
 @dataclass(frozen=True)
-class _Passage:
+class _LayerPass:
     """Tensors on their way into a module or out of it."""
 
     module: nn.Module
@@ -47,7 +47,7 @@ class _Passage:
     tensors: list[Tensor]
 
 
-def find_coupling(specimen: Specimen) -> Coupling | None:
+def find_first_coupled_layer(specimen: Setup) -> CoupledLayer | None:
     """Look for the place where one row first changes others; None where that cannot be seen."""
     try:
         before = _passages(specimen, lambda batch: batch)
@@ -62,10 +62,12 @@ def find_coupling(specimen: Specimen) -> Coupling | None:
         backwards = _find_backwards(specimen)
     except Exception:
         backwards = None
-    return backwards or Coupling("All layers keep the rows apart, so it is what loss_fn does with their outputs.", None)
+    return backwards or CoupledLayer(
+        "All layers keep the rows apart, so it is what loss_fn does with their outputs.", None
+    )
 
 
-def _find_backwards(specimen: Specimen) -> Coupling | None:
+def _find_backwards(specimen: Setup) -> CoupledLayer | None:
     """Rows that see each other in the backward pass only, by an `autograd.Function` or a hook of the user's own.
 
     A gradient that starts in one row of what the last layer gave, and arrives in others.
@@ -81,28 +83,28 @@ def _find_backwards(specimen: Specimen) -> Coupling | None:
         if gradient is None or not _reaches_others(gradient, torch.zeros_like(gradient), 0, specimen.num_rows):
             continue
         where = f"between {_quoted(one)} and {_quoted(following)}"
-        return Coupling(f"It happens in the backward pass only, {where}: is there a backward of your own?", None)
+        return CoupledLayer(f"It happens in the backward pass only, {where}: is there a backward of your own?", None)
     return None
 
 
 def _passages(
-    specimen: Specimen, change: Callable[[Batch], Batch], keep: Callable[[Any], list[Tensor]] | None = None
-) -> list[_Passage]:
+    specimen: Setup, change: Callable[[Batch], Batch], keep: Callable[[Any], list[Tensor]] | None = None
+) -> list[_LayerPass]:
     """Every module's inputs and outputs, in order; `keep` takes the tensors from them."""
     keep = keep or _copies
     model = specimen.fresh_model()
-    found: list[_Passage] = []
+    found: list[_LayerPass] = []
     running: list[str] = []
 
     def watch(name: str, module: nn.Module) -> None:
         def enter(_: nn.Module, arguments: Any, keywords: Any) -> None:
             caller = running[-1] if running else None
-            found.append(_Passage(module, name, False, caller, keep((arguments, keywords))))
+            found.append(_LayerPass(module, name, False, caller, keep((arguments, keywords))))
             running.append(name)
 
         def leave(_: nn.Module, __: Any, outputs: Any) -> None:
             running.pop()
-            found.append(_Passage(module, name, True, running[-1] if running else None, keep(outputs)))
+            found.append(_LayerPass(module, name, True, running[-1] if running else None, keep(outputs)))
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
@@ -141,7 +143,7 @@ def _with_row_changed(row: int, num_rows: int) -> Callable[[Batch], Batch]:
     return lambda batch: map_tensors(change, batch)
 
 
-def _first_coupled(before: list[_Passage], after: list[_Passage], row: int, num_rows: int) -> int | None:
+def _first_coupled(before: list[_LayerPass], after: list[_LayerPass], row: int, num_rows: int) -> int | None:
     for index, (one, other) in enumerate(zip(before, after, strict=False)):
         if one.name != other.name or [a.shape for a in one.tensors] != [b.shape for b in other.tensors]:
             return None
@@ -167,21 +169,21 @@ def _reaches_others(a: Tensor, b: Tensor, row: int, num_rows: int) -> bool:
     return bool(found) and all(found)
 
 
-def _describe(passages: list[_Passage], index: int) -> Coupling:
+def _describe(passages: list[_LayerPass], index: int) -> CoupledLayer:
     here, last = passages[index], passages[index - 1] if index else None
     if not here.is_output:
         caller = "loss_fn" if here.caller is None else _forward_of(passages, here.caller)
-        return Coupling(f"It first happens in {caller}, before {_quoted(here)} is called.", None)
+        return CoupledLayer(f"It first happens in {caller}, before {_quoted(here)} is called.", None)
     if last is not None and not last.is_output and last.name == here.name:
-        return Coupling(f"It first happens in the layer {_quoted(here)}.", here.name)
+        return CoupledLayer(f"It first happens in the layer {_quoted(here)}.", here.name)
     after = "" if last is None else f", after {_quoted(last)}"
-    return Coupling(f"It first happens in {_forward_of(passages, here.name)}{after}.", here.name)
+    return CoupledLayer(f"It first happens in {_forward_of(passages, here.name)}{after}.", here.name)
 
 
-def _forward_of(passages: list[_Passage], name: str) -> str:
+def _forward_of(passages: list[_LayerPass], name: str) -> str:
     module = next(one.module for one in passages if one.name == name)
     return f"forward of {type(module).__name__}" + (f" ({name!r})" if name else "")
 
 
-def _quoted(passage: _Passage) -> str:
+def _quoted(passage: _LayerPass) -> str:
     return f"{passage.name!r} ({type(passage.module).__name__})" if passage.name else type(passage.module).__name__

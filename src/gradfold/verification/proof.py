@@ -17,11 +17,11 @@ from gradfold.engine.model_checks import dropping_modules, parameters_with_hooks
 from gradfold.errors import BatchError, BatchNormError
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.verification import causes
-from gradfold.verification.comparison import Allowance, Comparison, allowance, choose_sizes, compare, measure
+from gradfold.verification.comparison import NoiseAllowance, SizeComparison, allowance, choose_sizes, compare, measure
 from gradfold.verification.runs import WholeRun, run_whole
-from gradfold.verification.setup import Specimen, Untouched, own_dtypes
+from gradfold.verification.setup import Setup, Untouched, own_dtypes
 from gradfold.verification.verdict import Cause, Verdict, listed, name_of
-from gradfold.windows import LoopWindow, Window
+from gradfold.windows import LoadedWindow, LoopWindow
 
 __all__: list[str] = []
 
@@ -54,7 +54,7 @@ def count_rows(accumulator: Accumulator, batch: Batch, least: int = 2) -> int:
     Raises:
         BatchError: it cannot.
     """
-    if isinstance(batch, (Window, LoopWindow)):
+    if isinstance(batch, (LoadedWindow, LoopWindow)):
         raise BatchError(
             "verify got a window. Pass a batch, as one would be without accumulation: tensors with rows, or with "
             "collate= a list of samples."
@@ -67,9 +67,9 @@ def count_rows(accumulator: Accumulator, batch: Batch, least: int = 2) -> int:
 
 def _first_run(
     accumulator: Accumulator, batch: Batch, total: int, dtype: torch.dtype, untouched: Untouched
-) -> tuple[Specimen, WholeRun, list[str]]:
+) -> tuple[Setup, WholeRun, list[str]]:
     """The whole batch in the precision asked for, or else in the model's own."""
-    specimen = Specimen(accumulator, batch, total, dtype, untouched)
+    specimen = Setup(accumulator, batch, total, dtype, untouched)
     own = own_dtypes(accumulator.model)
     try:
         return specimen, run_whole(specimen), []
@@ -77,14 +77,14 @@ def _first_run(
         if own == {dtype}:
             raise
         failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    specimen = Specimen(accumulator, batch, total, None, untouched)
+    specimen = Setup(accumulator, batch, total, None, untouched)
     whole = run_whole(specimen)
     names = listed(sorted(map(name_of, own)))
     note = f"run in the model's own precision ({names}), since it fails in {name_of(dtype)} ({failure})."
     return specimen, whole, [note]
 
 
-def _not_compared(specimen: Specimen, cause: Cause, notes: list[str]) -> Verdict:
+def _not_compared(specimen: Setup, cause: Cause, notes: list[str]) -> Verdict:
     dtype = _dtype_of(specimen)
     return Verdict(
         ok=False,
@@ -106,7 +106,7 @@ class _Proof:
 
     def __init__(
         self,
-        specimen: Specimen,
+        specimen: Setup,
         sizes: list[int | TokenBudget],
         needed: Sequence[int | TokenBudget | None],
         notes: list[str],
@@ -128,7 +128,7 @@ class _Proof:
             comparison = compare(self._specimen, self._sizes, comparison.whole)
         return self._judge(comparison, found + self._apart_from(layers))
 
-    def _compare(self, whole: WholeRun) -> Comparison:
+    def _compare(self, whole: WholeRun) -> SizeComparison:
         """Compare; with dropout frozen where its random numbers cannot be handed to rows."""
         comparison = compare(self._specimen, self._sizes, whole)
         recorded = comparison.whole.recorded
@@ -146,7 +146,7 @@ class _Proof:
         )
         return compare(self._specimen, self._sizes)
 
-    def _compare_with_equal_draws(self, comparison: Comparison) -> Comparison:
+    def _compare_with_equal_draws(self, comparison: SizeComparison) -> SizeComparison:
         """Whether it fits where it cannot matter whose random numbers are whose: a model may have sorted its rows."""
         dims = {number: dim for attempt in comparison.attempts for number, dim in attempt.dims.items()}
         specimen = self._specimen.with_equal_draws(comparison.whole.recorded, dims)
@@ -157,10 +157,10 @@ class _Proof:
         self._notes.append("all rows had the same random numbers, since it does not show whose they are.")
         return equal
 
-    def _holds(self, comparison: Comparison) -> bool:
+    def _holds(self, comparison: SizeComparison) -> bool:
         return comparison.max_error <= allowance(self._specimen, comparison).tolerance
 
-    def _batch_norm_layers(self, comparison: Comparison) -> dict[str, nn.Module]:
+    def _batch_norm_layers(self, comparison: SizeComparison) -> dict[str, nn.Module]:
         """The layers that see micro-batches instead of the batch, refused or accepted."""
         if self._specimen.batch_norm == "exact":
             return {}
@@ -181,7 +181,7 @@ class _Proof:
             return []
         return [causes.after_comparing(frozen, comparison, allowed)]
 
-    def _judge(self, comparison: Comparison, found: list[Cause]) -> Verdict:
+    def _judge(self, comparison: SizeComparison, found: list[Cause]) -> Verdict:
         allowed = allowance(self._specimen, comparison)
         if not found and not (comparison.max_error <= allowed.tolerance and allowed.is_repeatable):
             found = [causes.after_comparing(self._specimen, comparison, allowed)]
@@ -195,7 +195,7 @@ class _Proof:
             self._notes.append("the gradient of this batch is zero, which proves little.")
         return self._verdict(comparison, allowed, found)
 
-    def _verdict(self, comparison: Comparison, allowed: Allowance, found: list[Cause]) -> Verdict:
+    def _verdict(self, comparison: SizeComparison, allowed: NoiseAllowance, found: list[Cause]) -> Verdict:
         return Verdict(
             ok=not found,
             max_relative_error=comparison.max_error,
@@ -219,5 +219,5 @@ def _notes_on_hooks(model: nn.Module) -> list[str]:
     return [f"the hooks on gradients of {listed(names)} did not run: they see the gradient of each micro-batch."]
 
 
-def _dtype_of(specimen: Specimen) -> torch.dtype:
+def _dtype_of(specimen: Setup) -> torch.dtype:
     return specimen.dtype or min(own_dtypes(specimen.accumulator.model), key=lambda dtype: torch.finfo(dtype).eps)

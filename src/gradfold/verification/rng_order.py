@@ -15,13 +15,13 @@ from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows
 from gradfold.batchnorm.intercept import passage
 from gradfold.engine.loss_terms import LossFn, LossOutput
-from gradfold.self_check.rng_replay import DrawsOfRows, EqualDraws, RandomOperators, is_random
+from gradfold.self_check.rng_replay import RandomOperators, SharedRandomness, SlicedRandomness, is_random
 from gradfold.twophase.loss import TwoPhaseLoss
 
 __all__: list[str] = []
 
 
-class DrawsInOrder:
+class RandomnessInOrder:
     """One mode around all micro-batches, their backward passes included, which is told whose rows come next.
 
     Args:
@@ -29,11 +29,11 @@ class DrawsInOrder:
         order: the rows of micro-batches, in the order in which they run.
     """
 
-    def __init__(self, make: Callable[[Rows], DrawsOfRows | EqualDraws], order: Sequence[Rows]) -> None:
+    def __init__(self, make: Callable[[Rows], SlicedRandomness | SharedRandomness], order: Sequence[Rows]) -> None:
         self._mode = make(order[0])
         self._order = order
 
-    def __enter__(self) -> DrawsInOrder:
+    def __enter__(self) -> RandomnessInOrder:
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -49,16 +49,16 @@ class DrawsInOrder:
     @property
     def unknown(self) -> str | None:
         """The first operator whose draws could not be handed to rows, if any."""
-        return self._mode.unknown if isinstance(self._mode, DrawsOfRows) else None
+        return self._mode.unknown if isinstance(self._mode, SlicedRandomness) else None
 
     @property
     def dims(self) -> Mapping[int, int]:
         """By number of a draw, the dimension that holds its rows."""
-        return self._mode.dims if isinstance(self._mode, DrawsOfRows) else {}
+        return self._mode.dims if isinstance(self._mode, SlicedRandomness) else {}
 
     def finish(self) -> None:
         """Note whether some rows made other draws than the batch."""
-        if isinstance(self._mode, DrawsOfRows):
+        if isinstance(self._mode, SlicedRandomness):
             self._mode.finish()
 
     def restore_generators(self) -> bool:
@@ -82,7 +82,7 @@ class DrawsInOrder:
         return call
 
 
-class DrawsInTurn(RandomOperators):  # type: ignore[no-untyped-call]
+class RandomnessInTurns(RandomOperators):  # type: ignore[no-untyped-call]
     """A mode of its own for the forward pass of each micro-batch; what the backward pass draws, nobody foresees.
 
     Args:
@@ -90,11 +90,11 @@ class DrawsInTurn(RandomOperators):  # type: ignore[no-untyped-call]
         order: the rows of micro-batches, in the order in which they begin.
     """
 
-    def __init__(self, make: Callable[[Rows], DrawsOfRows | EqualDraws], order: Sequence[Rows]) -> None:
+    def __init__(self, make: Callable[[Rows], SlicedRandomness | SharedRandomness], order: Sequence[Rows]) -> None:
         super().__init__()
         self._make = make
         self._ahead = iter(order)
-        self._modes: list[DrawsOfRows | EqualDraws] = []
+        self._modes: list[SlicedRandomness | SharedRandomness] = []
         self._drew: str | None = None
 
     def around(self, loss_fn: LossFn) -> LossFn:
@@ -111,20 +111,23 @@ class DrawsInTurn(RandomOperators):  # type: ignore[no-untyped-call]
     @property
     def unknown(self) -> str | None:
         """The first operator whose draws could not be handed to rows, if any."""
-        found = [mode.unknown for mode in self._modes if isinstance(mode, DrawsOfRows)]
+        found = [mode.unknown for mode in self._modes if isinstance(mode, SlicedRandomness)]
         return next((name for name in [self._drew, *found] if name is not None), None)
 
     @property
     def dims(self) -> Mapping[int, int]:
         """By number of a draw, the dimension that holds its rows."""
         return {
-            number: dim for mode in self._modes if isinstance(mode, DrawsOfRows) for number, dim in mode.dims.items()
+            number: dim
+            for mode in self._modes
+            if isinstance(mode, SlicedRandomness)
+            for number, dim in mode.dims.items()
         }
 
     def finish(self) -> None:
         """Note whether some rows made other draws than the batch."""
         for mode in self._modes:
-            if isinstance(mode, DrawsOfRows):
+            if isinstance(mode, SlicedRandomness):
                 mode.finish()
 
     def restore_generators(self) -> bool:

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows
 from gradfold.distributed.ddp import unwrapped
-from gradfold.dropout.layer import keyed_dropout
+from gradfold.dropout.layer import counter_based_dropout
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.loss_terms import LossOutput
 from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
 from gradfold.packing.token_budget import TokenBudget
-from gradfold.self_check.comparison import Jitter
-from gradfold.self_check.rng_replay import EqualDraws, RecordedDraws
+from gradfold.self_check.comparison import Perturbation
+from gradfold.self_check.rng_replay import RecordedRandomness, SharedRandomness
 from gradfold.state.rng import HostRandomState, RandomState
 from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
-from gradfold.verification.rng_order import DrawsInOrder, DrawsInTurn
-from gradfold.verification.setup import Graph, Specimen, terms_of
+from gradfold.verification.rng_order import RandomnessInOrder, RandomnessInTurns
+from gradfold.verification.setup import LossGraph, Setup, terms_of
 from gradfold.weights import weigh
 
 __all__: list[str] = []
@@ -44,8 +44,8 @@ class WholeRun:
 
     gradients: dict[str, Tensor]
     loss: float
-    recorded: RecordedDraws
-    graph: Graph
+    recorded: RecordedRandomness
+    graph: LossGraph
     drew: str | None
 
 
@@ -72,7 +72,7 @@ class Attempt:
     dims: Mapping[int, int] = field(default_factory=dict)
 
 
-def run_whole(specimen: Specimen, model: nn.Module | None = None) -> WholeRun:
+def run_whole(specimen: Setup, model: nn.Module | None = None) -> WholeRun:
     """The whole batch at once; on a copy of the model that has run before, if it is given."""
     model = specimen.fresh_model() if model is None else model
     graphs = []
@@ -83,14 +83,14 @@ def run_whole(specimen: Specimen, model: nn.Module | None = None) -> WholeRun:
         _check_grad(terms_of(output))
         return output
 
-    recorded = RecordedDraws() if specimen.equal_draws is None else specimen.equal_draws[0]
-    mode = recorded if specimen.equal_draws is None else EqualDraws(*specimen.equal_draws)
+    recorded = RecordedRandomness() if specimen.equal_draws is None else specimen.equal_draws[0]
+    mode = recorded if specimen.equal_draws is None else SharedRandomness(*specimen.equal_draws)
     with specimen.running():
         torch_state, host_state = RandomState.record(model.parameters()), HostRandomState.record()
         batch = specimen.whole_batch()
         collate_drew = torch_state.has_moved() or host_state.moved() is not None
         try:
-            with mode, keyed_dropout(model, update=0, num_rows=specimen.num_rows):  # as in a first window
+            with mode, counter_based_dropout(model, update=0, num_rows=specimen.num_rows):  # as in a first window
                 found, loss = full_batch_gradient(model, loss_fn, batch)
         finally:
             mode.restore_generators()
@@ -98,20 +98,20 @@ def run_whole(specimen: Specimen, model: nn.Module | None = None) -> WholeRun:
     return WholeRun(found, loss, recorded, graphs[-1], drew)
 
 
-def run_jittered(specimen: Specimen, precision: torch.dtype, seed: int) -> WholeRun:
+def run_jittered(specimen: Setup, precision: torch.dtype, seed: int) -> WholeRun:
     """The whole batch at once, with all parameters off by some rounding errors of this precision."""
     model = specimen.fresh_model()
-    with Jitter(model.parameters(), seed, precision):
+    with Perturbation(model.parameters(), seed, precision):
         return run_whole(specimen, model)
 
 
-def run_in_parts(specimen: Specimen, size: int | TokenBudget, whole: WholeRun) -> Attempt:
+def run_in_parts(specimen: Setup, size: int | TokenBudget, whole: WholeRun) -> Attempt:
     """The batch in micro-batches of at most this size, each row with the random numbers that it had in the whole."""
     model = specimen.fresh_model()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         order = _order(specimen, size)
-        in_order = DrawsInTurn if specimen.batch_norm == "exact" else DrawsInOrder
+        in_order = RandomnessInTurns if specimen.batch_norm == "exact" else RandomnessInOrder
         draws = in_order(partial(specimen.draws_of, whole.recorded), order)
         twin = specimen.twin(model, draws.around(specimen.loss_fn_in_phases()), size)
         try:
@@ -136,7 +136,7 @@ def run_in_parts(specimen: Specimen, size: int | TokenBudget, whole: WholeRun) -
 
 
 def run_with_others(
-    specimen: Specimen, size: int | TokenBudget | None, wrap: Callable[[nn.Module], nn.Module]
+    specimen: Setup, size: int | TokenBudget | None, wrap: Callable[[nn.Module], nn.Module]
 ) -> tuple[dict[str, Tensor], int]:
     """The gradient of this rank's rows and those of others, and how many micro-batches it took here.
 
@@ -154,7 +154,7 @@ def run_with_others(
     return gradients(unwrapped(model)), result.num_micro_batches
 
 
-def _order(specimen: Specimen, size: int | TokenBudget) -> list[Rows]:
+def _order(specimen: Setup, size: int | TokenBudget) -> list[Rows]:
     """The rows of micro-batches in the order in which they are run: those that weigh nothing last, if at all."""
     with specimen.running():
         parts = specimen.micro_batches(size)

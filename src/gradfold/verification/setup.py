@@ -26,17 +26,17 @@ from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch, every_leaf, map_leaves, map_tensors
 from gradfold.batch.rows import Rows
 from gradfold.batch.split import MicroBatch, split_rows, split_samples
-from gradfold.batchnorm.checks import uncoupled
+from gradfold.batchnorm.checks import with_frozen_statistics
 from gradfold.batchnorm.per_micro_batch import BatchNormOption
-from gradfold.distributed.ddp import RanksOption
+from gradfold.distributed.ddp import DistributedOption
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.loss_terms import LossFn, LossOutput, read_pair, read_terms
-from gradfold.engine.prefetch import feed
+from gradfold.engine.prefetch import prefetch
 from gradfold.errors import ModelError
-from gradfold.packing.padding import PaddedRows
-from gradfold.packing.token_batcher import TokenSplit
+from gradfold.packing.padding import PaddingProbe
+from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
-from gradfold.self_check.rng_replay import DrawsOfRows, EqualDraws, RecordedDraws
+from gradfold.self_check.rng_replay import RecordedRandomness, SharedRandomness, SlicedRandomness
 from gradfold.self_check.trial import Trial
 from gradfold.state.gradients import check_trainable
 from gradfold.twophase.loss import TwoPhaseLoss, probe_of
@@ -91,7 +91,7 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Graph:
+class LossGraph:
     """What a backward pass from some loss terms runs through.
 
     Attributes:
@@ -103,7 +103,7 @@ class Graph:
     dtypes: set[torch.dtype]
 
     @classmethod
-    def of(cls, terms: Iterable[Tensor]) -> Graph:
+    def of(cls, terms: Iterable[Tensor]) -> LossGraph:
         """The graph behind these terms."""
         leaves: list[Tensor] = []
         dtypes: set[torch.dtype] = set()
@@ -157,7 +157,7 @@ class Untouched:
             tensor.grad = gradient
 
 
-class Specimen:
+class Setup:
     """A set-up in one precision.
 
     Attributes:
@@ -175,26 +175,26 @@ class Specimen:
         self.dtype = dtype
         self.frozen: frozenset[str] = frozenset()
         self.batch_norm = accumulator.batch_norm
-        self.equal_draws: tuple[RecordedDraws, Mapping[int, int]] | None = None
+        self.equal_draws: tuple[RecordedRandomness, Mapping[int, int]] | None = None
         self._untouched = untouched
         self._model = copy_of(accumulator.model, dtype)
         self._batch = batch if accumulator.collate is not None else self._convert(batch)
         self._users = {id(parameter) for parameter in accumulator.model.parameters()}
         self.reaches_users_model = False
 
-    def with_frozen(self, names: Sequence[str]) -> Specimen:
+    def with_frozen(self, names: Sequence[str]) -> Setup:
         """The same with these modules in evaluation mode, too."""
         other = copy.copy(self)
         other.frozen = self.frozen | set(names)
         return other
 
-    def with_batch_norm(self, batch_norm: BatchNormOption) -> Specimen:
+    def with_batch_norm(self, batch_norm: BatchNormOption) -> Setup:
         """The same under another option for BatchNorm."""
         other = copy.copy(self)
         other.batch_norm = batch_norm
         return other
 
-    def with_equal_draws(self, recorded: RecordedDraws, dims: Mapping[int, int]) -> Specimen:
+    def with_equal_draws(self, recorded: RecordedRandomness, dims: Mapping[int, int]) -> Setup:
         """The same with one row's random numbers for all rows, so that it does not matter whose they are."""
         other = copy.copy(self)
         other.equal_draws = recorded, dims
@@ -219,7 +219,7 @@ class Specimen:
     def on_device(self, batch: Batch) -> Batch:
         """The batch where the model is; copied, since a model may change its input in place."""
         device = next(self.accumulator.model.parameters()).device
-        return map_tensors(torch.clone, feed([MicroBatch(batch, range(self.num_rows))], device)(0))
+        return map_tensors(torch.clone, prefetch([MicroBatch(batch, range(self.num_rows))], device)(0))
 
     def collated(self, rows: tuple[range, range]) -> tuple[Batch, Batch] | None:
         """Two parts of the samples, collated by themselves; None without `collate`."""
@@ -232,14 +232,14 @@ class Specimen:
         """The batch cut by gradfold."""
         if isinstance(size, TokenBudget):
             collate = None if self.accumulator.collate is None else self.collate
-            return TokenSplit(size).cut(self._batch, None, collate, is_first=True)
+            return TokenBatcher(size).cut(self._batch, None, collate, is_first=True)
         if self.accumulator.collate is None:
             return split_rows(self._batch, size)
         return split_samples(self._batch, size, self.collate)
 
-    def padded_rows(self, budget: TokenBudget) -> PaddedRows | None:
+    def padded_rows(self, budget: TokenBudget) -> PaddingProbe | None:
         """Rows with the padding of the whole batch, and without."""
-        token_split = TokenSplit(budget)
+        token_split = TokenBatcher(budget)
         token_split.cut(self._batch, None, None if self.accumulator.collate is None else self.collate, is_first=True)
         return token_split.padded_rows()
 
@@ -254,11 +254,11 @@ class Specimen:
         finally:
             torch.set_default_dtype(default)
 
-    def draws_of(self, recorded: RecordedDraws, rows: Rows) -> DrawsOfRows | EqualDraws:
+    def draws_of(self, recorded: RecordedRandomness, rows: Rows) -> SlicedRandomness | SharedRandomness:
         """Runs these rows with the random numbers that they had in the whole batch."""
         if self.equal_draws is not None:
-            return EqualDraws(*self.equal_draws)
-        return DrawsOfRows(recorded, self.num_rows, rows)
+            return SharedRandomness(*self.equal_draws)
+        return SlicedRandomness(recorded, self.num_rows, rows)
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> LossOutput:
         """The user's, with the gradients kept that its backward pass adds to outside of the copy."""
@@ -294,10 +294,14 @@ class Specimen:
             output = probe_of(self.accumulator.loss_fn)(model, batch)
             self.watch_loss(model, output)
             return output
-        return uncoupled(self.loss_fn)(model, batch) if self.batch_norm == "exact" else self.loss_fn(model, batch)
+        return (
+            with_frozen_statistics(self.loss_fn)(model, batch)
+            if self.batch_norm == "exact"
+            else self.loss_fn(model, batch)
+        )
 
     def twin(
-        self, model: nn.Module, loss_fn: LossFn, size: int | TokenBudget | None, ranks: RanksOption = "alone"
+        self, model: nn.Module, loss_fn: LossFn, size: int | TokenBudget | None, ranks: DistributedOption = "alone"
     ) -> Accumulator:
         """An accumulator like the user's for a copy of the model."""
         collate = None if self.accumulator.collate is None else self.collate
@@ -307,12 +311,12 @@ class Specimen:
         """The batch as an accumulator takes it, to give away: a model may change its input in place."""
         return map_tensors(torch.clone, self._batch) if self.accumulator.collate is None else self._batch
 
-    def watch_loss(self, model: nn.Module, output: LossOutput) -> Graph:
+    def watch_loss(self, model: nn.Module, output: LossOutput) -> LossGraph:
         """The graph behind a loss, of whose leaves outside of the copy the gradients are kept."""
         return self._watch(model, terms_of(output).values())
 
-    def _watch(self, model: nn.Module, tensors: Iterable[Tensor]) -> Graph:
-        graph = Graph.of(tensors)
+    def _watch(self, model: nn.Module, tensors: Iterable[Tensor]) -> LossGraph:
+        graph = LossGraph.of(tensors)
         own = {id(parameter) for parameter in model.parameters()}
         foreign = [leaf for leaf in graph.leaves if id(leaf) not in own]
         self._untouched.set_aside(foreign)

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch, every_leaf, map_leaves
-from gradfold.distributed.ddp import find_ranks, parallel_modules, unwrapped, wrapped_as
+from gradfold.distributed.ddp import find_process_group, parallel_modules, unwrapped, wrapped_as
 from gradfold.distributed.fsdp import sharded_modules
-from gradfold.distributed.process_group import Ranks
+from gradfold.distributed.process_group import ProcessGroup
 from gradfold.engine.model_checks import dropping_modules
-from gradfold.errors import OptionError, RanksError
+from gradfold.errors import DistributedError, OptionError
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.state.gradients import parameters_of
 from gradfold.verification.comparison import measure
 from gradfold.verification.proof import count_rows, prove
 from gradfold.verification.reference import relative_error
 from gradfold.verification.runs import run_whole, run_with_others
-from gradfold.verification.setup import Specimen, Untouched
+from gradfold.verification.setup import Setup, Untouched
 from gradfold.verification.verdict import Cause, SizeRow, Verdict, listed, number
 
 __all__ = ["verify"]
@@ -38,7 +38,7 @@ T = TypeVar("T")
 def prove_across_ranks(
     accumulator: Accumulator,
     batch: Batch,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     *,
     dtype: torch.dtype,
     micro_batch_sizes: Sequence[int] | None,
@@ -46,7 +46,7 @@ def prove_across_ranks(
     """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all.
 
     Raises:
-        RanksError: another rank has failed.
+        DistributedError: another rank has failed.
     """
     own_rows = count_rows(accumulator, batch, least=1)  # its errors come before anybody waits
     whole_batch = _join(ranks.exchange(batch), accumulator)
@@ -65,7 +65,7 @@ def prove_across_ranks(
 
     def run_as_one() -> dict[str, Tensor] | None:
         with Untouched(alone) as untouched:
-            specimen = Specimen(alone, whole_batch, found.num_rows, found.dtype, untouched).with_frozen(frozen)
+            specimen = Setup(alone, whole_batch, found.num_rows, found.dtype, untouched).with_frozen(frozen)
             whole = run_whole(specimen)
         return None if whole.recorded.values else {name: one.cpu() for name, one in whole.gradients.items()}
 
@@ -76,7 +76,7 @@ def prove_across_ranks(
     rows = []
     for size in _sizes(accumulator, own_rows, micro_batch_sizes):
         with Untouched(alone) as untouched:
-            specimen = Specimen(alone, batch, own_rows, found.dtype, untouched).with_frozen(frozen)
+            specimen = Setup(alone, batch, own_rows, found.dtype, untouched).with_frozen(frozen)
             gradients, num_run = run_with_others(specimen, size, partial(wrapped_as, accumulator.model))
         rows.append(_row(ranks, size, num_run, {name: one.cpu() for name, one in gradients.items()}, expected))
     return _judge(found, ranks, rows, frozen)
@@ -91,7 +91,11 @@ def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None)
 
 
 def _row(
-    ranks: Ranks, size: int | TokenBudget, num_run: int, gradients: dict[str, Tensor], expected: dict[str, Tensor]
+    ranks: ProcessGroup,
+    size: int | TokenBudget,
+    num_run: int,
+    gradients: dict[str, Tensor],
+    expected: dict[str, Tensor],
 ) -> SizeRow:
     told = ranks.exchange((num_run, _digest(gradients)))
     differing = [rank for rank, (_, digest) in enumerate(told) if digest != told[0][1]]
@@ -101,7 +105,7 @@ def _row(
     return SizeRow(*measure(size), most, ranks.exchange(error)[0], failure, num_ranks=ranks.size)
 
 
-def _judge(found: Verdict, ranks: Ranks, rows: Sequence[SizeRow], frozen: Sequence[str]) -> Verdict:
+def _judge(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: Sequence[str]) -> Verdict:
     worst = max(rows, key=lambda row: row.error)
     notes = [f"the whole batch is the rows of all {ranks.size} ranks together."]
     if frozen:
@@ -128,8 +132,8 @@ def _judge(found: Verdict, ranks: Ranks, rows: Sequence[SizeRow], frozen: Sequen
     )
 
 
-def _on_first(ranks: Ranks, make: Callable[[], T]) -> T:
-    """What rank 0 makes, on all of them; what it fails with is RanksError on the others."""
+def _on_first(ranks: ProcessGroup, make: Callable[[], T]) -> T:
+    """What rank 0 makes, on all of them; what it fails with is DistributedError on the others."""
     made: T | None = None
     error: Exception | None = None
     if ranks.rank == 0:
@@ -141,7 +145,7 @@ def _on_first(ranks: Ranks, make: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if told[1] is not None:
-        raise RanksError(f"rank 0 failed in verify. {told[1]}")
+        raise DistributedError(f"rank 0 failed in verify. {told[1]}")
     return cast(T, told[0])
 
 
@@ -199,7 +203,7 @@ def verify(
         BatchError: the batch cannot be cut by rows, has one row only, or is a window.
         OptionError: `dtype` or a size cannot work.
         ModelError: the model cannot be copied, or the accumulator refuses it.
-        RanksError: the model has `fully_shard` modules, or another rank has failed.
+        DistributedError: the model has `fully_shard` modules, or another rank has failed.
         LossError: `loss_fn` returned no loss.
 
     >>> import torch, gradfold
@@ -221,14 +225,14 @@ def verify(
         raise OptionError(f"dtype={dtype!r}; expected torch.float64, or another floating point dtype.")
     modules = list(accumulator.model.modules())
     if accumulator.ranks != "alone" and sharded_modules(modules):
-        raise RanksError(
+        raise DistributedError(
             "verify runs on a copy of the model, and shards (fully_shard) cannot be copied. Verify the model as it is "
             "before fully_shard is applied, wrapped in DistributedDataParallel or alone."
         )
     if not parallel_modules(modules):
         return prove(accumulator, batch, dtype=dtype, micro_batch_sizes=micro_batch_sizes)
     device = parameters_of(modules)[0].device
-    ranks = find_ranks(modules, device, accumulator.ranks)
+    ranks = find_process_group(modules, device, accumulator.ranks)
     if ranks is None:  # it was said that this process trains alone
         return prove(accumulator, batch, dtype=dtype, micro_batch_sizes=micro_batch_sizes)
     return prove_across_ranks(accumulator, batch, ranks, dtype=dtype, micro_batch_sizes=micro_batch_sizes)

@@ -1,4 +1,4 @@
-"""A data set of labelled images: training and held-out samples, from a folder that the user names or a download.
+"""A data set of labeled images: training and held-out samples, from a folder that the user names or a download.
 
 A CIFAR-10 binary file: records of one label byte and 3,072 pixels (the red, green and blue planes of 32 x 32).
 
@@ -185,7 +185,7 @@ _DIGITS_HELD_OUT = 5
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images (N, C, H, W) in float32, normalised, and their classes (N,), to train on and held out."""
+    """Images (N, C, H, W) in float32, normalized, and their classes (N,), to train on and held out."""
 
     name: str
     train_images: torch.Tensor
@@ -219,15 +219,15 @@ def load_mnist(data: Path | None, mirror: Mirror = MNIST, cache: Path | None = N
     test_images, test_labels = _read_mnist_part(folder, "t10k")
     return ImageData(
         name="MNIST (LeCun, Cortes and Burges)",
-        train_images=_normalised(train_images, 255, (0.1307,), (0.3081,)),
+        train_images=_normalized(train_images, 255, (0.1307,), (0.3081,)),
         train_labels=train_labels,
-        test_images=_normalised(test_images, 255, (0.1307,), (0.3081,)),
+        test_images=_normalized(test_images, 255, (0.1307,), (0.3081,)),
         test_labels=test_labels,
     )
 
 
 def load_cifar10(data: Path | None, mirror: Mirror = CIFAR10, cache: Path | None = None) -> ImageData:
-    """CIFAR-10: 32 x 32 colour images of ten classes, from the binary version.
+    """CIFAR-10: 32 x 32 color images of ten classes, from the binary version.
 
     Args:
         data: the folder that holds `test_batch.bin` and any number of `data_batch_*.bin`, or the folder above it;
@@ -249,9 +249,9 @@ def load_cifar10(data: Path | None, mirror: Mirror = CIFAR10, cache: Path | None
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     return ImageData(
         name="CIFAR-10 (Krizhevsky, 2009)",
-        train_images=_normalised(torch.cat([images for images, _ in parts]), 255, mean, std),
+        train_images=_normalized(torch.cat([images for images, _ in parts]), 255, mean, std),
         train_labels=torch.cat([labels for _, labels in parts]),
-        test_images=_normalised(test_images, 255, mean, std),
+        test_images=_normalized(test_images, 255, mean, std),
         test_labels=test_labels,
     )
 
@@ -259,7 +259,7 @@ def load_cifar10(data: Path | None, mirror: Mirror = CIFAR10, cache: Path | None
 def load_digits() -> ImageData:
     """The 8 x 8 grey digits that scikit-learn brings along, with the same split everywhere."""
     bunch = import_extra("sklearn.datasets", "The data set of digits").load_digits()
-    images = _normalised(torch.from_numpy(bunch.images)[:, None], 16, (0.3053,), (0.3761,))
+    images = _normalized(torch.from_numpy(bunch.images)[:, None], 16, (0.3053,), (0.3761,))
     labels = torch.from_numpy(bunch.target).long()
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
@@ -316,7 +316,7 @@ def _training_batches(folder: Path) -> list[Path]:
     return paths
 
 
-def _normalised(pixels: torch.Tensor, maximum: float, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def _normalized(pixels: torch.Tensor, maximum: float, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Pixels (N, C, H, W) from 0 to `maximum` in float32 with mean 0 and deviation 1 in each channel."""
     images = pixels.to(torch.float32, copy=True)
     images /= maximum

@@ -2,7 +2,7 @@
 
 An evaluation: a model looked at with its training switched off, and left as it was found.
 
-Classification: the loss of a batch of labelled images, and a model's scores on held-out ones.
+Classification: the loss of a batch of labeled images, and a model's scores on held-out ones.
 
 The workload `cifar10`: a small convolutional network, the LeNet of many tutorials, on CIFAR-10.
 
@@ -190,7 +190,7 @@ def mnist(data: Path | None = None) -> Workload:
 
 
 DESCRIPTION_of_resnet = (
-    "small ResNet with BatchNorm (normalised per micro-batch) on CIFAR-10, or on digits without data"
+    "small ResNet with BatchNorm (normalized per micro-batch) on CIFAR-10, or on digits without data"
 )
 DATA_of_resnet = "embedded in scikit-learn, or --data DIR"
 
@@ -259,5 +259,5 @@ def resnet(data: Path | None = None) -> Workload:
         num_epochs=2,
         batch_norm="per_micro_batch",
         evaluate=partial(classification_scores, images=images.test_images, labels=images.test_labels),
-        facts={**images.facts, "BatchNorm": "normalised by the statistics of each micro-batch"},
+        facts={**images.facts, "BatchNorm": "normalized by the statistics of each micro-batch"},
     )

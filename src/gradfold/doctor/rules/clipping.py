@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradfold.doctor.events import Clip, Scaler
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Training
+from gradfold.doctor.history import OptimizerHistory, RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
@@ -14,7 +14,7 @@ __all__: list[str] = []
 _NO_LIMIT = 1e9  # clip_grad_norm_ with such a limit only measures
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.trainings:
         observation = _inside(training) if training.accumulates else None
         if observation is not None:
@@ -24,11 +24,11 @@ def _check(case: Case) -> Iterator[Observation]:
             yield observation
 
 
-def _clips(training: Training, some: list[Clip]) -> list[Clip]:
+def _clips(training: OptimizerHistory, some: list[Clip]) -> list[Clip]:
     return [one for one in some if training.ledger in one.entries and one.limit < _NO_LIMIT]
 
 
-def _inside(training: Training) -> Observation | None:
+def _inside(training: OptimizerHistory) -> Observation | None:
     windows = [(one, clips) for one in training.accumulating if (clips := _clips(training, training.inside(one, Clip)))]
     if not windows or 2 * len(windows) <= len(training.accumulating):
         return None
@@ -44,7 +44,7 @@ def _inside(training: Training) -> Observation | None:
     )
 
 
-def _scaled(case: Case, training: Training) -> Observation | None:
+def _scaled(case: RunRecord, training: OptimizerHistory) -> Observation | None:
     for clip in _clips(training, case.events(Clip)):
         if training.ledger not in clip.scaled:
             continue

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case
+from gradfold.doctor.history import RunRecord
 from gradfold.doctor.rules.division import is_close, means_of, num_divisions
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         n = training.usual
         for window in training.full:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradfold.doctor.events import Backward
-from gradfold.doctor.history import Window
-from gradfold.doctor.loss_graph import Divisor, Term
-from gradfold.doctor.source import Place, syntax
+from gradfold.doctor.history import UpdateWindow
+from gradfold.doctor.loss_graph import DividedTerm, Divisor
+from gradfold.doctor.source import SourceLocation, syntax
 
 __all__: list[str] = []
 
@@ -46,7 +46,7 @@ def mean_of(one: Backward, ratio: float = 1.0) -> Mean | None:
     return max(means, key=lambda mean: abs(mean.scale)) if means else None
 
 
-def means_of(window: Window) -> list[Mean] | None:
+def means_of(window: UpdateWindow) -> list[Mean] | None:
     """Of every micro-batch of a window; None where one has none, or gradients were rewritten by hand."""
     if window.step.is_rewritten or any(one.is_hooked for one in window.micro_batches):
         return None
@@ -55,7 +55,7 @@ def means_of(window: Window) -> list[Mean] | None:
     return known if known and len(known) == len(means) else None
 
 
-def _mean(term: Term, ratio: float) -> Mean | None:
+def _mean(term: DividedTerm, ratio: float) -> Mean | None:
     if term.reduction == "mean":
         count = 0.0 if term.count is None else float(term.count)
         return Mean(term.scale * ratio, count, term.rows, term.divisors, term.kind)
@@ -72,7 +72,7 @@ def _mean(term: Term, ratio: float) -> Mean | None:
     return None
 
 
-def counted_by_hand(window: Window) -> list[Mean] | None:
+def counted_by_hand(window: UpdateWindow) -> list[Mean] | None:
     """Where every loss is a sum divided by a number that changes within the window: means by hand, over that many."""
     found = []
     for one in window.micro_batches:
@@ -90,7 +90,7 @@ def is_close(value: float, expected: float) -> bool:
     return abs(value - expected) <= _CLOSE * abs(expected)
 
 
-def num_divisions(means: Sequence[Mean], n: int, ratio: float, place: Place) -> int:
+def num_divisions(means: Sequence[Mean], n: int, ratio: float, place: SourceLocation) -> int:
     """How often a window's losses were divided by the number of micro-batches, in the loss or by hand in `.grad`.
 
     `/ n` counts, and so does `* (1 / n)` where the code says `1 / something`; a constant such as 0.5 may be the weight
@@ -106,7 +106,7 @@ def num_divisions(means: Sequence[Mean], n: int, ratio: float, place: Place) -> 
     return counted + is_close(ratio, 1 / n)
 
 
-def _says_one_over(place: Place) -> bool:
+def _says_one_over(place: SourceLocation) -> bool:
     for node in ast.walk(syntax(place.file)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.left, ast.Constant):
             return True

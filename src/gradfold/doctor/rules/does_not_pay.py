@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradfold.doctor.finding import LIKELY, NOTE, Observation
-from gradfold.doctor.history import Case
+from gradfold.doctor.history import RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
@@ -14,7 +14,7 @@ _LEAST_BYTES = 64 * 2**20  # of activations of a whole batch; below, the script 
 _MOST_SHARE = 0.5  # of the memory there is
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         some = [one for window in training.full for one in window.micro_batches]
         looked = [one.census for one in some if one.census is not None and one.census.is_whole]

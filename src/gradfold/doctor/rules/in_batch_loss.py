@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from gradfold.doctor.events import Backward
 from gradfold.doctor.finding import LIKELY, WARNING, Observation
-from gradfold.doctor.history import Case
+from gradfold.doctor.history import RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         looked = [one for window in training.accumulating for one in window.micro_batches if one.census is not None]
         coupled = [one for one in looked if _compares(one)]

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from gradfold.doctor.events import Backward, Fetch
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Training, main_line, pass_of
+from gradfold.doctor.history import OptimizerHistory, RunRecord, main_line, pass_of
 from gradfold.doctor.rules.leftover_leaks import leaking
 from gradfold.doctor.rules.rule import Rule
 from gradfold.doctor.rules.zeroed_in_window import lost_in_windows
-from gradfold.doctor.source import Place
+from gradfold.doctor.source import SourceLocation
 
 __all__: list[str] = []
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.trainings:
         tails = [] if lost_in_windows(training) else list(_tails(case, training))
         if not tails:
@@ -41,7 +41,7 @@ def _check(case: Case) -> Iterator[Observation]:
         )
 
 
-def _tails(case: Case, training: Training) -> Iterator[tuple[Place, Sequence[Backward]]]:
+def _tails(case: RunRecord, training: OptimizerHistory) -> Iterator[tuple[SourceLocation, Sequence[Backward]]]:
     for clear in training.clears:
         some = main_line(training.backward(index) for index in clear.entries)
         if clear.is_used or not 0 < len(some) < max(training.usual, 2) or some[0].path not in training.lines:
@@ -62,7 +62,7 @@ def _same_line(one: Backward, other: Backward) -> bool:
     return one.path == other.path
 
 
-def _is_exhausted(case: Case, last: Backward) -> bool:
+def _is_exhausted(case: RunRecord, last: Backward) -> bool:
     """Whether the loop ended since there was no more data, and was not broken off."""
     if last.loader is None:
         return True

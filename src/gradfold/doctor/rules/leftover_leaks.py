@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Training, Window, pass_of
+from gradfold.doctor.history import OptimizerHistory, RunRecord, UpdateWindow, pass_of
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
 
-def leaking(training: Training) -> list[Window]:
+def leaking(training: OptimizerHistory) -> list[UpdateWindow]:
     """The windows that begin with what another pass over the data left over, and so are too long."""
     windows = [one for one in training.windows if not one.num_stale and not one.is_by_gradfold]
     return [one for one in windows if one.crosses_passes and len(one) > training.usual]
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.trainings:
         observation = _never_zeroed(training) or _between_passes(training) or _before_training(training)
         if observation is not None:
             yield observation
 
 
-def _never_zeroed(training: Training) -> Observation | None:
+def _never_zeroed(training: OptimizerHistory) -> Observation | None:
     stale = [one for one in training.windows if one.num_stale and one.backwards]
     if any(one.step.is_rewritten or one.step.ratio != 1 for one in stale) or 2 * len(stale) < len(training.windows):
         return None
@@ -40,7 +40,7 @@ def _never_zeroed(training: Training) -> Observation | None:
     )
 
 
-def _between_passes(training: Training) -> Observation | None:
+def _between_passes(training: OptimizerHistory) -> Observation | None:
     leaks = leaking(training)
     if not leaks or training.usual < 1:
         return None
@@ -57,7 +57,7 @@ def _between_passes(training: Training) -> Observation | None:
     )
 
 
-def _before_training(training: Training) -> Observation | None:
+def _before_training(training: OptimizerHistory) -> Observation | None:
     if len(training.windows) < 2:
         return None
     first, *others = training.windows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradfold.doctor.finding import WARNING, Observation
-from gradfold.doctor.history import Case
+from gradfold.doctor.history import RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
@@ -13,7 +13,7 @@ __all__: list[str] = []
 _LOW = ("bfloat16", "float16")
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         low = [one for one in training.accumulating if any(set(_LOW) & micro.dtypes for micro in one.micro_batches)]
         if not low:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradfold.doctor.events import Clip
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Training
+from gradfold.doctor.history import OptimizerHistory, RunRecord
 from gradfold.doctor.rules.division import is_close, means_of
 from gradfold.doctor.rules.rule import Rule
 
@@ -15,7 +15,7 @@ __all__: list[str] = []
 _ADAPTIVE = ("Adam", "Adafactor", "RMSprop", "Adagrad", "Adadelta", "Lion", "LAMB", "Muon", "Rprop")
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         undivided = []
         for window in training.full:
@@ -32,7 +32,7 @@ def _check(case: Case) -> Iterator[Observation]:
             )
 
 
-def _effect(training: Training, n: int) -> str:
+def _effect(training: OptimizerHistory, n: int) -> str:
     if any(name.lower() in training.optimizer.lower() for name in _ADAPTIVE):
         return (
             f"{training.optimizer} divides by the gradient's size, so that updates stay nearly as large; its eps and "
@@ -41,7 +41,7 @@ def _effect(training: Training, n: int) -> str:
     return f"For {training.optimizer} that is a learning rate {n} times as large as the one set."
 
 
-def _clipping(case: Case, training: Training, n: int) -> str:
+def _clipping(case: RunRecord, training: OptimizerHistory, n: int) -> str:
     clips = [one for one in case.events(Clip) if training.ledger in one.entries and one.kind == "norm"]
     norms = [(float(one.norm), one.limit) for one in clips if one.norm is not None]
     if not norms:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Window
+from gradfold.doctor.history import RunRecord, UpdateWindow
 from gradfold.doctor.rules.division import is_close, means_of
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         n = training.usual
         if not any(_divided_by(window, n) for window in training.full):
@@ -31,7 +31,7 @@ def _check(case: Case) -> Iterator[Observation]:
         )
 
 
-def _divided_by(window: Window, n: int) -> bool:
+def _divided_by(window: UpdateWindow, n: int) -> bool:
     means = means_of(window)
     return means is not None and all(is_close(abs(mean.scale), 1 / n) for mean in means)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradfold.doctor.finding import WARNING, Observation
-from gradfold.doctor.history import Case
+from gradfold.doctor.history import RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         windows = [one for one in training.accumulating if all(micro.syncs for micro in one.micro_batches)]
         for window in windows[:1]:

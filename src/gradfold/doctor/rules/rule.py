@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gradfold.doctor.finding import Observation
-from gradfold.doctor.history import Case
+from gradfold.doctor.history import RunRecord
 
 __all__: list[str] = []
 
@@ -35,4 +35,4 @@ class Rule:
     limits: str
     wrong: str
     right: str
-    check: Callable[[Case], Iterable[Observation]]
+    check: Callable[[RunRecord], Iterable[Observation]]

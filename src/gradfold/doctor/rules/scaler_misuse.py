@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradfold.doctor.events import Scaler
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Training
+from gradfold.doctor.history import OptimizerHistory, RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
@@ -16,7 +16,7 @@ _ORDER += "`scaler.step(optimizer)`, `scaler.update()`."
 _RAISED = ("already been called", "No inf checks", "is being called after step", "_scale is None")
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for call in case.events(Scaler):
         if any(text in call.error for text in _RAISED):
             yield Observation(call.place, _meaning(call), _ORDER)
@@ -39,7 +39,7 @@ def _meaning(call: Scaler) -> str:
     )
 
 
-def _inside(training: Training) -> Iterator[Observation]:
+def _inside(training: OptimizerHistory) -> Iterator[Observation]:
     for window in training.windows:
         if len(window.backwards) < 2 or window.is_by_gradfold:
             continue
@@ -60,7 +60,7 @@ def _inside(training: Training) -> Iterator[Observation]:
             return
 
 
-def _never_updated(case: Case, training: Training) -> Iterator[Observation]:
+def _never_updated(case: RunRecord, training: OptimizerHistory) -> Iterator[Observation]:
     calls = case.events(Scaler)
     steps = [one for one in calls if one.call == "step" and training.ledger in one.entries]
     if len(steps) < 2 or any(one.call == "update" and one.scaler == steps[0].scaler for one in calls):
@@ -73,7 +73,7 @@ def _never_updated(case: Case, training: Training) -> Iterator[Observation]:
     )
 
 
-def _plain_step(training: Training) -> Iterator[Observation]:
+def _plain_step(training: OptimizerHistory) -> Iterator[Observation]:
     for window in training.windows:
         step = window.step
         scaled = [one for one in window.backwards if one.is_scaled]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradfold.doctor.events import Pass, Tick
+from gradfold.doctor.events import EpochStart, SchedulerStep
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Training
+from gradfold.doctor.history import OptimizerHistory, RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
-        for scheduler in sorted({tick.scheduler for tick in case.events(Tick) if tick.ledger == training.ledger}):
-            ticks = [tick for tick in case.events(Tick) if tick.scheduler == scheduler]
+        for scheduler in sorted(
+            {tick.scheduler for tick in case.events(SchedulerStep) if tick.ledger == training.ledger}
+        ):
+            ticks = [tick for tick in case.events(SchedulerStep) if tick.scheduler == scheduler]
             if not _ticks_in_windows(training, scheduler) or _is_made_for_micro_batches(case, training, ticks[0]):
                 continue
             first, last = ticks[0], ticks[-1]
@@ -32,19 +34,19 @@ def _check(case: Case) -> Iterator[Observation]:
             )
 
 
-def _ticks_in_windows(training: Training, scheduler: int) -> bool:
+def _ticks_in_windows(training: OptimizerHistory, scheduler: int) -> bool:
     """Whether in most windows there are as many ticks as micro-batches (the first may have one less)."""
     like = 0
     for index, window in enumerate(training.accumulating):
-        count = sum(tick.scheduler == scheduler for tick in training.around(window, Tick))
+        count = sum(tick.scheduler == scheduler for tick in training.around(window, SchedulerStep))
         like += count > 1 and count in (len(window), len(window) - (index == 0))
     return 2 * like > len(training.accumulating)
 
 
-def _is_made_for_micro_batches(case: Case, training: Training, tick: Tick) -> bool:
+def _is_made_for_micro_batches(case: RunRecord, training: OptimizerHistory, tick: SchedulerStep) -> bool:
     """Whether the schedule is as long as a whole number of epochs in micro-batches: then it was meant so."""
     loaders = {one.loader for window in training.windows for one in window.micro_batches}
-    lengths = {one.length for one in case.events(Pass) if one.loader in loaders and one.length}
+    lengths = {one.length for one in case.events(EpochStart) if one.loader in loaders and one.length}
     return tick.horizon is not None and any(tick.horizon % length == 0 for length in lengths)
 
 

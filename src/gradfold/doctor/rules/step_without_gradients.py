@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradfold.doctor.finding import ERROR, LIKELY, Observation
-from gradfold.doctor.history import Case, Training
+from gradfold.doctor.history import OptimizerHistory, RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.trainings:
         observation = _empty(training) or _stale(training)
         if observation is not None:
@@ -19,7 +19,7 @@ def _check(case: Case) -> Iterator[Observation]:
     yield from _missed(case)
 
 
-def _empty(training: Training) -> Observation | None:
+def _empty(training: OptimizerHistory) -> Observation | None:
     steps = [one.step for one in training.windows]
     empty = [one for one in steps if one.gradients in ("none", "zero")]
     if len(empty) < 2 or len(empty) < len(steps):
@@ -33,7 +33,7 @@ def _empty(training: Training) -> Observation | None:
     )
 
 
-def _stale(training: Training) -> Observation | None:
+def _stale(training: OptimizerHistory) -> Observation | None:
     stale = [one.step for one in training.windows if one.step.gradients == "stale"]
     if not stale:
         return None
@@ -45,7 +45,7 @@ def _stale(training: Training) -> Observation | None:
     )
 
 
-def _missed(case: Case) -> Iterator[Observation]:
+def _missed(case: RunRecord) -> Iterator[Observation]:
     stray = case.stray
     if stray is None or not any(one.windows for one in case.trainings):
         return
@@ -69,7 +69,7 @@ RULE = Rule(
     what="`optimizer.step()` runs where all gradients are zero or None, or a second time with the same ones; or "
     "parameters get gradients and no optimizer has them.",
     why="The first learns nothing. The second makes an update twice. The third leaves part of the model as it was "
-    "initialised (a head that was replaced after the optimizer was made), at the full cost of its gradients.",
+    "initialized (a head that was replaced after the optimizer was made), at the full cost of its gradients.",
     detection="Gradients are looked at when a step begins, with the backward passes they come from. Parameters without "
     "an optimizer are found in the graphs of losses; they count if nothing changed them while the script ran.",
     limits="Single steps without gradients, such as one after the loop, do nothing and are left alone, and so are "

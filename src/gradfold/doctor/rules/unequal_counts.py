@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Window
+from gradfold.doctor.history import RunRecord, UpdateWindow
 from gradfold.doctor.rules.division import Mean, counted_by_hand, means_of
 from gradfold.doctor.rules.rule import Rule
 
@@ -14,7 +14,7 @@ __all__: list[str] = []
 _LEAST = 0.02  # weight error that is worth a word
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         errors = [(error, window, means) for window in training.accumulating for error, means in _errors(window)]
         if len(errors) * 2 < len(training.accumulating) or not errors:
@@ -36,7 +36,7 @@ def _check(case: Case) -> Iterator[Observation]:
         )
 
 
-def _errors(window: Window) -> Iterator[tuple[float, list[Mean]]]:
+def _errors(window: UpdateWindow) -> Iterator[tuple[float, list[Mean]]]:
     """The largest relative error of a micro-batch's weight."""
     means = means_of(window) or counted_by_hand(window)
     if not means or window.step.is_rewritten or any(not mean.count for mean in means):

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from gradfold.doctor.events import Clear
+from gradfold.doctor.events import ZeroGrad
 from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import Case, Training, pass_of
+from gradfold.doctor.history import OptimizerHistory, RunRecord, pass_of
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
 
 
-def lost_in_windows(training: Training) -> list[Clear]:
+def lost_in_windows(training: OptimizerHistory) -> list[ZeroGrad]:
     """The zeroings inside windows, where most windows have one; else none.
 
     Inside a window: what is lost comes from a line that updates the model at other times, from the same pass over the
     data as the step that follows.
     """
-    found: dict[int, list[Clear]] = {}
+    found: dict[int, list[ZeroGrad]] = {}
     for clear in training.clears:
         window = next((index for index, one in enumerate(training.windows) if one.step.at > clear.at), None)
         if window is None or clear.is_used or training.windows[window].step.is_rewritten:
@@ -33,7 +33,7 @@ def lost_in_windows(training: Training) -> list[Clear]:
     return clears if len(clears) > 1 and 2 * len(found) > len(training.windows) else []
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.trainings:
         clears = lost_in_windows(training)
         if not clears:

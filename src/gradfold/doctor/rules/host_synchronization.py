@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradfold.doctor.events import Read
 from gradfold.doctor.finding import LIKELY, NOTE, Observation
-from gradfold.doctor.history import Case, Training
+from gradfold.doctor.history import OptimizerHistory, RunRecord
 from gradfold.doctor.rules.rule import Rule
 
 __all__: list[str] = []
@@ -14,7 +14,7 @@ __all__: list[str] = []
 _PER_MICRO_BATCH = 0.8  # share of micro-batches with a read
 
 
-def _check(case: Case) -> Iterator[Observation]:
+def _check(case: RunRecord) -> Iterator[Observation]:
     for training in case.accumulating:
         by_line: dict[tuple[str, int], list[Read]] = {}
         for read in case.events(Read):
@@ -24,7 +24,7 @@ def _check(case: Case) -> Iterator[Observation]:
                 yield _observation(case, training, reads)
 
 
-def _share(training: Training, reads: list[Read]) -> float:
+def _share(training: OptimizerHistory, reads: list[Read]) -> float:
     """Of the micro-batches within windows, those with a read before the next one's backward pass."""
     numbers = {read.num_backwards for read in reads}
     micro = [one for window in training.accumulating for one in window.micro_batches]
@@ -33,7 +33,7 @@ def _share(training: Training, reads: list[Read]) -> float:
     return max(before, after) / max(len(micro), 1)
 
 
-def _observation(case: Case, training: Training, reads: list[Read]) -> Observation:
+def _observation(case: RunRecord, training: OptimizerHistory, reads: list[Read]) -> Observation:
     seconds = sum(read.seconds for read in reads if read.at >= case.since)
     call = reads[0].call.strip("_")
     shown = f".{call}()" if not reads[0].call.startswith("_") else f"{call}(tensor)"
@@ -56,7 +56,7 @@ def _observation(case: Case, training: Training, reads: list[Read]) -> Observati
 
 RULE = Rule(
     code="GF012",
-    name="host synchronisation per micro-batch",
+    name="host synchronization per micro-batch",
     severity=NOTE,
     what="`.item()`, `.tolist()`, `.cpu()`, `.numpy()`, `float(loss)` or `if tensor:` on what the model computed, in "
     "every micro-batch of a window.",
