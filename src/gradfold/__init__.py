@@ -42,6 +42,7 @@ from gradfold.packing.token_budget import TokenBudget as TokenBudget
 from gradfold.precision import Precision as Precision
 from gradfold.train_step import StepResult as StepResult
 from gradfold.train_step import TrainStep as TrainStep
+from gradfold.twophase.loss import TwoPhaseLoss as TwoPhaseLoss
 from gradfold.verification.verdict import Verdict as Verdict
 from gradfold.verification.verify import verify as verify
 from gradfold.weights import TokenCount as TokenCount

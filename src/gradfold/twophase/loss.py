@@ -103,7 +103,7 @@ def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | No
     """A loss that is a mean over samples if, and but for coincidence only if, the statistics can be combined.
 
     It weighs all statistics with fixed random numbers, the same for every row; rows also by their squares, since those
-    of centerd rows add up to nothing.
+    of centered rows add up to nothing.
 
     Args:
         loss_fn: whose statistics these are.

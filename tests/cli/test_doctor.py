@@ -14,7 +14,7 @@ from gradfold.cli import app
 from gradfold.doctor.report import rules_page
 from gradfold.doctor.rules import RULES
 
-LITERATURE = Path(__file__).parent / "literature"
+LITERATURE = Path(__file__).parents[1] / "doctor" / "literature"
 RUNNER = CliRunner()
 
 

@@ -16,7 +16,7 @@ from typer.main import get_command
 import gradfold
 import gradfold.cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "benchmarks", "examples")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).glob("**/*.md"))])
 COMMANDS = get_command(gradfold.cli.app).commands

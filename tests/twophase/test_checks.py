@@ -49,7 +49,7 @@ def run(rider, combine="concatenate", net=None, rows=20, size=7):
         lambda model, batch: len(batch["x"]),
         lambda model, batch: model(batch["x"]).detach() - model(batch["x"]).detach().mean(0),
     ],
-    ids=["index", "inverse", "centerd", "rank", "count per row", "largest", "no rows", "count", "frozen"],
+    ids=["index", "inverse", "centered", "rank", "count per row", "largest", "no rows", "count", "frozen"],
 )
 def test_labels_that_depend_on_other_rows_are_refused(rider, size):
     """Nobody looked at them: a label that is an index within the micro-batch came again in each of them."""

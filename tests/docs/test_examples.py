@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import gradfold
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 # Of the weights after all updates. At most 6e-13 was measured; dividing by the number of parts gives 3e-4 and more.

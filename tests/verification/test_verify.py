@@ -422,7 +422,7 @@ def place(model, loss_fn=cross_entropy, batch=None):
     return verdict.causes[0].text.splitlines()[-1], verdict.causes[0].layers
 
 
-def centerd(function):
+def centered(function):
     return lambda self, x: function(self, self.first(x))
 
 
@@ -456,7 +456,7 @@ def test_the_place_where_rows_first_see_each_other():
     assert "before 'last' (Linear)" in place(model)[0]
 
 
-class Centerd(torch.autograd.Function):
+class Centered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         return x.clone()
@@ -467,7 +467,7 @@ class Centerd(torch.autograd.Function):
 
 
 def test_the_place_where_rows_see_each_other_backwards():
-    model = two(lambda self, x: self.last(Centerd.apply(self.first(x)).tanh()))
+    model = two(lambda self, x: self.last(Centered.apply(self.first(x)).tanh()))
     assert "backward pass only, between 'first' (Linear) and 'last' (Linear)" in place(model)[0]
 
 

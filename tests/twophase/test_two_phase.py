@@ -628,7 +628,7 @@ def test_verify_proves_it_and_names_it_where_it_is_missing():
         lambda model, batch: F.batch_norm(model["a"](batch["x"]), None, None, training=True),
         lambda model, batch: model["a"](batch["x"]).flip(0).cumsum(0),
     ],
-    ids=["centerd", "scaled", "batch norm", "cumulated"],
+    ids=["centered", "scaled", "batch norm", "cumulated"],
 )
 def test_rows_that_depend_on_others_in_the_statistic_are_refused(statistic):
     loss_fn = gradfold.TwoPhaseLoss(statistic, lambda model, z: z.T.cov().square().sum())

@@ -19,7 +19,7 @@ from gradfold.errors import DataError
 from gradfold.workloads import image_data as datasets
 from gradfold.workloads.image_data import Mirror, load_cifar10, load_digits, load_mnist, read_idx, unpack
 
-REAL_DATA = Path(os.environ.get("GRADFOLD_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+REAL_DATA = Path(os.environ.get("GRADFOLD_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
 
 def idx_bytes(array):

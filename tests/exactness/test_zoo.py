@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from zoo import ALL, RIGHT, UNKNOWABLE, WRONG, page
 
-PAGE = Path(__file__).parent.parent / "docs" / "what-is-equal.md"
+PAGE = Path(__file__).parents[2] / "docs" / "what-is-equal.md"
 PROVABLE = [case for case in ALL if case.proof]
 DRAWN = [case for case in ALL if not case.proof and case.guard in ("fits", "wrong")]
 

@@ -25,7 +25,7 @@ from gradfold.compare import Progress
 from gradfold.compare.arms import ARMS
 from gradfold.workloads import registry
 
-TINY = str(Path(__file__).with_name("test_compare.py")) + ":tiny"
+TINY = str(Path(__file__).parents[1] / "compare" / "test_compare.py") + ":tiny"
 FAULTY = TINY.replace(":tiny", ":faulty")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batchnorm.test_exact import exact, whole
 from live_bytes import LiveBytes
 from reference import gradients, relative_error
 from resnet18 import classify, resnet18
-from test_exact_batch_norm import exact, whole
 from torch import nn
 
 from gradfold.batchnorm import exact as exact_batch_norm
