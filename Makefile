@@ -1,26 +1,32 @@
-# make demo    train the built-in digits workload four ways and draw the comparison (out/digits/report.html)
-# make test    run the tests
-# make check   lint, formatting, types, architecture
+# make demo      train the built-in digits workload four ways and draw the comparison (out/digits/report.html)
+# make test      the fast tests, under two minutes on two cores
+# make test-all  the fast tests, then the slow ones: matrices, real processes, examples, subprocesses
+# make check     lint, formatting, types
 # Each sets itself up in .venv on a machine with Python and make; a second run skips what is done.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test check clean
+# loadgroup: tests that share a group of processes run in one worker, which starts it once.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+.PHONY: demo test test-all check clean
 
 demo: .venv/cli
 	$(BIN)/gradfold compare digits --out out/digits
 	@echo "Open out/digits/report.html in a browser."
 
 test: .venv/dev
-	$(BIN)/python -m pytest --numprocesses auto
+	$(PYTEST) -m "not slow"
+
+test-all: test
+	$(PYTEST) -m slow
 
 check: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_architecture.py
 
 .venv/python:
 	$(PYTHON) -m venv .venv

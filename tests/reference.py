@@ -18,6 +18,12 @@ def full_batch_gradient(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -
     return gradients(model)
 
 
+def total(output: Any) -> Tensor:
+    """The loss in what a loss function returns: a tensor or named terms, maybe with metrics."""
+    loss = output[0] if isinstance(output, tuple) else output
+    return sum(loss.values()) if isinstance(loss, dict) else loss
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradients that stand in a model, dense copies, by name."""
     return {
