@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from benchmarks.paired import ratio, time_rounds, write
 from gradfold.doctor.instrumentation import Guard, Patches
-from gradfold.doctor.patches import patch_surroundings, patch_training
-from gradfold.doctor.recorder import Recorder, Stop
+from gradfold.doctor.run import record
+from gradfold.doctor.stop import Stop
 
 QUESTION = "How much slower is a script while the doctor watches it?"
 NUM_UPDATES, NUM_MICRO_BATCHES, NUM_ROUNDS = 8, 4, 12
@@ -23,15 +23,15 @@ RESULT = Path(__file__).parent / "results" / "cpu.json"
 
 
 def main() -> None:
-    """Time eight updates, the doctor's default, of three models with and without a watch; print and write ratios."""
+    """Time eight updates, the doctor's default, of three models with and without the doctor; print and write ratios."""
     torch.set_num_threads(1)
     results = {}
     for name, (model, make_batch) in models().items():
         train = training(model, make_batch)
-        elapsed_s = time_rounds({"plain": train, "watched": lambda train=train: watched(train)}, NUM_ROUNDS, 3)
+        elapsed_s = time_rounds({"plain": train, "recorded": lambda train=train: recorded(train)}, NUM_ROUNDS, 3)
         micro_steps = NUM_UPDATES * NUM_MICRO_BATCHES
         plain_ms = sorted(elapsed_s["plain"])[NUM_ROUNDS // 2] / micro_steps * 1e3
-        results[name] = {"plain ms per micro-step": round(plain_ms, 3), **ratio(elapsed_s, "watched", "plain")}
+        results[name] = {"plain ms per micro-step": round(plain_ms, 3), **ratio(elapsed_s, "recorded", "plain")}
         print(f"{name:28s} {results[name]}")
     settings = {"updates": NUM_UPDATES, "micro_batches": NUM_MICRO_BATCHES, "rounds": NUM_ROUNDS}
     write(RESULT, QUESTION, settings, results)
@@ -74,16 +74,15 @@ def training(model: nn.Module, make_batch: Callable[[], Tensor]) -> Callable[[],
     return train
 
 
-def watched(train: Callable[[], None]) -> None:
-    """The same under a new watch, patches and all."""
+def recorded(train: Callable[[], None]) -> None:
+    """The same under a new recorder, with all hooks."""
     guard = Guard()
-    watch, patches = Recorder(Path(__file__), Stop(NUM_UPDATES + 1), guard), Patches(guard)
-    patch_training(patches, watch)
-    patch_surroundings(patches, watch)
+    patches = Patches(guard)
+    record(Path(__file__), Stop(NUM_UPDATES + 1), patches)
     try:
         train()
     finally:
-        patches.undo()
+        patches.close()
     assert guard.failure is None
 
 

@@ -11,9 +11,12 @@ from gradfold.doctor.rules import RULES
 
 HERE = Path(__file__).parent
 SCRIPTS = sorted([*HERE.glob("fixtures/*/*.py"), *HERE.glob("literature/*.py")])
+# A script with a finding per rule is fast.
+FAST = {script.parent.name: script for script in sorted(SCRIPTS, key=lambda script: len(expected(script)))}.values()
+TIERS = [pytest.param(script, marks=[] if script in FAST else pytest.mark.slow) for script in SCRIPTS]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"{script.parent.name}/{script.stem}")
+@pytest.mark.parametrize("script", TIERS, ids=lambda script: f"{script.parent.name}/{script.stem}")
 def test_exactly_the_findings_it_deserves(script):
     report, printed = diagnose(script)
     assert {one.code for one in report.findings} == expected(script), (report.findings, printed)

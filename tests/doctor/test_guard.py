@@ -25,10 +25,9 @@ from processes import CONTEXT
 
 import gradfold.doctor
 import gradfold.doctor.diagnose
-from gradfold.doctor import instrumentation as guard
-from gradfold.doctor import instrumentation as patches
-from gradfold.doctor import run
-from gradfold.doctor.diagnose import Report, examine
+from gradfold.doctor import instrumentation, run
+from gradfold.doctor.diagnose import diagnose_run
+from gradfold.doctor.finding import Report
 from gradfold.doctor.instrumentation import Guard
 from gradfold.doctor.report import exit_code, sarif, text
 from gradfold.doctor.rules import RULES
@@ -36,11 +35,11 @@ from gradfold.doctor.rules import RULES
 EVERYTHING = Path(__file__).parent / "everything.py"
 FOLDER = str(Path(gradfold.doctor.__file__).parent)
 # What stands between the doctor and the script, and what starts the script, cannot be guarded by itself.
-UNGUARDED = (guard.__file__, patches.__file__, run.__file__)
-# Of the doctor, but not of its looks: what the parent process does with a report.
-AFTERWARDS = ("__main__", "process", "report", "sarif", "rules_page", "stop", "ignores")
+UNGUARDED = (instrumentation.__file__, run.__file__)
+# Of the doctor, but not of its hooks: what the parent process does with a report, and what ends the script.
+AFTERWARDS = ("__main__", "process", "report", "stop")
 # They call the guard, or hand out what torch asks for.
-BOUNDARY = ("examine.examine", "training_patches._twice.<locals>.<genexpr>")
+BOUNDARY = ("diagnose.diagnose_run", "optimizer_hooks._duplicate.<locals>.<genexpr>")
 SECTIONS = ("classify", "closures", "compare_samples", "low_precision", "ranks", "broken_loader")  # the quickest last
 
 
@@ -48,7 +47,7 @@ class InjectedError(Exception):
     """What the doctor is made to raise."""
 
 
-def watched_code() -> dict[CodeType, str]:
+def recorded_code() -> dict[CodeType, str]:
     """Every function that runs while the script does, with those inside of it and its generator expressions."""
     found: dict[CodeType, str] = {}
     for info in pkgutil.iter_modules([FOLDER]):
@@ -97,21 +96,21 @@ def doctored(section: str, tracer) -> tuple[str, run.Run]:
     """What it prints under the doctor, and the run."""
     found: list[run.Run] = []
 
-    def watch() -> None:
+    def record() -> None:
         sys.settrace(tracer)
         try:
             found.append(run.run(EVERYTHING, [section], 10**6, None, lambda this: None))
         finally:
             sys.settrace(None)
 
-    return printed_by(watch), found[0]
+    return printed_by(record), found[0]
 
 
 def examined(this: run.Run, tracer) -> Report:
     """What is said of a run that has ended."""
     sys.settrace(tracer)
     try:
-        return examine(this)
+        return diagnose_run(this)
     finally:
         sys.settrace(None)
 
@@ -150,8 +149,8 @@ def failing(target: tuple[str, int, str], number: int):
 
 def every_fault() -> dict[str, object]:
     """Runs the script alone, under the doctor, and under the doctor with each fault; then judges it with each fault."""
-    codes = {key(code): code for code in watched_code()}
-    names = {key(code): name for code, name in watched_code().items()}
+    codes = {key(code): code for code in recorded_code()}
+    names = {key(code): name for code, name in recorded_code().items()}
     expected = {section: alone(section) for section in SECTIONS}
     unlike, unnoticed, failures, points, late = [], [], [], {}, {}
     for section in SECTIONS:
@@ -162,7 +161,7 @@ def every_fault() -> dict[str, object]:
             if calls.get(one):
                 points[one, 1] = section
             if calls.get(one, 0) > 1 and code.co_flags & inspect.CO_GENERATOR and code.co_name != "<genexpr>":
-                points[one, 2] = section  # entered again: in a look, after the call
+                points[one, 2] = section  # entered again: in a hook, after the call
         calls.clear()
         failures += [one for one in [examined(this, counting(calls)).failure] if one is not None]
         late |= {one: this for one in codes if calls.get(one) and (one, 1) not in points}
@@ -172,9 +171,10 @@ def every_fault() -> dict[str, object]:
             forget()
             said, this = doctored(section, failing(target, number))
         unlike += [f"{names[target]} ({number}, {section})"] * (said != expected[section])
-        unnoticed += [f"{names[target]} ({number}, {section})"] * (not is_known(examine(this)))
+        unnoticed += [f"{names[target]} ({number}, {section})"] * (not is_known(diagnose_run(this)))
     for target, this in late.items():
         this.guard.failure = None
+        forget()
         unnoticed += [names[target]] * (not is_known(examined(this, failing(target, 1))))
     return {
         "printed": "".join(expected.values()),
@@ -245,7 +245,9 @@ def test_without_a_diagnosis_the_script_runs_to_its_end_and_the_report_says_so(t
     report, printed = diagnose(script, num_updates=2)
     assert (report.ending.how, exit_code(report), printed) == ("stopped", 1, "")
 
-    sabotage = "import gradfold.doctor.gradient_state as ledger; ledger.Ledger.change = lambda self: {}['no such key']"
+    sabotage = (
+        "import gradfold.doctor.gradient_state as s; s.GradientProvenance.change = lambda self: {}['no such key']"
+    )
     script.write_text(TRAINING.format(in_the_loop=f"if i == 1: {sabotage}"))
     report, printed = diagnose(script, num_updates=2)
     assert (report.ending.how, exit_code(report), report.findings) == ("ended", 70, ())
@@ -264,12 +266,12 @@ def test_a_rule_that_fails_leaves_the_others(rule, tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(TRAINING.format(in_the_loop="pass"))
 
-    def fail(_case):
+    def fail(_record):
         raise InjectedError
 
     broken = tuple(dataclasses.replace(one, check=fail) if one is rule else one for one in RULES)
     monkeypatch.setattr(gradfold.doctor.diagnose, "RULES", broken)
-    report = examine(run.run(script, [], 4, None, lambda this: None))
+    report = diagnose_run(run.run(script, [], 4, None, lambda this: None))
     assert exit_code(report) == 70 and report.failure.part == f"rule {rule.code}"
     assert [one.code for one in report.findings] == ["GF002"] * (rule.code != "GF002")
     assert "Part of the diagnosis is missing" in words(report)
@@ -277,7 +279,7 @@ def test_a_rule_that_fails_leaves_the_others(rule, tmp_path, monkeypatch):
 
 def test_a_failing_script_keeps_its_own_exit_code(tmp_path):
     script = tmp_path / "train.py"
-    sabotage = "import gradfold.doctor.gradient_state as ledger; ledger.Ledger.change = None; i == 7 and exit(5)"
+    sabotage = "import gradfold.doctor.gradient_state as s; s.GradientProvenance.change = None; i == 7 and exit(5)"
     script.write_text(TRAINING.format(in_the_loop=sabotage))
     report, _ = diagnose(script)
     assert exit_code(report) == 5 and report.failure is not None
@@ -342,16 +344,20 @@ for x in torch.randn(6, 4, 3):
     assert report.summary["num_updates"] == 6 and report.findings == () and printed == "no loss today\n"
 
 
-def test_a_look_may_end_before_or_change_the_call():
+def test_a_hook_may_end_before_or_change_the_call():
     guard = Guard()
 
     def doubled(number: int):
         outcome = yield ((2 * number,), {})
         seen.append((outcome.result, outcome.error))
 
+    def nothing(_number: int):
+        return
+        yield
+
     seen: list[object] = []
     assert guard.call("abs", doubled, abs, (-3,), {}) == 6 and seen == [(6, None)]
-    assert guard.call("abs", lambda number: None, abs, (-3,), {}) == 3 and guard.failure is None
+    assert guard.call("abs", nothing, abs, (-3,), {}) == 3 and guard.failure is None
     with pytest.raises(TypeError, match="bad operand"):
         guard.call("abs", lambda text: (yield), abs, ("",), {})
     assert guard.failure is None

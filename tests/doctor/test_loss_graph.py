@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradfold.doctor import graph_stats as census
+from gradfold.doctor.graph_stats import graph_stats
 from gradfold.doctor.loss_graph import mark, terms_of
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
@@ -84,21 +84,21 @@ def test_a_scaled_loss_is_seen_through():
     assert term.scale == pytest.approx(0.25)
 
 
-def test_the_census_counts_what_a_graph_keeps():
+def test_graph_statistics_count_what_a_graph_keeps():
     layer, norm = nn.Linear(5, 7), nn.BatchNorm1d(7)
-    found = census.take(norm(layer(X)).square().sum(), may_read=True)
+    found = graph_stats(norm(layer(X)).square().sum(), may_read=True)
     kept = X.numel() + 2 * 6 * 7 + 2 * 7  # the input, what is normalized and what is squared; mean and deviation
     assert found.activation_bytes == 4 * (kept + 2 * 7)  # and the running statistics
     assert len(found.leaves) == 4 and len(found.batch_norms) == 1
-    assert census.take(norm.eval()(layer(X)).sum(), may_read=True).batch_norms == []
+    assert graph_stats(norm.eval()(layer(X)).sum(), may_read=True).batch_norms == []
 
 
 def test_pairs_of_samples_are_told_from_layers_and_prototypes():
     a, b = nn.Linear(5, 3)(X), nn.Linear(5, 3)(X)
     prototypes = nn.Parameter(torch.randn(6, 3))
-    assert census.take((a @ b.T).sum(), may_read=True).similarities == [6]
-    assert census.take(torch.cdist(a, b).sum(), may_read=True).similarities == [6]
-    assert census.take(torch.einsum("id,jd->ij", a, b).sum(), may_read=True).similarities == [6]
-    assert 6 in census.take((a.T @ b).sum(), may_read=True).similarities  # summed over the rows
-    assert census.take((a @ prototypes.T).sum(), may_read=True).similarities == []
-    assert census.take(torch.cdist(a, prototypes).sum(), may_read=True).similarities == []
+    assert graph_stats((a @ b.T).sum(), may_read=True).compared_rows == [6]
+    assert graph_stats(torch.cdist(a, b).sum(), may_read=True).compared_rows == [6]
+    assert graph_stats(torch.einsum("id,jd->ij", a, b).sum(), may_read=True).compared_rows == [6]
+    assert 6 in graph_stats((a.T @ b).sum(), may_read=True).compared_rows  # summed over the rows
+    assert graph_stats((a @ prototypes.T).sum(), may_read=True).compared_rows == []
+    assert graph_stats(torch.cdist(a, prototypes).sum(), may_read=True).compared_rows == []

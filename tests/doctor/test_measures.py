@@ -81,4 +81,4 @@ for i in range(12):
 """)
     report, _ = diagnose(path)
     (found,) = report.findings
-    assert found.code == "GF002" and "cut 3 of 3 gradients; of divided ones it would have cut 0" in found.message
+    assert found.code == "GF002" and "clipped 3 of 3 gradients; divided by 4, it would clip 0" in found.message

@@ -11,45 +11,42 @@ from typing import Annotated
 import typer
 
 from gradfold import __version__
-from gradfold.doctor.diagnose import Report
+from gradfold.doctor.finding import Report
 from gradfold.doctor.process import diagnose
 from gradfold.doctor.report import exit_code, rules_page, sarif, text
 from gradfold.errors import OptionError
-
-__all__: list[str] = []
 
 _INTERRUPTED = 130  # what shells report after Ctrl-C
 
 EPILOG = """
 **Examples**
 
-`gradfold doctor train.py` — watches eight updates, and says what is wrong
+`gradfold doctor train.py` — records eight updates, and says what is wrong
 
-`gradfold doctor train.py --updates 50 --timeout 600 -- --lr 0.1 --epochs 2` — what comes after -- is the script's
+`gradfold doctor train.py --updates 50 --timeout 600 -- --lr 0.1 --epochs 2` — arguments after -- are the script's
 
-`gradfold doctor train.py --json` — for a program to read; the script's own output goes to standard error
+`gradfold doctor train.py --json` — for programs; the script's own output goes to standard error
 
 `gradfold doctor train.py --sarif doctor.sarif` — for editors and continuous integration
 
-`gradfold doctor --rules` — all that is looked for: why it is bad, how it is found, what to write instead
+`gradfold doctor --rules` — every rule: why it matters, how it is found, the suggested fix
 
-`loss_sum += loss.item()  # gradfold: ignore[GF012]` — in a script, silences a rule on that line
+`loss_sum += loss.item()  # gradfold: ignore[GF012]` — in a script, ignores a rule on that line
 
-Exit codes: 0 nothing found, 1 findings, 2 wrong usage, 70 no diagnosis, since gradfold's doctor itself failed (the
-script then runs on without it, to its own end), 124 the script ran past --timeout; where the script fails by itself,
-its own.
+Exit codes: 0 no findings, 1 findings, 2 wrong usage, 70 no diagnosis, since gradfold's doctor itself failed (the script
+then runs on without it, to its own end), 124 the script ran past --timeout; the script's own where it fails by itself.
 """
 
 
 def doctor(
-    script: Annotated[Path | None, typer.Argument(help="The training script, as it is.", show_default=False)] = None,
+    script: Annotated[Path | None, typer.Argument(help="The training script, unchanged.", show_default=False)] = None,
     arguments: Annotated[
         list[str] | None, typer.Argument(help="The script's own arguments, after --.", metavar="-- ARGS")
     ] = None,
     updates: Annotated[
         int,
         typer.Option(
-            help="Watch N optimizer updates, and on to the end of the epoch if that is near; then end the script.",
+            help="Record N optimizer updates, and on to the end of the epoch if that is near; then end the script.",
             metavar="N",
         ),
     ] = 8,
@@ -65,21 +62,26 @@ def doctor(
 ) -> None:
     """Run a PyTorch training script for a few updates, and say what is wrong with it.
 
-    The script runs unchanged, with its own arguments and output; nothing of gradfold need be in it. Meanwhile every
-    backward pass, step, zeroing, clipping, scaling and schedule is traced to the line that made it. What is wrong with
-    accumulation comes out with that line, what it does to the training in numbers, and what to write instead. A
-    healthy script gets no findings, and a summary: window length, effective batch, updates per epoch, memory, time.
+    The script runs unchanged, with its own arguments and output, and need not use gradfold. Every backward pass, step,
+    zeroing, clipping, scaling and schedule is traced to the line that made it. Each fault in accumulation is reported
+    with that line, its effect in numbers, and a suggested fix. A healthy script gets no findings, and a summary: window
+    length, effective batch, updates per epoch, memory, time.
 
-    The script trains for real meanwhile: checkpoints it writes within these updates are written. It is ended from
-    inside, so that its `finally` blocks run.
+    The script really trains: checkpoints that it saves during these updates are saved. It is ended from inside, so its
+    `finally` blocks run.
     """
     if rules:
         typer.echo(rules_page(), nl=False)
         return
     if script is None:
-        raise OptionError("which script? Write: gradfold doctor train.py -- ARGS")
-    report = _diagnose(script, arguments or [], updates, timeout, as_json)
-    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        raise OptionError("missing script: gradfold doctor train.py -- ARGS")
+    stdout = sys.stderr if as_json else None
+    try:
+        report = diagnose(script, arguments or [], num_updates=updates, timeout_s=timeout, stdout=stdout)
+    except KeyboardInterrupt:
+        print("gradfold: interrupted", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None
+    if os.environ.get("RANK", "0") != "0":  # of several processes one prints
         raise typer.Exit(exit_code(report))
     if debug and report.failure is not None:
         print(f"\n{report.failure.traceback}", file=sys.stderr)
@@ -88,16 +90,6 @@ def doctor(
     print(json.dumps(report.to_dict(), indent=1, allow_nan=False) if as_json else f"\n{text(report)}")
     if code := exit_code(report):
         raise typer.Exit(code)
-
-
-def _diagnose(script: Path, arguments: list[str], updates: int, timeout: float, as_json: bool) -> Report:
-    try:
-        return diagnose(
-            script, arguments, num_updates=updates, timeout_s=timeout, stdout=sys.stderr if as_json else None
-        )
-    except KeyboardInterrupt:
-        print("gradfold: interrupted", file=sys.stderr)
-        raise typer.Exit(_INTERRUPTED) from None
 
 
 def _write(file: Path, report: Report) -> None:

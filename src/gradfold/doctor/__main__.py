@@ -6,23 +6,20 @@ import json
 import sys
 from pathlib import Path
 
-from gradfold.doctor.diagnose import examine
+from gradfold.doctor.diagnose import diagnose_run
 from gradfold.doctor.run import Run, run
-
-__all__: list[str] = []
 
 
 def main(request: str) -> None:
     """Run a script and write the report where the request says."""
-    asked = json.loads(request)
-    script, answer = Path(asked["script"]), Path(asked["answer"])
+    script, arguments, num_updates, timeout_s, answer = json.loads(request)
 
     def write(this: Run) -> None:
-        unfinished = answer.with_suffix(".part")
-        unfinished.write_text(json.dumps(examine(this).to_dict()), "utf-8")
+        unfinished = Path(answer).with_suffix(".part")
+        unfinished.write_text(json.dumps(diagnose_run(this).to_dict()), "utf-8")
         unfinished.replace(answer)
 
-    write(run(script, asked["arguments"], asked["num_updates"], asked["timeout_s"], write))
+    write(run(Path(script), arguments, num_updates, timeout_s, write))
 
 
 if __name__ == "__main__":

@@ -1,239 +1,183 @@
-"""An event: one call that matters to training, with the user's line that made it."""
+"""Events: the calls of a script that matter to its training, each with the line that made it, in one log.
+
+Optimizers, loaders and backward passes are numbered from 0, in order of appearance; scalers and schedulers have ids.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from gradfold.doctor.graph_stats import GraphStats
 from gradfold.doctor.loss_graph import DividedTerm
-from gradfold.doctor.source import SourceLocation
-
-__all__: list[str] = []
-
-Turns = tuple[tuple[str, int, tuple[int, ...]], ...]
+from gradfold.doctor.source import CallContext, SourceLocation
 
 
 @dataclass(frozen=True)
 class Event:
-    """What all events have.
+    """One call."""
 
-    Attributes:
-        at: its number among all events.
-        place: the user's line.
-    """
+    at: int  # its number among all events
+    location: SourceLocation
 
-    at: int
-    place: SourceLocation
+
+E = TypeVar("E", bound=Event)
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
 class EpochStart(Event):
-    """An iteration over a loader begins.
-
-    Attributes:
-        loader: which loader, counted from 0.
-        length: its number of batches, None where it does not say.
-    """
+    """An iteration over a loader begins."""
 
     loader: int
-    length: int | None
+    length: int | None  # in batches, None where the loader does not say
 
 
 @dataclass(frozen=True)
 class Fetch(Event):
-    """A loader gives a batch. Its place is not looked for.
-
-    Attributes:
-        loader: which loader.
-        number: of the batch in its pass, from 0; -1 where the pass has ended.
-        rows: of the batch's first tensor, 0 where it has none.
-        seconds: how long the loop waited.
-    """
+    """A loader returns a batch, or ends its epoch. The location is not determined."""
 
     loader: int
-    number: int
-    rows: int
-    seconds: float
+    is_end: bool  # of the epoch
+    seconds: float  # how long the script waited
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Which batch the script has fetched last."""
+
+    loader: int | None = None  # None before the first batch
+    epoch: int = 0  # over that loader, from 1
+    rows: int = 0  # of the batch's first tensor, 0 where it has none
+    num_fetched: int = 0  # batches so far, of all loaders
+
+
+class DdpSync(NamedTuple):
+    """What a DistributedDataParallel does in one backward pass."""
+
+    is_prepared: bool  # whether its forward pass prepared a reduction
+    is_allowed: bool  # whether the backward pass ran outside `no_sync`
+    num_bytes: int  # of its gradients
 
 
 @dataclass(frozen=True)
 class Backward(Event):
-    """A backward pass.
+    """A backward pass."""
 
-    Attributes:
-        index: of the pass, from 0.
-        seconds: how long it took.
-        turns: the loops around the line.
-        path: the user's calls that led there, innermost first.
-        is_gradfold: whether gradfold ran it.
-        terms: what the loss consists of.
-        census: what stands in its graph, where it was looked through.
-        fetches: how many batches had been fetched, and which pass of which loader the last was from.
-        rows: of the micro-batch, 0 where unknown.
-        fetched_rows: of the batch that was fetched last.
-        touched: numbers of the optimizers whose parameters it gave gradients to.
-        keeps_graph: whether `retain_graph=True`.
-        is_scaled: whether a GradScaler had scaled the loss.
-        is_hooked: whether hooks of the user's may have changed the gradients.
-        dtypes: of the gradients it left.
-        syncs: of each DistributedDataParallel: whether its forward pass prepared a reduction, whether the backward
-            pass was outside `no_sync`, and the bytes of its gradients.
-    """
-
-    index: int
+    index: int  # of the pass, from 0
     seconds: float
-    turns: Turns
-    path: tuple[tuple[str, int], ...]
-    is_gradfold: bool
-    terms: tuple[DividedTerm, ...]
-    census: GraphStats | None
-    fetches: int
-    loader: int | None
-    pass_number: int
-    rows: int
-    fetched_rows: int
-    touched: tuple[int, ...]
-    keeps_graph: bool
-    is_scaled: bool
-    is_hooked: bool
-    dtypes: frozenset[str]
-    syncs: tuple[tuple[bool, bool, int], ...] = ()
+    context: CallContext
+    terms: tuple[DividedTerm, ...]  # what the loss consists of
+    graph: GraphStats
+    loader_state: LoaderState
+    rows: int  # of the micro-batch, 0 where unknown
+    optimizers: tuple[int, ...]  # those whose parameters it gave gradients to
+    retains_graph: bool
+    is_scaled: bool  # whether a GradScaler had scaled the loss
+    has_hooks: bool  # whether the user's hooks may have changed the gradients
+    dtypes: frozenset[str]  # of the gradients it left
+    ddp: tuple[DdpSync, ...] = ()
 
 
 @dataclass(frozen=True)
 class Step(Event):
-    """An optimizer makes a step.
+    """An optimizer makes a step."""
 
-    Attributes:
-        ledger: number of the optimizer.
-        optimizer: name of its class.
-        seconds: how long it took.
-        entries: the backward passes whose sum it used, oldest first.
-        num_stale: how many of them an earlier step had used.
-        ratio: what the gradients were multiplied by hand.
-        is_rewritten: whether they were changed by hand in another way.
-        gradients: "new", "none" (no parameter has one), "zero" (all are) or "stale" (nothing new since the last step).
-        through_scaler: whether `GradScaler.step` made it.
-        has_closure: whether backward passes ran inside.
-        rounding: relative error of the gradients for having been summed in a low precision, where that was measured.
-    """
-
-    ledger: int
-    optimizer: str
+    optimizer: int
+    name: str  # of the optimizer's class
     seconds: float
-    entries: tuple[int, ...]
-    num_stale: int
-    ratio: float
-    is_rewritten: bool
-    gradients: str
-    through_scaler: bool
-    has_closure: bool
-    rounding: float | None = None
+    backwards: tuple[int, ...]  # those whose sum it used, oldest first
+    num_reused: int  # how many of them an earlier step had used
+    ratio: float  # what the gradients were multiplied by, outside of backward passes
+    is_rewritten: bool  # whether they were changed in another way
+    gradients: str  # "new", "none" (no parameter has one), "zero" (all are) or "stale" (an earlier step's)
+    through_scaler: bool  # whether `GradScaler.step` made it
+    has_closure: bool  # whether backward passes ran inside
+    rounding: float | None = None  # relative error of gradients summed in low precision, where it was measured
 
 
 @dataclass(frozen=True)
 class ZeroGrad(Event):
-    """Gradients are zeroed that no step has used.
+    """Gradients are zeroed that no step has used."""
 
-    Attributes:
-        ledger: whose gradients.
-        entries: the backward passes that are lost.
-        is_used: whether something else used them: a step that moved the parameters by hand, or a closure's caller.
-    """
-
-    ledger: int
-    entries: tuple[int, ...]
-    is_used: bool
+    optimizer: int
+    backwards: tuple[int, ...]  # those that are lost
+    is_used: bool  # whether something else used them: parameters changed without a step, or a closure's caller
 
 
 @dataclass(frozen=True)
 class Clip(Event):
-    """Gradients are clipped.
+    """Gradients are clipped."""
 
-    Attributes:
-        kind: "norm" or "value".
-        limit: the largest norm or value allowed.
-        norm: the norm found, for kind "norm".
-        entries: by optimizer's number, the backward passes whose sum was clipped.
-        scaled: numbers of the optimizers whose gradients still carry the loss scale.
-    """
-
-    kind: str
+    kind: str  # "norm" or "value"
     limit: float
-    norm: float | Tensor | None
-    entries: dict[int, tuple[int, ...]]
-    scaled: frozenset[int]
+    norm: float | Tensor | None  # before clipping, for kind "norm"
+    backwards: dict[int, tuple[int, ...]]  # by optimizer, those whose sum was clipped
+    scaled: frozenset[int]  # the optimizers whose gradients still carry the loss scale
 
 
 @dataclass(frozen=True)
-class Scaler(Event):
-    """A GradScaler is called.
+class ScalerCall(Event):
+    """A GradScaler's method is called."""
 
-    Attributes:
-        call: "unscale_", "step" or "update".
-        ledgers: of whose optimizer; of all for "update".
-        entries: by optimizer's number, the backward passes whose sum stood in `.grad`.
-        error: what it raised, if it did.
-    """
-
-    call: str
+    call: str  # "unscale_", "step" or "update"
     scaler: int
-    entries: dict[int, tuple[int, ...]]
-    error: str = ""
+    backwards: dict[int, tuple[int, ...]]  # by optimizer, those whose sum is in `.grad`; all optimizers for "update"
+    error: str = ""  # what it raised
 
 
 @dataclass(frozen=True)
 class SchedulerStep(Event):
-    """A learning-rate scheduler makes a step.
-
-    Attributes:
-        scheduler: which, counted from 0.
-        name: of its class.
-        horizon: how many ticks it was made for, where it says so.
-        before, after: the learning rate of the first group.
-    """
+    """A learning-rate scheduler makes a step."""
 
     scheduler: int
-    name: str
-    ledger: int | None
-    horizon: int | None
-    before: float
+    name: str  # of the scheduler's class
+    optimizer: int | None
+    horizon: int | None  # how many steps the schedule is long, where it says
+    before: float  # the learning rate of the first group
     after: float
 
 
 @dataclass(frozen=True)
 class Read(Event):
-    """The host reads what was computed: `.item()`, `.cpu()`, `bool(tensor)` and so on.
-
-    Attributes:
-        call: how.
-        seconds: how long it took.
-        num_backwards: backward passes so far.
-        device: of the tensor.
-    """
+    """The host reads what was computed: `.item()`, `.cpu()`, `bool(tensor)` and so on."""
 
     call: str
     seconds: float
-    num_backwards: int
+    num_backwards: int  # so far
     device: str
 
 
-@dataclass
 class EventLog:
     """All events in order, and by kind."""
 
-    events: list[Event] = field(default_factory=list)
-    backwards: list[Backward] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._by_kind: dict[type, list[Any]] = defaultdict(list)
+
+    def add(self, kind: Callable[Concatenate[int, P], Event], *fields: P.args, **named_fields: P.kwargs) -> None:
+        """Append an event of a kind, with its fields but for `at`."""
+        event = kind(len(self.events), *fields, **named_fields)
+        self.events.append(event)
+        self._by_kind[type(event)].append(event)
+
+    def of(self, kind: type[E]) -> list[E]:
+        """All events of a kind."""
+        return self._by_kind[kind]
+
+    def between(self, first: int, last: int | None, kind: type[E]) -> list[E]:
+        """The events of a kind whose numbers are at least `first` and below `last`; None for all later ones."""
+        return [one for one in self.events[first:last] if isinstance(one, kind)]
 
     @property
-    def next(self) -> int:
-        """The number of the next event."""
-        return len(self.events)
+    def backwards(self) -> list[Backward]:
+        """All backward passes; `backwards[index].index == index`."""
+        return self.of(Backward)
 
-    def add(self, event: Event) -> None:
-        """Record an event."""
-        self.events.append(event)
-        if isinstance(event, Backward):
-            self.backwards.append(event)
+    def backwards_at(self, indices: Iterable[int]) -> tuple[Backward, ...]:
+        """Some backward passes."""
+        return tuple(self.backwards[index] for index in indices)

@@ -1,52 +1,56 @@
-"""A finding: one thing that is wrong, where, what it does in numbers, and what to write instead."""
+"""A finding: one thing that is wrong, where, its effect in numbers, and the suggested fix. A report: all of them."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradfold.doctor.source import SourceLocation
-
-__all__: list[str] = []
-
-ERROR, WARNING, NOTE = "error", "warning", "note"  # severities, which are SARIF's levels
-CERTAIN, LIKELY = "certain", "likely"  # confidences
+from gradfold.doctor.instrumentation import Failure
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        code: of the rule, such as "GF001".
-        name: of the rule.
-        severity: "error" (the gradient is not the one meant), "warning" (training is not what the code looks like) or
-            "note" (right, at a needless cost).
-        confidence: "certain" (seen) or "likely" (what was seen has hardly another meaning).
-        file, line: of the user's.
-        message: what happens and what it does, in numbers.
-        fix: what to write instead.
-    """
-
-    code: str
-    name: str
+    code: str  # of the rule, such as "GF001"
+    name: str  # of the rule
+    # "error" (the gradient is not the intended one), "warning" (the model trains in another way than the code looks
+    # like) or "note" (right, at a needless cost).
     severity: str
-    confidence: str
+    confidence: str  # "certain" (seen) or "likely" (what was seen has hardly another meaning)
     file: str
-    line: int
-    message: str
+    line: int  # of the user's; 0 where unknown
+    message: str  # what happens and its effect, in numbers
     fix: str
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended."""
+
+    how: str  # "ended" (by itself), "stopped" (enough was seen), "failed" (exception or exit code) or "timed out"
+    code: int  # the script's own exit code; 0 where it was stopped
+    error: str = ""  # the last line of its traceback, where it failed with one
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the doctor says of one script."""
+
+    script: str
+    ending: Ending
+    findings: tuple[Finding, ...]  # by file, line and code
+    summary: dict[str, Any]  # what the script does, in plain values
+    num_ignored: int = 0  # findings that a comment ignores
+    failure: Failure | None = None  # of the doctor itself; after it nothing was checked, but by other rules
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
-
-@dataclass(frozen=True)
-class Observation:
-    """What a rule saw: a finding, before the rule's own name and severity are put to it."""
-
-    place: SourceLocation
-    message: str
-    fix: str
-    confidence: str = CERTAIN
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Report:
+        """The report of plain values."""
+        findings = tuple(Finding(**one) for one in values["findings"])
+        failure = None if values["failure"] is None else Failure(**values["failure"])
+        return Report(**{**values, "ending": Ending(**values["ending"]), "findings": findings, "failure": failure})

@@ -1,12 +1,12 @@
-"""A ledger: which backward passes what stands in an optimizer's `.grad` comes from, and who cleared or changed it.
+"""The state of gradients: which backward passes they come from, what else changed them, and what rounding took away.
 
-A precise sum: gradients of low precision added up in float32 beside `.grad`, to measure what rounding takes away.
-
-A stray: a parameter that gets gradients and is in no optimizer.
+torch does not report changes to `.grad`. So at each event tensors and their version counters are compared with those
+remembered at the event before; of large optimizers, a sample of the parameters.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,143 +18,114 @@ from torch.optim import Optimizer
 
 from gradfold.doctor.instrumentation import Guard
 
-__all__: list[str] = []
-
-_MOST_WATCHED = 64  # parameters per optimizer, evenly spread
+_MOST_PARAMETERS = 64  # watched per optimizer, evenly spread
 _MOST_SAMPLED = 4  # ... of which some elements are kept, to tell scaling from rewriting
 _ELEMENTS = 4096
+_FEW_ELEMENTS = 16  # kept of a parameter, to see whether it was changed by hand
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_MOST_ELEMENTS_SUMMED = 1_000_000
 
-State = tuple[int, int] | None  # of a gradient: its tensor and version; None for none
-
-
-@dataclass(frozen=True)
-class Change:
-    """What happened to gradients outside of backward passes.
-
-    Attributes:
-        kind: "none", "cleared", "rescaled" or "rewritten".
-        ratio: what they were multiplied by, where they were rescaled.
-    """
-
-    kind: str
-    ratio: float = 1.0
+Version = tuple[int, int] | None  # of a gradient: its tensor's id and version; None where there is no gradient
 
 
-UNCHANGED = Change("none")
+# What gradients were multiplied by, where that is not a number in between.
+UNCHANGED, CLEARED, REWRITTEN = 1.0, 0.0, math.nan
 
 
 @dataclass
 class GradientProvenance:
-    """The gradients of one optimizer.
-
-    Attributes:
-        optimizer: whose parameters these are.
-        number: of the optimizer, in order of making.
-        entries: indices of the backward passes whose sum stands in `.grad`, oldest first.
-        stepped: how many of the first entries a step has used already.
-        ratio: what the gradients were multiplied by hand since they were empty.
-        is_rewritten: whether they were changed by hand in another way.
-    """
+    """The backward passes that the gradients of one optimizer come from."""
 
     optimizer: weakref.ref[Optimizer]
-    number: int
-    entries: list[int] = field(default_factory=list)
-    stepped: int = 0
-    ratio: float = 1.0
-    is_rewritten: bool = False
+    number: int  # of the optimizer, in order of making
+    backwards: list[int] = field(default_factory=list)  # those whose sum is in `.grad`, oldest first
+    num_stepped: int = 0  # how many of the first of them a step has used already
+    ratio: float = 1.0  # what the gradients were multiplied by, outside of backward passes, since they were empty
+    is_rewritten: bool = False  # whether they were changed in another way
     _watched: list[Tensor] = field(default_factory=list)
     _num_parameters: int = -1
-    _states: list[State] = field(default_factory=list)
+    _versions: list[Version] = field(default_factory=list)
     _samples: dict[int, Tensor] = field(default_factory=dict)
     _values: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)
 
+    @property
+    def unused(self) -> tuple[int, ...]:
+        """The backward passes in `.grad` that no step has used."""
+        return tuple(self.backwards[self.num_stepped :])
+
     def watched(self) -> list[Tensor]:
-        """Some of the optimizer's parameters that need gradients."""
+        """Some of the optimizer's parameters."""
         optimizer = self.optimizer()
         if optimizer is None:
             return []
-        count = 0
-        for group in optimizer.param_groups:
-            count += len(group["params"])
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
         if count != self._num_parameters:
-            everything = [one for group in optimizer.param_groups for one in group["params"]]
-            needed = [one for one in everything if isinstance(one, Tensor)]
-            stride = max(1, -(-len(needed) // _MOST_WATCHED))
-            self._watched, self._num_parameters = needed[::stride], count
-            self._states = [None] * len(self._watched)
+            tensors = [one for group in optimizer.param_groups for one in group["params"] if isinstance(one, Tensor)]
+            stride = max(1, -(-len(tensors) // _MOST_PARAMETERS))
+            self._watched, self._num_parameters = tensors[::stride], count
+            self._versions = [None] * len(self._watched)
         return self._watched
 
-    def states(self) -> list[State]:
+    def versions(self) -> list[Version]:
         """Of each watched parameter's gradient."""
         return [None if (grad := one.grad) is None else (id(grad), grad._version) for one in self.watched()]
 
-    def change(self) -> Change:
-        """What happened since `remember`, by comparing; without reading a device where nothing did."""
+    def change(self) -> float:
+        """What the gradients were multiplied by since `remember`; where nothing happened, no device is read."""
         if self.optimizer() is None:
             return UNCHANGED
-        now = self.states()
-        pairs = [(index, old, new) for index, (old, new) in enumerate(zip(self._states, now, strict=True)) if old]
-        if not pairs or all(old == new for _, old, new in pairs):
-            return UNCHANGED
+        now = self.versions()
+        pairs = [(index, old, new) for index, (old, new) in enumerate(zip(self._versions, now, strict=True)) if old]
         changed = [(index, new) for index, old, new in pairs if old != new]
+        if not changed:
+            return UNCHANGED
+        all_changed = len(changed) == len(pairs)
         if all(new is None for _, new in changed):
-            return Change("cleared") if len(changed) == len(pairs) else Change("rewritten")
+            return CLEARED if all_changed else REWRITTEN
         kept = [grad for index, new in changed if new is not None and (grad := self._watched[index].grad) is not None]
-        if len(changed) == len(pairs) and not any(bool(grad.any()) for grad in map(_dense, kept)):
-            return Change("cleared")
-        return self._scaling()
+        if all_changed and not any(bool(grad.any()) for grad in map(_dense, kept)):
+            return CLEARED
+        return self._rescaling()
 
-    def _scaling(self) -> Change:
-        old_parts, new_parts = [], []
-        for index, old in self._samples.items():
-            grad = self._watched[index].grad
-            if grad is None:
-                return Change("rewritten")
-            new_parts.append(_sample(grad).double())
-            old_parts.append(old.double())
-        if not old_parts:
-            return Change("rewritten")
-        old, new = torch.cat(old_parts), torch.cat(new_parts)
-        square = float(old.dot(old))
-        if square == 0 or not torch.isfinite(new).all():
-            return Change("rewritten")
-        ratio = float(old.dot(new)) / square
-        off = float((new - ratio * old).norm()) / max(float(new.norm()), 1e-300)
-        if off > 1e-2:
-            return Change("rewritten")
-        return UNCHANGED if abs(ratio - 1) < 1e-4 else Change("rescaled", ratio)
+    def _rescaling(self) -> float:
+        grads = [self._watched[index].grad for index in self._samples]
+        if not grads or any(grad is None for grad in grads):
+            return REWRITTEN
+        old = _concatenate(self._samples.values())
+        new = _concatenate(_sample(grad) for grad in grads if grad is not None)
+        ratio, off = _scaling(old, new)
+        if not off <= 1e-2 * float(new.norm()) or not ratio:
+            return REWRITTEN
+        return UNCHANGED if abs(ratio - 1) < 1e-4 else ratio
 
     def remember(self) -> None:
-        """Take the gradients as they are now for known."""
-        self._states = self.states()
-        self._samples = {}
-        for index, parameter in enumerate(self._watched):
-            if len(self._samples) == _MOST_SAMPLED:
-                break
-            if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                self._samples[index] = _sample(parameter.grad).clone()
+        """Compare later changes with the gradients as they are now."""
+        self._versions = self.versions()
+        grads = [(index, grad) for index, one in enumerate(self._watched) if (grad := one.grad) is not None]
+        strided = [(index, grad) for index, grad in grads if grad.layout == torch.strided]
+        self._samples = {index: _sample(grad).clone() for index, grad in strided[:_MOST_SAMPLED]}
 
     def remember_parameters(self) -> None:
-        """Take the parameters as they are now for known."""
+        """Compare later changes with the parameters as they are now."""
         some = [one for one in self.watched() if one.requires_grad and one.layout == torch.strided]
-        self._values = [(one, one._version, _sample(one, 16).clone()) for one in some[:2] + some[-1:]]
+        self._values = [(one, one._version, _sample(one, _FEW_ELEMENTS).clone()) for one in some[:2] + some[-1:]]
 
-    def parameters_moved(self) -> bool:
+    def parameters_changed(self) -> bool:
         """Whether the parameters changed since then: by hand, if no step was made."""
         return any(one._version != version for one, version, _ in self._values) or any(
-            not torch.equal(_sample(one, 16), values) for one, _, values in self._values
+            not torch.equal(_sample(one, _FEW_ELEMENTS), values) for one, _, values in self._values
         )
 
-    def what_a_step_finds(self) -> str:
-        """In `.grad`: "new" gradients, "none" (no parameter has one), "zero" (all are) or "stale" (a step's before)."""
+    def found_by_step(self) -> tuple[tuple[int, ...], int, str]:
+        """What a step finds in `.grad`, as the fields `backwards`, `num_reused` and `gradients` of `Step`."""
         grads = [one.grad for one in self.watched() if one.grad is not None]
-        if not grads:
-            return "none"
-        if len(self.entries) > self.stepped or self.is_rewritten:
-            return "new"
-        if all(grad.layout == torch.strided and not bool(grad.any()) for grad in grads):
-            return "zero"
-        return "stale" if self.entries else "new"
+        kind = "none"
+        if grads and (self.unused or self.is_rewritten):
+            kind = "new"
+        elif grads:
+            is_zero = all(grad.layout == torch.strided and not bool(grad.any()) for grad in grads)
+            kind = "zero" if is_zero else "stale" if self.backwards else "new"
+        return tuple(self.backwards), self.num_stepped, kind
 
     def dtypes(self) -> set[str]:
         """Of the gradients."""
@@ -162,12 +133,10 @@ class GradientProvenance:
 
     def shares_with(self, other: GradientProvenance) -> bool:
         """Whether both have a parameter in common."""
-        if not self._watched or not other._watched:  # of an optimizer that is gone they are still known
-            return other is self
         return other is self or not {id(one) for one in self._watched}.isdisjoint(map(id, other._watched))
 
     def has_hooks(self) -> bool:
-        """Whether hooks of the user's see the gradients of parameters, and may change them."""
+        """Whether the user's hooks see the gradients of parameters, and may change them."""
         return any(
             not hasattr(hook, "gradfold_doctor")
             for one in self.watched()
@@ -175,9 +144,9 @@ class GradientProvenance:
             for hook in (hooks or {}).values()
         )
 
-    def empty(self) -> None:
-        """Nothing stands in `.grad` any more."""
-        self.entries, self.stepped, self.ratio, self.is_rewritten = [], 0, 1.0, False
+    def clear(self) -> None:
+        """Nothing is in `.grad` any more."""
+        self.backwards, self.num_stepped, self.ratio, self.is_rewritten = [], 0, 1.0, False
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -185,36 +154,36 @@ def _dense(grad: Tensor) -> Tensor:
 
 
 def _sample(tensor: Tensor, most: int = _ELEMENTS) -> Tensor:
-    flat = tensor.detach()
-    if flat.dim() != 1:
-        flat = flat.reshape(-1)
-    return flat if flat.numel() <= most else flat.narrow(0, 0, most)
+    return tensor.detach().reshape(-1)[:most]
 
 
-_LOW = (torch.bfloat16, torch.float16)
-_MOST_ELEMENTS = 1_000_000
+def _concatenate(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([one.detach().flatten().double() for one in tensors])
+
+
+def _scaling(old: Tensor, new: Tensor) -> tuple[float, float]:
+    """The factor that is nearest to making the old numbers the new ones, and how far off the norm then is."""
+    square = float(old.dot(old))
+    ratio = float(old.dot(new)) / square if square else 0.0
+    return ratio, float((new - ratio * old).norm()) if square else float("nan")
 
 
 class PreciseSums:
-    """Sums of the gradients of some parameters in bfloat16 or float16, by optimizer.
-
-    Args:
-        guard: between what adds up and the script's backward passes.
-    """
+    """Gradients in bfloat16 or float16, summed in float32 beside `.grad` to measure the rounding of `.grad`."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._sums: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # by optimizer and parameter: it, and its sum
         self._size = 0
 
-    def prepare(self, ledgers: list[GradientProvenance]) -> None:
-        """Begin to add up the parameters of low precision that are not added up yet, as far as they are few."""
-        for ledger in ledgers:
-            sums = self._sums.setdefault(ledger.number, {})
-            for one in ledger.watched():
-                if one.dtype not in _LOW or not one.requires_grad or id(one) in sums:
+    def start(self, provenances: list[GradientProvenance]) -> None:
+        """Begin to sum the gradients of parameters in low precision, up to a number of elements."""
+        for provenance in provenances:
+            sums = self._sums.setdefault(provenance.number, {})
+            for one in provenance.watched():
+                if one.dtype not in _LOW_PRECISION or not one.requires_grad or id(one) in sums:
                     continue
-                if self._size + one.numel() > _MOST_ELEMENTS:
+                if self._size + one.numel() > _MOST_ELEMENTS_SUMMED:
                     break
                 self._size += one.numel()
                 total = torch.zeros_like(one, dtype=torch.float32, requires_grad=False)
@@ -223,74 +192,46 @@ class PreciseSums:
                 hook.gradfold_doctor = True  # type: ignore[attr-defined]
                 one.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def empty(self, ledger: int) -> None:
+    def clear(self, optimizer: int) -> None:
         """The gradients of an optimizer were zeroed."""
-        for _, total in self._sums.get(ledger, {}).values():
+        for _, total in self._sums.get(optimizer, {}).values():
             total.zero_()
 
-    def error(self, ledger: int) -> float | None:
-        """How far an optimizer's gradients are from the precise sums, relative to them; None where nothing is summed.
-
-        A factor common to all (from clipping) is no error.
-        """
-        pairs = [(one.grad, total) for one, total in self._sums.get(ledger, {}).values() if one.grad is not None]
-        if not pairs or any(grad.dtype not in _LOW for grad, _ in pairs):
+    def error(self, optimizer: int) -> float | None:
+        """The relative error of an optimizer's gradients, up to a factor (from clipping); None where not measured."""
+        pairs = [(one.grad, total) for one, total in self._sums.get(optimizer, {}).values() if one.grad is not None]
+        if not pairs or any(grad.dtype not in _LOW_PRECISION for grad, _ in pairs):
             return None
-        grads = torch.cat([grad.detach().flatten().double() for grad, _ in pairs])
-        sums = torch.cat([total.flatten().double() for _, total in pairs])
-        square = float(sums.dot(sums))
-        if not square:
-            return None
-        ratio = float(grads.dot(sums)) / square
-        return float((grads - ratio * sums).norm()) / (abs(ratio) * square**0.5) if ratio else None
+        sums = _concatenate(total for _, total in pairs)
+        ratio, off = _scaling(sums, _concatenate(grad for grad, _ in pairs))
+        return off / (abs(ratio) * float(sums.norm())) if ratio else None
 
 
 def _add(total: Tensor, grad: Tensor) -> None:
     total.add_(grad.detach())
 
 
-_KEPT_ELEMENTS = 16  # kept of each, to see whether it was changed by hand
-
-
 class UnoptimizedParameters:
-    """All strays met so far.
-
-    Attributes:
-        parameters: by id; kept alive, so that ids stay theirs.
-        backwards: by id, the numbers of the backward passes that gave it a gradient.
-    """
+    """The parameters that got a gradient and were in no optimizer then, each with the backward passes; kept alive."""
 
     def __init__(self) -> None:
-        self.parameters: dict[int, Tensor] = {}
-        self.backwards: dict[int, list[int]] = {}
-        self._values: dict[int, Tensor] = {}
+        self.backwards: dict[Tensor, list[int]] = {}
+        self._values: dict[Tensor, Tensor] = {}
 
-    def note(self, leaves: Iterable[Tensor], known: set[int], index: int) -> None:
-        """A backward pass reaches leaves, of which those with known ids have an optimizer."""
+    def record(self, leaves: Iterable[Tensor], optimized: set[int], index: int) -> None:
+        """A backward pass reaches leaves, of which those with `optimized` ids are in an optimizer."""
         for leaf in leaves:
-            if not isinstance(leaf, nn.Parameter) or id(leaf) in known:
-                continue
-            if id(leaf) not in self.parameters:
-                self.parameters[id(leaf)] = leaf
-                self._values[id(leaf)] = _some(leaf).clone()
-            self.backwards.setdefault(id(leaf), []).append(index)
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in optimized:
+                if leaf not in self.backwards:
+                    self._values[leaf] = _sample(leaf, _FEW_ELEMENTS).clone()
+                self.backwards.setdefault(leaf, []).append(index)
 
-    def entries(self, parameters: Iterable[Tensor]) -> list[int]:
-        """The backward passes whose gradients stand in parameters that have just got an optimizer."""
-        found: set[int] = set()
-        for one in parameters:
-            if one.grad is not None and bool(one.grad.any()):
-                found.update(self.backwards.get(id(one), ()))
-        return sorted(found)
+    def backwards_of(self, parameters: Iterable[Tensor]) -> list[int]:
+        """The backward passes whose gradients are in parameters that have just been given to an optimizer."""
+        some = [one for one in parameters if one.grad is not None and bool(one.grad.any())]
+        return sorted({index for one in some for index in self.backwards.get(one, ())})
 
-    def unmoved(self, known: set[int]) -> dict[int, Tensor]:
-        """Those that have got no optimizer since, and that nothing changed by hand."""
-        return {
-            key: one
-            for key, one in self.parameters.items()
-            if key not in known and torch.equal(_some(one), self._values[key])
-        }
-
-
-def _some(tensor: Tensor) -> Tensor:
-    return tensor.detach().flatten()[:_KEPT_ELEMENTS]
+    def unchanged(self, optimized: set[int]) -> dict[Tensor, list[int]]:
+        """Those that are in no optimizer now either, and that nothing changed by hand; with their backward passes."""
+        some = {one: backwards for one, backwards in self.backwards.items() if id(one) not in optimized}
+        return {one: some[one] for one in some if torch.equal(_sample(one, _FEW_ELEMENTS), self._values[one])}

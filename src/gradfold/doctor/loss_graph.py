@@ -1,92 +1,84 @@
-"""The loss graph: how a loss was made, as its autograd graph tells: of which means or sums, divided by what."""
+"""The loss graph: the means and sums that a loss consists of, and their divisors, as its autograd graph tells them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
+from gradfold.doctor.torch_private import read_number
 
 _MARK = "gradfold.doctor"  # in a node's metadata: what the doctor knows about it from outside the graph
 _MOST_NODES = 64
-_SHAPES = (
-    "View",
-    "ReshapeAlias",
-    "UnsafeView",
-    "Squeeze",
-    "Unsqueeze",
-    "Expand",
-    "Permute",
-    "T",
-    "Transpose",
-    "AsStrided",
-)
-_COPIES = ("ToCopy", "Clone", "Alias")
-_ALIKE = frozenset(f"{name}Backward0" for name in (*_SHAPES, *_COPIES)) | {"CopyBackwards", "SqueezeBackward1"}
+_SUMS = ("AddBackward0", "SubBackward0")
+_SHAPES = ("View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "Expand", "Permute", "T", "Transpose")
+_COPIES = ("AsStrided", "ToCopy", "Clone", "Alias")
+# Nodes of operators that change the shape, the dtype or the device of their input, and no value.
+UNCHANGED_VALUES = frozenset(f"{name}Backward0" for name in (*_SHAPES, *_COPIES)) | {
+    "CopyBackwards",
+    "SqueezeBackward1",
+}
 
 
 @dataclass(frozen=True)
 class Divisor:
-    """A number that a loss was divided by.
+    """A number that a loss was divided by."""
 
-    Attributes:
-        value: the number; a tensor on a device is read later.
-        by_division: whether with `/`, and not by multiplying with its inverse.
-        num_terms: how many terms the dividend is the sum of, 1 for a loss that is no sum of losses.
-    """
-
-    value: float | Tensor
-    by_division: bool
-    num_terms: int = 1
+    value: float | Tensor  # a tensor on a device is read later
+    by_division: bool  # whether with `/`, and not by multiplying with its inverse
+    num_terms: int = 1  # how many losses the dividend is the sum of
 
 
 @dataclass(frozen=True)
 class DividedTerm:
-    """One mean or sum that a loss consists of.
+    """One mean or sum that a loss consists of."""
 
-    Attributes:
-        kind: name of the operator in the graph, without "Backward0".
-        reduction: "mean", "sum" or "unknown".
-        count: what a mean divides by, or how many valid targets a sum has; a tensor on a device is read later.
-        size: how many elements were reduced, valid or not; 0 where it is not known.
-        rows: rows of the reduced tensor; 0 where it is not known.
-        divisors: what the term was divided by on its way to the loss, outermost first.
-        target: the targets, where the operator keeps them.
-    """
-
-    kind: str
-    reduction: str
-    count: float | Tensor | None = None
-    size: int = 0
-    rows: int = 0
-    divisors: tuple[Divisor, ...] = ()
+    kind: str  # name of the operator in the graph, without "Backward0"
+    reduction: str  # "mean", "sum" or "unknown"
+    count: float | Tensor | None = None  # what a mean divides by, or how many valid targets a sum has
+    size: int = 0  # how many elements were reduced, valid or not; 0 where unknown
+    rows: int = 0  # of the reduced tensor; 0 where unknown
+    divisors: tuple[Divisor, ...] = ()  # what the term was divided by on its way to the loss, outermost first
     target: Tensor | None = field(default=None, compare=False)
 
     @property
     def scale(self) -> float:
-        """The product of one over all divisors."""
+        """The product of the inverse divisors."""
         product = 1.0
         for divisor in self.divisors:
             product /= float(divisor.value) or float("inf")
         return product
 
 
-def mark(loss: Any, what: Any) -> None:
-    """Say something about a loss, in its node."""
+def mark(loss: Any, value: Any) -> None:
+    """Attach a value to a loss, in its node."""
     if isinstance(loss, Tensor) and loss.grad_fn is not None:
-        cast(dict[str, Any], loss.grad_fn.metadata)[_MARK] = what
+        cast(dict[str, Any], loss.grad_fn.metadata)[_MARK] = value
 
 
 def mark_of(loss: Tensor) -> Any:
-    """What was said about a loss; None for nothing."""
+    """The value attached to a loss, or None."""
     return None if loss.grad_fn is None else cast(dict[str, Any], loss.grad_fn.metadata).get(_MARK)
 
 
-def terms_of(loss: Tensor, seed: Tensor | None) -> tuple[DividedTerm, ...]:
+def walk(root: Any, most: int, stops_at: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:
+    """The nodes of a graph, depth first, each once and at most so many; none below those where `stops_at` is true."""
+    seen: set[Any] = set()
+    stack = [root]
+    while stack and len(seen) < most:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not stops_at(node):
+            stack += [child for child, _ in node.next_functions]
+
+
+def terms_of(loss: Tensor, grad_output: Tensor | None) -> tuple[DividedTerm, ...]:
     """The means and sums that a loss consists of.
 
     Example:
@@ -97,94 +89,74 @@ def terms_of(loss: Tensor, seed: Tensor | None) -> tuple[DividedTerm, ...]:
         ('Mean', 'mean', 3, 0.25)
     """
     divisors: tuple[Divisor, ...] = ()
-    if seed is not None and seed.numel() == 1:
-        divisors = (Divisor(_inverse(seed), by_division=False),)
-    elif seed is not None:
-        return (DividedTerm("seed", "unknown"),)
+    if grad_output is not None and grad_output.numel() == 1:
+        divisors = (Divisor(_inverse(grad_output), by_division=False),)
+    elif grad_output is not None:
+        return (DividedTerm("grad_output", "unknown"),)
     found: list[DividedTerm] = []
-    left = [(loss.grad_fn, divisors)]
+    stack = [(loss.grad_fn, divisors)]
     for _ in range(_MOST_NODES):
-        if not left:
+        if not stack:
             return tuple(found)
-        node, divisors = left.pop()
+        node, divisors = stack.pop()
         if node is not None:
-            left += _follow(node, divisors, found)
+            stack += _follow(node, divisors, found)
     return (*found, DividedTerm("deep", "unknown"))
 
 
-def terms_below(node: Any) -> int:
-    """How many losses a node adds up; 1 where it is no sum of several."""
-    name, count, queue = node.name(), 0, [node]
-    if name not in ("AddBackward0", "SubBackward0"):
-        return 1
-    for _ in range(_MOST_NODES):
-        if not queue:
-            break
-        one = queue.pop()
-        if one.name() in ("AddBackward0", "SubBackward0"):
-            queue += [child for child, _ in one.next_functions if child is not None]
-        else:
-            count += 1
-    return max(count, 1)
+def _num_terms(node: Any) -> int:
+    """How many losses a node sums; 1 where it is not a sum."""
+    is_loss: Callable[[Any], bool] = lambda one: one.name() not in _SUMS  # noqa: E731
+    return max(sum(map(is_loss, walk(node, _MOST_NODES, is_loss))), 1)
 
 
 def _follow(
     node: Any, divisors: tuple[Divisor, ...], found: list[DividedTerm]
 ) -> list[tuple[Any, tuple[Divisor, ...]]]:
-    """What is further down; a term is added to `found`."""
-    said = node.metadata.get(_MARK)
+    """The next nodes to visit; where the node is a term, none, and the term is added to `found`."""
+    value = node.metadata.get(_MARK)
     children = [child for child, _ in node.next_functions]
-    if said == "scaled":  # by a GradScaler, which takes it back
+    if value == "scaled":  # by a GradScaler, which unscales the gradients
         return [(child, divisors) for child in children if child is not None][:1]
-    if isinstance(said, DividedTerm):
-        found.append(replace(said, divisors=divisors))
+    if isinstance(value, DividedTerm):
+        found.append(replace(value, divisors=divisors))
         return []
     name = node.name().partition("Backward")[0]
-    if node.name() in _ALIKE:
+    if node.name() in UNCHANGED_VALUES:
         return [(children[0], divisors)]
     if name in ("Add", "Sub") and getattr(node, "_saved_alpha", 1) == 1:
-        sign = [Divisor(-1.0, by_division=False)] if name == "Sub" else []
-        second = [(child, (*divisors, *sign)) for child in children[1:]]
-        return [pair for pair in [(children[0], divisors), *second] if pair[0] is not None]
+        signs = ((), (Divisor(-1.0, by_division=False),) if name == "Sub" else ())
+        return [(child, (*divisors, *sign)) for child, sign in zip(children, signs, strict=False) if child is not None]
     if name == "Neg":
         return [(children[0], (*divisors, Divisor(-1.0, by_division=False)))]
-    if name in ("Div", "Mul"):
-        scaled = _scaled(node, name, children)
-        if scaled is not None:
-            child, divisor = scaled
-            return [(child, (*divisors, divisor))]
+    losses = [child for child in children if child is not None]
+    if name in ("Div", "Mul") and len(losses) == 1 and (divisor := _divisor(node, name, losses[0])) is not None:
+        return [(losses[0], (*divisors, divisor))]
     found.append(_term(node, name, divisors))
     return []
 
 
-def _scaled(node: Any, name: str, children: list[Any]) -> tuple[Any, Divisor] | None:
-    """The loss and the number of `loss / number`, `loss * number` or `number * loss`."""
-    child = next((child for child in children if child is not None), None)
-    if child is None or sum(one is not None for one in children) != 1:
-        return None
+def _divisor(node: Any, name: str, loss: Any) -> Divisor | None:
+    """The number of `loss / number`, `loss * number` or `number * loss`."""
     factor = getattr(node, "_saved_other", None)
     if factor is None and name == "Mul":
         factor = getattr(node, "_saved_self", None)
     if factor is None or (isinstance(factor, Tensor) and factor.numel() != 1):
         return None
-    value = _number(factor)
-    if name == "Mul":
-        return child, Divisor(_inverse(value), by_division=False, num_terms=terms_below(child))
-    return child, Divisor(value, by_division=True, num_terms=terms_below(child))
+    is_division, value = name == "Div", number(factor)
+    return Divisor(value if is_division else _inverse(value), is_division, _num_terms(loss))
 
 
 def _inverse(value: float | Tensor) -> float | Tensor:
-    value = _number(value) if isinstance(value, Tensor) else value
-    if isinstance(value, Tensor):
-        return 1 / value
-    return 1 / value if value else float("inf")
+    value = number(value) if isinstance(value, Tensor) else value
+    return 1 / value if isinstance(value, Tensor) or value else float("inf")
 
 
-def _number(value: Any) -> float | Tensor:
-    """A float, or a copy of a tensor that lives on a device, which reading would wait for."""
+def number(value: Any) -> float | Tensor:
+    """A float; or a copy of a tensor on a device, since reading it would wait for the device."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach().clone()
-    return float(torch._C.TensorBase.item(value)) if isinstance(value, Tensor) else float(value)  # not the patched one
+    return float(read_number(value) if isinstance(value, Tensor) else value)
 
 
 def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> DividedTerm:
@@ -204,8 +176,7 @@ def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> DividedTerm:
         count = float(size)
     elif weight is not None and name.startswith("Nll"):
         count = None if target is None else (target != _signed(read("ignore_index"))).sum()
-    number = None if count is None else _number(count)
-    return DividedTerm(name, reduction, number, size, rows, divisors, target)
+    return DividedTerm(name, reduction, None if count is None else number(count), size, rows, divisors, target)
 
 
 def _signed(value: int) -> int:

@@ -1,21 +1,20 @@
-"""The process of a diagnosis: a script runs in one of its own, so that whatever it does its report comes back."""
+"""The parent process of a diagnosis: the script runs in a child, so the report returns whatever the script does."""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from gradfold.doctor.diagnose import Report
-from gradfold.doctor.run import Ending
+from gradfold.doctor.finding import Ending, Report
 from gradfold.errors import OptionError
-
-__all__: list[str] = []
 
 _GRACE_S = 20.0  # for a script whose time is over, and for what is left of one that was stopped
 
@@ -33,63 +32,48 @@ def diagnose(
     Args:
         script: the file.
         arguments: for its `sys.argv`.
-        num_updates: how many updates to watch.
-        timeout_s: when to end it; None for never.
-        stdout: where its standard output goes; None for this process's own.
+        num_updates: how many updates to record.
+        timeout_s: when to end it.
+        stdout: where its standard output goes, if not to this process's own.
 
     Raises:
-        OptionError: there is no such file, or a number is out of range.
+        OptionError: the file does not exist, or a number is out of range.
     """
     if not script.is_file():
-        raise OptionError(f"{script}: there is no such file; expected a Python script, such as train.py.")
+        raise OptionError(f"{script} does not exist; expected a Python script, such as train.py.")
     if num_updates < 1:
         raise OptionError(f"--updates {num_updates}: expected at least 1.")
     if timeout_s is not None and timeout_s <= 0:
         raise OptionError(f"--timeout {timeout_s:g}: expected seconds above 0.")
     with tempfile.TemporaryDirectory(prefix="gradfold-doctor-") as folder:
         answer = Path(folder, "report.json")
-        request = {
-            "script": str(script),
-            "arguments": list(arguments),
-            "num_updates": num_updates,
-            "timeout_s": timeout_s,
-            "answer": str(answer),
-        }
-        command = [sys.executable, "-m", "gradfold.doctor", json.dumps(request)]
-        child = subprocess.Popen(command, stdout=stdout)
+        request = json.dumps([str(script), list(arguments), num_updates, timeout_s, str(answer)])
+        child = subprocess.Popen([sys.executable, "-m", "gradfold.doctor", request], stdout=stdout)
         try:
             _wait(child, answer, timeout_s)
         finally:
             if child.poll() is None:
                 child.kill()
                 child.wait()
-        if not answer.exists():
-            return _without_answer(script, child.returncode, timeout_s)
-        return Report.from_dict(json.loads(answer.read_text("utf-8")))
+        if answer.exists():
+            return Report.from_dict(json.loads(answer.read_text("utf-8")))
+        return Report(str(script), _ending_without_answer(child.returncode, timeout_s), (), {})
 
 
 def _wait(child: subprocess.Popen[bytes], answer: Path, timeout_s: float | None) -> None:
     """Until the child ends; threads that a script left behind do not keep it for long."""
-    start = time.monotonic()
-    answered: float | None = None
-    while True:
-        try:
+    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s + _GRACE_S
+    while time.monotonic() < deadline_s:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(0.1)
             return
-        except subprocess.TimeoutExpired:
-            now = time.monotonic()
-        answered = now if answered is None and answer.exists() else answered
-        if answered is not None and now - answered > _GRACE_S:
-            return
-        if timeout_s is not None and now - start > timeout_s + _GRACE_S:
-            return
+        if answer.exists():
+            deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
 
 
-def _without_answer(script: Path, code: int, timeout_s: float | None) -> Report:
+def _ending_without_answer(code: int, timeout_s: float | None) -> Ending:
     if code == -9 and timeout_s is not None:
-        ending = Ending("timed out", 0)
-    elif code < 0:
-        ending = Ending("failed", 128 - code, f"ended by signal {-code}")
-    else:
-        ending = Ending("failed", code or 1, "the process ended before anything could be examined")
-    return Report(str(script), ending, (), {})
+        return Ending("timed out", 0)
+    if code < 0:
+        return Ending("failed", 128 - code, f"ended by signal {-code}")
+    return Ending("failed", code or 1, "the process ended before anything could be examined")

@@ -1,42 +1,27 @@
-"""The report in words: findings by file and line, and what the script does.
+"""The report as text and as SARIF, its exit code, and the page of rules.
 
-The page of rules, docs/doctor-rules.md, made from the rules themselves.
-
-The report as SARIF 2.1.0, which editors and continuous integration show at the lines of a change.
-
-Source: https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html
+SARIF 2.1.0 is what editors and continuous integration show at the lines of a change:
+https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from gradfold.doctor.diagnose import Report
-from gradfold.doctor.finding import Finding
+from gradfold.doctor.finding import Finding, Report
 from gradfold.doctor.instrumentation import Failure
+from gradfold.doctor.rule import Rule, num_micro_batches
 from gradfold.doctor.rules import RULES
-from gradfold.doctor.rules.rule import Rule
-
-__all__: list[str] = []
 
 NO_DIAGNOSIS = 70  # sysexits.h: an error within the program itself
 
 _WIDTH = 100
 _INDENT = "    "
 _MOST_OF_ERROR = 160  # characters
-
-
-def text(report: Report) -> str:
-    """The whole report."""
-    parts = [_ending(report), *map(_finding, report.findings)]
-    if report.summary.get("num_backwards"):
-        parts += [_verdict(report), _summary(report.summary)]
-    if report.failure is not None:
-        parts.append(_wrapped(_own_failure(report, report.failure), ""))
-    return "\n\n".join(part for part in parts if part)
+_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
 def exit_code(report: Report) -> int:
@@ -50,7 +35,86 @@ def exit_code(report: Report) -> int:
     return 1 if report.findings else 0
 
 
-def shown_path(file: str) -> str:
+def text(report: Report) -> str:
+    """The whole report."""
+    parts = ["\n".join(_wrapped(sentence, "") for sentence in _ending(report)), *map(_finding, report.findings)]
+    if report.summary.get("num_backwards"):
+        parts += [_verdict(report), "\n".join(["What the script does", *_summary(report.summary)])]
+    if report.failure is not None:
+        parts.append(_wrapped(_own_failure(report.failure, report), ""))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _ending(report: Report) -> list[str]:
+    script, ending, summary = _shown_path(report.script), report.ending, report.summary
+    error = f": {ending.error}" if ending.error else ""
+    count = summary.get("num_updates")
+    seen = "" if count is None else f", after {count} update{'s' * (count != 1)}"
+    sentences = {
+        "ended": [],
+        "timed out": [f"{script} ran past --timeout and was ended{seen}. Allow it more time, or use less data."],
+        "failed": [f"{script} failed by itself, with exit code {ending.code}{error}{seen}."],
+        "stopped": [f"{script} was ended{seen}, since enough was seen; --updates N records more."],
+    }[ending.how]
+    if report.failure is None and not summary.get("num_backwards"):
+        sentences.append(
+            f"{script} never called backward: there is nothing to examine. If it trains only with certain arguments, "
+            f"pass them after two dashes: gradfold doctor {script} -- --epochs 1"
+        )
+    return sentences
+
+
+def _finding(one: Finding) -> str:
+    where = f"{_shown_path(one.file)}:{one.line}" if one.line else _shown_path(one.file)
+    heading = f"{where}: {one.code} {one.name} [{one.severity}, {one.confidence}]"
+    message = one.message[:1].upper() + one.message[1:]
+    return "\n".join([heading, _wrapped(message), _wrapped(f"Fix: {one.fix}")])
+
+
+def _verdict(report: Report) -> str:
+    ignored = f" ({report.num_ignored} ignored by comments)" if report.num_ignored else ""
+    count = len(report.findings)
+    findings = f"{count or 'no'} finding{'s' * (count != 1)}{ignored}."
+    return f"{_shown_path(report.script)}: {findings}" + " `gradfold doctor --rules` explains." * (count > 0)
+
+
+def _summary(summary: dict[str, Any]) -> list[str]:
+    lines = [_optimizer(one) for one in summary["optimizers"]]
+    if summary["gradfold"]:
+        lines.append("gradfold accumulates")
+    if summary["autocast"]:
+        lines.append(f"autocast: {', '.join(summary['autocast'])}")
+    available = f" of {summary['available_bytes'] / 1e9:.3g} GB" if summary["available_bytes"] else ""
+    where = "on the device" if summary["device"] == "cuda" else "in the process"
+    lines.append(f"peak memory {summary['peak_bytes'] / 1e9:.3g} GB{available} {where}")
+    seconds, total = summary["seconds"], summary["seconds"]["total"]
+    if total:
+        names = {"data": "data", "forward_and_rest": "forward and the rest", "backward": "backward", "step": "steps"}
+        shares = ", ".join(f"{label} {seconds[name] / total:.0%}" for name, label in names.items())
+        lines.append(f"{total:.3g} s after the first update: {shares}")
+    return [_INDENT + line for line in lines]
+
+
+def _optimizer(one: dict[str, Any]) -> str:
+    shortest, longest = one["shortest_window"], one["longest_window"]
+    varies = f" ({shortest} to {longest})" if shortest != longest else ""
+    batch = f", effective batch {one['effective_batch']}" if one["effective_batch"] else ""
+    epoch = f", {one['updates_per_epoch']} updates per epoch" if one["updates_per_epoch"] else ""
+    windows = f"windows of {num_micro_batches(one['window_length'])}{varies}"
+    return f"{one['optimizer']}: {one['num_updates']} updates seen, {windows}{batch}{epoch}"
+
+
+def _own_failure(failure: Failure, report: Report) -> str:
+    what = "Part of the diagnosis is missing" if report.summary else "No diagnosis"
+    error = textwrap.shorten(failure.error, _MOST_OF_ERROR, placeholder=" ...")
+    after = f" From then on it recorded nothing, and {_shown_path(report.script)} ran as without it."
+    return (
+        f"{what}: gradfold's doctor itself failed (at {failure.part}: {error}).{after * (not report.summary)} "
+        "That is a defect of gradfold, not of the script; --debug prints where."
+    )
+
+
+def _shown_path(file: str) -> str:
     """A path as a reader would type it: relative where it is below the working folder."""
     try:
         return str(Path(file).resolve().relative_to(Path.cwd()))
@@ -58,123 +122,79 @@ def shown_path(file: str) -> str:
         return file
 
 
-def _ending(report: Report) -> str:
-    script, ending, summary = shown_path(report.script), report.ending, report.summary
-    sentences = []
-    if ending.how == "timed out":
-        sentences.append(f"{script} ran past --timeout and was ended{_seen(summary)}. Give it more time, or less data.")
-    elif ending.how == "failed":
-        why = f": {ending.error}" if ending.error else ""
-        sentences.append(f"{script} failed by itself, with exit code {ending.code}{why}{_seen(summary)}.")
-    elif ending.how == "stopped":
-        sentences.append(f"{script} was ended{_seen(summary)}, where enough was seen; --updates N watches more.")
-    if report.failure is None and not summary.get("num_backwards"):
-        sentences.append(
-            f"{script} never called backward: there is nothing to examine. Does it train only with certain arguments? "
-            f"Give them after two dashes: gradfold doctor {script} -- --epochs 1"
-        )
-    return "\n".join(_wrapped(sentence, "") for sentence in sentences)
-
-
-def _seen(summary: dict[str, Any]) -> str:
-    count = summary.get("num_updates")
-    return "" if count is None else f", after {count} update{'s' * (count != 1)}"
-
-
-def _own_failure(report: Report, failure: Failure) -> str:
-    what = "Part of the diagnosis is missing" if report.summary else "No diagnosis"
-    script = shown_path(report.script)
-    after = "" if report.summary else f" From then on it did nothing, and {script} ran as without it."
-    error = textwrap.shorten(failure.error, _MOST_OF_ERROR, placeholder=" ...")
-    return (
-        f"{what}: gradfold's doctor itself failed (at {failure.part}: {error}).{after} That is a defect of "
-        "gradfold, not of the script; --debug prints where."
-    )
-
-
-def _finding(one: Finding) -> str:
-    where = f"{shown_path(one.file)}:{one.line}" if one.line else shown_path(one.file)
-    heading = f"{where}: {one.code} {one.name} [{one.severity}, {one.confidence}]"
-    message = one.message[0].upper() + one.message[1:] if one.message[:1].isalpha() else one.message
-    return "\n".join([heading, _wrapped(message), _wrapped(f"Instead: {one.fix}")])
-
-
-def _verdict(report: Report) -> str:
-    ignored = f" ({report.num_ignored} silenced by comments)" * (report.num_ignored > 0)
-    count = len(report.findings)
-    if not count:
-        return f"{shown_path(report.script)}: no findings{ignored}."
-    return (
-        f"{shown_path(report.script)}: {count} finding{'s' * (count > 1)}{ignored}. `gradfold doctor --rules` explains."
-    )
-
-
-def _summary(summary: dict[str, Any]) -> str:
-    lines = ["What the script does"]
-    for one in summary["optimizers"]:
-        lines.append(_INDENT + _optimizer(one))
-    if summary["gradfold"]:
-        lines.append(f"{_INDENT}gradfold accumulates")
-    if summary["autocast"]:
-        lines.append(f"{_INDENT}autocast: {', '.join(summary['autocast'])}")
-    available = summary["available_bytes"]
-    of = f" of {available / 1e9:.3g} GB" if available else ""
-    what = "on the device" if summary["device"] == "cuda" else "in the process"
-    lines.append(f"{_INDENT}peak memory {summary['peak_bytes'] / 1e9:.3g} GB{of} {what}")
-    seconds = summary["seconds"]
-    total = seconds["total"]
-    if not total:
-        return "\n".join(lines)
-    names = {"data": "data", "forward_and_rest": "forward and the rest", "backward": "backward", "step": "steps"}
-    shares = ", ".join(f"{label} {seconds[name] / total:.0%}" for name, label in names.items())
-    lines.append(f"{_INDENT}{seconds['total']:.3g} s after the first update: {shares}")
-    return "\n".join(lines)
-
-
-def _optimizer(one: dict[str, Any]) -> str:
-    length = one["window_length"]
-    spread = f" ({one['shortest_window']} to {one['longest_window']})"
-    varies = spread if one["shortest_window"] != one["longest_window"] else ""
-    window = f"windows of {length} micro-batch{'es' * (length != 1)}{varies}"
-    batch = f", effective batch {one['effective_batch']}" if one["effective_batch"] else ""
-    epoch = f", {one['updates_per_epoch']} updates per epoch" if one["updates_per_epoch"] else ""
-    return f"{one['optimizer']}: {one['num_updates']} updates seen, {window}{batch}{epoch}"
-
-
 def _wrapped(paragraph: str, indent: str = _INDENT) -> str:
-    width = (
-        min(_WIDTH, int(os.environ.get("COLUMNS", _WIDTH) or _WIDTH))
-        if os.environ.get("COLUMNS", "").isdigit()
-        else _WIDTH
-    )
-    return textwrap.fill(
-        paragraph,
-        max(width, 40),
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    width = max(40, min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns))
+    wrapper = textwrap.TextWrapper(width - len(indent), break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent(wrapper.fill(paragraph), indent)
 
 
-_HEAD = """# What the doctor looks for
+def sarif(report: Report, version: str) -> dict[str, Any]:
+    """The report as a SARIF log of one run.
 
-`gradfold doctor train.py -- ARGS` runs a training script unchanged for a few updates, and looks for these. Every
-finding has a line of the script, says what was measured, and what to write instead. A comment
-`# gradfold: ignore[GF012]` at the end of a line silences a rule there.
+    Args:
+        report: what was found.
+        version: of gradfold.
+    """
+    failure, ending = report.failure, report.ending
+    invocation: dict[str, Any] = {
+        "executionSuccessful": ending.how in ("ended", "stopped") and failure is None,
+        "exitCode": ending.code,
+    }
+    if failure is not None:
+        message = {"text": f"The doctor itself failed at {failure.part}: {failure.error}"}
+        invocation["toolExecutionNotifications"] = [{"level": "error", "message": message}]
+    driver = {"name": "gradfold doctor", "semanticVersion": version, "rules": [_sarif_rule(one) for one in RULES]}
+    results = [_sarif_result(one) for one in report.findings]
+    run = {"tool": {"driver": driver}, "invocations": [invocation], "results": results}
+    return {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
 
-*error*: the gradient is not the one that was meant. *warning*: the model trains in another way than the code looks
-like. *note*: right, at a needless cost. *certain*: it was seen; *likely*: what was seen has hardly another meaning.
+
+def _sarif_rule(rule: Rule) -> dict[str, Any]:
+    return {
+        "id": rule.code,
+        "name": "".join(word.capitalize() for word in rule.name.replace(",", "").replace("-", " ").split()),
+        "shortDescription": {"text": rule.name},
+        "fullDescription": {"text": rule.what},
+        "help": {"text": f"{rule.why}\n\nSuggested fix:\n\n{rule.right}"},
+        "defaultConfiguration": {"level": rule.severity},
+    }
+
+
+def _sarif_result(one: Finding) -> dict[str, Any]:
+    path = Path(_shown_path(one.file))
+    location: dict[str, Any] = {"artifactLocation": {"uri": path.as_uri() if path.is_absolute() else path.as_posix()}}
+    if one.line:
+        location["region"] = {"startLine": one.line}
+    return {
+        "ruleId": one.code,
+        "ruleIndex": [rule.code for rule in RULES].index(one.code),
+        "level": one.severity,
+        "message": {"text": f"{one.message} Fix: {one.fix}"},
+        "locations": [{"physicalLocation": location}],
+        "properties": {"confidence": one.confidence},
+    }
+
+
+_PAGE = """# What the doctor looks for
+
+`gradfold doctor train.py -- ARGS` runs a training script unchanged for a few updates, and looks for these hazards.
+Every finding names a line of the script, says what was measured, and suggests a fix. A comment
+`# gradfold: ignore[GF012]` at the end of a line ignores a rule there.
+
+*error*: the gradient is not the intended one. *warning*: the model trains in another way than the code looks like.
+*note*: right, at a needless cost. *certain*: it was seen; *likely*: what was seen has hardly another meaning.
 
 This page is made from the rules (`gradfold doctor --rules` prints it).
+
+| code | name | severity |
+|---|---|---|
 """
 
 
 def rules_page() -> str:
     """The page, as Markdown."""
     rows = [f"| [{one.code}](#{one.code.lower()}) | {one.name} | {one.severity} |" for one in RULES]
-    table = "\n".join(["| code | name | severity |", "|---|---|---|", *rows])
-    return "\n".join([_HEAD, table, "", *map(_section, RULES)]).rstrip() + "\n"
+    return _PAGE + "\n".join([*rows, "", *map(_section, RULES)]).rstrip() + "\n"
 
 
 def _section(rule: Rule) -> str:
@@ -196,61 +216,3 @@ def _section(rule: Rule) -> str:
 {rule.right.strip()}
 ```
 """
-
-
-_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
-
-
-def sarif(report: Report, version: str) -> dict[str, Any]:
-    """The log of one run.
-
-    Args:
-        report: what was found.
-        version: of gradfold.
-    """
-    driver = {"name": "gradfold doctor", "semanticVersion": version, "rules": [_rule(one) for one in RULES]}
-    ending = report.ending
-    invocation: dict[str, Any] = {
-        "executionSuccessful": ending.how in ("ended", "stopped") and report.failure is None,
-        "exitCode": ending.code,
-    }
-    if report.failure is not None:
-        said = f"The doctor itself failed at {report.failure.part}: {report.failure.error}"
-        invocation["toolExecutionNotifications"] = [{"level": "error", "message": {"text": said}}]
-    return {
-        "$schema": _SCHEMA,
-        "version": "2.1.0",
-        "runs": [
-            {
-                "tool": {"driver": driver},
-                "invocations": [invocation],
-                "results": [_result(one) for one in report.findings],
-            }
-        ],
-    }
-
-
-def _rule(rule: Any) -> dict[str, Any]:
-    return {
-        "id": rule.code,
-        "name": "".join(word.capitalize() for word in rule.name.replace(",", "").replace("-", " ").split()),
-        "shortDescription": {"text": rule.name},
-        "fullDescription": {"text": rule.what},
-        "help": {"text": f"{rule.why}\n\nInstead:\n\n{rule.right}"},
-        "defaultConfiguration": {"level": rule.severity},
-    }
-
-
-def _result(one: Finding) -> dict[str, Any]:
-    path = Path(shown_path(one.file))
-    location: dict[str, Any] = {"artifactLocation": {"uri": path.as_uri() if path.is_absolute() else path.as_posix()}}
-    if one.line:
-        location["region"] = {"startLine": one.line}
-    return {
-        "ruleId": one.code,
-        "ruleIndex": next(index for index, rule in enumerate(RULES) if rule.code == one.code),
-        "level": one.severity,
-        "message": {"text": f"{one.message} Instead: {one.fix}"},
-        "locations": [{"physicalLocation": location}],
-        "properties": {"confidence": one.confidence},
-    }

@@ -1,68 +1,47 @@
-"""GF011: BatchNorm normalizes each micro-batch by itself."""
+"""GF011: BatchNorm in training mode under accumulation (warning).
+
+A BatchNorm layer uses the statistics of the micro-batch while gradients accumulate.
+
+Why: BatchNorm makes each sample depend on the others in its batch. Split into micro-batches, a sample depends on fewer:
+the gradient differs (by tens of percent in common networks), its noise grows as the micro-batch shrinks, and with
+micro-batches of a few rows training suffers. Running statistics are updated n times per step.
+Detection: In most windows, the autograd graph of a micro-batch has a batch normalization that uses the statistics of
+its input.
+Limits: Layers inside a compiled or reentrantly checkpointed region are not in the graph. Layers in eval mode, with
+frozen statistics, are not reported, nor is what gradfold runs.
+
+Fix:
+- model = torchvision.models.resnet50()  # 53 BatchNorm layers
+- for i, (x, y) in enumerate(loader):
+-     (criterion(model(x), y) / 16).backward()
++ accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=8, batch_norm="exact")
++ for batch in loader:
++     accumulator.backward(batch)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from gradfold.doctor.events import Backward
-from gradfold.doctor.finding import WARNING, Observation
-from gradfold.doctor.history import RunRecord, UpdateWindow
-from gradfold.doctor.rules.rule import Rule
-
-__all__: list[str] = []
+from gradfold.doctor.history import RunRecord
+from gradfold.doctor.rule import Violation, Violations
 
 
-def _check(case: RunRecord) -> Iterator[Observation]:
-    for training in case.accumulating:
-        seen = [one for one in training.accumulating if any(_layers(case, micro) for micro in one.micro_batches)]
-        if not seen or 2 * len(seen) <= len([one for one in training.accumulating if _was_looked_at(one)]):
+def check(record: RunRecord) -> Violations:
+    for history in record.accumulating:
+        walked = [one for one in history.accumulating if any(micro.graph.is_walked for micro in one.micro_batches)]
+        found = [some for one in walked if (some := [micro for micro in one.micro_batches if micro.graph.batch_norms])]
+        if 2 * len(found) <= len(walked):
             continue
-        micro = next(one for one in seen[0].micro_batches if _layers(case, one))
-        layers = _layers(case, micro)
+        micro, n = found[0][0], history.window_length
+        means = micro.graph.batch_norms
+        layers = [record.batch_norms.get(mean.data_ptr(), "") if mean is not None else "" for mean in means]
         named = [name for name in layers if name]
         names = f" ({', '.join(named[:3])}{', ...' * (len(named) > 3)})" if named else ""
-        n, rows = training.usual, micro.rows
-        sizes = f" over {rows} rows, not over the {n * rows} of an update" if rows else f", {n} times per update"
+        sizes = f" over {micro.rows} rows, not over the {n * micro.rows} of an update" if micro.rows else ""
         many = f"{len(layers)} BatchNorm layers" if len(layers) > 1 else "one BatchNorm layer"
-        yield Observation(
-            micro.place,
+        yield Violation(
+            micro.location,
             f"in training mode, {many}{names} normalize{'s' * (len(layers) == 1)} each micro-batch by itself{sizes}. "
-            f"The gradient is not the whole batch's, and the running statistics move {n} times per update.",
-            "GroupNorm or LayerNorm, frozen statistics (`.eval()`), or the whole batch's statistics: "
+            f"The gradient is not that of the whole batch, and the running statistics are updated {n} times per step.",
+            "Use GroupNorm or LayerNorm, frozen statistics (`.eval()`), or the statistics of the whole batch: "
             'gradfold.Accumulator(model, loss_fn, batch_norm="exact").',
         )
-
-
-def _layers(case: RunRecord, micro: Backward) -> list[str]:
-    if micro.census is None:
-        return []
-    means = micro.census.batch_norms
-    return [case.batch_norms.get(mean.data_ptr(), "") if mean is not None else "" for mean in means]
-
-
-def _was_looked_at(window: UpdateWindow) -> bool:
-    return any(one.census is not None for one in window.micro_batches)
-
-
-RULE = Rule(
-    code="GF011",
-    name="BatchNorm in training mode under accumulation",
-    severity=WARNING,
-    what="A BatchNorm layer uses the statistics of the micro-batch while gradients accumulate.",
-    why="Samples of a batch see each other through BatchNorm. Cut into micro-batches they see fewer: the gradient is "
-    "another one (by tens of percent in common networks), noisier the smaller the micro-batch, and with micro-batches "
-    "of a few rows training suffers. Running statistics advance n times per update.",
-    detection="The autograd graph of a micro-batch has a batch normalization with the batch's own statistics, in most "
-    "windows.",
-    limits="Layers inside of a compiled or reentrantly checkpointed region are not in the graph. Layers in eval mode, "
-    "with frozen statistics, are left alone, and so is what gradfold runs.",
-    wrong="""model = torchvision.models.resnet50()  # 53 BatchNorm layers
-for i, (x, y) in enumerate(loader):
-    (criterion(model(x), y) / 16).backward()
-""",
-    right="""accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=8, batch_norm="exact")
-for batch in loader:
-    accumulator.backward(batch)
-""",
-    check=_check,
-)

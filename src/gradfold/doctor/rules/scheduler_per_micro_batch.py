@@ -1,77 +1,66 @@
-"""GF008: a learning-rate schedule made for updates advances in every micro-batch."""
+"""GF008: scheduler steps per micro-batch (error).
+
+`scheduler.step()` runs in every micro-batch, `optimizer.step()` in every n-th.
+
+Why: The schedule runs n times too fast: warm-up is over after one n-th of its updates, and the learning rate reaches
+its end when one n-th of the training is done.
+Detection: In most windows a scheduler made as many steps between two steps of its optimizer as there were
+micro-batches.
+Limits: A schedule whose `T_max` or `total_steps` is a multiple of the loader's length was made for micro-batches, and
+is not reported. Learning rates written into `param_groups` by hand are not seen.
+
+Fix:
+  (criterion(model(x), y) / 4).backward()
+  if (i + 1) % 4 == 0:
+      optimizer.step()
++     scheduler.step()
+      optimizer.zero_grad()
+- scheduler.step()
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from gradfold.doctor.events import EpochStart, SchedulerStep
-from gradfold.doctor.finding import ERROR, Observation
 from gradfold.doctor.history import OptimizerHistory, RunRecord
-from gradfold.doctor.rules.rule import Rule
-
-__all__: list[str] = []
+from gradfold.doctor.rule import Violation, Violations
 
 
-def _check(case: RunRecord) -> Iterator[Observation]:
-    for training in case.accumulating:
-        for scheduler in sorted(
-            {tick.scheduler for tick in case.events(SchedulerStep) if tick.ledger == training.ledger}
-        ):
-            ticks = [tick for tick in case.events(SchedulerStep) if tick.scheduler == scheduler]
-            if not _ticks_in_windows(training, scheduler) or _is_made_for_micro_batches(case, training, ticks[0]):
+def check(record: RunRecord) -> Violations:
+    by_scheduler: dict[int, list[SchedulerStep]] = {}
+    for step in record.log.of(SchedulerStep):
+        by_scheduler.setdefault(step.scheduler, []).append(step)
+    for history in record.accumulating:
+        for scheduler, steps in by_scheduler.items():
+            first, last, n = steps[0], steps[-1], history.window_length
+            if all(step.optimizer != history.number for step in steps) or not _steps_in_windows(history, scheduler):
                 continue
-            first, last = ticks[0], ticks[-1]
-            updates = len(training.windows)
-            ahead = ""
-            if first.horizon:
-                ahead = f" A schedule of {first.horizon} ticks ends after {first.horizon // training.usual} updates."
-            yield Observation(
-                first.place,
-                f"{first.name} advances in every micro-batch: {len(ticks)} ticks in {updates} updates, "
-                f"{training.usual} times as fast as the updates it schedules. The learning rate went from "
-                f"{first.before:.3g} to {last.after:.3g}.{ahead}",
+            if _is_made_for_micro_batches(record, history, first):
+                continue
+            end = (
+                f" A schedule of {first.horizon} steps ends after {first.horizon // n} updates."
+                if first.horizon
+                else ""
+            )
+            yield Violation(
+                first.location,
+                f"{first.name} advances in every micro-batch: {len(steps)} steps in {len(history.windows)} updates, "
+                f"{n} times as fast as the updates it schedules. The learning rate went from {first.before:.3g} to "
+                f"{last.after:.3g}.{end}",
                 "Call `scheduler.step()` right after `optimizer.step()`, under the same `if`.",
             )
 
 
-def _ticks_in_windows(training: OptimizerHistory, scheduler: int) -> bool:
-    """Whether in most windows there are as many ticks as micro-batches (the first may have one less)."""
-    like = 0
-    for index, window in enumerate(training.accumulating):
-        count = sum(tick.scheduler == scheduler for tick in training.around(window, SchedulerStep))
-        like += count > 1 and count in (len(window), len(window) - (index == 0))
-    return 2 * like > len(training.accumulating)
+def _steps_in_windows(history: OptimizerHistory, scheduler: int) -> bool:
+    """Whether most windows have as many scheduler steps as micro-batches (the first may have one less)."""
+    alike = 0
+    for index, window in enumerate(history.accumulating):
+        count = sum(step.scheduler == scheduler for step in history.around(window, SchedulerStep))
+        alike += count > 1 and count in (len(window), len(window) - (index == 0))
+    return 2 * alike > len(history.accumulating)
 
 
-def _is_made_for_micro_batches(case: RunRecord, training: OptimizerHistory, tick: SchedulerStep) -> bool:
-    """Whether the schedule is as long as a whole number of epochs in micro-batches: then it was meant so."""
-    loaders = {one.loader for window in training.windows for one in window.micro_batches}
-    lengths = {one.length for one in case.events(EpochStart) if one.loader in loaders and one.length}
-    return tick.horizon is not None and any(tick.horizon % length == 0 for length in lengths)
-
-
-RULE = Rule(
-    code="GF008",
-    name="scheduler ticks per micro-batch",
-    severity=ERROR,
-    what="`scheduler.step()` runs in every micro-batch, `optimizer.step()` in every n-th.",
-    why="The schedule runs n times too fast: warm-up is over after a n-th of its updates, and the learning rate "
-    "reaches its end when a n-th of the training is done.",
-    detection="In most windows a scheduler made as many steps between two steps of its optimizer as there were "
-    "micro-batches.",
-    limits="A schedule whose `T_max` or `total_steps` is a multiple of the loader's length was made for micro-batches, "
-    "and is left alone. Learning rates written into `param_groups` by hand are not seen.",
-    wrong="""(criterion(model(x), y) / 4).backward()
-if (i + 1) % 4 == 0:
-    optimizer.step()
-    optimizer.zero_grad()
-scheduler.step()
-""",
-    right="""(criterion(model(x), y) / 4).backward()
-if (i + 1) % 4 == 0:
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-""",
-    check=_check,
-)
+def _is_made_for_micro_batches(record: RunRecord, history: OptimizerHistory, step: SchedulerStep) -> bool:
+    """Whether the schedule is as long as a whole number of epochs in micro-batches, which is intentional then."""
+    loaders = {one.loader_state.loader for window in history.windows for one in window.micro_batches}
+    lengths = {one.length for one in record.log.of(EpochStart) if one.loader in loaders and one.length}
+    return step.horizon is not None and any(step.horizon % length == 0 for length in lengths)

@@ -1,83 +1,67 @@
-"""GF001: gradients are zeroed inside a window, so that only its last micro-batch reaches the update."""
+"""GF001: gradients zeroed inside a window (error).
+
+`zero_grad()` (or `p.grad = None`, `p.grad.zero_()`) runs in every micro-batch, the step in every n-th.
+
+Why: Only the last micro-batch of a window is in `.grad` when the step comes. The batch is n times smaller than it
+looks, the noise is larger, and (n - 1) / n of the computation is discarded. Where the loss is divided by n, the
+gradient is also n times too small.
+Detection: In most windows, gradients that no step, no closure and no manual change of the parameters has used become
+zero or None, in the same epoch as the step that follows, and they come from a line whose gradients reach a step at
+other times.
+Limits: Gradients that are copied elsewhere before they are zeroed (custom buffers) do not count as lost where `.grad`
+is written by hand before the step. Gradients of other losses, such as those that a generator's loss leaves in the
+discriminator, may be zeroed at any time.
+
+Fix:
+  for i, (x, y) in enumerate(loader):
+-     optimizer.zero_grad()
+      (criterion(model(x), y) / 4).backward()
+      if (i + 1) % 4 == 0:
+          optimizer.step()
++         optimizer.zero_grad()
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 from gradfold.doctor.events import ZeroGrad
-from gradfold.doctor.finding import ERROR, Observation
-from gradfold.doctor.history import OptimizerHistory, RunRecord, pass_of
-from gradfold.doctor.rules.rule import Rule
-
-__all__: list[str] = []
+from gradfold.doctor.history import OptimizerHistory, RunRecord, epoch_of
+from gradfold.doctor.rule import Violation, Violations
 
 
-def lost_in_windows(training: OptimizerHistory) -> list[ZeroGrad]:
-    """The zeroings inside windows, where most windows have one; else none.
+def lost_in_windows(history: OptimizerHistory) -> list[ZeroGrad]:
+    """The zeroings inside windows, where most windows have one; else an empty list.
 
-    Inside a window: what is lost comes from a line that updates the model at other times, from the same pass over the
-    data as the step that follows.
+    Inside a window: the lost gradient comes from a line that updates the model at other times, and from the same epoch
+    as the step that follows.
     """
-    found: dict[int, list[ZeroGrad]] = {}
-    for clear in training.clears:
-        window = next((index for index, one in enumerate(training.windows) if one.step.at > clear.at), None)
-        if window is None or clear.is_used or training.windows[window].step.is_rewritten:
+    zero_grads, steps = [], set()
+    for zero_grad in history.zero_grads:
+        window = next((one for one in history.windows if one.step.at > zero_grad.at), None)
+        if window is None or zero_grad.is_used or window.step.is_rewritten or not window.backwards:
             continue
-        if not training.windows[window].backwards:
-            continue
-        lost, kept = training.backward(clear.entries[-1]), training.windows[window].backwards[-1]
-        if lost.path in training.lines and pass_of(lost) == pass_of(kept):
-            found.setdefault(window, []).append(clear)
-    clears = [clear for some in found.values() for clear in some]
-    return clears if len(clears) > 1 and 2 * len(found) > len(training.windows) else []
+        lost, kept = history.log.backwards[zero_grad.backwards[-1]], window.backwards[-1]
+        if lost.context.call_path in history.call_paths and epoch_of(lost) == epoch_of(kept):
+            zero_grads.append(zero_grad)
+            steps.add(window.step.at)
+    return zero_grads if len(zero_grads) > 1 and 2 * len(steps) > len(history.windows) else []
 
 
-def _check(case: RunRecord) -> Iterator[Observation]:
-    for training in case.trainings:
-        clears = lost_in_windows(training)
-        if not clears:
+def check(record: RunRecord) -> Violations:
+    for history in record.optimizers:
+        zero_grads = lost_in_windows(history)
+        if not zero_grads:
             continue
-        place = Counter(clear.place for clear in clears).most_common(1)[0][0]
-        lost = sum(len(clear.entries) for clear in clears)
-        kept = sum(len(window.backwards) for window in training.windows)
-        rows = max((one.rows for window in training.windows for one in window.backwards), default=0)
-        batch = f": an update is made from {rows} rows, not from {rows * (lost + kept) // max(kept, 1)}" * (rows > 0)
-        yield Observation(
-            place,
-            f"gradients are zeroed here before {training.optimizer}.step() has used them: of {lost + kept} "
+        location = Counter(one.location for one in zero_grads).most_common(1)[0][0]
+        used = [one for window in history.windows for one in window.backwards]
+        lost, kept, rows = sum(len(one.backwards) for one in zero_grads), len(used), max(one.rows for one in used)
+        batch = f", with {rows} rows per update, not {rows * (lost + kept) // kept}" if rows else ""
+        yield Violation(
+            location,
+            f"gradients are zeroed here before {history.optimizer}.step() has used them: of {lost + kept} "
             f"micro-batches only {kept} reached an update{batch}. Nothing accumulates; the others were computed for "
             "nothing.",
             "Zero right after the step and nowhere else: `if (i + 1) % n == 0: optimizer.step(); "
             "optimizer.zero_grad()`.",
         )
-
-
-RULE = Rule(
-    code="GF001",
-    name="gradients zeroed inside a window",
-    severity=ERROR,
-    what="`zero_grad()` (or `p.grad = None`, `p.grad.zero_()`) runs in every micro-batch, the step in every n-th.",
-    why="Only the last micro-batch of a window is left in `.grad` when the step comes. The batch is n times smaller "
-    "than it looks, the noise larger, and (n - 1) / n of the computation is thrown away. Where the loss is divided by "
-    "n, the gradient is n times too small besides.",
-    detection="In most windows, gradients that no step, no closure and no change of the parameters by hand has used go "
-    "to zero or None, in the same pass over the data as the step that follows, and they come from a line whose "
-    "gradients reach a step at other times.",
-    limits="Gradients that are copied elsewhere before they are zeroed (buffers of one's own) are not counted as lost "
-    "where `.grad` is written by hand before the step. Gradients of other losses, such as those that a generator's "
-    "loss leaves in the discriminator, may be zeroed at any time.",
-    wrong="""for i, (x, y) in enumerate(loader):
-    optimizer.zero_grad()
-    (criterion(model(x), y) / 4).backward()
-    if (i + 1) % 4 == 0:
-        optimizer.step()
-""",
-    right="""for i, (x, y) in enumerate(loader):
-    (criterion(model(x), y) / 4).backward()
-    if (i + 1) % 4 == 0:
-        optimizer.step()
-        optimizer.zero_grad()
-""",
-    check=_check,
-)
