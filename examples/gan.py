@@ -19,7 +19,7 @@ modules of the accumulator: both accumulators get both networks, in an `nn.Modul
     +    d_step(batch)
     +    g_step(batch)
 
-The noise is drawn with the batch, not inside a loss: so it does not depend on how the batch is cut.
+The noise is drawn with the batch, not inside a loss, so it does not depend on the split.
 """
 
 import torch

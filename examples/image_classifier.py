@@ -1,7 +1,7 @@
 """An image classifier with a cosine schedule per update, and BatchNorm layers that see micro-batches on purpose.
 
-Batch size, learning rate and schedule are those of the global batch: one iteration, one update, one tick, and the
-smaller last batch of an epoch is an update like any other.
+Batch size, learning rate and schedule are those of the global batch: one iteration is one update and one scheduler
+step, and the smaller last batch of an epoch is an update like any other.
 
     -for i, (images, labels) in enumerate(loader):                      # batches of 32
     -    (F.cross_entropy(model(images), labels) / 4).backward()

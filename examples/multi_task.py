@@ -10,7 +10,8 @@ labels, its weight is 0 and the term (a mean over nothing, NaN) is left out ther
     +accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=4, weight=weight)
     +accumulator.backward(batch)
 
-Dividing each micro-batch's mean by their number gives a labeled pixel more say the fewer of them are around it.
+A mean per micro-batch, divided by their number, gives a labeled pixel more weight the fewer there are in its
+micro-batch.
 """
 
 import torch

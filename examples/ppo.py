@@ -1,7 +1,7 @@
-"""PPO on token sequences: terms with denominators of their own, and advantages normalized over the whole batch.
+"""PPO on token sequences: a denominator per term, and advantages normalized over the whole batch.
 
 The policy and entropy terms are means over tokens, the value term over sequences: no single division is right for all.
-What belongs to the whole batch (the advantages) is computed on the whole batch, before it is cut.
+What belongs to the whole batch (the advantages) is computed on the whole batch, before it is split.
 
     -for batch in micro_batches:
     -    policy, entropy, value, kl = terms(model, batch)
@@ -11,8 +11,8 @@ What belongs to the whole batch (the advantages) is computed on the whole batch,
     +result = accumulator.backward(batch)
     +if result.metrics["kl"] > MAX_KL: ...             # of the whole batch, before the update
 
-"kl" is no loss term but a metric, weighed like one. "log_prob" has one entry per row: such metrics come back in the
-order of the batch, without a weight.
+"kl" is a metric, not a loss term, and has a weight, too. "log_prob" has one entry per row: such metrics need no weight,
+and come back in the order of the batch.
 """
 
 import torch

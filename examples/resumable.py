@@ -1,4 +1,4 @@
-"""A training that is logged per update, and that goes on after a kill as if nothing had happened.
+"""A training that is logged per update, and resumes after a kill as if nothing had happened.
 
     -if (i + 1) % 4 == 0:
     -    optimizer.step()
@@ -10,8 +10,8 @@
 
 `step.state_dict()` holds the counters, the scheduler and the accumulator. A checkpoint falls between updates, where no
 gradient is half accumulated, and `step.samples` is the position in the data. It is written to a new file, which then
-takes the old one's name: a run killed while it writes leaves the old checkpoint whole. Killed by whom does not matter,
-be it the kernel, whose out-of-memory killer no program can catch.
+takes the old one's name: a run killed while it writes leaves the old checkpoint whole. This also holds for
+the kernel's out-of-memory killer, which no program can catch.
 """
 
 import contextlib

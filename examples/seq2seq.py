@@ -1,7 +1,7 @@
 """A padded sequence-to-sequence model: the loss is a mean over target tokens, the accuracy one over sentences.
 
 A weight for each: token weights for the loss, samples for the accuracy. With one weight for both, long sentences would
-count more in a share of sentences.
+count more in an accuracy over sentences.
 
     -for batches in windows_of_4(loader):
     -    num_tokens = sum((batch["target"][:, 1:] != PAD).sum() for batch in batches)

@@ -1,6 +1,6 @@
-"""Texts of very different length, classified: most of a padded batch is padding, and need not be computed.
+"""Texts of very different length, classified: most of a padded batch is padding, which costs nothing here.
 
-A token budget says how many padded tokens run at once. The rows of each batch are sorted by length and cut where
+A token budget says how many padded tokens run at once. The rows of each batch are sorted by length and split where
 padding costs least, and every micro-batch is trimmed to its longest row. Gradient and update stay those of the batch as
 the loader gave it.
 
@@ -11,12 +11,12 @@ the loader gave it.
     -    optimizer.step()
     -    optimizer.zero_grad()
     +budget = gradfold.TokenBudget(2048, lengths=lambda batch: batch["mask"].sum(1))
-    +step = gradfold.TrainStep(gradfold.Accumulator(model, loss_fn, micro_batch_size=budget), optimizer)
+    +step = gradfold.TrainStep(gradfold.Accumulator(model, loss_fn, batching=budget), optimizer)
     +for batch in loader:
     +    step(batch)
 
-Which tensors go with the tokens is found in each batch ("tokens" and "mask" here; "label" has no such dimension). A
-model whose answers depend on how far a row is padded is refused, by the name of the layer. Metrics with one value per
+The tensors to trim are found in each batch ("tokens" and "mask" here; "label" has no such dimension). A model whose
+gradient depends on the padding is refused, by the name of the layer. Metrics with one value per
 row come back in the order of the batch.
 """
 
@@ -75,7 +75,7 @@ def main():
     torch.manual_seed(0)
     loader, model = make_loader(), Classifier()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    step = gradfold.TrainStep(gradfold.Accumulator(model, loss_fn, micro_batch_size=BUDGET), optimizer)
+    step = gradfold.TrainStep(gradfold.Accumulator(model, loss_fn, batching=BUDGET), optimizer)
     for epoch in range(NUM_EPOCHS):
         right = []
         for batch in loader:

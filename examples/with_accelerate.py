@@ -1,8 +1,8 @@
-"""The seam with Hugging Face Accelerate: `backward=accelerator.backward`.
+"""Hugging Face Accelerate: `backward=accelerator.backward`.
 
-Accelerate keeps placing the model, wrapping the optimizer and running the backward pass; gradfold cuts and weighs.
-`Accelerator(gradient_accumulation_steps=1)` is required: else Accelerate divides a second time, which gradfold sees on
-one scalar before the first batch, and refuses.
+Accelerate keeps placing the model, wrapping the optimizer and running the backward pass; gradfold splits and weighs.
+`Accelerator(gradient_accumulation_steps=1)` is required: else Accelerate divides a second time. gradfold tests that
+on one scalar before the first batch, and refuses it.
 
     -accelerator = Accelerator(gradient_accumulation_steps=4)
     +accelerator = Accelerator(gradient_accumulation_steps=1)

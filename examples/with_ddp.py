@@ -1,9 +1,9 @@
-"""Several processes: DistributedDataParallel, a loss per token, and as many tokens on each rank as there happen to be.
+"""Several processes: DistributedDataParallel, a loss per token, and different numbers of tokens on each rank.
 
     torchrun --nproc-per-node 2 examples/with_ddp.py
 
-The number of tokens is summed over micro-batches *and* ranks, so that every token counts alike. Gradients are summed
-over the ranks once per window, and every rank ends with the same bits.
+The number of tokens is summed over micro-batches *and* ranks, so every token counts the same. Gradients are summed over
+the ranks once per window, and every rank ends with the same bits.
 
      model = DistributedDataParallel(model)
     -for i, batch in enumerate(loader):                                        # micro-batches of 8 sentences

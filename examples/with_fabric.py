@@ -1,7 +1,7 @@
-"""The seam with Lightning Fabric: `backward=fabric.backward`.
+"""Lightning Fabric: `backward=fabric.backward`.
 
-Fabric keeps placing the model, wrapping the optimizer and running the backward pass; gradfold cuts and weighs. Here
-with the loss of a regression whose samples count differently, which division by a number of micro-batches gets wrong.
+Fabric keeps placing the model, wrapping the optimizer and running the backward pass; gradfold splits and weighs. The
+loss is a regression whose samples have different weights, which a division by the number of micro-batches gets wrong.
 
      fabric = Fabric(devices=1)
      model, optimizer = fabric.setup(model, optimizer)

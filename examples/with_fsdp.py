@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/with_fsdp.py
 
-Each rank holds a part of every parameter and of its gradient. gradfold reduces in every micro-batch, so that whole
-gradients never have to fit (`ranks="reduce_once"` reduces once per window, at the cost of whole gradients until then),
-takes as many turns on each rank as the slowest needs, and counts every token of every rank alike.
+Each rank holds a part of every parameter and of its gradient. gradfold reduces in every micro-batch, so whole gradients
+never have to fit (`fsdp_reduce="per_window"` reduces once per window, at the cost of whole gradients until then). Every
+rank takes as many turns as the one with the most micro-batches, and every token of every rank counts the same.
 
      fully_shard(model)
     -for i, batch in enumerate(loader):                                        # micro-batches of 8 sentences

@@ -143,7 +143,15 @@ def test_host_reads_do_not_grow_with_the_number_of_micro_batches(monkeypatch):
 
         return reading
 
-    monkeypatch.setattr(gradfold.engine.loss_terms, "keep", torch.Tensor.detach)  # as on a device
+    read = gradfold.engine.loss_terms.LossTerms.add
+
+    def add(self, index, loss):
+        weighed = read(self, index, loss)
+        nonlocal reads
+        reads -= len(weighed)  # on a device a loss is read with all others at the end
+        return weighed
+
+    monkeypatch.setattr(gradfold.engine.loss_terms.LossTerms, "add", add)
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
     counts = []
@@ -350,3 +358,31 @@ def test_the_state_is_the_count_of_windows():
     other = gradfold.Accumulator(model, loss_fn)
     other.load_state_dict(accumulator.state_dict())
     assert other.num_windows == 1
+
+
+def test_a_batch_that_is_refused_is_refused_however_often_it_is_tried():
+    model = nn.Linear(3, 2)
+    accumulator = gradfold.Accumulator(model, lambda model, batch: model(batch).square().sum(), micro_batch_size=4)
+    for _ in range(20):
+        with pytest.raises(gradfold.NotDecomposableError, match="sum"):
+            accumulator.backward(torch.randn(12, 3))
+    assert gradients(model) == {} and accumulator.num_windows == 0
+
+
+def test_a_window_that_failed_is_checked_when_it_runs_again():
+    """The self-check was not sure the first time, and the window failed for another reason."""
+    model, calls = nn.Linear(3, 2), []
+
+    def loss_fn(model, batch):
+        calls.append(len(batch))
+        if len(calls) == 1:
+            raise MemoryError  # in the self-check, which leaves it at that
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return model(batch).square().sum()
+
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=4)
+    with pytest.raises(ZeroDivisionError):
+        accumulator.backward(torch.randn(12, 3))
+    with pytest.raises(gradfold.NotDecomposableError, match="sum"):
+        accumulator.backward(torch.randn(12, 3))

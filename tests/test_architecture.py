@@ -13,7 +13,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "gradfold"
 
 # Highest first: a module imports only from lines below its own; packages on one line do not import each other.
 LAYERS = [
-    ["__main__", "cli"],
+    ["__main__"],
+    ["cli"],
     ["compare", "doctor"],
     ["workloads"],
     ["verification", "integrations"],
@@ -117,6 +118,35 @@ def test_no_two_classes_share_a_name():
             if isinstance(node, ast.ClassDef):
                 places[node.name.lstrip("_")].append(f"{shown(path)}:{node.lineno}")
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+# Attributes of torch's own records that are private to it (FSDP's above all).
+PRIVATE_ATTRIBUTES = {
+    *("_fsdp_param_groups", "_get_fsdp_state", "_mp_policy", "_orig_cls_mro_index", "_orig_size", "_unsharded_param"),
+    *("_states_to_forward_prefetch", "_states_to_backward_prefetch", "_flatten", "_sync_buffers", "_use_count"),
+    *("_orig_mod", "_compiled_call_impl", "_opname", "_input_metadata", "_cdata", "_apply"),
+}
+
+
+def private_torch(path: Path) -> set[str]:
+    """The private names of torch that a file uses: modules, functions, modes, attributes of its records."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+            if any(part.startswith("_") for part in parts) or node.module == "torch.overrides":
+                found.add(node.module)
+        elif isinstance(node, ast.Attribute):
+            is_of_torch = ast.unparse(node.value).split(".")[0] == "torch"
+            is_private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if (is_of_torch and is_private) or node.attr in PRIVATE_ATTRIBUTES:
+                found.add(node.attr)
+    return found
+
+
+def test_private_torch_is_named_in_one_module_per_package():
+    offenders = {shown(path): private_torch(path) for path in MODULES if path.name != "torch_private.py"}
+    assert {name: found for name, found in offenders.items() if found} == {}
 
 
 def test_nothing_is_a_drawer_for_everything():

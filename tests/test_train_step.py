@@ -321,7 +321,7 @@ class TestState:
         source, target = (self.trained(2), without) if saved else (without, self.trained(2))
         counters = (target.updates, target.skipped, target.samples)
         words = "a scheduler, and this TrainStep has none" if saved else "no scheduler, and this TrainStep has one"
-        with pytest.raises(OptionError, match=rf"the saved state has {words}: build it as the one saved"):
+        with pytest.raises(OptionError, match=rf"the saved state has {words}: build it like the saved one"):
             target.load_state_dict(source.state_dict())
         assert (target.updates, target.skipped, target.samples) == counters
 

@@ -148,7 +148,7 @@ KINDS = {
 def test_a_weight_may_be_any_one_number(value):
     weights = shares(lambda batch: value)
     assert weights.total() == 3 * float(value.detach() if isinstance(value, Tensor) else value)
-    assert weights.of_term("loss").parts == pytest.approx((1 / 3, 1 / 3, 1 / 3), rel=1e-15)
+    assert weights.of_term("loss").normalized == pytest.approx((1 / 3, 1 / 3, 1 / 3), rel=1e-15)
 
 
 REFUSED = {
@@ -203,26 +203,26 @@ def test_the_parts_of_a_window_are_the_weights_over_their_sum(values):
     upcoming = iter(values)
     weights = shares(lambda batch: next(upcoming), rows=len(values), size=1)
     total = sum(Fraction(value) for value in values)
-    parts = weights.of_term("loss").parts
+    parts = weights.of_term("loss").normalized
     assert weights.total() == pytest.approx(float(total), rel=1e-15)
     if total == 0:
         assert parts == (0.0,) * len(values)
     else:
         assert parts == pytest.approx([float(Fraction(value) / total) for value in values], rel=1e-15)
         assert math.fsum(parts) == pytest.approx(1, rel=1e-14)
-    assert weights.idle() == {index for index, value in enumerate(values) if value == 0}
+    assert weights.zero_weight == {index for index, value in enumerate(values) if value == 0}
 
 
 def test_weights_of_the_same_shape_but_other_values_are_not_mixed_up():
     for factor in (1.0, 3.0):
         values = iter([factor, 1.0, 0.0])
         weights = shares(lambda batch, values=values: next(values))
-        assert weights.of_term("loss").parts == pytest.approx((factor / (factor + 1), 1 / (factor + 1), 0))
+        assert weights.of_term("loss").normalized == pytest.approx((factor / (factor + 1), 1 / (factor + 1), 0))
         assert weights.total() == factor + 1
 
 
 def test_samples_weigh_by_rows():
-    assert shares("samples", rows=5, size=2).of_term("loss").parts == pytest.approx((0.4, 0.4, 0.2))
+    assert shares("samples", rows=5, size=2).of_term("loss").normalized == pytest.approx((0.4, 0.4, 0.2))
     assert shares("samples", rows=5, size=2).total() == 5
 
 
@@ -234,18 +234,18 @@ def test_each_weight_function_runs_once_per_micro_batch_with_its_rows():
 
 def test_terms_have_denominators_of_their_own_and_metrics_fall_back():
     weights = shares({"a": lambda batch: batch.sum(), "b": "samples"}, rows=4, size=2)
-    assert weights.of_term("a").parts == pytest.approx((1 / 6, 5 / 6))
-    assert weights.of_term("b").parts == (0.5, 0.5)
-    assert weights.of_metric("a").parts == weights.of_term("a").parts
-    assert weights.of_metric("unnamed").parts == (0.5, 0.5)
+    assert weights.of_term("a").normalized == pytest.approx((1 / 6, 5 / 6))
+    assert weights.of_term("b").normalized == (0.5, 0.5)
+    assert weights.of_metric("a").normalized == weights.of_term("a").normalized
+    assert weights.of_metric("unnamed").normalized == (0.5, 0.5)
     assert weights.total() == {"a": 6.0, "b": 4.0}
     single = shares(lambda batch: batch.sum(), rows=4, size=2)
-    assert single.of_metric("unnamed").parts == pytest.approx((1 / 6, 5 / 6))
+    assert single.of_metric("unnamed").normalized == pytest.approx((1 / 6, 5 / 6))
 
 
-def test_idle_is_what_weighs_nothing_under_every_name():
+def test_zero_weight_is_what_weighs_nothing_under_every_name():
     weights = shares({"a": lambda batch: batch[0], "b": lambda batch: batch[0] == 4}, rows=6, size=2)
-    assert weights.idle() == {0}
+    assert weights.zero_weight == {0}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_idle_is_what_weighs_nothing_under_every_name():
     [
         (["a", "c"], [], ["['a', 'b']", "'c'"]),
         (["a"], ["m"], ["'b' has no term or metric", "['a']", "['m']"]),
-        (["loss"], ["a", "b"], ["'loss'", "['a', 'b']", 'a bare loss is called "loss"']),
+        (["loss"], ["a", "b"], ["'loss'", "['a', 'b']", 'an unnamed loss is called "loss"']),
     ],
 )
 def test_names_that_differ_are_refused_with_both_sides(terms, metrics, words):

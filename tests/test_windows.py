@@ -276,7 +276,7 @@ class TestMisuse:
 
     def test_two_backwards_of_one_micro_batch_are_refused(self):
         window, model = self.window(3, 2)
-        with pytest.raises(WindowError, match=r"micro-batch 1 had its window\.backward\(loss\) already; add up"):
+        with pytest.raises(WindowError, match=r"micro-batch 1 had its window\.backward\(loss\) already; sum"):
             for index, batch in enumerate(window):
                 for _ in range(index + 1):
                     window.backward(loss_fn(model, batch))

@@ -130,7 +130,7 @@ def _peak_bytes(ways: Ways, name: str) -> tuple[int, int]:
 
     # The host plays a device: what a device would send to the host is copied, and the copies are not counted.
     with (
-        mock.patch.object(exact_batch_norm, "_has_memory_of_its_own", lambda device: True),
+        mock.patch.object(exact_batch_norm, "has_own_memory", lambda device: True),
         mock.patch.object(Offload, "to_host", elsewhere),
         live,
     ):

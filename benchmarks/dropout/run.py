@@ -46,7 +46,7 @@ def block() -> nn.Module:
 def measure(model: nn.Module, inputs: Tensor) -> dict[str, object]:
     """Paired ratios of forward and backward pass."""
     inputs = inputs.requires_grad_()
-    keyed = gradfold.convert_dropout(copy.deepcopy(model))
+    converted = gradfold.convert_dropout(copy.deepcopy(model))
     without = copy.deepcopy(model)
     for layer in without.modules():
         if isinstance(layer, nn.Dropout):
@@ -59,18 +59,18 @@ def measure(model: nn.Module, inputs: Tensor) -> dict[str, object]:
 
     arms = {
         "torch": partial(step, model, model),
-        "keyed": partial(step, keyed, keyed),
+        "counter-based": partial(step, converted, converted),
         "none": partial(step, without, without),
         "torch, compiled": partial(step, torch.compile(model, fullgraph=True), model),
-        "keyed, compiled": partial(step, torch.compile(keyed, fullgraph=True), keyed),
+        "counter-based, compiled": partial(step, torch.compile(converted, fullgraph=True), converted),
     }
     elapsed_s = time_rounds(arms, NUM_ROUNDS, 5)
     return {
         "torch, milliseconds": round(1000 * sorted(elapsed_s["torch"])[NUM_ROUNDS // 2], 2),
-        "keyed / torch": ratio(elapsed_s, "keyed", "torch"),
+        "counter-based / torch": ratio(elapsed_s, "counter-based", "torch"),
         "none / torch": ratio(elapsed_s, "none", "torch"),
-        "keyed / torch, both compiled": ratio(elapsed_s, "keyed, compiled", "torch, compiled"),
-        "keyed, compiled / torch": ratio(elapsed_s, "keyed, compiled", "torch"),
+        "counter-based / torch, both compiled": ratio(elapsed_s, "counter-based, compiled", "torch, compiled"),
+        "counter-based, compiled / torch": ratio(elapsed_s, "counter-based, compiled", "torch"),
     }
 
 

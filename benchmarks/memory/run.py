@@ -24,7 +24,7 @@ from benchmarks.memory.models import CASES, OPTIMIZERS
 from benchmarks.paired import write
 from gradfold.compare.data import take
 from gradfold.memory.amount import margin_for
-from gradfold.memory.dry_run import Program
+from gradfold.memory.dry_run import DryRun
 from gradfold.memory.estimate import PeakEstimate
 from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.memory.system import high_water_mark_bytes
@@ -46,7 +46,7 @@ def make(name: str, optimizer: str, rows: int) -> tuple[Any, Any, torch.optim.Op
     case = CASES[name]
     model, batch = case.make_model(), case.make_batch(rows)
     own = OPTIMIZERS[optimizer]([one for one in model.parameters() if one.requires_grad])
-    program = Program(model, case.loss_fn, ProbeBatch(batch, None), own, Precision())
+    program = DryRun(model, case.loss_fn, ProbeBatch(batch, None), own, Precision())
     return model, batch, own, PeakEstimate(program, CPU)
 
 
@@ -101,7 +101,7 @@ def one_process(name: str, rows: int) -> None:
     step = step_of(name, model, optimizer, rows)
     step(batch), step(batch)
     mark = high_water_mark_bytes()
-    prediction = PeakEstimate(Program(model, case.loss_fn, ProbeBatch(batch, None), optimizer, Precision()), CPU)
+    prediction = PeakEstimate(DryRun(model, case.loss_fn, ProbeBatch(batch, None), optimizer, Precision()), CPU)
     peak = prediction.peak(rows).total
     margin = margin_for(CPU, None, is_process_there=False)
     result = {
@@ -123,7 +123,7 @@ def flat() -> dict[str, Any]:
             step = step_of(name, model, own, 8)
             step(batch)
             peak = gradfold.measure_peak(partial(step, batch), model=model, optimizer=own)
-            peaks.append(peak.peak_bytes - peak.make_up.inputs)
+            peaks.append(peak.peak_bytes - peak.breakdown.inputs)
         found[name] = {
             "2, KiB": peaks[0] // 2**10,
             "64, KiB": peaks[1] // 2**10,
@@ -143,7 +143,7 @@ def chosen(data: Path | None) -> dict[str, Any]:
         choices = []
         for _ in range(NUM_SEARCHES):
             auto = gradfold.Auto(cache=False)
-            choices.append(accumulator_of(workload, auto).choose_micro_batch(batch))
+            choices.append(accumulator_of(workload, auto).tune(batch))
         paces = exhaustive(workload, batch, rows)
         best = max(paces.values())
         shares = [round(paces[choice.micro_batch_size] / best, 3) for choice in choices]

@@ -1,4 +1,4 @@
-"""What does the guard of the first window cost, in micro-steps?
+"""What does the self-check of the first window cost, in micro-steps?
 
 python -m benchmarks.self_check.run
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import gradfold
 from benchmarks.paired import time_rounds, write
 
-QUESTION = "What does the guard of the first window cost, in micro-steps?"
+QUESTION = "What does the self-check of the first window cost, in micro-steps?"
 NUM_MICRO_BATCHES, NUM_ROUNDS = 4, 31
 RESULT = Path(__file__).parent / "results" / "cpu.json"
 
@@ -59,7 +59,7 @@ def window(model: nn.Module, batch: tuple[Tensor, Tensor], rows: int, self_check
 
 
 def measure(name: str, rows: int) -> dict[str, Any]:
-    """Extra time of a first window with the guard, paired round by round, in micro-steps."""
+    """Extra time of a first window with the self-check, paired round by round, in micro-steps."""
     torch.manual_seed(0)
     make, shape = MODELS[name]
     model, num_rows = make(), rows * NUM_MICRO_BATCHES
@@ -71,12 +71,12 @@ def measure(name: str, rows: int) -> dict[str, Any]:
     lower, median, upper = statistics.quantiles(extra, n=4)
     return {
         "micro-step, milliseconds": round(step_s * 1e3, 2),
-        "guard, micro-steps": {
+        "self-check, micro-steps": {
             "median": round(median, 2),
             "lower_quartile": round(lower, 2),
             "upper_quartile": round(upper, 2),
         },
-        "guard, milliseconds": round(median * step_s * 1e3, 1),
+        "self-check, milliseconds": round(median * step_s * 1e3, 1),
     }
 
 

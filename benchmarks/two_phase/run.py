@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import gradfold
 from benchmarks.paired import ratio, time_rounds, write
-from gradfold.workloads.translation import Matcher, contrast, embed, pad
+from gradfold.workloads.text_data import pad_columns
+from gradfold.workloads.translation import Matcher, contrast, embed
 
 QUESTION = "What does a two-phase window cost beside a one-phase window of the same encoders?"
 NUM_ROWS, ROWS, NUM_WORDS, NUM_ROUNDS = 512, 32, 3002, 30
@@ -51,7 +52,7 @@ def measure() -> dict[str, object]:
     def one_phase_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return contrast(model, embed(model, batch))
 
-    make = partial(gradfold.Accumulator, model, micro_batch_size=ROWS, collate=pad, self_check=False)
+    make = partial(gradfold.Accumulator, model, micro_batch_size=ROWS, collate=pad_columns, self_check=False)
     two_phase, one_phase = make(gradfold.TwoPhaseLoss(embed, contrast)), make(one_phase_loss)
 
     def window(accumulator: gradfold.Accumulator) -> None:
@@ -61,7 +62,7 @@ def measure() -> dict[str, object]:
     def by_hand() -> None:
         """The same gradient in the fewest lines, with nothing looked at: what any code for it has to do."""
         model.zero_grad()
-        parts = [pad(samples[start : start + ROWS]) for start in range(0, NUM_ROWS, ROWS)]
+        parts = [pad_columns(samples[start : start + ROWS]) for start in range(0, NUM_ROWS, ROWS)]
         with torch.no_grad():
             found = [embed(model, part) for part in parts]
         english, german = (torch.cat(column).requires_grad_() for column in zip(*found, strict=True))
@@ -73,11 +74,11 @@ def measure() -> dict[str, object]:
     def sweep() -> None:
         with torch.no_grad():
             for start in range(0, NUM_ROWS, ROWS):
-                embed(model, pad(samples[start : start + ROWS]))
+                embed(model, pad_columns(samples[start : start + ROWS]))
 
     def full_batch() -> None:
         model.zero_grad()
-        one_phase_loss(model, pad(samples)).backward()
+        one_phase_loss(model, pad_columns(samples)).backward()
 
     arms = {
         "two phases": partial(window, two_phase),

@@ -1,4 +1,7 @@
-"""gradfold: the gradient of a batch that does not fit in memory, exactly, for PyTorch."""
+"""gradfold: the gradient of a batch that does not fit in memory, exactly, for PyTorch.
+
+Users start with `Accumulator`; readers of the code with `accumulator.py`, `engine/window.py` and docs/design.md.
+"""
 
 __version__ = "0.1.0.dev0"
 
@@ -7,8 +10,8 @@ from gradfold.accumulator import Accumulator as Accumulator
 from gradfold.batchnorm.convert import convert_batch_norm as convert_batch_norm
 from gradfold.dropout.convert import convert_dropout as convert_dropout
 from gradfold.dropout.layer import counter_based_dropout as counter_based_dropout
-from gradfold.engine.window import Recovery as Recovery
-from gradfold.engine.window import WindowResult as WindowResult
+from gradfold.engine.result import Recovery as Recovery
+from gradfold.engine.result import WindowResult as WindowResult
 from gradfold.errors import BackwardError as BackwardError
 from gradfold.errors import BatchError as BatchError
 from gradfold.errors import BatchNormError as BatchNormError

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-__all__: list[str] = []
-
 _NEEDED = ("jinja2", "matplotlib", "numpy", "rich", "typer")
 
 

@@ -1,374 +1,69 @@
-"""The accumulator: the front door. A global batch goes in, and its gradient stands in `.grad` afterwards.
-
-A coupling: whether and how the samples of a batch depend on each other, and so how a window of them runs.
-
-An opening: what is looked at once a window is cut and before it runs, and the schedule that follows from it.
-"""
+"""The accumulator: the front door. A global batch goes in, and its gradient stands in `.grad` afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
+from gradfold.batch.loaded_window import MicroBatchWindow
 from gradfold.batch.nesting import Batch
-from gradfold.batch.split import Collate
-from gradfold.batchnorm import checks as uncoupled
-from gradfold.batchnorm import exact as exact_batch_norm
-from gradfold.batchnorm import per_micro_batch as batch_normalization
-from gradfold.batchnorm.checks import InputDependence
+from gradfold.batch.split import Collate, MicroBatcher, RowBatcher, SampleBatcher, check_size, form_of
 from gradfold.batchnorm.coordinator import SynchronizedCoordinator
-from gradfold.batchnorm.per_micro_batch import BatchNormOption, batch_statistics_layers
-from gradfold.distributed import ddp as sync
+from gradfold.batchnorm.exact import ExactBatchNorm
+from gradfold.batchnorm.per_micro_batch import PerMicroBatchNorm
+from gradfold.batchnorm.policy import (
+    BatchNormOption,
+    batch_statistics_layers,
+    check_batch_norm,
+    refuse_batch_statistics,
+)
 from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator
-from gradfold.distributed.ddp import DistributedOption, find_process_group, on_its_own, without_reductions
-from gradfold.distributed.fsdp import divide_factor, reshard, set_reducing, sharded_modules
-from gradfold.distributed.process_group import LocalGroup, ProcessGroup, SynchronizedGroup
-from gradfold.dropout import layer as keyed_dropout
+from gradfold.distributed.ddp import (
+    DistributedOption,
+    check_distributed,
+    find_process_group,
+    training_alone,
+    without_reductions,
+)
+from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
+from gradfold.distributed.process_group import TuningGroup, is_initialized
+from gradfold.distributed.turns import FsdpTurns
+from gradfold.dropout.layer import counter_based_layers, counting, drawing_from_generators, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
-from gradfold.engine.coordinator import Coordinator, Weigh
+from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn
-from gradfold.engine.micro_batcher import MicroBatcher
-from gradfold.engine.model_checks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
-from gradfold.engine.recovery import Cautious, FindCulprit, OnNonFinite, Replay, check_on_non_finite
-from gradfold.engine.window import Schedule, Window, WindowResult, one_after_another
-from gradfold.errors import NotDecomposableError, OptionError
-from gradfold.memory.auto import MicroBatchChoice, MicroBatchSize
-from gradfold.memory.probe_batch import ProbeBatch, Work
-from gradfold.packing.padding_check import check_once
+from gradfold.engine.model_checks import check_hooks
+from gradfold.engine.recovery import OnNonFinite, check_on_non_finite, does_not_fit, run_with_recovery
+from gradfold.engine.result import WindowResult
+from gradfold.engine.strategy import Sequential, Strategy
+from gradfold.engine.window import Context, PassListener, Window
+from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, OptionError
+from gradfold.memory.auto import Auto, MicroBatchChoice, read_auto
+from gradfold.memory.auto_tune import AutoTuner
+from gradfold.memory.dry_run import DryRun
+from gradfold.memory.probe_batch import ProbeBatch
+from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.precision import PrecisionOption, read_option
 from gradfold.self_check.self_check import SelfCheck
-from gradfold.state.buffers import BufferKeeper
-from gradfold.state.gradients import GradientBuffer, check_trainable, parameters_of
+from gradfold.state.buffers import BufferKeeper, FrozenKeeper
+from gradfold.state.gradients import GradientBuffer
 from gradfold.state.snapshot import Snapshot
-from gradfold.twophase.checks import NonDifferentiableStatistics
-from gradfold.twophase.loss import TwoPhaseLoss, explain, probe_of, wrap_loss
-from gradfold.twophase.strategy import Phases, check_options, dtypes_of
-from gradfold.weights import WeightOption, check_option, counts_samples, weigh
+from gradfold.twophase.loss import TwoPhaseLoss, wrap_loss
+from gradfold.twophase.strategy import TwoPhase
+from gradfold.weights import WeightOption, check_option, counts_samples
 
 __all__ = ["Accumulator"]
 
+MicroBatchSize: TypeAlias = int | Literal["auto"] | Auto | None
+FsdpReduce: TypeAlias = Literal["per_micro_batch", "per_window"]
 
-class Coupling:
-    """Samples that do not depend on each other; or only within micro-batches, by BatchNorm, where that is accepted.
-
-    Args:
-        model: that is trained.
-        loss_fn: as it is run.
-        batch_norm: None or "per_micro_batch".
-
-    Attributes:
-        tried: what the self-check tries out on parts of a micro-batch.
-        tries_loss: whether that is the loss itself, with its terms.
-        find_culprit: where one micro-batch that is not finite spoils all: finds it.
-    """
-
-    tries_loss = True
-    find_culprit: FindCulprit | None = None
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn, batch_norm: BatchNormOption) -> None:
-        self.model = model
-        self.tried = loss_fn
-        self._batch_norm = batch_norm
-
-    def normalizes_parts(self) -> bool:
-        """Whether layers normalize by micro-batch, so that a halved one has other statistics."""
-        return self._batch_norm == "per_micro_batch" and bool(batch_statistics_layers(self.model))
-
-    def agreement(self, ranks: ProcessGroup, weigh: Weigh, num_totals: int) -> DataParallelCoordinator:
-        """What a window has to agree on with processes that hold the whole model each."""
-        return DataParallelCoordinator(ranks, weigh, num_totals)
-
-    def refuse_shards(self) -> None:
-        """Raise OptionError where processes cannot hold a part of the model each."""
-        if self._batch_norm is not None:
-            raise OptionError(
-                "fully_shard does not go with batch_norm=, whose statistics the blank turns of a rank would move."
-            )
-
-    def is_whole(self, window: Window, agreement: Coordinator) -> bool:
-        """Whether all that depends on each other is in one micro-batch, which then runs as in plain torch."""
-        return len(window.micro_batches) == 1
-
-    def schedule(self, window: Window, transaction: Snapshot, agreement: Coordinator, plain: Schedule) -> Schedule:
-        """How to run a window of several micro-batches.
-
-        Args:
-            window: this one.
-            transaction: in which it runs.
-            agreement: with other ranks.
-            plain: how to run it if nothing in it were coupled.
-
-        Raises:
-            BatchNormError: layers would see a micro-batch instead of the batch, and nobody said that this is meant.
-        """
-        return batch_normalization.schedule_for(
-            self.model,
-            transaction.modules,
-            self._batch_norm,
-            len(window.micro_batches),
-            window.num_samples,
-            plain,
-        )
-
-    def accepted(self) -> Mapping[str, nn.Module] | None:
-        """Layers that are known to depend on the split, by name, which a trial holds fixed; None: they cannot be."""
-        if self._batch_norm is None:
-            return {}
-        layers = batch_statistics_layers(self.model)
-        can_be_fixed = all(getattr(layer, "running_mean", None) is not None for layer in layers.values())
-        return layers if can_be_fixed else None
-
-    def judge(self, is_content: bool) -> None:
-        """Look at what was seen of the self-check's runs besides gradients.
-
-        Args:
-            is_content: whether the self-check has found that parts fit the whole.
-
-        Raises:
-            GradfoldError: it will not go together in a window.
-        """
-
-    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
-        """What the self-check has found, in the user's words."""
-        return error
-
-
-class ExactCoupling(Coupling):
-    """Samples that share the statistics of BatchNorm over the whole window, of all ranks."""
-
-    find_culprit = staticmethod(uncoupled.find_offender)
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn, is_collated: bool) -> None:
-        super().__init__(model, loss_fn, "exact")
-        self._normalized = InputDependence(is_collated)
-        self.tried = uncoupled.watched(loss_fn, self._normalized)
-
-    def agreement(self, ranks: ProcessGroup, weigh: Weigh, num_totals: int) -> DataParallelCoordinator:
-        """They also meet at every BatchNorm."""
-        return (SynchronizedCoordinator if ranks.size > 1 else DataParallelCoordinator)(ranks, weigh, num_totals)
-
-    def is_whole(self, window: Window, agreement: Coordinator) -> bool:
-        """Not so where other ranks have rows in the same statistics."""
-        return len(window.micro_batches) == 1 and not isinstance(agreement, SynchronizedCoordinator)
-
-    def schedule(self, window: Window, transaction: Snapshot, agreement: Coordinator, plain: Schedule) -> Schedule:
-        """In lock-step."""
-        return exact_batch_norm.schedule_for(window, agreement, self._normalized)
-
-    def accepted(self) -> Mapping[str, nn.Module]:
-        """Layers with running statistics; the others are fixed in what is tried."""
-        layers = batch_statistics_layers(self.model)
-        fixed = {name: layer for name, layer in layers.items() if getattr(layer, "running_mean", None) is not None}
-        self._normalized.names.clear()
-        self._normalized.names.update({id(layer.running_mean): name for name, layer in fixed.items()})
-        return fixed
-
-    def judge(self, is_content: bool) -> None:
-        """Whether every BatchNorm normalizes rows."""
-        self._normalized.judge(is_content)
-
-
-class TwoPhaseCoupling(Coupling):
-    """Samples that are compared with each other by a `TwoPhaseLoss`."""
-
-    tries_loss = False
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: TwoPhaseLoss,
-        batch_norm: BatchNormOption,
-        compute: torch.dtype | None,
-        raises: bool,
-    ) -> None:
-        self._riders = NonDifferentiableStatistics(loss_fn.combine)
-        super().__init__(model, probe_of(loss_fn, self._riders.note), batch_norm)
-        self._loss_fn = loss_fn
-        self._phases = Phases(loss_fn, compute)
-        self._raises = raises
-
-    def refuse_shards(self) -> None:
-        """Raise OptionError: sweeps would have to be in step."""
-        raise OptionError(
-            "fully_shard does not go with a TwoPhaseLoss, whose sweeps would have to gather parameters in step on all "
-            "ranks. Use DistributedDataParallel."
-        )
-
-    def is_whole(self, window: Window, agreement: Coordinator) -> bool:
-        """Not so where other ranks have statistics in the same loss."""
-        return len(window.micro_batches) == 1 and not isinstance(agreement, DataParallelCoordinator)
-
-    def schedule(self, window: Window, transaction: Snapshot, agreement: Coordinator, plain: Schedule) -> Schedule:
-        """In two phases."""
-        inner = plain
-        if len(window.micro_batches) > 1:
-            inner = super().schedule(window, transaction, agreement, plain)
-        if isinstance(inner, Cautious):  # it begins again as a whole
-            inner = one_after_another
-        return self._phases.schedule(window, transaction, agreement, inner, self._raises)
-
-    def judge(self, is_content: bool) -> None:
-        """Whether labels, too, are those of rows."""
-        self._riders.judge(is_content, {self._phases.compute, *dtypes_of(self.model)})
-
-    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
-        """In words about statistics, not about the probe."""
-        return explain(self._loss_fn, error)
-
-
-def find_coupling(
-    model: nn.Module,
-    loss_fn: LossFn,
-    *,
-    weight: WeightOption,
-    batch_norm: BatchNormOption,
-    on_non_finite: str,
-    compute: torch.dtype | None,
-    is_scaled: bool,
-    is_in_order: bool,
-    is_collated: bool,
-) -> Coupling:
-    """The coupling that the options of an accumulator mean.
-
-    Args:
-        model: that is trained.
-        loss_fn: as it is run.
-        weight: as for `Accumulator`; the next two also.
-        batch_norm: likewise.
-        on_non_finite: likewise.
-        compute: autocast's dtype around `loss_fn`.
-        is_scaled: whether a loss scaler decides on what is not finite.
-        is_in_order: whether micro-batches take the rows as they come, with the padding that they have.
-        is_collated: whether micro-batches are collated one by one.
-
-    Raises:
-        OptionError: options do not go together.
-    """
-    if isinstance(loss_fn, TwoPhaseLoss):
-        check_options(weight, batch_norm, on_non_finite)
-        if loss_fn.combine == "concatenate" and not is_in_order:
-            raise OptionError(
-                "a TokenBudget takes rows in another order, in which the loss of a TwoPhaseLoss would see them. Give a "
-                'number of rows as micro_batch_size, or statistics that are sums (combine="sum").'
-            )
-        raises = on_non_finite == "raise" and not is_scaled
-        return TwoPhaseCoupling(model, loss_fn, batch_norm, compute, raises)
-    if batch_norm == "exact":
-        exact_batch_norm.check_goes_with(on_non_finite)
-        if not is_in_order:
-            raise OptionError(
-                'batch_norm="exact" does not go with a TokenBudget: padding may be in the statistics of the batch, and '
-                "the budget leaves most of it out. Give a number of rows as micro_batch_size."
-            )
-        return ExactCoupling(model, loss_fn, is_collated)
-    return Coupling(model, loss_fn, batch_norm)
-
-
-class Opening:
-    """Opens the windows of an accumulator.
-
-    Args:
-        model: that is trained.
-        weight: as for `Accumulator`.
-        back_propagate: the backward pass.
-        coupling: of samples.
-        cutting: that made the micro-batches.
-        self_check: the guard of the first window, if there is to be one.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        weight: WeightOption,
-        back_propagate: BackPropagation,
-        coupling: Coupling,
-        cutting: MicroBatcher,
-        self_check: SelfCheck | None,
-    ) -> None:
-        self._model = model
-        self._weight = weight
-        self._back_propagate = back_propagate
-        self._coupling = coupling
-        self._cutting = cutting
-        self._self_check = self_check
-        self._warned_of: set[str] = set()
-
-    def schedule(self, batch: Batch, transaction: Snapshot, agreement: Coordinator, window: Window) -> Schedule:
-        """How to run a window that begins, also once more, after a look at it.
-
-        Raises:
-            GradfoldError: it cannot be run.
-        """
-        if not window.micro_batches:  # all were left out, but those of other ranks were not
-            return agreement.around(one_after_another, window)
-        self._check_padding(window, agreement)
-        is_new_size = self._cutting.largest(window.micro_batches) > self._cutting.fitting.proven
-        plain = Cautious(transaction) if is_new_size else self._plain(window)
-        if self._coupling.is_whole(window, agreement):
-            return agreement.around(plain, window)
-        self._check_hooks(transaction.parameters)
-        schedule = self._coupling.schedule(window, transaction, agreement, plain)
-        self._look(batch, transaction.modules, agreement, window, schedule is plain)
-        return agreement.around(schedule, window)
-
-    def _plain(self, window: Window) -> Schedule:
-        by_tokens = self._cutting.by_tokens
-        if by_tokens is None:
-            return one_after_another
-        return by_tokens.timed(one_after_another, window.micro_batches, window.device)
-
-    def _check_padding(self, window: Window, agreement: Coordinator) -> None:
-        """Once, whether the model gives the same with less padding."""
-        by_tokens = self._cutting.by_tokens
-        if by_tokens is not None:
-            can_check = self._self_check is not None and agreement.can_replay
-            check_once(
-                by_tokens, self._model, self._coupling.tried, self._weight, self._back_propagate, window, can_check
-            )
-
-    def _check_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
-        refuse_post_accumulate_hooks(self._model, parameters)
-        named = parameters_with_hooks(self._model, parameters)
-        if named:
-            warn_of_hooks(named, self._warned_of)
-
-    def _look(
-        self, batch: Batch, modules: Sequence[nn.Module], agreement: Coordinator, window: Window, is_plain: bool
-    ) -> None:
-        """Have the first micro-batch tried out, where that is due."""
-        check = self._self_check
-        if check is None or window.is_looked_at or not agreement.can_try:
-            return
-        window.is_looked_at = True
-        if not check.is_due(window.micro_batches, modules):
-            return
-        window.weights.arrive()  # another rank may have failed, which is not for the self-check to see
-        fixed = self._coupling.accepted()
-        if fixed is None:
-            return
-        dropouts = keyed_dropout.counter_based_layers(modules)
-        try:
-            with keyed_dropout.unkeyed(dropouts):
-                window.after_first = check.look(
-                    window.micro_batches,
-                    window.weights,
-                    window.device,
-                    is_plain and not dropouts,
-                    self._cutting.collate_rows(batch),
-                    fixed.values(),
-                )
-        except NotDecomposableError as error:
-            explained = self._coupling.explain(error)
-            if explained is error:
-                raise
-            raise explained from error
-        self._coupling.judge(check.is_content)
+_PLAIN: AbstractContextManager[PassListener] = nullcontext(PassListener())
+_ALONE = Coordinator()
 
 
 class Accumulator:
@@ -386,34 +81,35 @@ class Accumulator:
             terms, whose plain sum is the loss. `metrics` is a dict; 0-d values are combined as weighted means, values
             with one entry per row are concatenated in the batch's own order. For losses that compare the rows of a
             batch, a `TwoPhaseLoss`.
-        micro_batch_size: rows to run at once, at most; the batch is cut into nearly equal parts. None: as it is given.
-            A `TokenBudget`: padded tokens to run at once, in micro-batches of rows of like length.
-            Where memory runs out, half as many are run from there on (see `WindowResult.recoveries`), so that with None
-            a batch of any size trains; after some hundred quiet windows more are tried again. "auto" or an `Auto` finds
-            the fastest size of those that fit, in a few seconds of the first window (see `micro_batch_choice`).
+        micro_batch_size: rows to run at once, at most; the batch is split into nearly equal parts. None: the whole
+            batch at once. On out-of-memory the size is halved (see `WindowResult.recoveries`), so with None a batch of
+            any size trains; after some hundred windows without a fault a larger size is tried again. "auto" or an
+            `Auto` finds the fastest size that fits, in a few seconds of the first window (see `micro_batch_choice`).
+        batching: how a batch is split. None: by rows. A `TokenBudget`: by padded tokens, in micro-batches of rows of
+            similar length.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
-            the host, collated) and gives a number; or a dict of these by the name of the loss term or metric (a bare
-            loss is called "loss"). A metric without a weight of its own takes that of a bare loss, else samples.
+            the host, collated) and returns a number; or a dict of these by the name of the loss term or metric (an
+            unnamed loss is called "loss"). A metric without its own weight takes that of an unnamed loss, else samples.
         collate: given, a batch is a list of samples, and each micro-batch is `collate(samples)`.
         precision: None leaves autocast and loss scaling to you; "bf16" and "fp16" run `loss_fn` under autocast, "fp16"
             with a loss scaler (`grad_scaler`); a `Precision` sets each part. Parameters in float16 or bfloat16 get
             gradients that were summed in float32, unless a `Precision` says otherwise.
         batch_norm: None refuses windows of several micro-batches where BatchNorm layers normalize by batch
-            statistics; "exact" normalizes by the whole batch, of all ranks: forward passes run in lock-step, and what
-            they save waits in host memory; "per_micro_batch" normalizes by micro-batch and advances running statistics
-            once per window.
-        on_non_finite: where a gradient is NaN or infinite: "raise" names the first micro-batch to blame;
-            "skip_update" leaves no gradient at all, so that `optimizer.step()` does nothing; "skip_micro_batch" leaves
-            out the micro-batches to blame, and their weight. A loss scaler decides instead, where there is one.
+            statistics; "exact" normalizes by the whole batch, of all ranks: forward passes run in turns, and what they
+            save waits in host memory; "per_micro_batch" normalizes by micro-batch and advances running statistics once
+            per window.
+        on_non_finite: what to do if a gradient is NaN or infinite: "raise" names the first offending micro-batch;
+            "skip_update" leaves no gradient at all, so `optimizer.step()` does nothing; "skip_micro_batch" leaves out
+            the offending micro-batches, and their weight. A loss scaler, where there is one, decides instead.
         backward: what to call instead of `loss.backward(gradient=...)`: `accelerator.backward`, `fabric.backward`,
             a LightningModule's `self.manual_backward`.
-        ranks: None finds the processes that train together in the model: DistributedDataParallel (gradients are summed
-            once per window) or `fully_shard` (once per micro-batch; "reduce_once": once per window, at the cost of
-            whole gradients until then, which for n ranks is n times the bytes of a rank's own). "alone": this process
-            trains by itself. Weights are summed over all ranks.
-        self_check: whether the first window with several micro-batches is tried out for a gradient that is not the
-            mean of its parts'. It raises on proof, warns once where it cannot know, costs two micro-steps, once, and
-            leaves no trace.
+        distributed: None finds the processes that train together in the model: DistributedDataParallel (gradients are
+            summed once per window) or `fully_shard`. False: this process trains by itself. Weights are summed over all
+            ranks.
+        fsdp_reduce: when `fully_shard` modules sum gradients over ranks: "per_micro_batch", or "per_window" at the cost
+            of whole gradients until then, which for n ranks is n times the bytes of a rank's own.
+        self_check: whether the first window with several micro-batches is checked for a gradient that is not the mean
+            of its parts'. It raises on proof, warns once if it cannot know, and costs about two micro-steps, once.
 
     Attributes:
         num_windows: batches so far.
@@ -439,13 +135,15 @@ class Accumulator:
         loss_fn: LossFn,
         *,
         micro_batch_size: MicroBatchSize = None,
+        batching: TokenBudget | None = None,
         weight: WeightOption = "samples",
         collate: Collate | None = None,
         precision: PrecisionOption = None,
         batch_norm: BatchNormOption = None,
         on_non_finite: OnNonFinite = "raise",
         backward: BackwardFn | None = None,
-        ranks: DistributedOption = None,
+        distributed: DistributedOption = None,
+        fsdp_reduce: FsdpReduce = "per_micro_batch",
         self_check: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -454,49 +152,46 @@ class Accumulator:
             if not callable(function) and (function is not None or name == "loss_fn"):
                 raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
         check_option(weight)
-        batch_normalization.check_option(batch_norm)
+        check_batch_norm(batch_norm)
         check_on_non_finite(on_non_finite)
-        sync.check_option(ranks)
+        check_distributed(distributed)
+        if fsdp_reduce not in ("per_micro_batch", "per_window"):
+            raise OptionError(f'fsdp_reduce={fsdp_reduce!r}; expected "per_micro_batch" or "per_window".')
         self.model = model
-        self.num_windows = 0
         self.loss_fn = loss_fn
+        self.batching = batching
         self.weight = weight
         self.collate = collate
         self.batch_norm = batch_norm
-        self.ranks = ranks
         self.on_non_finite = on_non_finite
+        self.distributed = distributed
+        self.fsdp_reduce = fsdp_reduce
+        self.num_windows = 0
         self.precision = read_option(precision, model)
         if self.precision.is_scaled and backward is not None:
             raise OptionError(
-                "a loss scaler and backward= are both given: what backward= calls scales the loss by itself where its "
-                "framework is set to float16. Leave the scaler out."
+                "a loss scaler is not supported with backward=: a framework that is set to float16 scales the loss by "
+                "itself. Leave the scaler out."
             )
         self._backward = backward
         self._backward_is_probed = False
         self._back_propagate = BackPropagation(backward, self.grad_scaler)
-        self._run = wrap_loss(loss_fn, self.precision.around)
-        self._weigh = partial(weigh, weight)
-        self._set_aside = partial(
-            GradientBuffer,
-            accumulate_dtype=self.precision.accumulate_dtype,
-            keep_dtype=self.precision.keep_accumulate_dtype,
-        )
-        self._buffers = BufferKeeper()
-        self._cutting = MicroBatcher(micro_batch_size, collate, counts_samples(weight))
-        self._coupling = find_coupling(
-            model,
-            self._run,
-            weight=weight,
-            batch_norm=batch_norm,
-            on_non_finite=on_non_finite,
-            compute=self.precision.compute,
-            is_scaled=self.precision.is_scaled,
-            is_in_order=self._cutting.by_tokens is None,
-            is_collated=collate is not None,
-        )
-        tried = self._coupling.tried
-        self._self_check = SelfCheck(model, tried, weight, self._back_propagate) if self_check else None
-        self._opening = Opening(model, weight, self._back_propagate, self._coupling, self._cutting, self._self_check)
+        self._sums = self.precision.sums
+        self._policy = None if self.precision.is_scaled else on_non_finite  # else the loss scaler's own
+        self._run_loss = wrap_loss(loss_fn, self.precision.around)
+        self._tuner = _tuner(micro_batch_size, batching)
+        size = micro_batch_size if isinstance(micro_batch_size, int) else None
+        self._micro_batcher = _micro_batcher(size, batching, collate, counts_samples(weight))
+        self._strategy = self._pick_strategy()
+        self._self_check = SelfCheck(self._strategy.probe_loss) if self_check else None
+        self._context = Context(model)
+        self._buffers, self._frozen = BufferKeeper(), FrozenKeeper()
+        self._warned_hooks: set[str] = set()
+        self._passed: object = None  # the kind of window that needs no checks any more
+        self._terms: tuple[str, ...] | None = None  # of the loss of the last window of that kind
+        self._seen_version = -1  # of the context when it was searched for counter-based dropout
+        self._has_dropout = False
+        self._is_checked = False  # whether the self-check has seen this window
 
     def backward(self, batch: Batch) -> WindowResult:
         """Add the gradient of the loss of the whole batch to `.grad`.
@@ -517,7 +212,7 @@ class Accumulator:
             finite.
 
         Raises:
-            BatchError: the batch cannot be cut by rows.
+            BatchError: the batch cannot be split by rows.
             ModelError: nothing to train, BatchNorm, hooks, or processes that cannot train together: the message names
                 the cause. DistributedError also where another rank has failed in this window.
             LossError: `loss_fn` returned no loss, or one that is NaN or infinite; RecomputeError where a `TwoPhaseLoss`
@@ -526,185 +221,325 @@ class Accumulator:
             DoesNotFitError: one row does not fit in memory, or fewer rows than do not fit cannot be run.
             WeightError: a weight is negative, not finite or not a number, or fits no loss term.
         """
-        modules = list(self.model.modules())
-        reshard(modules)
-        parameters = parameters_of(modules)
-        device = parameters[0].device if parameters else torch.device("cpu")
-        ranks = find_process_group(modules, device, self.ranks)
-        agreement = self._agree(ranks, modules)
-        dropouts = keyed_dropout.counter_based_layers(modules)
-        keyed_dropout.refuse_options(dropouts, self.batch_norm, isinstance(agreement, FsdpCoordinator))
-        with (
-            agreement,
-            Snapshot(self.model, modules, parameters, self._buffers, self._set_aside) as transaction,
-            nullcontext() if ranks is None else without_reductions(modules),
-            keyed_dropout.keyed(dropouts, self.num_windows, device) if dropouts else nullcontext() as keys,
-        ):
-            check_trainable(self.model, parameters)
-            self._probe_backward(device)
-            self._choose(batch, device, _company(modules, ranks))
-            micro_batches = self._cutting.cut(batch, is_first=self.num_windows == 0)
-            window = Window(self.model, self._run, micro_batches, agreement.weigh, self._back_propagate, device)
-            window.around = None if keys is None else keyed_dropout.RowPosition(keys, agreement.first_row)
-            replay = Replay(
-                transaction,
-                agreement,
-                partial(self._opening.schedule, batch, transaction, agreement),
-                self._cutting.recut_of(batch),
-                self._cutting.fitting,
-                self._coupling.normalizes_parts(),
-                self._coupling.find_culprit,
+        context = self._update_context()
+        snapshot = Snapshot(context.model, context.modules, context.parameters, self._buffers, self._frozen, self._sums)
+        with context.coordinator, snapshot, self._setting() as listener:
+            context.check_trainable()
+            if self._tuner is not None or self._backward is not None:
+                self._prepare(batch)
+            micro_batches = self._micro_batcher.split(batch)
+            runs_zero_weight = self._strategy.runs_zero_weight
+            window = Window(
+                context, self._run_loss, micro_batches, self.weight, self._back_propagate, listener, runs_zero_weight
             )
-            result = replay.run(window, None if self.precision.is_scaled else self.on_non_finite)
-            agreement.conclude()
-        if self._self_check is not None and len(micro_batches) > 1 and self._coupling.tries_loss:
-            self._self_check.note_terms(replay.terms)
-        if not result.recoveries:
-            self._cutting.note_quiet(micro_batches)
+            snapshot.begin()
+            window = self._run(window, snapshot)
+            result = window.result()
+            context.coordinator.commit()
+        if result.recoveries:
+            self._micro_batcher.shrink([one.micro_batch_size for one in result.recoveries if one.action == "halved"])
+        else:
+            self._micro_batcher.learn(micro_batches)
         self.num_windows += 1
         return result
 
-    @property
-    def micro_batch_size(self) -> int | TokenBudget | None:
-        """The size asked for, or chosen by "auto": rows or padded tokens to run at once."""
-        return self._cutting.size
+    def _run(self, window: Window, snapshot: Snapshot) -> Window:
+        """Run a window until it is complete; what was halved is checked again, since it has become another one."""
+        self._is_checked = False
+        strategy = self._strategy if self.batching is None else self._micro_batcher.timed(self._strategy)
+        if self._context.coordinator is not _ALONE:
+            strategy = self._on_ranks(strategy)
+        try:
+            while not window.is_complete:
+                self._preflight(window)
+                window = run_with_recovery(window, strategy, snapshot, self._micro_batcher, self._policy)
+        except ModelError as error:
+            if not window.failed_sizes:
+                raise
+            raise does_not_fit(window, error) from error
+        terms = tuple(window.losses.normalized)
+        if terms != self._terms:
+            self._terms = terms
+            self._note_terms(window, terms)
+        return window
 
-    @property
-    def cut_by(self) -> int | TokenBudget | None:
-        """`micro_batch_size`; a token budget with the cost that was measured."""
-        return self._cutting.as_measured
+    def _note_terms(self, window: Window, terms: tuple[str, ...]) -> None:
+        """Have the self-check run again where the loss has terms that it has not seen."""
+        if self._self_check is not None and self._strategy.probes_loss and not self._strategy.is_whole(window):
+            self._self_check.note_terms(terms)
+            if not self._self_check.is_settled:
+                self._passed = None
 
-    @property
-    def grad_scaler(self) -> torch.amp.GradScaler | None:
-        """The loss scaler. In a loop of your own: `unscale_(optimizer)`, clip, `step(optimizer)`, `update()`."""
-        return self.precision.grad_scaler
+    # Checks before a window runs
 
-    @property
-    def micro_batch_choice(self) -> MicroBatchChoice | None:
-        """The size that `micro_batch_size="auto"` has found, with the reason and the timings; None before that."""
-        return None if self._cutting.sizer is None else self._cutting.sizer.choice
+    def _preflight(self, window: Window) -> None:
+        """Check a window before it runs, unless one of its kind has passed all checks.
 
-    def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
-        """Find the size now, for batches like this one, rather than in the first `backward`; leaves no trace.
+        Raises:
+            GradfoldError: it cannot run.
+        """
+        if not window.micro_batches:  # all were left out, but those of other ranks were not
+            return
+        context = window.context
+        is_whole = self._strategy.is_whole(window)
+        kind = (context.version, is_whole, form_of(window.micro_batches[0].data), context.coordinator.num_ranks)
+        if kind == self._passed and (is_whole or not context.has_hooks()):
+            return
+        check = self._self_check if context.coordinator.can_probe else None
+        is_settled = self._micro_batcher.check_padding(window, self._strategy.probe_loss, check is not None)
+        if not is_whole:
+            check_hooks(context.model, context.parameters, self._warned_hooks)
+            if self.batch_norm is None:
+                layers = batch_statistics_layers(context.model)
+                refuse_batch_statistics(layers, len(window.micro_batches), window.num_samples)
+            if check is not None:
+                is_settled &= self._check_decomposable(check, window)
+        self._passed = kind if is_settled else None
+        self._terms = None
 
-        Of several ranks each finds its own, and waits for no other; under fully_shard all have to come, and find the
+    def _check_decomposable(self, check: SelfCheck, window: Window) -> bool:
+        """Have the first micro-batch checked, where that is due; whether nothing is left to check."""
+        is_checked, self._is_checked = self._is_checked, True
+        if not is_checked and check.is_due(window):
+            layers = self._strategy.split_dependent_layers(window.context)
+            if layers is None:
+                return True
+            try:
+                with self._drawing_dropout():
+                    check.check(window, self._micro_batcher.collate_rows, layers.values())
+            except NotDecomposableError as error:
+                explained = self._strategy.explain(error)
+                if explained is error:
+                    raise
+                raise explained from error
+            try:
+                self._strategy.judge(check.is_passed)
+            except GradfoldError:
+                check.forget()
+                raise
+        return check.is_settled
+
+    # What a window runs in
+
+    def _update_context(self) -> Context:
+        """Look at the model again, and at the processes that train it."""
+        context = self._context
+        if self.distributed is False or not is_initialized():
+            context.update()
+            context.coordinator = _ALONE
+            return context
+        reshard(list(self.model.modules()))  # else some of its parameters may be those that were gathered
+        context.update()
+        context.coordinator = self._find_coordinator(context)
+        return context
+
+    def _find_coordinator(self, context: Context) -> Coordinator:
+        group = find_process_group(context.modules, context.device, self.distributed)
+        if group is None:
+            return _ALONE
+        num_denominators = 1 + (len(self.weight) if isinstance(self.weight, Mapping) else 1)
+        sharded = sharded_modules(context.modules)
+        if not sharded:
+            if self.batch_norm == "exact" and group.size > 1:
+                return SynchronizedCoordinator(group, num_denominators)
+            return DataParallelCoordinator(group, num_denominators)
+        self._strategy.check_shards()
+        if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
+            raise OptionError(
+                'fully_shard is not supported with on_non_finite="skip_micro_batch", since no rank can run rows alone, '
+                "nor with backward=."
+            )
+        return FsdpCoordinator(group, num_denominators, divide_factor(sharded, group.size))
+
+    def _on_ranks(self, strategy: Strategy) -> Strategy:
+        """A strategy, in turns with other ranks where these hold shards."""
+        coordinator = self._context.coordinator
+        if not isinstance(coordinator, FsdpCoordinator):
+            return strategy
+        return FsdpTurns(strategy, coordinator, self.fsdp_reduce == "per_window")
+
+    def _setting(self) -> AbstractContextManager[PassListener]:
+        """What goes around the passes of a window: quiet reductions, and dropout that counts."""
+        context = self._context
+        if context.version != self._seen_version:
+            self._seen_version = context.version
+            self._has_dropout = bool(counter_based_layers(context.modules))
+        if context.coordinator is _ALONE and not self._has_dropout:
+            return _PLAIN
+        return self._entered_setting(context)
+
+    @contextmanager
+    def _entered_setting(self, context: Context) -> Iterator[PassListener]:
+        layers = counter_based_layers(context.modules)
+        is_sharded = isinstance(context.coordinator, FsdpCoordinator)
+        refuse_options(layers, self.batch_norm, is_sharded)
+        with ExitStack() as stack:
+            if context.coordinator is not _ALONE:
+                stack.enter_context(without_reductions(context.modules))
+            if layers:
+                yield stack.enter_context(counting(layers, self.num_windows, context.device, context.coordinator))
+            else:
+                yield PassListener()
+
+    def _drawing_dropout(self) -> AbstractContextManager[object]:
+        """Dropout layers draw as torch's do: for runs that replay randomness by themselves."""
+        return drawing_from_generators(counter_based_layers(self._context.modules))
+
+    def _pick_strategy(self) -> Strategy:
+        """How windows run, as the options say.
+
+        Raises:
+            OptionError: an option is not supported with another one.
+        """
+        loss_fn, keeps_order = self._run_loss, self.batching is None
+        if self.batch_norm == "exact" and not isinstance(loss_fn, TwoPhaseLoss):
+            is_collated = self.collate is not None
+            return ExactBatchNorm(loss_fn, self.on_non_finite, keeps_order=keeps_order, is_collated=is_collated)
+        by_micro_batch = self.batch_norm == "per_micro_batch"
+        order: Strategy = PerMicroBatchNorm(loss_fn) if by_micro_batch else Sequential(loss_fn)
+        if not isinstance(loss_fn, TwoPhaseLoss):
+            return order
+        return TwoPhase(
+            loss_fn,
+            self.weight,
+            self.batch_norm,
+            self.on_non_finite,
+            order=order,
+            compute=self.precision.compute,
+            raises=self.on_non_finite == "raise" and not self.precision.is_scaled,
+            keeps_order=keeps_order,
+        )
+
+    # Finding a size, and backward=
+
+    def _prepare(self, batch: Batch) -> None:
+        if self._backward is not None and not self._backward_is_probed:
+            probe(self._backward, self._context.device)
+            self._backward_is_probed = True
+        if self._tuner is not None:
+            self._tune(self._tuner, batch)
+
+    def _tune(self, tuner: AutoTuner, batch: Batch) -> None:
+        """Find the micro-batch size, where that is due; ranks that have to come together for it do so once."""
+        context = self._context
+        coordinator = context.coordinator
+        group = TuningGroup()
+        if isinstance(coordinator, FsdpCoordinator):
+            if tuner.choice is not None:
+                return
+            group = TuningGroup(coordinator.group)
+        piece = batch.pieces()[0] if isinstance(batch, MicroBatchWindow) else batch
+        example = group.attempt(lambda: ProbeBatch(piece, self.collate))
+        if not tuner.is_due(example.num_rows):
+            return
+        with self._drawing_dropout():
+            choice = tuner.tune(DryRun.of(self, example), self._back_propagate, group)
+        self._micro_batcher.resize(choice.micro_batch_size, piece, example.num_rows)
+
+    def tune(self, batch: Batch) -> MicroBatchChoice:
+        """Find the micro-batch size now, for batches like this one, rather than in the first `backward`.
+
+        Each rank picks its own size, and waits for no other; under fully_shard all ranks have to come, and find the
         same.
 
         Raises:
             OptionError: the micro-batch size was given.
         """
-        modules = list(self.model.modules())
-        reshard(modules)
-        parameters = parameters_of(modules)
-        device = parameters[0].device if parameters else torch.device("cpu")
-        ranks = find_process_group(modules, device, self.ranks)
-        found = self._set_aside(parameters)
+        if self._tuner is None:
+            given = self.micro_batch_size if self.batching is None else self.batching
+            raise OptionError(f'micro_batch_size={given}; expected "auto" or an Auto, to tune it.')
+        context = self._update_context()
+        found = GradientBuffer(context.parameters)
         try:
-            with on_its_own(modules) if ranks is not None else nullcontext():
-                self._choose(batch, device, _company(modules, ranks))
+            with training_alone(context.modules):
+                self._tune(self._tuner, batch)
         finally:
             found.put_back(self.model.parameters())
-        if self.micro_batch_choice is None:
-            raise OptionError(f'micro_batch_size={self.micro_batch_size}; expected "auto" or an Auto to choose one.')
-        return self.micro_batch_choice
+        assert self._tuner.choice is not None
+        return self._tuner.choice
 
-    def _choose(self, batch: Batch, device: torch.device, company: LocalGroup) -> None:
-        """Find the micro-batch size, where that was asked for and is due."""
-        if self._cutting.sizer is None:
-            return
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows (padded tokens with a `TokenBudget`) to run at once, as asked for or as found by "auto"."""
+        return self._micro_batcher.size
 
-        def work_on(specimen: ProbeBatch) -> Work:
-            of_loss = self.model, self.loss_fn, self.precision, self._back_propagate
-            return Work(*of_loss, specimen, device, company, self.ranks == "reduce_once")
+    @property
+    def token_budget(self) -> TokenBudget | None:
+        """The budget of `batching=`, with the size that "auto" has found and the cost that was measured."""
+        return self._micro_batcher.budget if isinstance(self._micro_batcher, TokenBatcher) else None
 
-        with keyed_dropout.unkeyed(keyed_dropout.counter_based_layers(self.model.modules())):
-            self._cutting.choose(batch, company, work_on)
+    @property
+    def micro_batch_choice(self) -> MicroBatchChoice | None:
+        """The size that `micro_batch_size="auto"` has found, with the reason and the timings; None before that."""
+        return None if self._tuner is None else self._tuner.choice
 
-    def twin(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        micro_batch_size: int | TokenBudget | None,
-        *,
-        collate: Collate | None,
-        batch_norm: BatchNormOption,
-        ranks: DistributedOption = "alone",
-    ) -> Accumulator:
-        """An accumulator for another model, with the same weights; to compare gradients, so nothing is checked."""
-        twin = Accumulator(
-            model,
-            loss_fn,
-            micro_batch_size=micro_batch_size,
-            weight=self.weight,
-            collate=collate,
-            batch_norm=batch_norm,
-            ranks=ranks,
-            self_check=False,
-        )
-        if twin._cutting.by_tokens is not None:
-            twin._cutting.by_tokens.is_checked = True
-        return twin
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler. In a custom loop: `unscale_(optimizer)`, clip, `step(optimizer)`, `update()`."""
+        return self.precision.grad_scaler
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as this one would have: the count of windows, sizes learned, the scaler."""
+        """What a resumed run needs to continue as this one would have: window count, sizes learned, loss scaler."""
+        choice = self.micro_batch_choice
         return {
             "num_windows": self.num_windows,
-            **self._cutting.state_dict(),
+            "micro_batcher": self._micro_batcher.state_dict(),
+            "micro_batch_choice": None if choice is None else choice.to_json(),
             "self_check": None if self._self_check is None else self._self_check.state_dict(),
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Restore what `state_dict` gave.
 
         Raises:
-            OptionError: this is no such state, or it has a loss scaler and this accumulator has none, or the other way
-                round.
+            OptionError: it is not a state of an Accumulator, or only one of both has a loss scaler.
         """
-        missing = {"num_windows", "fitting_size", "self_check", "grad_scaler"} - state.keys()
+        missing = {"num_windows", "micro_batcher", "self_check", "grad_scaler"} - state.keys()
         if missing:
-            raise OptionError(
-                f"this is no state of an Accumulator: it has {sorted(state)}, {sorted(missing)} are missing."
-            )
+            raise OptionError(f"not an Accumulator state_dict: missing keys {sorted(missing)}, found {sorted(state)}.")
         if (state["grad_scaler"] is None) != (self.grad_scaler is None):
-            there, here = ("no", "one") if state["grad_scaler"] is None else ("a", "none")
+            saved, here = ("no", "one") if state["grad_scaler"] is None else ("a", "none")
             raise OptionError(
-                f"the saved state has {there} loss scaler, and this Accumulator has {here}: give it the precision= of "
-                "the one saved."
+                f"the saved state has {saved} loss scaler, and this Accumulator has {here}: pass the precision= of the "
+                "saved one."
             )
         self.num_windows = int(state["num_windows"])
-        self._cutting.load_state_dict(state)
+        choice = state.get("micro_batch_choice")
+        has_choice = self._tuner is not None and choice is not None
+        # A size that the user gives counts more than one that was saved.
+        if self._micro_batcher.load_state_dict(state["micro_batcher"], with_size=has_choice) and has_choice:
+            assert self._tuner is not None and choice is not None
+            self._tuner.choice = MicroBatchChoice.from_json(choice)
         if self._self_check is not None and state["self_check"] is not None:
             self._self_check.load_state_dict(state["self_check"])
         if self.grad_scaler is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
 
-    def _agree(self, ranks: ProcessGroup | None, modules: Sequence[nn.Module]) -> Coordinator:
-        """What this window has to agree on with other processes."""
-        if ranks is None:
-            return Coordinator(self._weigh)
-        num_totals = 1 + (len(self.weight) if isinstance(self.weight, Mapping) else 1)
-        sharded = sharded_modules(modules)
-        if not sharded:
-            return self._coupling.agreement(ranks, self._weigh, num_totals)
-        self._coupling.refuse_shards()
-        if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
-            raise OptionError(
-                'fully_shard does not go with on_non_finite="skip_micro_batch", since no rank can run alone again, nor '
-                "with backward=."
-            )
-        self._back_propagate.factor = divide_factor(sharded, ranks.size)
-        reduces_once = self.ranks == "reduce_once"
-        return FsdpCoordinator(
-            ranks, self._weigh, num_totals, lambda is_last: set_reducing(sharded, is_last or not reduces_once)
+
+def _tuner(micro_batch_size: MicroBatchSize, batching: TokenBudget | None) -> AutoTuner | None:
+    if isinstance(micro_batch_size, TokenBudget):
+        raise OptionError(
+            "micro_batch_size is a TokenBudget; expected rows. Pass it as batching=: Accumulator(..., batching=budget)."
         )
+    if batching is not None:
+        if not isinstance(batching, TokenBudget):
+            raise OptionError(f"batching is a {type(batching).__name__}; expected a TokenBudget or None.")
+        if micro_batch_size is not None:
+            raise OptionError(
+                f"micro_batch_size={micro_batch_size!r} and batching= are both given; a TokenBudget says how much runs "
+                "at once by its max_tokens. Leave micro_batch_size out."
+            )
+        return AutoTuner(Auto()) if batching.max_tokens == "auto" else None
+    if isinstance(micro_batch_size, (str, Auto)):
+        return AutoTuner(read_auto(micro_batch_size))
+    check_size(micro_batch_size)
+    return None
 
-    def _probe_backward(self, device: torch.device) -> None:
-        if self._backward is not None and not self._backward_is_probed:
-            probe(self._backward, device)
-            self._backward_is_probed = True
 
-
-def _company(modules: Sequence[nn.Module], ranks: ProcessGroup | None) -> LocalGroup:
-    """Who has to try micro-batch sizes together: ranks of which none can run its shards alone."""
-    return LocalGroup() if ranks is None or not sharded_modules(modules) else SynchronizedGroup(ranks)
+def _micro_batcher(
+    size: int | None, batching: TokenBudget | None, collate: Collate | None, counts: bool
+) -> MicroBatcher:
+    if batching is not None:
+        return TokenBatcher(batching, collate, counts)
+    return RowBatcher(size) if collate is None else SampleBatcher(size, collate, counts)

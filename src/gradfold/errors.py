@@ -5,29 +5,28 @@ message as attributes where a program could use them, and the exit code of a com
 
 GradfoldError                       1
 ├── OptionError (ValueError)        2   an argument that cannot work
-├── BatchError (ValueError)         1   a batch that cannot be cut by rows
+├── BatchError (ValueError)         1   a batch that cannot be split by rows
 ├── ModelError (ValueError)         1   a model that gradfold cannot accumulate for
-│   ├── BatchNormError              1   ... since its samples see each other
+│   ├── BatchNormError              1   ... since BatchNorm makes its samples depend on each other
 │   ├── HookError                   1   ... since a hook acts on every micro-batch
 │   ├── PaddingError                1   ... under a token budget, since its gradient depends on the padding
-│   └── DistributedError                  1   ... since of several processes one has failed, or trains it in another way
+│   └── DistributedError            1   ... since another rank has failed, or ranks train it in different ways
 ├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
 │   ├── NonFiniteLossError          1   ... since it is NaN or infinite
 │   ├── NotDecomposableError        1   ... since it is not the weighted mean of its parts
-│   └── RecomputeError                 1   ... since a micro-batch did not give the same when it ran again
+│   └── RecomputeError              1   ... since a micro-batch did not return the same when it ran again
 ├── WeightError (ValueError)        1   a weight that is not a non-negative number, or has no loss term
 ├── NonFiniteGradientError (ValueError) 1  a gradient that is NaN or infinite though the losses are finite
-├── DoesNotFitError (RuntimeError)  1   rows for which memory does not suffice, however few at once
+├── DoesNotFitError (RuntimeError)  1   rows that do not fit in memory, however few at once
 ├── BackwardError (ValueError)      1   a backward= that changes the scale of gradients
 ├── WindowError (RuntimeError)      1   a window whose loop body left something out
 ├── TrainStepError (TypeError)      1   an optimizer or scheduler that TrainStep cannot drive
-├── DataError (ValueError)          1   data files that are missing, damaged or foreign
+├── DataError (ValueError)          1   data files that are missing, damaged or in another format
 └── WorkloadError (ValueError)      2   a workload that cannot be found or built
 
-The out-of-memory error: how it looks on each device, and giving memory back after it.
-
-Sources: `torch.OutOfMemoryError` (accelerators), c10's CPU allocator (a `RuntimeError` with a text of its own), and
-Python's `MemoryError`. The kernel's out-of-memory killer ends a process without an error: nothing can be caught there.
+Out of memory is recognized here, too (`is_out_of_memory`). Sources: `torch.OutOfMemoryError` (accelerators), c10's CPU
+allocator (a `RuntimeError`, known by its message), and Python's `MemoryError`. The kernel's out-of-memory killer ends a
+process without an error, which cannot be caught.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-
-__all__: list[str] = []
 
 
 class GradfoldError(Exception):
@@ -53,11 +50,11 @@ class OptionError(GradfoldError, ValueError):
 
 
 class BatchError(GradfoldError, ValueError):
-    """The batch cannot be cut into micro-batches by rows."""
+    """The batch cannot be split into micro-batches by rows."""
 
 
 class ModelError(GradfoldError, ValueError):
-    """The model cannot be accumulated for."""
+    """Gradients of the model cannot be accumulated."""
 
 
 class BatchNormError(ModelError):
@@ -85,7 +82,7 @@ class HookError(ModelError):
 
 
 class PaddingError(ModelError):
-    """The gradient depends on how far rows are padded, so that a token budget, which pads less, would change it.
+    """The gradient depends on how far rows are padded, so a token budget, which pads less, would change it.
 
     Attributes:
         layer: name of the first layer whose output does, where there is one.
@@ -109,7 +106,7 @@ class NonFiniteLossError(LossError):
 
     Attributes:
         micro_batch: index of the first such micro-batch in the window.
-        term: name of the loss term ("loss" for a bare one).
+        term: name of the loss term ("loss" for an unnamed one).
         value: the value.
     """
 
@@ -121,14 +118,14 @@ class NonFiniteLossError(LossError):
 
 
 class NotDecomposableError(LossError):
-    """The gradient of a batch is not the weighted mean of the gradients of its parts, so that it cannot be accumulated.
+    """The gradient of a batch is not the weighted mean of the gradients of its parts, so it cannot be accumulated.
 
     Attributes:
-        cause: "weights" (another weighting fits), "sum" (not a mean), "seed" (the backward pass ignores its incoming
-            gradient), "empty" (a mean over nothing in a part), "batch_norm", "state" (of a layer, moved by forward
-            passes) or "coupled" (samples that depend on each other); from `Verdict.raise_if_wrong` also "random",
-            "other_model", "non_finite", "fails", "padding", "rounding" and "unknown", as its text explains.
-        term: name of the loss term ("loss" for a bare one).
+        cause: "weights" (another weighting fits), "sum" (not a mean), "grad_output" (the backward pass ignores its
+            incoming gradient), "empty" (a mean over nothing in a part), "batch_norm", "state" (of a layer, moved by
+            forward passes) or "coupled" (samples that depend on each other); from `Verdict.raise_if_wrong` also
+            "random", "other_model", "non_finite", "fails", "padding", "rounding" and "unknown", as its text explains.
+        term: name of the loss term ("loss" for an unnamed one).
         weight: the weight that fits, as Python, where one was found.
     """
 
@@ -140,7 +137,7 @@ class NotDecomposableError(LossError):
 
 
 class RecomputeError(LossError):
-    """The statistics of a two-phase loss were others when a micro-batch ran again.
+    """The statistics of a two-phase loss differed when a micro-batch ran again.
 
     Attributes:
         micro_batch: index of the micro-batch in the window.
@@ -174,7 +171,7 @@ class NonFiniteGradientError(GradfoldError, ValueError):
 
 
 class DoesNotFitError(GradfoldError, RuntimeError):
-    """Memory ran out, and running fewer rows at once cannot help.
+    """Out of memory, and running fewer rows at once cannot help.
 
     Attributes:
         sizes: the numbers of rows (padded tokens with a `TokenBudget`) that were tried at once, in order.
@@ -224,7 +221,7 @@ _CPU_TEXTS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, so that the same on fewer rows may work."""
+    """Whether this is an out-of-memory error, after which fewer rows may fit."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_TEXTS)

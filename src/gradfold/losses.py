@@ -1,7 +1,7 @@
-"""InfoNCE in tiles: each query told apart from all keys, though the matrix of their scores never exists at once.
+"""InfoNCE in tiles: the contrastive loss of each query against all keys, without the matrix of their scores.
 
-With scores s[i, j] = <q[i], k[j]> / t the loss of query i is logsumexp_j s[i, j] - s[i, i]. Its log-sum-exp is kept
-running over tiles of scores, and the gradient computes the tiles again, so that N queries and M keys take memory of
+With scores s[i, j] = <q[i], k[j]> / t the loss of query i is logsumexp_j s[i, j] - s[i, i]. Its log-sum-exp is
+accumulated over tiles of scores, and the backward pass recomputes the tiles. So N queries and M keys take memory of
 order (N + M) d instead of N M, and half as much time again.
 
 Sources: van den Oord, Li and Vinyals 2018, "Representation Learning with Contrastive Predictive Coding", arXiv
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from gradfold.errors import LossError, OptionError
 
-__all__: list[str] = []
-
 
 def info_nce(
     queries: Tensor,
@@ -30,7 +28,7 @@ def info_nce(
     symmetric: bool = True,
     tile: int = 1024,
 ) -> Tensor:
-    """The mean cross-entropy of telling each query's own key from all others, in tiles.
+    """The mean cross-entropy of classifying each query's own key among all keys, in tiles.
 
     Equal to, but for rounding, and without the N x M matrix:
 
@@ -40,17 +38,17 @@ def info_nce(
         loss = (cross_entropy(scores, labels) + cross_entropy(scores.T, labels)) / 2
 
     Args:
-        queries: (N, d). They are taken as they are: for cosine similarity write `F.normalize(queries, dim=1)` before.
-        keys: (M, d) with M >= N: the key of query i is row i, further rows are wrong answers for all (hard negatives).
-        temperature: what scores are divided by; a 0-d tensor gets its gradient. For CLIP's scale write `1 / scale`.
-        symmetric: also tell each key's query from all others; then M must be N.
+        queries: (N, d), used unchanged: for cosine similarity pass `F.normalize(queries, dim=1)`.
+        keys: (M, d) with M >= N: the key of query i is row i, further rows are negatives for all.
+        temperature: the divisor of scores; a 0-d tensor gets its gradient. For CLIP's scale pass `1 / scale`.
+        symmetric: also classify each key's query among all queries; then M must be N.
         tile: queries and keys per tile; at most tile x tile scores exist at once.
 
     Returns:
         The loss, 0-d; in float32 where the inputs have fewer digits. It has no second derivative.
 
     Raises:
-        LossError: the tensors do not go together.
+        LossError: the shapes or dtypes of the tensors do not fit.
         OptionError: the temperature or the tile is not positive.
 
     >>> import torch, gradfold
@@ -100,21 +98,21 @@ class _InfoNCE(torch.autograd.Function):
         for rows, columns in _tiles(len(queries), len(keys), ctx.tile):
             own_queries, own_keys = queries[rows].to(dtype), keys[columns].to(dtype)
             scores = own_queries @ own_keys.T * scale
-            share = torch.exp(scores - row_sums[rows, None])
+            to_scores = torch.exp(scores - row_sums[rows, None])  # softmax
             if column_sums is not None:
-                share = share.add_(torch.exp(scores - column_sums[columns])).div_(2)
+                to_scores = to_scores.add_(torch.exp(scores - column_sums[columns])).div_(2)
             if rows.start == columns.start:
-                share.diagonal().sub_(1)
-            to_queries[rows] += share @ own_keys
-            to_keys[columns] += share.T @ own_queries
-            to_log_scale += (share * scores).sum()
-        seed = gradient.to(dtype) * factor
+                to_scores.diagonal().sub_(1)
+            to_queries[rows] += to_scores @ own_keys
+            to_keys[columns] += to_scores.T @ own_queries
+            to_log_scale += (to_scores * scores).sum()
+        upstream = gradient.to(dtype) * factor
         to_temperature = None
         if ctx.needs_input_grad[2]:
-            to_temperature = (-to_log_scale * scale * seed).to(temperature).reshape(temperature.shape)
+            to_temperature = (-to_log_scale * scale * upstream).to(temperature).reshape(temperature.shape)
         return (
-            to_queries.mul_(seed * scale).to(queries.dtype),
-            to_keys.mul_(seed * scale).to(keys.dtype),
+            to_queries.mul_(upstream * scale).to(queries.dtype),
+            to_keys.mul_(upstream * scale).to(keys.dtype),
             to_temperature,
             None,
             None,
@@ -129,7 +127,7 @@ class _LogSumExp:
         self._sum = like.new_zeros(num_rows)
 
     def add(self, rows: slice, scores: Tensor) -> None:
-        """Take a tile of scores, whose rows are these."""
+        """Add a tile of scores for these rows."""
         before = self._largest[rows]
         largest = torch.maximum(before, scores.amax(1))
         self._sum[rows] = self._sum[rows] * torch.exp(before - largest) + torch.exp(scores - largest[:, None]).sum(1)
@@ -164,7 +162,7 @@ def _check(queries: Tensor, keys: Tensor, temperature: float | Tensor, symmetric
     if len(keys) < len(queries) or (symmetric and len(keys) != len(queries)):
         raise LossError(
             f"info_nce got {len(queries)} queries and {len(keys)} keys; expected one key for each query, first and in "
-            "order. Further keys go with symmetric=False."
+            "order. Further keys need symmetric=False."
         )
     if not queries.is_floating_point() or not keys.is_floating_point():
         raise LossError(f"info_nce got {queries.dtype} queries and {keys.dtype} keys; expected floating point.")

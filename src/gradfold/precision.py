@@ -14,6 +14,7 @@ from torch import nn
 
 from gradfold.engine.loss_terms import LossFn, LossOutput
 from gradfold.errors import OptionError
+from gradfold.state.gradients import SumDtype
 
 __all__ = ["Precision"]
 
@@ -23,10 +24,10 @@ class Precision:
     """What is computed in which precision.
 
     Attributes:
-        compute: autocast's dtype around `loss_fn` (the model and the loss; batch and parameters stay as they are); None
+        compute: autocast's dtype around `loss_fn` (the model and the loss; batch and parameters are unchanged); None
             leaves autocast to the user.
-        grad_scaler: scales the loss, so that small gradients survive in float16. It goes into the seed of the backward
-            pass; `.grad` is scaled until `grad_scaler.unscale_(optimizer)`.
+        grad_scaler: scales the loss, so that small gradients survive in float16. It is part of the `grad_output` of the
+            backward pass; `.grad` is scaled until `grad_scaler.unscale_(optimizer)`.
         accumulate_dtype: what gradients of parameters in a smaller dtype are summed in, at the cost of a gradient of
             that size: for bfloat16 parameters 4 bytes for each instead of 2, until the window closes. None: in the
             parameter's own dtype, where a sum over 128 micro-batches is off by 1 %.
@@ -73,6 +74,11 @@ class Precision:
                 return loss_fn(model, batch)
 
         return run
+
+    @property
+    def sums(self) -> SumDtype:
+        """What gradients are summed in."""
+        return SumDtype(self.accumulate_dtype, self.keep_accumulate_dtype)
 
     @property
     def is_scaled(self) -> bool:

@@ -1,4 +1,4 @@
-"""A training step: one update of the parameters from one global batch, everything in the right order, once."""
+"""A training step: one update from one global batch, each part of it once and in the right order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch
-from gradfold.engine.window import Recovery, WindowResult
+from gradfold.engine.result import WindowResult
 from gradfold.errors import OptionError, TrainStepError
 from gradfold.state.gradients import clip_norm
 
@@ -24,39 +24,27 @@ class Scheduler(Protocol):
     """A learning-rate scheduler that is stepped once per update."""
 
     def step(self) -> object:
-        """Move on by one update."""
+        """Advance by one update."""
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
-        """Take over a state."""
+        """Restore a state."""
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one update did.
+class StepResult(WindowResult):
+    """What one update did: the result of the window (see `WindowResult`; the loss is that before the update), and this.
 
     Attributes:
-        loss: the loss of the whole batch before the update, 0-d, detached.
-        metrics: as in `WindowResult`.
         grad_norm: 2-norm of the gradient before clipping, 0-d; None without `max_grad_norm`.
-        applied: whether the parameters were updated; not so for a batch that weighs nothing, one that was skipped
-            since its gradient was not finite, and one whose scaled gradient overflowed.
-        num_micro_batches: how many micro-batches were run.
-        num_samples: rows of the batch.
-        weight: the denominator of the loss, as in `WindowResult`.
-        recoveries: the faults survived, as in `WindowResult`.
+        applied: whether the parameters were updated. They are not for a batch of weight 0, for one that was skipped
+            since its gradient was not finite, and for one whose scaled gradient overflowed.
     """
 
-    loss: Tensor
-    metrics: Mapping[str, Tensor]
-    grad_norm: Tensor | None
-    applied: bool
-    num_micro_batches: int
-    num_samples: int
-    weight: float | Mapping[str, float]
-    recoveries: tuple[Recovery, ...]
+    grad_norm: Tensor | None = None
+    applied: bool = False
 
 
 class TrainStep:
@@ -149,20 +137,18 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Restore what `state_dict` gave.
 
         Raises:
             OptionError: the state has a scheduler or a loss scaler and this step has none, or the other way round.
         """
         missing = {"updates", "skipped", "samples", "scheduler", "accumulator"} - state.keys()
         if missing:
-            raise OptionError(
-                f"this is no state of a TrainStep: it has {sorted(state)}, {sorted(missing)} are missing."
-            )
+            raise OptionError(f"not a TrainStep state_dict: missing keys {sorted(missing)}, found {sorted(state)}.")
         if (state["scheduler"] is None) != (self.scheduler is None):
             there, here = ("no", "one") if state["scheduler"] is None else ("a", "none")
             raise OptionError(
-                f"the saved state has {there} scheduler, and this TrainStep has {here}: build it as the one saved."
+                f"the saved state has {there} scheduler, and this TrainStep has {here}: build it like the saved one."
             )
         self.accumulator.load_state_dict(state["accumulator"])  # first, since it may refuse
         self.updates = int(state["updates"])
@@ -176,16 +162,7 @@ class TrainStep:
 
 
 def _result(window: WindowResult, grad_norm: Tensor | None, *, applied: bool) -> StepResult:
-    return StepResult(
-        window.loss,
-        window.metrics,
-        grad_norm,
-        applied,
-        window.num_micro_batches,
-        window.num_samples,
-        window.weight,
-        window.recoveries,
-    )
+    return StepResult(**vars(window), grad_norm=grad_norm, applied=applied)
 
 
 def _step_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

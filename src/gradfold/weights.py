@@ -20,7 +20,7 @@ from gradfold.errors import WeightError
 
 __all__ = ["TokenCount", "token_count"]
 
-BARE = "loss"  # the name of a loss that is not a dict of terms
+UNNAMED = "loss"  # the name of a loss that is not a dict of terms
 
 Weight: TypeAlias = "Literal['samples'] | Callable[[Any], float | Tensor]"
 WeightOption: TypeAlias = "Weight | Mapping[str, Weight]"
@@ -41,7 +41,7 @@ class TokenCount:
             raise WeightError(f"{self._name()}: the labels are a {type(labels).__name__}, expected a tensor.")
         if self.shift:
             if labels.dim() == 0:
-                raise WeightError(f"{self._name()}: the labels are 0-d, so none is the first of its row to leave out.")
+                raise WeightError(f"{self._name()}: the labels are 0-d, so no row has a first label to leave out.")
             labels = labels[..., 1:]
         return (labels != self.ignore_index).sum()
 
@@ -101,110 +101,134 @@ def token_count(
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class Weights:
     """The weights of a window's micro-batches under one name.
 
     Attributes:
         total: the sum of the weights, the denominator.
-        parts: what each micro-batch makes up of the window's mean; all 0 in a window that weighs nothing.
-        idle: the micro-batches that weigh nothing.
-        weights: of the micro-batches.
+        normalized: the part of the window's mean that each micro-batch is; all 0 in a window of weight 0.
+        zero_weight: the micro-batches of weight 0.
+        values: the weights of the micro-batches.
     """
 
     total: float
-    parts: tuple[float, ...]
-    idle: frozenset[int]
-    weights: tuple[float, ...]
+    normalized: tuple[float, ...]
+    zero_weight: frozenset[int]
+    values: tuple[float, ...]
 
 
-@lru_cache(maxsize=64)  # windows of equal shape have equal shares
-def shares_of(weights: tuple[float, ...], of_total: float | None = None) -> Shares:
-    """The shares that these weights, one per micro-batch, give; of their own sum, or of a larger total."""
+@lru_cache(maxsize=64)  # windows of equal shape have equal weights
+def normalize(values: tuple[float, ...], denominator: float | None = None) -> Weights:
+    """Weights, one per micro-batch, normalized by their own sum, or by a larger denominator."""
     try:
-        total = math.fsum(weights) if of_total is None else of_total
+        total = math.fsum(values) if denominator is None else denominator
     except OverflowError:
-        raise WeightError(f"the weights of the window sum to more than a float holds: {list(weights)}.") from None
-    parts = tuple(weight / total if total else 0.0 for weight in weights)
-    return Shares(total, parts, frozenset(index for index, weight in enumerate(weights) if weight == 0), weights)
+        raise WeightError(f"the sum of micro-batch weights overflows float64: {list(values)}.") from None
+    normalized = tuple(value / total if total else 0.0 for value in values)
+    return Weights(total, normalized, frozenset(index for index, value in enumerate(values) if value == 0), values)
 
 
 class WindowWeights:
-    """The shares of one window for every loss term and metric."""
+    """The weights of one window, for every loss term and metric.
 
-    def __init__(self, shares: Shares | dict[str, Shares], samples: Shares) -> None:
-        self.shares = shares
+    Args:
+        named: by the name of a loss term or metric; None where one weight counts for all.
+        unnamed: that weight; None where weights have names.
+        samples: the numbers of rows.
+
+    Attributes:
+        zero_weight: the micro-batches of weight 0 under every name.
+        are_named: whether weights have names.
+        num_micro_batches: how many are weighed.
+    """
+
+    def __init__(self, named: dict[str, Weights] | None, unnamed: Weights | None, samples: Weights) -> None:
+        self.named = named
+        self.unnamed = unnamed
         self.samples = samples
+        self.are_named = named is not None
+        self.num_micro_batches = len(samples.values)
+        every = [unnamed] if named is None else list(named.values())
+        self.zero_weight = frozenset.intersection(*(one.zero_weight for one in every if one is not None))
 
-    def arrive(self) -> None:
+    def wait(self) -> None:
         """Wait for denominators that are summed over several processes; here they are known."""
 
+    def others_are_busy(self) -> bool:
+        """Whether a micro-batch of another rank has a positive weight."""
+        return False
+
     def own_totals(self) -> list[float]:
-        """What these micro-batches weigh together under every name, and their samples."""
-        named = self.shares.values() if isinstance(self.shares, dict) else [self.shares]
-        return [math.fsum(shares.weights) for shares in (*named, self.samples)]
+        """The sum of the weights of these micro-batches under every name, and of their samples."""
+        every = [self.unnamed] if self.named is None else list(self.named.values())
+        return [math.fsum(one.values) for one in (*every, self.samples) if one is not None]
 
-    def of_totals(self, totals: Sequence[float]) -> WindowWeights:
-        """These weights as shares of larger totals, in the order of `own_totals()`."""
-        *named, samples = totals
-        own = self.shares if isinstance(self.shares, dict) else {"": self.shares}
-        larger = {name: shares_of(one.weights, total) for (name, one), total in zip(own.items(), named, strict=True)}
-        return WindowWeights(
-            larger if isinstance(self.shares, dict) else larger[""], shares_of(self.samples.weights, samples)
-        )
+    def over(self, denominators: Sequence[float]) -> WindowWeights:
+        """These weights normalized by larger denominators, in the order of `own_totals()`."""
+        *of_names, of_samples = denominators
+        samples = normalize(self.samples.values, of_samples)
+        if self.named is not None:
+            pairs = zip(self.named.items(), of_names, strict=True)
+            return WindowWeights({name: normalize(one.values, total) for (name, one), total in pairs}, None, samples)
+        assert self.unnamed is not None
+        return WindowWeights(None, normalize(self.unnamed.values, *of_names), samples)
 
-    def of_term(self, name: str) -> Shares:
-        """The shares of a loss term.
+    def of_term(self, name: str) -> Weights:
+        """The weights of a loss term.
 
         Raises:
             WeightError: weights were given by name, and none for this one.
         """
-        self.arrive()
-        if not isinstance(self.shares, dict):
-            return self.shares
-        if name not in self.shares:
+        if self.unnamed is not None:
+            return self.unnamed
+        self.wait()
+        assert self.named is not None
+        if name not in self.named:
             raise WeightError(
-                f"weight= names {sorted(self.shares)}, but loss_fn returned the loss term {name!r}, which has no "
-                'weight. Give one per loss term (a bare loss is called "loss").'
+                f"weight= names {sorted(self.named)}, but loss_fn returned the loss term {name!r}, which has no "
+                'weight. Give one per loss term (an unnamed loss is called "loss").'
             )
-        return self.shares[name]
+        return self.named[name]
 
-    def of_metric(self, name: str) -> Shares:
-        """The shares of a metric: its own, else those of a bare loss, else samples."""
-        self.arrive()
-        if not isinstance(self.shares, dict):
-            return self.shares
-        return self.shares.get(name) or self.shares.get(BARE) or self.samples
+    def of_metric(self, name: str) -> Weights:
+        """The weights of a metric: its own, else those of an unnamed loss, else samples."""
+        if self.unnamed is not None:
+            return self.unnamed
+        self.wait()
+        assert self.named is not None
+        return self.named.get(name) or self.named.get(UNNAMED) or self.samples
 
     def total(self, terms: Collection[str] = ()) -> float | dict[str, float]:
         """The denominator, or one per loss term where weights were given by name."""
-        self.arrive()
-        if not isinstance(self.shares, dict):
-            return self.shares.total
-        return {name: shares.total for name, shares in self.shares.items() if name in terms or not terms}
+        if self.unnamed is not None:
+            return self.unnamed.total
+        self.wait()
+        return {name: one.total for name, one in (self.named or {}).items() if name in terms or not terms}
 
     def names_at(self, index: int) -> list[str] | None:
-        """The names that weigh something in a micro-batch; None where weights were not given by name."""
-        if not isinstance(self.shares, dict):
+        """The names under which a micro-batch has a positive weight; None where weights have no names."""
+        if self.named is None:
             return None
-        return [name for name, shares in self.shares.items() if shares.weights[index]]
-
-    def idle(self) -> frozenset[int]:
-        """The micro-batches that weigh nothing under every name."""
-        if isinstance(self.shares, dict):
-            return frozenset.intersection(*(shares.idle for shares in self.shares.values()))
-        return self.shares.idle
+        return [name for name, one in self.named.items() if one.values[index]]
 
     def check_names(self, terms: Collection[str], metrics: Collection[str]) -> None:
         """Raise WeightError where a weight was given for something that loss_fn did not return."""
-        if not isinstance(self.shares, dict) or not terms:
+        if self.named is None or not terms:
             return
-        unknown = [name for name in self.shares if name not in terms and name not in metrics]
+        unknown = [name for name in self.named if name not in terms and name not in metrics]
         if unknown:
             raise WeightError(
-                f"weight= names {sorted(self.shares)}, but loss_fn returned the loss terms {sorted(terms)} and the "
+                f"weight= names {sorted(self.named)}, but loss_fn returned the loss terms {sorted(terms)} and the "
                 f"metrics {sorted(metrics)}: the weight {unknown[0]!r} has no term or metric. Give one weight per loss "
-                'term (a bare loss is called "loss").'
+                'term (an unnamed loss is called "loss").'
             )
+
+
+@lru_cache(maxsize=64)
+def sample_weights(num_rows: tuple[int, ...]) -> WindowWeights:
+    """The weights of micro-batches with these numbers of rows, where samples are what counts."""
+    samples = normalize(num_rows)
+    return WindowWeights(None, samples, samples)
 
 
 def _is_samples(weight: object) -> bool:
@@ -223,7 +247,7 @@ def check_option(weight: WeightOption) -> None:
         if not callable(one) and not _is_samples(one):
             raise WeightError(
                 f'weight={one!r}; expected "samples", gradfold.token_count(...), a callable that takes a micro-batch '
-                "and gives a number, or a dict of these by the name of the loss term or metric."
+                "and returns a number, or a dict of these by the name of the loss term or metric."
             )
     if not every:
         raise WeightError("weight={} is empty; give one weight per loss term.")
@@ -237,17 +261,18 @@ def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWe
     Raises:
         WeightError: a weight is negative, not finite, or not a number.
     """
-    samples = shares_of(tuple([len(part.rows) for part in micro_batches]))
+    num_rows = tuple([len(part.rows) for part in micro_batches])
     if _is_samples(weight):
-        return WindowWeights(samples, samples)
+        return sample_weights(num_rows)
+    samples = normalize(num_rows)
     if not isinstance(weight, Mapping):
-        return WindowWeights(_weigh_each([weight], micro_batches)[0], samples)
+        return WindowWeights(None, _weigh_each([weight], micro_batches)[0], samples)
     asked = {name: one for name, one in weight.items() if not _is_samples(one)}
     found = dict(zip(asked, _weigh_each(list(asked.values()), micro_batches), strict=True))
-    return WindowWeights({name: found.get(name, samples) for name in weight}, samples)
+    return WindowWeights({name: found.get(name, samples) for name in weight}, None, samples)
 
 
-def _weigh_each(weights: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> list[Shares]:
+def _weigh_each(weights: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> list[Weights]:
     values = [weight(part.data) for weight in weights for part in micro_batches]
     numbers = _read(values)
     for position, (value, number) in enumerate(zip(values, numbers, strict=True)):
@@ -258,7 +283,7 @@ def _weigh_each(weights: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> 
                 "of at least 0."
             )
     size = len(micro_batches)
-    return [shares_of(tuple(numbers[start : start + size])) for start in range(0, len(numbers), size)]
+    return [normalize(tuple(numbers[start : start + size])) for start in range(0, len(numbers), size)]
 
 
 def _read(values: Sequence[Any]) -> list[float]:
@@ -276,7 +301,7 @@ def _read(values: Sequence[Any]) -> list[float]:
         except (TypeError, ValueError, OverflowError):
             shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise WeightError(
-                f"the weight function gave a {type(value).__name__}{shape}; expected one number (int, float or 0-d "
+                f"the weight function returned a {type(value).__name__}{shape}; expected one number (int, float or 0-d "
                 "tensor), for example mask.sum()."
             ) from None
     for positions in stacks.values():

@@ -1,39 +1,39 @@
-"""Windows over a loader of micro-batches: each the micro-batches of one update, the last one as short as it comes.
+"""Windows over a loader of micro-batches: each holds the micro-batches of one update, the last one may be shorter.
 
-A loop window: the micro-batches of one update, for a loop body that runs the forward passes by itself.
+A `LoadedWindow` goes to an accumulator; a `LoopWindow` is for a loop body that runs the forward passes by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import islice
-from typing import Generic, NoReturn, TypeVar, overload
+from typing import NoReturn, TypeVar, final, overload
 
 from torch import Tensor, nn
 
+from gradfold.batch.loaded_window import LoadedWindow, MicroBatchWindow
 from gradfold.batch.nesting import rows_if_any
 from gradfold.batch.split import MicroBatch
-from gradfold.batchnorm.per_micro_batch import (
+from gradfold.batchnorm.per_micro_batch import WindowStatistics
+from gradfold.batchnorm.policy import (
     BatchNormOption,
-    WindowStatistics,
     batch_statistics_layers,
-    check_option,
-    refuse,
+    check_batch_norm,
+    refuse_batch_statistics,
 )
 from gradfold.distributed.coordinators import DataParallelCoordinator
-from gradfold.distributed.ddp import DistributedOption, find_process_group, without_reductions
-from gradfold.distributed.ddp import check_option as check_ranks
+from gradfold.distributed.ddp import DistributedOption, check_distributed, find_process_group, without_reductions
 from gradfold.distributed.fsdp import sharded_modules
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossTerms
 from gradfold.engine.metrics import Metrics
-from gradfold.engine.model_checks import parameters_with_hooks, refuse_post_accumulate_hooks, warn_of_hooks
+from gradfold.engine.model_checks import check_hooks
+from gradfold.engine.window import Context
 from gradfold.errors import LossError, OptionError, WeightError, WindowError
-from gradfold.state.gradients import GradientBuffer, check_trainable
-from gradfold.weights import BARE, Weight, WindowWeights, weigh
+from gradfold.state.gradients import GradientBuffer
+from gradfold.weights import UNNAMED, Weight, WindowWeights, weigh
 from gradfold.weights import check_option as check_weight
 
 __all__ = ["LoadedWindow", "LoopWindow", "windows"]
@@ -41,11 +41,12 @@ __all__ = ["LoadedWindow", "LoopWindow", "windows"]
 T = TypeVar("T")
 
 
-class LoopWindow(Generic[T]):
-    """The micro-batches of one update, for a loop body that stays as it was but for `window.backward(loss)`.
+@final
+class LoopWindow(MicroBatchWindow[T]):
+    """The micro-batches of one update, for a loop body that calls `window.backward(loss)`.
 
-    Iterate over it once. The weights of all micro-batches are known before the first, so every gradient is seeded with
-    its exact share. Nothing is rolled back if the loop body fails.
+    Iterate over it once. The weights of all micro-batches are known before the first, so every gradient has its exact
+    weight. If the loop body fails, nothing is rolled back.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class LoopWindow(Generic[T]):
         weight: Weight,
         batch_norm: BatchNormOption,
         backward: BackwardFn | None,
-        agreement: Coordinator,
+        coordinator: Coordinator,
     ) -> None:
         rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
         stops = [sum(rows[: index + 1]) for index in range(len(rows))]
@@ -63,21 +64,32 @@ class LoopWindow(Generic[T]):
             MicroBatch(data, range(stop - count, stop))
             for data, count, stop in zip(micro_batches, rows, stops, strict=True)
         ]
-        self._agreement = agreement
+        self._coordinator = coordinator
         self._model = model
-        self._weights: WindowWeights = self._agreement.weigh(self._parts)
+        self._weights: WindowWeights = coordinator.over_all_ranks(weigh(weight, self._parts))
         device = next(model.parameters()).device
-        self._losses = LossTerms(self._parts, self._weights, device)
-        self._metrics = Metrics(self._parts, self._weights, device)
+        self.losses = LossTerms(self._parts, self._weights, device)
+        self.metrics = Metrics(self._parts, self._weights, device)
         self._back_propagate = BackPropagation(backward)
         layers = batch_statistics_layers(model) if len(micro_batches) > 1 else {}
-        if layers and batch_norm is None:
-            refuse(layers, len(micro_batches), stops[-1])
+        if batch_norm is None:
+            refuse_batch_statistics(layers, len(micro_batches), stops[-1])
         self._statistics = WindowStatistics(layers)
         self._current: int | None = None
         self._done: set[int] = set()
         self._loss: Tensor | None = None
         self._is_started = False
+
+    def pieces(self) -> NoReturn:
+        """Not for an accumulator.
+
+        Raises:
+            WindowError: always; says how to get a window that is.
+        """
+        raise WindowError(
+            "this window has its own backward; for accumulator.backward(window) leave model= out: "
+            "gradfold.windows(loader, n)."
+        )
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -99,19 +111,19 @@ class LoopWindow(Generic[T]):
                         self._statistics.listen()
                         yield part.data
                         self._check_backward(index)
-                if not self._losses.settle():
-                    self._losses.refuse_non_finite()
-                loss, _ = self._losses.close()
+                if not self.losses.settle():
+                    self.losses.refuse_non_finite()
+                loss, _ = self.losses.close()
                 self._statistics.commit()
         finally:
             self._current = None
         self._loss = loss
 
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate the loss of the current micro-batch with its share of the window: was `(loss / n).backward()`.
+        """Back-propagate the loss of the current micro-batch with its weight in the window; was `(loss/n).backward()`.
 
         Args:
-            loss: 0-d, the mean over the micro-batch. Several losses of one micro-batch: add them up first.
+            loss: 0-d, the mean over the micro-batch. Several losses of one micro-batch: sum them first.
 
         Raises:
             WindowError: there is no current micro-batch, or it had its backward already.
@@ -123,18 +135,18 @@ class LoopWindow(Generic[T]):
             )
         if self._current in self._done:
             raise WindowError(
-                f"micro-batch {self._current} had its window.backward(loss) already; add up its losses first."
+                f"micro-batch {self._current} had its window.backward(loss) already; sum its losses first."
             )
         if not isinstance(loss, Tensor):
             raise LossError(f"window.backward takes the loss, one 0-d tensor; got a {type(loss).__name__}.")
-        weighed = self._losses.add(self._current, loss)
+        weighed = self.losses.add(self._current, loss)
         self._done.add(self._current)
         self._statistics.pause()
         self._back_propagate(weighed)
 
     @property
     def loss(self) -> Tensor:
-        """The weighted mean of the losses, 0-d, detached; NaN where the window weighs nothing.
+        """The weighted mean of the losses, 0-d, detached; NaN in a window of weight 0.
 
         Raises:
             WindowError: the loop over the window is not finished.
@@ -145,8 +157,8 @@ class LoopWindow(Generic[T]):
 
     @property
     def weight(self) -> float:
-        """The denominator: what the micro-batches weigh together."""
-        return self._weights.of_term(BARE).total
+        """The denominator: the sum of the weights of the micro-batches."""
+        return self._weights.of_term(UNNAMED).total
 
     @property
     def is_unfinished(self) -> bool:
@@ -155,25 +167,25 @@ class LoopWindow(Generic[T]):
 
     @contextmanager
     def _as_one(self) -> Iterator[None]:
-        """Several processes accumulate by themselves, and sum their gradients at the end."""
-        if not isinstance(self._agreement, DataParallelCoordinator):
+        """Each process accumulates by itself, and gradients are summed at the end."""
+        if self._coordinator.num_ranks == 1:
             yield
             return
         modules = list(self._model.modules())
         gradients = GradientBuffer(list(self._model.parameters()))
         try:
-            with self._agreement, without_reductions(modules):
+            with self._coordinator, without_reductions(modules):
                 yield
-                self._agreement.end(self._losses, self._metrics, gradients)
+                self._coordinator.end(self, gradients)
                 gradients.settle()
-                self._agreement.conclude()
+                self._coordinator.commit()
         except BaseException:
             gradients.put_back(self._model.parameters())
             raise
         gradients.add_back()
 
     def _check_backward(self, index: int) -> None:
-        if index not in self._done and self._weights.of_term(BARE).parts[index] > 0:
+        if index not in self._done and self._weights.of_term(UNNAMED).normalized[index] > 0:
             raise WindowError(
                 f"micro-batch {index} of {len(self._parts)} ended without window.backward(loss), but its weight is in "
                 "the denominator. To leave a micro-batch out, filter the loader or give it weight 0."
@@ -184,41 +196,10 @@ def _count_rows(micro_batch: object) -> int:
     rows = rows_if_any(micro_batch)
     if rows is None:
         raise WeightError(
-            f"the rows of a {type(micro_batch).__name__} cannot be counted. Give windows() a weight, "
+            f"the rows of a {type(micro_batch).__name__} cannot be counted. Pass weight= to windows(), "
             'for example weight=lambda batch: len(batch["labels"]).'
         )
     return rows
-
-
-class LoadedWindow(Generic[T]):
-    """The micro-batches of one update, for `accumulator.backward(window)`."""
-
-    def __init__(self, micro_batches: Sequence[T]) -> None:
-        self._micro_batches = tuple(micro_batches)
-
-    def __len__(self) -> int:
-        return len(self._micro_batches)
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._micro_batches)
-
-    def backward(self, loss: object) -> NoReturn:
-        """Only windows that know the model have a backward of their own.
-
-        Raises:
-            WindowError: always; says how to get one.
-        """
-        raise WindowError(
-            "this window does not know the model: write gradfold.windows(loader, n, model=model) for "
-            "window.backward(loss), or give the window to accumulator.backward(window)."
-        )
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> LoadedWindow[T]: ...
-    def __getitem__(self, index: int | slice) -> T | LoadedWindow[T]:
-        return LoadedWindow(self._micro_batches[index]) if isinstance(index, slice) else self._micro_batches[index]
 
 
 @overload
@@ -232,7 +213,7 @@ def windows(
     weight: Weight = "samples",
     batch_norm: BatchNormOption = None,
     backward: BackwardFn | None = None,
-    ranks: DistributedOption = None,
+    distributed: DistributedOption = None,
 ) -> Iterator[LoopWindow[T]]: ...
 def windows(
     loader: Iterable[T],
@@ -242,11 +223,11 @@ def windows(
     weight: Weight = "samples",
     batch_norm: BatchNormOption = None,
     backward: BackwardFn | None = None,
-    ranks: DistributedOption = None,
+    distributed: DistributedOption = None,
 ) -> Iterator[LoadedWindow[T]] | Iterator[LoopWindow[T]]:
     """Group a loader of micro-batches into windows, one per update; the last may be shorter. No `len()` is needed.
 
-    Without `model`, a window goes to `accumulator.backward(window)`. With it, the loop body stays as it was:
+    Without `model`, a window goes to `accumulator.backward(window)`. With it, only one line of the loop body changes:
 
         for window in gradfold.windows(loader, 4, model=model):      # was: for i, (x, y) in enumerate(loader):
             for x, y in window:
@@ -256,13 +237,13 @@ def windows(
             log(window.loss)
 
     Args:
-        loader: gives micro-batches. Those of one window are held at once (on the host, if the loader gives them there).
+        loader: yields micro-batches. Those of one window are held at once (on the host, if they are there).
         num_micro_batches: micro-batches per window.
         model: the model that the loop body runs.
         weight: with `model`: what the loss is a mean over, as for `Accumulator`.
         batch_norm: with `model`: None or "per_micro_batch", as for `Accumulator`.
         backward: with `model`: as for `Accumulator`.
-        ranks: with `model`: as for `Accumulator`.
+        distributed: with `model`: as for `Accumulator`.
 
     Raises:
         OptionError: an argument cannot work.
@@ -278,23 +259,23 @@ def windows(
     if not isinstance(loader, Iterable):
         raise OptionError(f"loader is {type(loader).__name__}; expected an iterable of micro-batches.")
     if model is None:
-        if weight != "samples" or batch_norm is not None or backward is not None or ranks is not None:
+        if weight != "samples" or batch_norm is not None or backward is not None or distributed is not None:
             raise OptionError(
-                "weight=, batch_norm=, backward= and ranks= belong to windows(..., model=model), whose windows have "
-                "their own backward; without model=, give them to the Accumulator."
+                "weight=, batch_norm=, backward= and distributed= belong to windows(..., model=model), whose windows "
+                "have their own backward; without model=, pass them to the Accumulator."
             )
         return _plain_windows(loader, num_micro_batches)
     check_weight(weight)
     if isinstance(weight, Mapping):
-        raise OptionError("windows(..., model=) takes one weight; loss terms with their own need an Accumulator.")
-    check_option(batch_norm)
+        raise OptionError("windows(..., model=) takes one weight; several loss terms with weights need an Accumulator.")
+    check_batch_norm(batch_norm)
     if batch_norm == "exact":
         raise OptionError(
-            'batch_norm="exact" runs micro-batches in lock-step, which a loop over them cannot. Give the windows to an '
+            'batch_norm="exact" runs micro-batches in turns, which a loop over them cannot. Pass the windows to an '
             'accumulator: Accumulator(model, loss_fn, batch_norm="exact").backward(window).'
         )
-    check_ranks(ranks)
-    return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward, ranks)
+    check_distributed(distributed)
+    return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward, distributed)
 
 
 def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[LoadedWindow[T]]:
@@ -312,27 +293,22 @@ def _loop_windows(
     backward: BackwardFn | None,
     option: DistributedOption,
 ) -> Iterator[LoopWindow[T]]:
-
-    parameters = list(model.parameters())
-    check_trainable(model, parameters)
+    context = Context(model)
+    context.check_trainable()
+    parameters = context.parameters
     if backward is not None:
-        probe(backward, parameters[0].device)
+        probe(backward, context.device)
     warned_of: set[str] = set()
-    modules = list(model.modules())
-    ranks = find_process_group(modules, parameters[0].device, option)
-    if sharded_modules(modules):
-        raise OptionError("windows(..., model=) does not go with fully_shard; give the windows to an Accumulator.")
-    for group in _plain_windows(loader, num_micro_batches):
-        own_weights = partial(weigh, weight)
-        agreement = (
-            Coordinator(own_weights) if ranks is None else DataParallelCoordinator(ranks, own_weights, num_totals=2)
-        )
+    group = find_process_group(context.modules, context.device, option)
+    if sharded_modules(context.modules):
+        raise OptionError("windows(..., model=) is not supported with fully_shard; pass the windows to an Accumulator.")
+    for micro_batches in _plain_windows(loader, num_micro_batches):
+        coordinator = Coordinator() if group is None else DataParallelCoordinator(group, num_denominators=2)
         with ExitStack() as stack:
-            stack.push(agreement)  # tells the others what fails here
-            if len(group) > 1:
-                refuse_post_accumulate_hooks(model, parameters)
-                warn_of_hooks(parameters_with_hooks(model, parameters), warned_of)
-            window = LoopWindow(model, list(group), weight, batch_norm, backward, agreement)
+            stack.push(coordinator)  # tells the others what fails here
+            if len(micro_batches) > 1:
+                check_hooks(model, parameters, warned_of)
+            window = LoopWindow(model, list(micro_batches), weight, batch_norm, backward, coordinator)
             stack.pop_all()
         yield window
         if window.is_unfinished:

@@ -15,7 +15,7 @@ import gradfold
 from gradfold.batch.nesting import structure
 from gradfold.batchnorm.checks import InputDependence
 from gradfold.batchnorm.moments import Moments
-from gradfold.self_check.experiment import Observations
+from gradfold.self_check.observations import Observations
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +62,11 @@ def test_prototypes_count_once(size):
     assert_exact(Prototypes(), torch.randn(12, 4), micro_batch_size=size)
 
 
-def test_prototypes_count_once_where_micro_batches_show_it_though_nobody_has_tried():
+def test_prototypes_count_once_where_micro_batches_show_it_though_the_self_check_has_not():
     assert_exact(Prototypes(), torch.randn(13, 4), micro_batch_size=4, self_check=False)
 
 
-def test_prototypes_that_nobody_has_tried_are_warned_of_once():
+def test_prototypes_that_the_self_check_has_not_seen_are_warned_of_once():
     accumulator = gradfold.Accumulator(Prototypes(), squares, batch_norm="exact", micro_batch_size=4, self_check=False)
     with pytest.warns(RuntimeWarning, match="BatchNorm in norm got the same mean and variance in every micro-batch"):
         accumulator.backward(torch.randn(12, 4))
@@ -82,9 +82,12 @@ def test_one_prototype_has_no_variance_in_the_whole_batch_either():
 def test_prototypes_beside_rows_are_refused():
     """Every micro-batch brought them into the statistics: gradients 42 % off."""
     accumulator = gradfold.Accumulator(Prototypes(together=True), squares, batch_norm="exact", micro_batch_size=3)
-    with pytest.raises(gradfold.BatchNormError, match=r"BatchNorm in norm normalizes 9 values .* of 3 rows, and") as e:
-        accumulator.backward(torch.randn(12, 4))
-    assert e.value.layers == ("norm",)
+    for _ in range(3):  # however often it is tried
+        with pytest.raises(
+            gradfold.BatchNormError, match=r"BatchNorm in norm normalizes 9 values .* of 3 rows, and"
+        ) as e:
+            accumulator.backward(torch.randn(12, 4))
+        assert e.value.layers == ("norm",)
 
 
 class Grid(nn.Module):
@@ -184,11 +187,11 @@ def test_one_thing_that_is_not_the_same_everywhere_is_refused():
     normalized = InputDependence(is_collated=False)
     for rows in (3, 1, 2):
         normalized.note(torch.ones(rows), [("norm", 5)])
-    normalized.judge(is_content=True)
+    normalized.judge(True)
     parts = [Moments(torch.zeros(4), torch.ones(4) * scale, 5) for scale in (1, 2)]
-    assert normalized.is_one_thing((structure(torch.ones(1)), 0, "norm"), parts[:1] * 2, [])
+    assert normalized.is_shared((structure(torch.ones(1)), 0, "norm"), parts[:1] * 2, [])
     with pytest.raises(gradfold.BatchNormError, match=r"normalizes 5 values .* not the same in every micro-batch"):
-        normalized.is_one_thing((structure(torch.ones(1)), 0, "norm"), parts, [])
+        normalized.is_shared((structure(torch.ones(1)), 0, "norm"), parts, [])
 
 
 def test_the_same_call_may_be_another_for_other_batches():
@@ -215,7 +218,7 @@ def test_the_same_call_may_be_another_for_other_batches():
             torch.testing.assert_close(model.norm.running_var, expected.norm.running_var, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("order", [(3, 1, 2), (2, 1, 3), (7, 3, 1, 2), (2, 2, 1, 3), (1, 2, 3)])
+@pytest.mark.parametrize("order", [(3, 1, 2), (3, 2, 1), (7, 3, 1, 2), (3, 3, 1, 2)])
 def test_runs_that_belong_together_are_found(order):
     runs = Observations()
     for rows in order:
@@ -225,7 +228,7 @@ def test_runs_that_belong_together_are_found(order):
     assert runs.take() is None
 
 
-def test_runs_whose_rows_nobody_can_count_belong_to_none():
+def test_runs_whose_rows_cannot_be_counted_belong_to_no_observation():
     runs = Observations()
     for rows in (3, None, 1, 2):
         runs.note(rows, "")

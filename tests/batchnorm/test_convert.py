@@ -251,10 +251,10 @@ class Renamed(nn.BatchNorm2d):
 
 def test_a_layer_with_a_forward_of_its_own_is_refused_by_name():
     error = refused(nn.Sequential(nn.BatchNorm2d(8), nn.Sequential(WithDropout(8))))
-    assert error.layers == ("1.0",) and "(WithDropout) has a forward of its own" in str(error)
+    assert error.layers == ("1.0",) and "(WithDropout) has a custom forward" in str(error)
     patched = nn.BatchNorm2d(8)
     patched.forward = lambda input: input  # as libraries that move layers between devices do
-    assert "forward of its own" in str(refused(nn.Sequential(patched)))
+    assert "custom forward" in str(refused(nn.Sequential(patched)))
     assert isinstance(converted(Renamed(8)), nn.GroupNorm)
 
 
@@ -312,14 +312,13 @@ def test_layers_within_a_graph_are_refused():
 
 def test_layers_of_the_same_obstacle_are_named_together():
     error = refused(nn.Sequential(*[WithDropout(8) for _ in range(4)], nn.LazyBatchNorm2d()))
-    assert error.layers == ("0", "1", "2", "3") and "BatchNorm in 0, 1, 2, ... (WithDropout)" in str(error)
+    assert error.layers == ("0", "1", "2", "3") and "BatchNorm in 0, 1, 2 and 1 more (WithDropout)" in str(error)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"model": nn.BatchNorm2d}, "model is a type; expected an nn.Module"),
-        ({"to": "layer_norm"}, "to='layer_norm'; expected \"group_norm\""),
         ({"num_groups": 0}, "num_groups=0; expected a whole number of at least 1"),
         ({"num_groups": 2.0}, "num_groups=2.0"),
         ({"num_groups": True}, "num_groups=True"),

@@ -464,7 +464,7 @@ class TestRefusals:
         error = self.refuses(perceptron(nn.BatchNorm1d(4)), loss_fn, rows(), "torch.utils.checkpoint", "BatchNorm in 1")
         assert error.layers == ("1",)
 
-    def test_a_checkpoint_that_nobody_knows(self):
+    def test_a_custom_checkpoint(self):
         class Checkpoint(torch.autograd.Function):
             @staticmethod
             def forward(ctx, model, inputs):
@@ -500,9 +500,9 @@ class TestRefusals:
         model = perceptron(nn.BatchNorm1d(4))
         with pytest.warns(DeprecationWarning):
             model[1] = torch.jit.script(model[1])
-        self.refuses(model, squares, rows(), "BatchNorm in 1 is scripted")
+        self.refuses(model, squares, rows(), "BatchNorm layer 1 could not be intercepted: it is scripted")
 
-    def test_a_layer_that_is_not_met(self):
+    def test_a_layer_that_is_not_intercepted(self):
         class Own(nn.BatchNorm1d):
             def forward(self, x):
                 self.num_batches_tracked.add_(1)
@@ -510,13 +510,13 @@ class TestRefusals:
                     x, self.weight, self.bias, self.running_mean, self.running_var, True, 0.1, 1e-5
                 )[0]
 
-        self.refuses(perceptron(Own(4)), squares, rows(), "BatchNorm in 1 ran where it cannot be met")
+        self.refuses(perceptron(Own(4)), squares, rows(), "BatchNorm layer 1 could not be intercepted")
         model = perceptron(Own(4))
 
         def without_hooks(model, batch):
             return model[2:](model[1].forward(model[0](batch))).square().mean()
 
-        self.refuses(model, without_hooks, rows(), "BatchNorm in 1 ran where it cannot be met")
+        self.refuses(model, without_hooks, rows(), "BatchNorm layer 1 could not be intercepted")
 
     def test_a_gradient_within_the_loss(self):
         def loss_fn(model, batch):
@@ -534,7 +534,7 @@ class TestRefusals:
 
         self.refuses(model, halves, rows(2), "more than 1 value per channel", error=ValueError, micro_batch_size=1)
 
-    def test_options_that_do_not_go_together(self):
+    def test_options_that_are_not_supported_together(self):
         with pytest.raises(gradfold.OptionError, match="skip_micro_batch"):
             exact(perceptron(), squares, on_non_finite="skip_micro_batch")
         with pytest.raises(gradfold.OptionError, match="exact"):
@@ -567,8 +567,7 @@ class TestFaults:
         with pytest.raises(error, match="now"):
             accumulator.backward(rows())
         assert_same_state(state(model), before)
-        accumulator.loss_fn = accumulator._run = lambda model, batch: squares(model, batch)
-        at = None
+        at = None  # it goes well from now on
         assert accumulator.backward(rows()).num_micro_batches == 3
 
     def test_an_interrupt_that_reaches_the_waiting_thread(self, monkeypatch):
@@ -642,7 +641,9 @@ class TestFaults:
         def loss_fn(model, batch):
             return (model(batch) * 0).abs().sqrt().mean()
 
-        with pytest.raises(gradfold.NonFiniteGradientError, match=r"is not finite .* none can be named") as caught:
+        with pytest.raises(
+            gradfold.NonFiniteGradientError, match=r"is not finite .* the offending one cannot be named"
+        ) as caught:
             exact(model, loss_fn, micro_batch_size=4, self_check=False).backward(rows())
         assert "0.weight" in caught.value.parameters
 

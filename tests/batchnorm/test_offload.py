@@ -1,4 +1,4 @@
-"""The offload: what waits in host memory, and what a device would have to hold of a window in lock-step."""
+"""The offload: what waits in host memory, and what a device would have to hold of a window with exact BatchNorm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradfold.batchnorm.offload import Offload, Parked
 @pytest.fixture
 def another_memory(monkeypatch):
     """The host plays a device: what it would send to host memory is copied, and the copies are not counted."""
-    monkeypatch.setattr(exact_batch_norm, "_has_memory_of_its_own", lambda device: True)
+    monkeypatch.setattr(exact_batch_norm, "has_own_memory", lambda device: True)
     counted = []
     to_host = Offload.to_host
 

@@ -21,7 +21,7 @@ import gradfold
 import gradfold.__main__
 import gradfold.cli
 from gradfold.cli.tables import showing_progress
-from gradfold.compare import Progress
+from gradfold.compare import ArmProgress
 from gradfold.compare.arms import ARMS
 from gradfold.workloads import registry
 
@@ -54,6 +54,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_compare_from_start_to_end(tmp_path: Path) -> None:
     out = tmp_path / "a new folder" / "out"
     arms = ["full-batch", "gradfold"]  # all four cost seconds to start; test_compare.py has them in one process
@@ -71,10 +72,10 @@ def test_compare_from_start_to_end(tmp_path: Path) -> None:
     rows = {row["arm"]: row for row in results["rows"]}
     assert list(rows) == [*arms, *lower]
     assert {row["status"] for row in rows.values()} == {"finished"}
-    error = {arm: row["deviation_from_full_batch"]["gradient_float64"]["value"] for arm, row in rows.items()}
+    error = {arm: row["deviations"]["gradient_float64"]["value"] for arm, row in rows.items()}
     assert error["full-batch"] == 0.0 and error["gradfold"] < 1e-12
     for arm in lower:
-        assert rows[arm]["deviation_from_full_batch"]["gradient_float32"]["value"] > 1e-5 and error[arm] < 1e-12
+        assert rows[arm]["deviations"]["gradient_float32"]["value"] > 1e-5 and error[arm] < 1e-12
         assert rows[arm]["measured"]["seconds"]["forward"] > 0 and rows[arm]["measured"]["seconds"]["backward"] > 0
     assert {row["measured"]["num_threads"] for row in rows.values()} == {1}
     assert rows["gradfold"]["measured"]["metrics"] == {"accuracy": 0.5}
@@ -82,6 +83,7 @@ def test_compare_from_start_to_end(tmp_path: Path) -> None:
     assert {"report.html", "results.json", "overview.png", "loss.png"} <= names
 
 
+@pytest.mark.slow
 def test_a_failed_arm_ends_with_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code = in_process(monkeypatch, "compare", FAULTY, "--arms", "plain-loop", "--threads", "1")
     printed = capsys.readouterr()
@@ -114,6 +116,7 @@ def test_wrong_usage_ends_with_two_and_a_message(
     assert printed.out == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_child_too(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     environment = {**os.environ, "PID_FILE": str(pid_file), "TMPDIR": str(tmp_path)}
@@ -142,7 +145,7 @@ def test_workloads_are_listed() -> None:
     assert listed.exit_code == 0
     as_json = CliRunner().invoke(gradfold.cli.app, ["workloads", "--json"])
     found = json.loads(as_json.stdout)
-    assert [one["name"] for one in found] == list(registry.names())
+    assert [one["name"] for one in found] == list(registry.BUILT_IN)
     assert all(one["description"] and one["data"] for one in found)
     assert all(one["name"] in listed.stdout for one in found)
     assert max(map(len, listed.stdout.splitlines())) <= 100
@@ -200,12 +203,12 @@ def test_a_broken_import_of_ours_is_not_taken_for_a_missing_extra(monkeypatch: p
 def test_progress_is_a_line_per_arm_on_a_terminal_and_nothing_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     def tell(console: Console) -> str:
         with console.capture() as captured, showing_progress(console) as on_progress:
-            on_progress(Progress("full-batch", 0, 10, 0, None, "waiting"))
-            on_progress(Progress("gradfold", 0, 10, 0, None, "waiting"))
-            on_progress(Progress("full-batch", 0, 10, 0, None, "starting"))
-            on_progress(Progress("full-batch", 5, 10, 3, 0.25, "training"))
-            on_progress(Progress("full-batch", 10, 10, 6, 0.125, "finished"))
-            on_progress(Progress("gradfold", 0, 10, 0, None, "failed"))
+            on_progress(ArmProgress("full-batch", 10))
+            on_progress(ArmProgress("gradfold", 10))
+            on_progress(ArmProgress("full-batch", 10, "starting"))
+            on_progress(ArmProgress("full-batch", 10, "training", 5, 3, 0.25))
+            on_progress(ArmProgress("full-batch", 10, "finished", 10, 6, 0.125))
+            on_progress(ArmProgress("gradfold", 10, "failed"))
         return captured.get()
 
     shown = tell(Console(force_terminal=True, width=100, color_system=None))

@@ -21,7 +21,7 @@ def run(*arguments):
 def test_a_workload_that_holds():
     code, printed = run("linear")
     assert code == 0
-    assert "RIGHT: the accumulated gradient is that of the whole batch" in printed
+    assert "EXACT: the accumulated gradient is that of the whole batch" in printed
     assert "micro-batch  how many  error" in printed and "weight" in printed
     assert max(map(len, printed.splitlines())) <= 100
 
@@ -29,7 +29,7 @@ def test_a_workload_that_holds():
 def test_a_weight_that_does_not_fit_is_named():
     code, printed = run("encoder", "--weight", "samples", "--global-batch", "6")
     assert code == 1
-    assert "WRONG" in printed and "Cause: weights" in printed
+    assert "NOT EXACT" in printed and "Cause: weights" in printed
     assert 'weight=gradfold.token_count("labels")' in " ".join(printed.split())
     assert run("encoder", "--weight", "tokens:labels", "--global-batch", "6")[0] == 0
 
@@ -42,7 +42,7 @@ def test_batch_norm_layers_are_named():
 
 def test_exact_batch_norm_holds():
     code, printed = run("resnet", "--global-batch", "8", "--micro-batch", "3", "--batch-norm", "exact")
-    assert code == 0 and "RIGHT" in printed
+    assert code == 0 and "EXACT" in printed
     code, printed = run("resnet", "--global-batch", "8", "--micro-batch", "4", "--batch-norm", "refuse")
     assert code == 1 and "would accept" in " ".join(printed.split())
 

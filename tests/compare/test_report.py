@@ -1,4 +1,4 @@
-"""The report, its plots, the tables and the words: what is shown of a comparison."""
+"""The report, its figures, the tables and the footnotes: what is shown of a comparison."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from gradfold.cli.tables import print_comparison
-from gradfold.compare import summary as readable
+from gradfold.compare import summary
 from gradfold.compare.arms import ARMS, DEFAULT_ARMS
+from gradfold.compare.data import Sizes
 from gradfold.compare.measure import MeasuredMemory, Seconds
-from gradfold.compare.report import COLORS, PLOTS, draw_gradient_error, make_folder, render_page, write_report
+from gradfold.compare.report import PANELS, draw_gradient_error, make_folder, render_page, write_report
 from gradfold.compare.results import Comparison, Curve, Deviation, Deviations, Measured, Row, WorkloadFacts
-from gradfold.compare.settings import Settings, Sizes
-from gradfold.compare.summary import verdict
+from gradfold.compare.serialization import from_plain
+from gradfold.compare.settings import Settings
+from gradfold.compare.summary import footnotes
 from gradfold.errors import OptionError
 from gradfold.memory.measure import PeakMemory
 from gradfold.memory.trace import MemoryBreakdown
@@ -58,7 +60,7 @@ FAILED = Deviations(*[Deviation(None, "this arm failed")] * 4)
 
 
 def row(arm: str, found: Measured | None, far: Deviations, failure: str | None = None) -> Row:
-    return Row(arm, ARMS[arm].description, found, far, failure)
+    return Row(arm, found, far, failure)
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +132,18 @@ class Sources(HTMLParser):
         self.text += data
 
 
-def test_the_folder_holds_valid_images_and_valid_json(folder: Path) -> None:
+def test_the_folder_holds_valid_images_and_valid_json(comparison: Comparison, folder: Path) -> None:
     for name in ("loss", "memory", "time", "gradient_error", "overview"):
         with Image.open(folder / f"{name}.png") as image:
             image.load()
             assert image.width > 1000 and image.height > 400
             assert len(image.convert("RGB").getcolors(2**24) or []) > 50  # something is drawn on it
     results = json.loads((folder / "results.json").read_text("utf-8"))
+    assert from_plain(Comparison, results) == comparison
     assert results["schema_version"] == 1
     assert results["command_line"] == "gradfold compare tiny --out 'my out'"
     assert [one["arm"] for one in results["rows"]] == list(DEFAULT_ARMS)
-    assert results["rows"][1]["deviation_from_full_batch"]["gradient_float64"] == {"value": 2.1e-16, "note": ""}
+    assert results["rows"][1]["deviations"]["gradient_float64"] == {"value": 2.1e-16, "note": ""}
     assert results["rows"][1]["measured"]["memory"]["rise_bytes"] == int(48 * MIB / 1.3)
     assert results["sizes"]["last_window"] == 1000 % 64
 
@@ -150,9 +153,9 @@ def test_every_arm_has_its_color_in_the_plots(folder: Path) -> None:
         with Image.open(folder / name) as image:
             colors = {color for _, color in image.convert("RGB").getcolors(2**24) or []}
         for arm in DEFAULT_ARMS:
-            red, green, blue = (int(COLORS[arm][at : at + 2], 16) for at in (1, 3, 5))
+            red, green, blue = (int(ARMS[arm].color[at : at + 2], 16) for at in (1, 3, 5))
             assert (red, green, blue) in colors, (name, arm)
-    assert set(COLORS) == set(ARMS)
+    assert len({arm.color for arm in ARMS.values()}) == len(ARMS)
 
 
 def test_the_page_needs_nothing_else_and_names_every_arm(comparison: Comparison, folder: Path) -> None:
@@ -166,7 +169,7 @@ def test_the_page_needs_nothing_else_and_names_every_arm(comparison: Comparison,
         assert page.text.count(arm) >= 3 and ARMS[arm].description in page.text
     for text in ("a <small> network & its data", "2.1e-16", "97.4 %", "48.0 MiB", "torch 2.13.0", "a processor"):
         assert text in page.text
-    for sentence in verdict(comparison):
+    for sentence in footnotes(comparison):
         assert sentence in page.text
 
 
@@ -206,7 +209,7 @@ def test_every_row_of_a_table_has_a_cell_for_every_heading(
     kind: str, request: pytest.FixtureRequest, comparison: Comparison
 ) -> None:
     shown = replace(comparison, sizes=Sizes(1024, 64, 16, 2)) if kind == "whole" else request.getfixturevalue(kind)
-    page = render_page(shown, dict.fromkeys(PLOTS, b""))
+    page = render_page(shown, dict.fromkeys(PANELS, b""))
     tables = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
     assert len(tables) == 2
     for table in tables:
@@ -230,10 +233,10 @@ def test_a_failed_arm_is_shown_everywhere(
 
 
 def test_a_page_without_a_partial_window_has_no_column_for_it(comparison: Comparison) -> None:
-    plots = dict.fromkeys(PLOTS, b"")
-    assert "last window" in render_page(comparison, plots)
+    plots = dict.fromkeys(PANELS, b"")
+    assert "last window float64" in render_page(comparison, plots)
     whole = replace(comparison, sizes=Sizes(1024, 64, 16, 2))
-    assert "last window,<br>" not in render_page(whole, plots)
+    assert "last window float64" not in render_page(whole, plots)
 
 
 def test_the_tables_fit_a_hundred_columns(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,11 +265,11 @@ def test_no_figure_is_cut_in_a_terminal_of_eighty_columns(
         assert len(re.findall(rf"^{one.arm} ", printed, re.MULTILINE)) == 4
 
 
-# The words
+# Footnotes
 
 
 def said(comparison: Comparison) -> str:
-    return " ".join(verdict(comparison))
+    return " ".join(footnotes(comparison))
 
 
 def changed(comparison: Comparison, arm: str, found: Measured | None, far: Deviations) -> Comparison:
@@ -274,86 +277,84 @@ def changed(comparison: Comparison, arm: str, found: Measured | None, far: Devia
     return replace(comparison, rows=tuple(rows))
 
 
-def test_the_words_say_what_the_numbers_show(comparison: Comparison) -> None:
-    words = said(comparison)
-    assert "gradfold: the first gradient is the full batch's to rounding (2.1e-16 in float64)" in words
-    assert "36.9 MiB of memory where the full batch took 48.0 MiB, at 0.77 times its speed" in words
-    assert "(40 samples) it divides by 4 though only 3 micro-batches are left: that gradient is 25.0 % off" in words
-    assert "small-batch makes 4.0 times as many updates; its final weights end 70.0 % away" in words
+def test_footnotes_say_what_the_numbers_show(comparison: Comparison) -> None:
+    notes = said(comparison)
+    assert "gradfold: first gradient equal to full-batch to rounding (2.1e-16 in float64)" in notes
+    assert "memory (36.9 MiB, full-batch 48.0 MiB), 0.77 times the speed" in notes
+    assert "(40 samples) is divided by 4 with 3 micro-batches left: 25.0 % off" in notes
+    assert "small-batch: 4.0 times as many updates" in notes
+    assert "held-out" not in notes  # which the table shows
 
 
-def test_the_words_do_not_praise_a_wrong_gradient(comparison: Comparison) -> None:
+def test_footnotes_do_not_praise_a_wrong_gradient(comparison: Comparison) -> None:
     wrong = changed(comparison, "gradfold", measured(), deviations(0.4, 0.4, 0.4, 0.4))
-    assert "the first gradient is 40.0 % off the full batch's" in said(wrong)
+    assert "first gradient 40.0 % off full-batch (float64)" in said(wrong)
     assert "more than rounding" in said(wrong)
     normed = replace(wrong, workload=replace(wrong.workload, batch_norm="per_micro_batch"))
     assert "BatchNorm normalizes by micro-batch" in said(normed) and "more than rounding" not in said(normed)
     small = changed(
         comparison, "gradfold", measured(memory=MeasuredMemory(0, 41 * MIB, "")), deviations(0.0, 0.0, 0.0, 0.0)
     )
-    assert "about the same memory as the full batch (41.0 MiB against 48.0 MiB)" in said(small)  # a process's noise
-    assert "about the same memory" in said(wrong) and "at about the same speed" in said(wrong)
+    assert "about the same memory (41.0 MiB, full-batch 48.0 MiB)" in said(small)  # a process's noise
+    assert "about the same memory" in said(wrong) and "about the same speed" in said(wrong)
 
 
-def test_the_words_measure_a_second_model_against_its_own_full_batch(normed: Comparison) -> None:
-    words = said(normed)
-    assert "gradfold: the first gradient is 39.0 % off the full batch's (float64)" in words
-    assert "Held out: accuracy 95.1 % where full-batch has 97.4 %." in words  # a loss that only one has is left out
-    assert "group-norm: the first gradient is group-norm-full-batch's to rounding (2.8e-16 in float64)" in words
-    assert "end 7.7e-07 away from group-norm-full-batch's" in words
-    assert "Training took 48.0 MiB of memory where group-norm-full-batch took 96.0 MiB" in words
-    assert "So accumulation is the large batch with GroupNorm, and is not with BatchNorm." in words
+def test_footnotes_measure_a_second_model_against_its_own_full_batch(normed: Comparison) -> None:
+    notes = said(normed)
+    assert "gradfold: first gradient 39.0 % off full-batch (float64); BatchNorm normalizes by micro-batch" in notes
+    assert "group-norm: first gradient equal to group-norm-full-batch to rounding (2.8e-16 in float64)" in notes
+    assert "; memory (48.0 MiB, group-norm-full-batch 96.0 MiB)" in notes
+    assert "group-norm-full-batch:" not in notes  # it is a reference
     right = changed(normed, "gradfold", measured(), deviations(0.0, 1e-16, 1e-16, 0.0))
-    assert "So accumulation" not in said(right)
+    assert "BatchNorm" not in said(right)
     off = changed(normed, "group-norm", measured(), deviations(0.2, 0.2, 0.2, 0.2))
-    assert "So accumulation" not in said(off)
-    assert "the first gradient is 20.0 % off group-norm-full-batch's (float64)" in said(off)
-    assert "random layers draw differently" in said(off)  # and no word of BatchNorm, which it does not have
+    assert "group-norm: first gradient 20.0 % off group-norm-full-batch (float64); more than rounding" in said(off)
+    assert "random layers draw differently" in said(off)  # and nothing of BatchNorm, which it does not have
     lost = changed(normed, "group-norm-full-batch", None, FAILED)
     assert "Without group-norm-full-batch there is no reference: gradients and weights of group-norm are" in said(lost)
     assert "Without full-batch" not in said(lost)
 
 
-def test_the_words_speak_of_growing_rounding_only_where_weights_part(comparison: Comparison) -> None:
-    assert "rounding grows" not in said(comparison)
+def test_footnotes_speak_of_growing_rounding_only_where_weights_diverge(comparison: Comparison) -> None:
+    assert "rounding errors grow" not in said(comparison)
     apart = changed(comparison, "gradfold", measured(), deviations(1e-7, 1e-16, 1e-16, 0.2))
-    assert "rounding grows" in said(apart)
+    assert "rounding errors grow" in said(apart)
     with_group_norm = row("group-norm", measured(), deviations(1e-7, 1e-16, 1e-16, 0.2))
     grown = said(replace(comparison, rows=(*comparison.rows, with_group_norm)))
-    assert "rounding grows" in grown and "--arms" not in grown  # there is no control of that model
-    control = row("reordered", measured(), deviations(1e-7, 1e-16, 1e-16, 0.19))
-    assert "Rounding alone (reordered) carries the weights 19.0 % away" in said(
+    assert "rounding errors grow" in grown and "--arms" not in grown  # there is no control of that model
+    control = row("row-order-control", measured(), deviations(1e-7, 1e-16, 1e-16, 0.19))
+    assert "Rounding alone (row-order-control) moves the final weights by 19.0 %" in said(
         replace(apart, rows=(*apart.rows, control))
     )
 
 
-def test_the_words_warn_of_a_busy_machine(comparison: Comparison) -> None:
+def test_footnotes_warn_of_a_busy_machine(comparison: Comparison) -> None:
     def on(others: float, cores: int) -> Comparison:
         machine = {**comparison.machine, "cores": cores, "cores_busy_with_other_programs": others}
         return replace(comparison, machine=machine)
 
-    assert "Do not trust the times" in said(on(1.4, 2))
-    assert "Do not trust the times" not in said(on(0.9, 2))
-    assert "Do not trust the times" not in said(on(1.4, 8))
+    assert "Times are not reliable" in said(on(1.4, 2))
+    assert "Times are not reliable" not in said(on(0.9, 2))
+    assert "Times are not reliable" not in said(on(1.4, 8))
 
 
 @pytest.mark.parametrize(
     ("written", "text"),
     [
-        (readable.share(0.0), "0"),
-        (readable.share(2.14e-16), "2.1e-16"),
-        (readable.share(0.00123), "0.123 %"),
-        (readable.share(0.974), "97.4 %"),
-        (readable.share(math.nan), "NaN"),
-        (readable.deviation(Deviation(None, "why")), readable.MISSING),
-        (readable.seconds(0.0123), "12.3 ms"),
-        (readable.seconds(1.234), "1.23 s"),
-        (readable.seconds(12.34), "12.3 s"),
-        (readable.seconds(1234.0), "1234 s"),
-        (readable.number(12345.6), "12,346"),
-        (readable.number(0.123456), "0.1235"),
-        (readable.metric("accuracy", 0.5), "50.0 %"),
-        (readable.metric("loss", 0.5), "0.5"),
+        (summary.share(0.0), "0"),
+        (summary.share(2.14e-16), "2.1e-16"),
+        (summary.share(0.00123), "0.123 %"),
+        (summary.share(0.974), "97.4 %"),
+        (summary.share(math.nan), "NaN"),
+        (summary.deviation(Deviation(None, "why")), summary.MISSING),
+        (summary.seconds(0.0123), "12.3 ms"),
+        (summary.seconds(1.234), "1.23 s"),
+        (summary.seconds(12.34), "12.3 s"),
+        (summary.seconds(1234.0), "1234 s"),
+        (summary.number(12345.6), "12,346"),
+        (summary.number(0.123456), "0.1235"),
+        (summary.metric("accuracy", 0.5), "50.0 %"),
+        (summary.metric("loss", 0.5), "0.5"),
     ],
 )
 def test_numbers_are_readable(written: str, text: str) -> None:

@@ -20,8 +20,10 @@ NAMES = [name for name in CASES if name != "whole batches" and not name.startswi
 
 
 def auto_of(option):
-    """The option of a case that has its size found."""
-    return replace(option, max_tokens="auto") if isinstance(option, gradfold.TokenBudget) else QUICK
+    """The option of a case that has its size found, as an argument."""
+    if isinstance(option, gradfold.TokenBudget):
+        return {"batching": replace(option, max_tokens="auto")}
+    return {"micro_batch_size": QUICK}
 
 
 def taking(size):
@@ -41,7 +43,7 @@ def run_case(rank, size, name):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
     accumulator = gradfold.Accumulator(
-        model, case.loss_fn, micro_batch_size=auto_of(case.micro_batch_sizes[rank]), self_check=False, **case.options
+        model, case.loss_fn, self_check=False, **auto_of(case.micro_batch_sizes[rank]), **case.options
     )
     with taking((1, 2, 5)[rank]):
         accumulator.backward(cut(case.batch(), rows_of(rank, size)))
@@ -76,8 +78,8 @@ def one_rank_searches(rank, size):
     model = DistributedDataParallel(perceptron())
     accumulator = gradfold.Accumulator(model, regression, micro_batch_size=QUICK)
     if rank:
-        other = gradfold.Accumulator(model.module, regression, micro_batch_size=QUICK, ranks="alone")
-        other.choose_micro_batch(own_rows(rank, size))
+        other = gradfold.Accumulator(model.module, regression, micro_batch_size=QUICK, distributed=False)
+        other.tune(own_rows(rank, size))
         accumulator.load_state_dict(other.state_dict())
     accumulator.backward(own_rows(rank, size))
     return gradients(model), accumulator.micro_batch_choice is not None
@@ -89,7 +91,7 @@ def chosen_on_one_rank(rank, size):
     model.module[0].running_mean.fill_(float(rank))
     accumulator = gradfold.Accumulator(model, regression, micro_batch_size=QUICK, batch_norm="per_micro_batch")
     if rank == 1:
-        accumulator.choose_micro_batch(own_rows(rank, size))
+        accumulator.tune(own_rows(rank, size))
     means = model.module[0].running_mean.clone()
     accumulator.backward(own_rows(rank, size))
     return means, accumulator.micro_batch_choice.micro_batch_size

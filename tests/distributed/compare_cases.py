@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from gradfold import Workload
 from gradfold.compare.arms import ARMS
-from gradfold.compare.experiment import measure_arm
+from gradfold.compare.data import Sizes
+from gradfold.compare.experiment import Experiment
 from gradfold.compare.results import Tensors, load
 from gradfold.distributed.process_group import ProcessGroup
 
@@ -69,17 +70,8 @@ def ill_on_rank_1():
 def train(arm, ranks):
     """An arm to its end: what it measured and left."""
     with tempfile.TemporaryDirectory() as name:
-        measured = measure_arm(
-            workload(),
-            ARMS[arm],
-            global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=MICRO_BATCH,
-            num_epochs=2,
-            seed=0,
-            folder=Path(name),
-            on_update=lambda *_: None,
-            ranks=ranks,
-        )
+        sizes = Sizes(ROWS, GLOBAL_BATCH, MICRO_BATCH, num_epochs=2, num_ranks=1 if ranks is None else ranks.size)
+        measured = Experiment(workload(), ARMS[arm], sizes, 0, Path(name), ranks).run(lambda *_: None)
         left = {key: load(Path(name), key) for key in vars(Tensors).values() if isinstance(key, str)}
     return measured, left
 

@@ -68,13 +68,13 @@ def whole(model):
     }
 
 
-def run_cases(rank, size, ranks_option):
+def run_cases(rank, size, reduce):
     """Every case: gradients, loss, metrics."""
     results = {}
     for name, (make, batch, loss_fn, options) in CASES.items():
         model = shard(make(), size)
         accumulator = gradfold.Accumulator(
-            model, loss_fn, micro_batch_size=MICRO_BATCH_SIZES[rank], ranks=ranks_option, **options
+            model, loss_fn, micro_batch_size=MICRO_BATCH_SIZES[rank], fsdp_reduce=reduce, **options
         )
         result = accumulator.backward(cut(batch(), rows_of(rank, size)))
         metrics = {key: value for key, value in result.metrics.items() if value.dim() == 0}

@@ -26,21 +26,21 @@ def runaway_clock(rank):
     return is_wrong if rank else contextlib.nullcontext()
 
 
-def run_cases(rank, size, ranks_option):
+def run_cases(rank, size, reduce):
     rows = cut(regression_batch(), rows_of(rank, size))
 
     model = shard(perceptron(), size)
-    accumulator = gradfold.Accumulator(model, regression, micro_batch_size=QUICK, ranks=ranks_option)
+    accumulator = gradfold.Accumulator(model, regression, micro_batch_size=QUICK, fsdp_reduce=reduce)
     torch.manual_seed(rank)
     before = [one.to_local().detach().clone() for one in model.parameters()], torch.get_rng_state()
     with runaway_clock(rank):
-        choice = accumulator.choose_micro_batch(rows)
+        choice = accumulator.tune(rows)
     torch.testing.assert_close(before[0], [one.to_local().detach() for one in model.parameters()], rtol=0, atol=0)
     assert torch.equal(before[1], torch.get_rng_state())
     assert all(one.grad is None for one in model.parameters())
 
     training = shard(perceptron(), size)
-    accumulator = gradfold.Accumulator(training, regression, micro_batch_size=QUICK, ranks=ranks_option)
+    accumulator = gradfold.Accumulator(training, regression, micro_batch_size=QUICK, fsdp_reduce=reduce)
     accumulator.backward(rows)
     accumulator.backward(rows)
     return {
@@ -59,10 +59,12 @@ def caches(rank, size):
         for is_kept in (True, rank == 0, True):
             with mock.patch.dict(os.environ, GRADFOLD_CACHE_DIR=folder if is_kept else ""):
                 accumulator = gradfold.Accumulator(
-                    shard(perceptron(), size), regression, micro_batch_size=gradfold.Auto(seconds=0.05)
+                    shard(perceptron(), size), regression, micro_batch_size=gradfold.Auto(seconds=0.05, memory="4GiB")
                 )
                 accumulator.backward(rows)
-                found.append(accumulator.micro_batch_choice.is_cached)
+                found.append(
+                    (accumulator.micro_batch_choice.is_cached, accumulator.micro_batch_choice.micro_batch_size)
+                )
     return found
 
 
@@ -72,7 +74,7 @@ def failures(rank, size):
 
     def backward(option, batch):
         accumulator = gradfold.Accumulator(shard(perceptron(), size), regression, micro_batch_size=option)
-        return outcome(lambda: accumulator.backward(batch)), outcome(lambda: accumulator.choose_micro_batch(batch))
+        return outcome(lambda: accumulator.backward(batch)), outcome(lambda: accumulator.tune(batch))
 
     return {
         "no room": backward(gradfold.Auto(memory="1KiB" if rank else None, cache=False), rows),

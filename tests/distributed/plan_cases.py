@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.memory.dry_run import Program
+from gradfold.memory.dry_run import DryRun
 from gradfold.memory.estimate import PeakEstimate
 from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.memory.tracker import MemoryTracker
@@ -113,9 +113,9 @@ class Case:
 NARROW = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 CASES = {
     "layers": Case(shard_layers),
-    "layers, reduced once": Case(shard_layers, options={"ranks": "reduce_once"}),
+    "layers, reduced once": Case(shard_layers, options={"fsdp_reduce": "per_window"}),
     "checkpoints": Case(shard_layers, make=partial(Tower, is_checkpointed=True)),
-    "bfloat16, reduced once": Case(partial(shard_layers, mp_policy=NARROW), options={"ranks": "reduce_once"}),
+    "bfloat16, reduced once": Case(partial(shard_layers, mp_policy=NARROW), options={"fsdp_reduce": "per_window"}),
     "kept whole": Case(partial(shard_layers, reshard_after_forward=False)),
     "groups": Case(shard_in_groups),
     "offloaded": Case(partial(shard_layers, offload_policy=CPUOffloadPolicy(pin_memory=False))),
@@ -165,21 +165,21 @@ def local(tensor):
 
 
 def predict(model, optimizer, batch, case):
-    reduces_once = case.options.get("ranks") == "reduce_once"
-    program = Program(
+    reduces_once = case.options.get("fsdp_reduce") == "per_window"
+    dry_run = DryRun(
         model, loss_fn, ProbeBatch(batch, None), optimizer, read_option(None, model), reduces_once=reduces_once
     )
-    prediction = PeakEstimate(program, torch.device("cpu"))
+    prediction = PeakEstimate(dry_run, torch.device("cpu"))
     assert prediction.source == "fake tensors", prediction.reason
     return {size: {phase: one.total for phase, one in prediction.peaks(size).items()} for size in SIZES}
 
 
-def levers(rank, size, names):
-    """What a plan for a large batch proposes where 512 rows fit: the choice, and the size with each lever."""
-    return {name: levers_of(size, CASES[name]) for name in names} if rank == 0 else None
+def savings(rank, size, names):
+    """What a plan for a large batch proposes where 512 rows fit: the choice, and the size with each saving."""
+    return {name: savings_of(size, CASES[name]) for name in names} if rank == 0 else None
 
 
-def levers_of(size, case):
+def savings_of(size, case):
     model = Tower()
     case.shard(model, mesh_of(size))
     accumulator = gradfold.Accumulator(model, loss_fn, **case.options)
@@ -187,7 +187,7 @@ def levers_of(size, case):
     rows = gradfold.plan(accumulator, batch, memory="8GiB").rows
     (needed,) = (row.needed_bytes for row in rows if row.micro_batch_size == 512)
     found = gradfold.plan(accumulator, batch, memory=needed)
-    return found.micro_batch_size, {row.lever: row.micro_batch_size for row in found.rows if row.lever}
+    return found.micro_batch_size, {row.saving: row.micro_batch_size for row in found.rows if row.saving}
 
 
 def refused(rank, size):
@@ -205,12 +205,10 @@ def train(accumulator, optimizer, batch):
 
 
 def track(accumulator, optimizer, batch):
-    tracker = MemoryTracker()
-    tracker.know_model(accumulator.model)
-    tracker.know_optimizer(optimizer)
-    tracker.know(batch.values(), "inputs")
+    tracker = MemoryTracker(accumulator.model, optimizer)
+    tracker.register(batch.values(), "inputs")
     with tracker:
         accumulator.backward(batch)
         optimizer.step()
     optimizer.zero_grad()
-    return {phase: one.total for phase, one in tracker.ledger.peaks().items()}
+    return {phase: one.total for phase, one in tracker.trace.peaks().items()}

@@ -193,7 +193,7 @@ def refusals(rank, size):
     )
     return {
         "unwrapped": backward(perceptron()),
-        "alone": backward(perceptron(), ranks="alone"),
+        "alone": backward(perceptron(), distributed=False),
         "static graph": backward(DistributedDataParallel(perceptron(), static_graph=True)),
         "hook": backward(hooked),
         "deepspeed": backward(engine),

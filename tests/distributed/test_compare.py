@@ -10,11 +10,11 @@ import pytest
 import torch
 from distributed import compare_cases
 from distributed.compare_cases import GLOBAL_BATCH, MICRO_BATCH, ON_ALL, ROWS
-from processes import run
+from processes import run, worlds
 from reference import relative_error
 
-from gradfold.cli.launch import _without_nproc, launch_ranks
-from gradfold.compare.data import share, share_of_epoch
+from gradfold.cli.launch import launch_ranks, without_nproc
+from gradfold.compare.data import split_epoch_for_rank, split_for_rank
 from gradfold.errors import OptionError
 
 WORKLOAD = f"{compare_cases.__file__}:workload"
@@ -31,12 +31,9 @@ def full_batch():
     return compare_cases.train("full-batch", None)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", worlds(2))
 def test_arms_that_share_a_global_batch(size, full_batch):
     results = run(compare_cases.train_arms, size)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
     reference, expected = full_batch
     for arm in ON_ALL:
         measured, left = results[0][arm]
@@ -75,13 +72,14 @@ def mean_of_means(size):
 @pytest.mark.parametrize(("rows", "size"), [(22, 2), (22, 3), (17, 4), (8, 1), (9, 4)])
 def test_shares_of_an_epoch_are_alike_in_length_and_miss_nothing(rows, size):
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    own = [share_of_epoch(order, GLOBAL_BATCH, rank, size) for rank in range(size)]
+    own = [split_epoch_for_rank(order, GLOBAL_BATCH, rank, size) for rank in range(size)]
     assert len({len(indices) for indices, _ in own}) == 1
     assert sum(num for _, num in own) == rows
     assert set(torch.cat([indices for indices, _ in own]).tolist()) == set(range(rows))
-    assert torch.equal(torch.cat([share(order, rank, size) for rank in range(size)]), order)
+    assert torch.equal(torch.cat([split_for_rank(order, rank, size) for rank in range(size)]), order)
 
 
+@pytest.mark.slow
 def test_compare_starts_its_ranks_itself(tmp_path):
     arms = ["--arms", "full-batch,gradfold"]
     ended = program("compare", WORKLOAD, *arms, "--nproc", "2", "--json", "--out", str(tmp_path / "out"))
@@ -89,17 +87,19 @@ def test_compare_starts_its_ranks_itself(tmp_path):
     results = json.loads(ended.stdout)  # one object: rank 0 alone prints
     assert results["sizes"]["num_ranks"] == 2 and results["settings"]["num_ranks"] == 2
     rows = {row["arm"]: row for row in results["rows"]}
-    deviation = rows["gradfold"]["deviation_from_full_batch"]
+    deviation = rows["gradfold"]["deviations"]
     assert deviation["gradient_float64"]["value"] < 1e-12 and deviation["last_window_float64"]["value"] < 1e-12
     assert "on each of 2 processes" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_compare_says_which_rank_has_failed_and_exits_with_1():
     ended = program("compare", ILL, "--arms", "full-batch,plain-loop", "--nproc", "2")
     assert ended.returncode == 1 and ended.stderr == ""
     assert "on rank 1: LookupError: rank one is ill" in ended.stdout
 
 
+@pytest.mark.slow
 def test_compare_under_torchrun_speaks_once():
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gradfold")
     ended = program("compare", WORKLOAD, "--arms", "gradfold", before=torchrun)
@@ -115,10 +115,11 @@ def test_nproc_under_torchrun_is_refused(monkeypatch):
 
 
 def test_the_program_that_ranks_run_has_no_nproc():
-    assert _without_nproc(["compare", "w", "--nproc", "2", "--json"]) == ["compare", "w", "--json"]
-    assert _without_nproc(["compare", "--nproc=2", "w"]) == ["compare", "w"]
+    assert without_nproc(["compare", "w", "--nproc", "2", "--json"]) == ["compare", "w", "--json"]
+    assert without_nproc(["compare", "--nproc=2", "w"]) == ["compare", "w"]
 
 
+@pytest.mark.slow
 def test_more_ranks_than_a_window_has_samples_are_refused():
     ended = program("compare", WORKLOAD, "--global-batch", "7", "--nproc", "2")
     assert ended.returncode == 2

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from gradfold.distributed import process_group as ranks
@@ -15,28 +14,49 @@ from gradfold.distributed import process_group as ranks
 SCRIPT = Path(__file__).parent / "ending_training.py"
 
 
+@pytest.mark.slow
 def test_ranks_end_well_though_their_group_is_not_destroyed():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
 
 
-def test_what_was_sent_is_waited_for(monkeypatch):
-    """A thread holds the tensor as gloo's do: beside Python."""
-    monkeypatch.setattr(ranks, "_sent", [[torch.ones(2)]])
-    ((sent,),) = ranks._sent
-    held = [sent.view(2)]  # its base holds it
-    threading.Timer(0.2, held.clear).start()
-    assert ranks._is_held(sent)
-    ranks.wait_for_threads()
-    assert not held
+class Clock:
+    """Time that passes only in sleep; after some naps a thread lets go of what it holds."""
+
+    def __init__(self, held, num_naps):
+        self.now, self.held, self.num_naps = 0.0, held, num_naps
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.num_naps -= 1
+        if self.num_naps == 0:
+            self.held.clear()
 
 
-def test_nobody_waits_for_ever(monkeypatch):
-    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.05)
+@pytest.fixture
+def sent(monkeypatch):
+    """A tensor that was sent, and what a thread holds of it as gloo's do: beside Python, by a view with this base."""
     sent = torch.ones(2)
-    view = sent.view(2)
     monkeypatch.setattr(ranks, "_sent", [[sent]])
-    since = time.monotonic()
+    return sent, [sent.view(2)]
+
+
+def test_what_was_sent_is_waited_for(monkeypatch, sent):
+    tensor, held = sent
+    clock = Clock(held, num_naps=3)
+    monkeypatch.setattr(ranks, "time", clock)
+    assert ranks.is_shared(tensor)
     ranks.wait_for_threads()
-    assert ranks._is_held(sent) and view is not None and time.monotonic() - since >= 0.05
+    assert clock.num_naps == 0 and not ranks.is_shared(tensor)
+
+
+def test_the_wait_ends(monkeypatch, sent):
+    tensor, held = sent
+    clock = Clock(held, num_naps=10**9)
+    monkeypatch.setattr(ranks, "time", clock)
+    ranks.wait_for_threads()
+    assert ranks.is_shared(tensor) and clock.now >= ranks._PATIENCE_S

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed import ddp_cases, fault_cases
-from processes import run
+from processes import run, world
 from reference import relative_error
 
-FAULTY = 1
+FAULTY, SIZE = 1, 2
+pytestmark = world(SIZE)
 
 
 @pytest.fixture(scope="module")
 def num_points():
-    (_, *rest), *_ = run(fault_cases.run_points, 2, FAULTY, "a bug", [0])[FAULTY]
+    (_, *rest), *_ = run(fault_cases.run_points, SIZE, FAULTY, "a bug", [0])[FAULTY]
     assert rest[-1] > 150
     return rest[-1]
 
@@ -21,7 +22,7 @@ def num_points():
 @pytest.mark.parametrize("error", fault_cases.ERRORS)
 def test_all_ranks_end_alike(num_points, error):
     points = range(1, num_points + 1)
-    by_rank = run(fault_cases.run_points, 2, FAULTY, error, points)
+    by_rank = run(fault_cases.run_points, SIZE, FAULTY, error, points)
     expected, _, _ = ddp_cases.expect("samples")
     num_right = 0
     for at, outcomes in zip(points, zip(*by_rank, strict=True), strict=True):
@@ -39,7 +40,7 @@ def test_all_ranks_end_alike(num_points, error):
                 kind = outcomes[FAULTY][0]
                 assert (name, text) == (
                     "DistributedError",
-                    f"rank {FAULTY} failed in this window, which was rolled back on all. {kind}: injected",
+                    f"rank {FAULTY} failed; the window was rolled back on all ranks. {kind}: injected",
                 ), at
     # Memory that runs out between the opening and the close is recovered from; all else ends the window.
     assert (num_right > 0.8 * num_points) == (error == "out of memory")

@@ -5,25 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed import ddp_cases, fsdp_cases
-from processes import run
+from processes import run, worlds
 from reference import relative_error
-
-
-def checked(results):
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
 
 
 def present(gradient):
     return {name: one for name, one in gradient.items() if one is not None}
 
 
-@pytest.fixture(scope="module", params=[(1, None), (2, None), (3, "reduce_once"), (4, None), (4, "reduce_once")])
+@pytest.fixture(
+    scope="module",
+    params=worlds(
+        (1, "per_micro_batch"), (3, "per_micro_batch"), (3, "per_window"), (4, "per_micro_batch"), (4, "per_window")
+    ),
+)
 def ranks(request):
     size, option = request.param
-    return checked(run(fsdp_cases.run_cases, size, option))
+    return run(fsdp_cases.run_cases, size, option)
 
 
 @pytest.mark.parametrize("name", fsdp_cases.CASES)
@@ -39,9 +37,9 @@ def test_the_gradient_is_that_of_all_rows(ranks, name):
                 torch.testing.assert_close(value, metrics[key], rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
-@pytest.fixture(scope="module")
-def scenes():
-    return checked(run(fsdp_cases.scenarios, 2))
+@pytest.fixture(scope="module", params=worlds(3))
+def scenes(request):
+    return run(fsdp_cases.scenarios, request.param)
 
 
 def test_training_ends_where_one_process_ends(scenes):
@@ -97,4 +95,5 @@ def test_leaving_micro_batches_out_is_refused(scenes):
 
 def test_an_error_before_the_first_forward_is_told(scenes):
     assert scenes[0]["bad batch"][0] == "BatchError"
-    assert scenes[1]["bad batch"][0] == "DistributedError" and "BatchError" in scenes[1]["bad batch"][1]
+    for scene in scenes[1:]:
+        assert scene["bad batch"][0] == "DistributedError" and "BatchError" in scene["bad batch"][1]

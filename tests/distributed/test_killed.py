@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "resumable_training.py"
@@ -16,6 +17,7 @@ def torchrun(*arguments):
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_which_resumes_bit_for_bit(tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     unbroken.mkdir()

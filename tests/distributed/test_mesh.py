@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed import mesh_cases
-from processes import run
+from processes import run, worlds
 from reference import relative_error
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    results = run(mesh_cases.run_cases, 4)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+@pytest.fixture(scope="module", params=worlds(4))
+def ranks(request):
+    return run(mesh_cases.run_cases, request.param)
 
 
 @pytest.mark.parametrize("name", ["DistributedDataParallel", "fully_shard", "fully_shard of tensor-parallel layers"])

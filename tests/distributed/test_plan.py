@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import pytest
 from distributed import plan_cases
-from processes import run
+from processes import run, worlds
 
 ON_TWO = tuple(plan_cases.CASES)
 
 
-def checked(results):
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
-
-
-@pytest.fixture(scope="module")
-def on_two():
-    return checked(run(plan_cases.run_cases, 2, ON_TWO, timeout_s=180))[0]
+@pytest.fixture(scope="module", params=worlds(2))
+def on_two(request):
+    return run(plan_cases.run_cases, request.param, ON_TWO, timeout_s=180)[0]
 
 
 @pytest.mark.parametrize("name", ON_TWO)
@@ -27,8 +20,9 @@ def test_the_peak_is_predicted(on_two, name):
     compare(predictions, real)
 
 
-def test_the_peak_of_shards_that_are_replicated_is_predicted():
-    predictions, real = checked(run(plan_cases.run_cases, 4, ["layers"]))[0]["layers"]
+@pytest.mark.parametrize("size", worlds(4))
+def test_the_peak_of_shards_that_are_replicated_is_predicted(size):
+    predictions, real = run(plan_cases.run_cases, size, ["layers"])[0]["layers"]
     compare(predictions, real)
 
 
@@ -41,25 +35,26 @@ def compare(predictions, real):
                 assert predicted[size][phase] == pytest.approx(num_bytes, rel=1e-3)
 
 
-@pytest.fixture(scope="module")
-def proposals():
-    return checked(run(plan_cases.levers, 2, ["layers", "layers, reduced once"], timeout_s=180))[0]
+@pytest.fixture(scope="module", params=worlds(2))
+def proposals(request):
+    return run(plan_cases.savings, request.param, ["layers", "layers, reduced once"], timeout_s=180)[0]
 
 
 def test_reducing_once_costs_rows(proposals):
-    choice, levers = proposals["layers"]
+    choice, savings = proposals["layers"]
     assert 512 <= choice < 1024
-    assert 0 < levers["reduce once"] < choice
-    assert levers["checkpoint layers"] > choice
+    assert 0 < savings["reduce once"] < choice
+    assert savings["checkpoint layers"] > choice
 
 
 def test_reducing_every_time_saves_rows(proposals):
-    choice, levers = proposals["layers, reduced once"]
-    assert levers["reduce every time"] > choice
+    choice, savings = proposals["layers, reduced once"]
+    assert savings["reduce every time"] > choice
     # Rows are cheap in this model, and whole gradients dear: the same budget in both.
-    assert "reduce once" not in levers
+    assert "reduce once" not in savings
 
 
-def test_a_model_that_no_rank_can_run_alone_is_refused():
-    for kind, message in checked(run(plan_cases.refused, 2)):
+@pytest.mark.parametrize("size", worlds(2))
+def test_a_model_that_no_rank_can_run_alone_is_refused(size):
+    for kind, message in run(plan_cases.refused, size):
         assert kind == "ModelError" and "sharded" in message

@@ -23,6 +23,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import gradfold
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 

@@ -366,7 +366,7 @@ def test_options_are_checked():
     for options in ({"seed": -1}, {"seed": 0.5}, {"row_dim": True}):
         with pytest.raises(gradfold.OptionError):
             gradfold.convert_dropout(nn.Dropout(), **options)
-    with pytest.raises(gradfold.OptionError, match="row_dim=1 does not go with Dropout2d"):
+    with pytest.raises(gradfold.OptionError, match="row_dim=1 is not supported with Dropout2d"):
         gradfold.convert_dropout(nn.Sequential(nn.Dropout2d(0.1)), row_dim=1)
     with pytest.raises(gradfold.OptionError, match=r"nn\.Module"):
         gradfold.convert_dropout("model")

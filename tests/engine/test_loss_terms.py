@@ -370,7 +370,7 @@ class TestMetrics:
     def test_rows_that_some_micro_batches_do_not_give_are_refused(self):
         model, batch = make(4)
         upcoming = iter([{"m": torch.ones(2)}, {}])
-        with pytest.raises(LossError, match=r"'m' has rows, but only 1 of the micro-batches"):
+        with pytest.raises(LossError, match=r"'m' has rows, but only 1 of 2 micro-batches"):
             run(model, lambda m, b: (mse(m, b), next(upcoming)), batch)
 
     @pytest.mark.parametrize("terms", [["loss"], ["a", "loss"]])

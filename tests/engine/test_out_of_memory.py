@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from gradfold.engine.recovery import give_back
+from gradfold.engine.recovery import release_memory
 from gradfold.errors import is_out_of_memory
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -69,6 +69,7 @@ for allocate in (lambda: torch.empty(2**34), lambda: bytearray(2**35)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="address space limits")
 def test_the_real_allocators_under_a_limit_of_the_address_space():
     result = subprocess.run([sys.executable, "-c", ALLOCATE], capture_output=True, text=True, check=True)
@@ -87,11 +88,11 @@ def test_giving_back_frees_what_only_refers_to_itself():
     try:
         knot = weakref.ref(Knot())
         assert knot() is not None
-        give_back(torch.device("cpu"))
+        release_memory(torch.device("cpu"))
         assert knot() is None
     finally:
         gc.enable()
 
 
 def test_a_device_without_memory_has_nothing_to_give_back():
-    give_back(torch.device("meta"))
+    release_memory(torch.device("meta"))

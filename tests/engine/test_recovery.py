@@ -1,4 +1,4 @@
-"""A replay: whatever fails and how often, the gradient is that of the same rows run in the sizes that went through."""
+"""Recovery: whatever fails and how often, the gradient is that of the same rows run in the sizes that went through."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_memory_for_so_many_rows_gives_the_gradient_of_parts_of_so_many(fits, si
 
 @pytest.mark.parametrize("fits", [1, 3, 5])
 @pytest.mark.parametrize("kind", ["tuple", "samples", "window", "window of samples"])
-def test_every_kind_of_batch_can_be_cut_anew(kind, fits):
+def test_every_kind_of_batch_can_be_split_further(kind, fits):
     model, batch = make(dropout=0)
     expected = full_batch_gradient(model, lambda model: Flaky()(model, batch)[0])
     samples = list(zip(*batch, strict=True))
@@ -148,7 +148,7 @@ def test_several_faults_in_one_window(entry):
         loss_fn = Flaky(faults=faults)
         accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=5, self_check=False)
         if entry == "warm":
-            accumulator._cutting.fitting.proven = 5
+            accumulator._micro_batcher.fitting.proven = 5
         torch.manual_seed(5)
         try:
             result = accumulator.backward(batch)
@@ -347,13 +347,13 @@ class TestWeights:
         torch.testing.assert_close(result.loss.item(), value.item(), rtol=1e-12, atol=0)
         torch.testing.assert_close(result.metrics["losses"], metrics["losses"].detach(), rtol=1e-12, atol=0)
 
-    def test_a_weight_that_is_no_count_is_refused(self):
+    def test_a_weight_that_is_not_a_count_is_refused(self):
         model, batch = make()
         before = state(model)
         accumulator = gradfold.Accumulator(
             model, Flaky(6), weight=lambda batch: batch[0].abs().mean(), self_check=False
         )
-        with pytest.raises(DoesNotFitError, match=r"12 rows .* weight= gives .* so it is no count") as caught:
+        with pytest.raises(DoesNotFitError, match=r"12 rows .* weight= gives .* so it is not a count") as caught:
             accumulator.backward(batch)
         assert caught.value.sizes == (12,)
         assert_same_state(state(model), before)
@@ -528,7 +528,7 @@ class TestWhatALossFunctionDoesToItsBatch:
 
 
 @pytest.mark.parametrize("kind", [list, Fields, UserDict, dict])
-def test_containers_in_containers_are_given_anew_for_each_run(kind):
+def test_containers_in_containers_are_new_for_each_run(kind):
     torch.manual_seed(4)
     model = nn.Linear(3, 1).double()
     inputs, targets = torch.randn(12, 3).double(), torch.randn(12, 1).double()
@@ -773,6 +773,7 @@ print(result.num_micro_batches)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="address space limits")
 def test_the_real_allocator_under_a_limit_of_the_address_space():
     """One activation of all rows takes 128 MiB."""

@@ -17,16 +17,16 @@ from gradfold import Recovery
     [
         (
             Recovery("out_of_memory", "halved", range(8, 16), 4, replayed=True),
-            "out of memory at rows 8 to 15: went on with 4 rows at once",
+            "out of memory at rows 8 to 15: continued with 4 rows at once",
         ),
         (
             Recovery("out_of_memory", "halved", range(2), 1, replayed=False, changes_randomness=True),
-            "out of memory at rows 0 to 1: went on with 1 row at once "
+            "out of memory at rows 0 to 1: continued with 1 row at once "
             "(random numbers differ from those of a run without the fault)",
         ),
         (
             Recovery("out_of_memory", "halved", range(4), 2, True, True, True),
-            "out of memory at rows 0 to 3: went on with 2 rows at once "
+            "out of memory at rows 0 to 3: continued with 2 rows at once "
             "(random numbers and BatchNorm's statistics differ from those of a run without the fault)",
         ),
         (

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from reference import assert_same_state, full_batch_gradient, gradients, relative_error, state
+from reference import assert_same_state, state
 from torch import nn
 
 import gradfold
@@ -121,28 +121,6 @@ def test_the_graph_of_a_micro_batch_is_gone_before_the_next_one_runs():
 
     gradfold.Accumulator(model, watched, micro_batch_size=2, self_check=False).backward(torch.randn(8, 3))
     assert alive == [0, 0, 0, 0]
-
-
-def test_a_schedule_may_run_all_forwards_first():
-    """The seam for coupled batches: another order of forwards and backwards gives the same gradient."""
-    model, batch = nn.Linear(3, 1).double(), (torch.randn(5, 3).double(), torch.randn(5, 1).double())
-    expected = full_batch_gradient(model, lambda model: loss_fn(model, batch))
-    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=2)
-    order = []
-
-    def forwards_first(indices, forward, backward):
-        weighed = []
-        for index in indices:
-            weighed.append(forward(index))
-            order.append("F")
-        for terms in reversed(weighed):
-            backward(terms)
-            order.append("B")
-
-    accumulator._opening.schedule = lambda *_: forwards_first
-    accumulator.backward(batch)
-    assert "".join(order) == "FFFBBB"
-    assert relative_error(gradients(model), expected) < 1e-12
 
 
 class Interrupted(Exception):

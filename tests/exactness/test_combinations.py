@@ -59,13 +59,14 @@ def match(model, embeddings):
     return gradfold.losses.info_nce(*embeddings, temperature=0.7)
 
 
-CUTS = {
-    "rows": 3,
-    "tokens": gradfold.TokenBudget(14, lengths=lengths),
-    "auto": gradfold.Auto(cache=False, seconds=0.05),
-    "auto tokens": gradfold.TokenBudget("auto", lengths=lengths),
+SPLITS = {
+    "rows": {"micro_batch_size": 3},
+    "tokens": {"batching": gradfold.TokenBudget(14, lengths=lengths)},
+    "auto": {"micro_batch_size": gradfold.Auto(cache=False, seconds=0.05)},
+    "auto tokens": {"batching": gradfold.TokenBudget("auto", lengths=lengths)},
 }
 LOSSES = {"plain": plain, "two phases": gradfold.TwoPhaseLoss(embed, match)}
+REFUSAL = r"not supported with|TokenBudget (takes|changes the order of) rows"
 REFUSED = {  # (loss, normalizes, drops)
     ("two phases", True, False),
     ("two phases", True, True),
@@ -93,15 +94,15 @@ def gradients(model):
     return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
 
-@pytest.mark.parametrize(("cut", "loss", "normalizes", "drops"), [*itertools.product(CUTS, LOSSES, (0, 1), (0, 1))])
+@pytest.mark.parametrize(("cut", "loss", "normalizes", "drops"), [*itertools.product(SPLITS, LOSSES, (0, 1), (0, 1))])
 def test_ways_to_cut_and_to_couple(cut, loss, normalizes, drops):
     options = {"batch_norm": "exact" if normalizes else None}
     model, whole = make(normalizes, drops), make(normalizes, drops)
     if is_refused(cut, loss, normalizes, drops):
-        with pytest.raises(gradfold.OptionError, match=r"does not go with|TokenBudget takes rows in another order"):
-            gradfold.Accumulator(model, LOSSES[loss], micro_batch_size=CUTS[cut], **options).backward(batch())
+        with pytest.raises(gradfold.OptionError, match=REFUSAL):
+            gradfold.Accumulator(model, LOSSES[loss], **SPLITS[cut], **options).backward(batch())
         return
-    accumulator = gradfold.Accumulator(model, LOSSES[loss], micro_batch_size=CUTS[cut], **options)
+    accumulator = gradfold.Accumulator(model, LOSSES[loss], **SPLITS[cut], **options)
     result = accumulator.backward(batch())
     assert "auto" in cut or result.num_micro_batches > 2
     if drops:  # the masks are those of the batch as a whole
@@ -117,7 +118,7 @@ def test_ways_to_cut_and_to_couple(cut, loss, normalizes, drops):
 
 @pytest.mark.parametrize(("cut", "loss"), [("rows", "plain"), ("rows", "two phases"), ("tokens", "plain")])
 def test_verify_holds_each(cut, loss):
-    accumulator = gradfold.Accumulator(make(False, True), LOSSES[loss], micro_batch_size=CUTS[cut])
+    accumulator = gradfold.Accumulator(make(False, True), LOSSES[loss], **SPLITS[cut])
     verdict = gradfold.verify(accumulator, batch())
     assert verdict.ok, str(verdict)
 
@@ -134,16 +135,16 @@ def spread(model, sums):
 def test_sums_know_no_order_and_go_with_a_token_budget():
     loss_fn = gradfold.TwoPhaseLoss(moments, spread, combine="sum")
     model, whole = make(False, False), make(False, False)
-    gradfold.Accumulator(model, loss_fn, micro_batch_size=CUTS["tokens"]).backward(batch())
+    gradfold.Accumulator(model, loss_fn, **SPLITS["tokens"]).backward(batch())
     loss_fn(whole, batch()).backward()
     assert relative_error(gradients(model), gradients(whole)) < 1e-12
 
 
 def test_a_budget_that_sets_itself_is_in_the_state():
-    accumulator = gradfold.Accumulator(make(False, False), plain, micro_batch_size=CUTS["auto tokens"])
+    accumulator = gradfold.Accumulator(make(False, False), plain, **SPLITS["auto tokens"])
     accumulator.backward(batch())
-    budget, rows = accumulator.micro_batch_size, accumulator.micro_batch_choice.micro_batch_size
+    budget, rows = accumulator.token_budget, accumulator.micro_batch_choice.micro_batch_size
     assert budget.max_tokens == rows * LENGTH
-    resumed = gradfold.Accumulator(make(False, False), plain, micro_batch_size=CUTS["auto tokens"])
+    resumed = gradfold.Accumulator(make(False, False), plain, **SPLITS["auto tokens"])
     resumed.load_state_dict(accumulator.state_dict())
-    assert resumed.micro_batch_size == budget
+    assert resumed.token_budget == budget

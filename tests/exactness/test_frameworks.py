@@ -6,13 +6,10 @@ import warnings
 
 import pytest
 import torch
-from reference import full_batch_gradient, gradients, relative_error
+from reference import full_batch_gradient, gradients, relative_error, total
 from torch import nn
 
 import gradfold
-
-accelerate = pytest.importorskip("accelerate", reason="accelerate comes with the dev extra")
-fabric = pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the dev extra")
 
 
 def loss_fn(model, batch):
@@ -29,6 +26,7 @@ def make():
 
 @pytest.fixture
 def accelerator():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate comes with the dev extra")
     from accelerate.state import AcceleratorState, GradientState
 
     yield lambda **options: accelerate.Accelerator(cpu=True, **options)
@@ -39,16 +37,18 @@ def accelerator():
 @pytest.mark.parametrize("function", [loss_fn, terms_fn])
 def test_accelerate(accelerator, function):
     model, batch = make()
-    expected = full_batch_gradient(model, lambda model: sum_of(function(model, batch)))
+    expected = full_batch_gradient(model, lambda model: total(function(model, batch)))
     model = accelerator().prepare(model)
     gradfold.Accumulator(model, function, micro_batch_size=5, backward=accelerator().backward).backward(batch)
     assert relative_error(gradients(model), expected) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [loss_fn, terms_fn])
 def test_fabric(function):
+    fabric = pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the dev extra")
     model, batch = make()
-    expected = full_batch_gradient(model, lambda model: sum_of(function(model, batch)))
+    expected = full_batch_gradient(model, lambda model: total(function(model, batch)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Fabric warns about the machine that it runs on
         runner = fabric.Fabric(accelerator="cpu", devices=1)
@@ -64,7 +64,3 @@ def test_an_accelerator_that_divides_a_second_time_is_refused(accelerator):
         gradfold.Accumulator(model, loss_fn, micro_batch_size=5, backward=backward).backward(batch)
     assert caught.value.factor == 0.25
     assert gradients(model) == {}
-
-
-def sum_of(loss):
-    return sum(loss.values()) if isinstance(loss, dict) else loss

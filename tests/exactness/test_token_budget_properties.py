@@ -88,9 +88,7 @@ costs = st.sampled_from([0.0, 2.0, 1e6])
 
 
 def check(model, budget, batch, expected, expected_rows, **options):
-    accumulator = gradfold.Accumulator(
-        model, loss_fn, micro_batch_size=budget, weight=WEIGHTS, self_check=False, **options
-    )
+    accumulator = gradfold.Accumulator(model, loss_fn, batching=budget, weight=WEIGHTS, self_check=False, **options)
     result = accumulator.backward(batch)
     found = gradients(model)
     found = {name: found.get(name, torch.zeros_like(value)) for name, value in expected.items()}
@@ -143,5 +141,5 @@ def test_one_length_per_row_found_in_the_batch(lengths, max_tokens, seed):
     expected = full_batch_gradient(embedding, lambda model: loss(model, whole))
     budget = gradfold.TokenBudget(max_tokens, lengths=lambda batch: (batch["ids"] > 0).sum(1), cost=1)
     weight = gradfold.token_count("ids", ignore_index=0)
-    gradfold.Accumulator(embedding, loss, micro_batch_size=budget, weight=weight, self_check=False).backward(whole)
+    gradfold.Accumulator(embedding, loss, batching=budget, weight=weight, self_check=False).backward(whole)
     assert relative_error(gradients(embedding), expected) <= TOLERANCE

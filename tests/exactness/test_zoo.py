@@ -140,7 +140,7 @@ def test_a_case_is_fresh_seeded_and_complete(case):
 def test_the_zoo_is_large_and_names_are_unique():
     assert len(WRONG) >= 28 and len(RIGHT) >= 24 and len(UNKNOWABLE) >= 8
     assert len({case.name for case in ALL}) == len(ALL)
-    causes = {"weights", "sum", "coupled", "batch_norm", "state", "seed", "empty"}
+    causes = {"weights", "sum", "coupled", "batch_norm", "state", "grad_output", "empty"}
     assert {case.cause for case in WRONG if case.guard == "wrong"} == causes
 
 

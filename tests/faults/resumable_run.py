@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradfold
-import gradfold.engine.micro_batcher
+import gradfold.batch.split
 
 F = nn.functional
 
@@ -214,7 +214,7 @@ def num_batches_in(path):
 
 def main(folder):
     torch.set_num_threads(1)
-    gradfold.engine.micro_batcher._PATIENCE = PATIENCE
+    gradfold.batch.split._PATIENCE = PATIENCE
     save = example().save
     next(iter(Run()))  # what is imported on the way
     gc.freeze()  # what is there by now need not be looked through when memory runs out

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from faults.memory_limit import NUM_UPDATES, SHARES
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit of the address space")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit of the address space"),
+]
 
 ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 

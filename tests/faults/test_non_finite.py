@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from reference import assert_same_state, full_batch_gradient, gradients, relative_error, state
@@ -15,14 +13,6 @@ from gradfold.errors import NonFiniteGradientError, NonFiniteLossError
 F = nn.functional
 WAYS = ["loss", "gradient"]
 BAD = [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collection():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Net(nn.Module):
@@ -219,7 +209,7 @@ def test_a_batch_that_cannot_run_again_is_refused_without_a_culprit():
 
     for option, error in {"raise": NonFiniteGradientError, "skip_micro_batch": gradfold.GradfoldError}.items():
         accumulator = gradfold.Accumulator(model, writing, micro_batch_size=4, on_non_finite=option, self_check=False)
-        with pytest.raises(error, match=r"no micro-batch could be found|changed micro-batch 0 .* in place"):
+        with pytest.raises(error, match=r"no micro-batch was found|changed micro-batch 0 .* in place"):
             accumulator.backward(batch)
         assert_same_state(state(model), before)
 
@@ -246,9 +236,7 @@ def test_a_sum_that_overflows_has_no_culprit(option):
         on_non_finite=option,
         self_check=False,
     )
-    with pytest.raises(
-        NonFiniteGradientError, match=r"no micro-batch could be found.*more than a float holds"
-    ) as caught:
+    with pytest.raises(NonFiniteGradientError, match=r"no micro-batch was found.*their sum overflows") as caught:
         accumulator.backward(batch)
     assert (caught.value.micro_batch, caught.value.rows, caught.value.parameters) == (None, range(8), ())
     assert model.weight.grad is None

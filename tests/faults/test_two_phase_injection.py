@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from reference import assert_same_state, full_batch_gradient, gradients, relative_error, state
@@ -74,14 +72,6 @@ def expected():
     model, batch = fresh()
     gradient = full_batch_gradient(model, lambda model: loss(model, statistic(model, batch)))
     return {name: one + 2.0 for name, one in gradient.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collection():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def num_points():

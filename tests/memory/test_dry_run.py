@@ -11,7 +11,7 @@ from torch import nn
 
 import gradfold
 
-QUICK = gradfold.Auto(seconds=0.05, cache=False)
+QUICK = gradfold.Auto(seconds=1.0, cache=False)
 SEEN = []
 
 
@@ -28,7 +28,7 @@ def doubled(number):
 def choose(loss_fn, model=None, batch=None, **options):
     model = nn.Linear(8, 1) if model is None else model
     accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=QUICK, **options)
-    choice = accumulator.choose_micro_batch(torch.randn(32, 8) if batch is None else batch)
+    choice = accumulator.tune(torch.randn(32, 8) if batch is None else batch)
     return accumulator, choice
 
 
@@ -46,7 +46,7 @@ class Noisy(nn.Module):
         self.own = torch.Generator().manual_seed(1)
         self.in_a_list = [torch.Generator().manual_seed(2)]
         self.of_numpy = numpy.random.default_rng(3)
-        # A class of torch's, which nobody looks into: this one is seen as `generator=`.
+        # A class of torch's, which is not followed: this one is seen as `generator=`.
         self.out_of_reach = torch.utils.data.RandomSampler(range(3), generator=torch.Generator().manual_seed(4))
 
     def forward(self, x):
@@ -142,7 +142,7 @@ def test_a_plan_leaves_nothing_either():
     batch = torch.randn(32, 8)
     found = gradfold.plan(accumulator, batch, optimizer, memory="1GiB")
     assert found.source == "fake tensors" and not masks and not SEEN
-    with pytest.raises(gradfold.DoesNotFitError):  # with levers
+    with pytest.raises(gradfold.DoesNotFitError):  # with savings
         gradfold.plan(accumulator, batch, optimizer, memory="300MiB")
     assert not masks and not SEEN
     gradfold.TrainStep(accumulator, optimizer)(batch)

@@ -34,13 +34,13 @@ def test_one_backward_pass_takes_what_one_counts_by_hand():
     # gradient of that, and the one that it makes. The rest is one column wide.
     wide, narrow = ROWS * HIDDEN * FLOAT, ROWS * FLOAT
     assert peak.measured_by == "tensor storage"
-    assert peak.make_up.parameters == NUM_PARAMETERS * FLOAT
-    assert peak.make_up.inputs == ROWS * IN * FLOAT
-    assert peak.make_up.optimizer_state == 0
-    assert peak.make_up.saved_activations in range(wide, wide + 3 * narrow)
-    assert peak.make_up.temporaries in range(2 * wide, 2 * wide + 3 * narrow)
-    assert peak.make_up.gradients == (HIDDEN + 1) * FLOAT  # of the second layer alone
-    assert peak.peak_bytes == peak.make_up.total
+    assert peak.breakdown.parameters == NUM_PARAMETERS * FLOAT
+    assert peak.breakdown.inputs == ROWS * IN * FLOAT
+    assert peak.breakdown.optimizer_state == 0
+    assert peak.breakdown.saved_activations in range(wide, wide + 3 * narrow)
+    assert peak.breakdown.temporaries in range(2 * wide, 2 * wide + 3 * narrow)
+    assert peak.breakdown.gradients == (HIDDEN + 1) * FLOAT  # of the second layer alone
+    assert peak.peak_bytes == peak.breakdown.total
 
 
 def test_an_update_is_a_phase_of_its_own():
@@ -72,7 +72,7 @@ def test_memory_is_flat_in_the_number_of_micro_batches():
         batch = torch.randn(16 * num_micro_batches, IN)
         step(batch)
         peak = gradfold.measure_peak(lambda step=step, batch=batch: step(batch), model=model, optimizer=optimizer)
-        peaks.append(peak.peak_bytes - peak.make_up.inputs)  # which are on the host: here that is the same memory
+        peaks.append(peak.peak_bytes - peak.breakdown.inputs)  # which are on the host: here that is the same memory
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
@@ -84,7 +84,7 @@ def test_a_loop_that_keeps_its_graphs_is_seen():
             loss.backward()
 
     few, many = (gradfold.measure_peak(lambda num=num: backward_last(num)) for num in (2, 8))
-    assert many.make_up.saved_activations - few.make_up.saved_activations >= 6 * 16 * HIDDEN * FLOAT
+    assert many.breakdown.saved_activations - few.breakdown.saved_activations >= 6 * 16 * HIDDEN * FLOAT
 
 
 def test_checkpointing_saves_less():
@@ -100,7 +100,7 @@ def test_checkpointing_saves_less():
 
     plain = gradfold.measure_peak(lambda: run(lambda layer, x: layer(x)), model=model)
     spared = gradfold.measure_peak(lambda: run(lambda layer, x: checkpoint(layer, x, use_reentrant=False)), model=model)
-    assert spared.make_up.saved_activations < 0.6 * plain.make_up.saved_activations
+    assert spared.breakdown.saved_activations < 0.6 * plain.breakdown.saved_activations
     assert spared.peak_bytes < plain.peak_bytes
 
 
@@ -109,9 +109,9 @@ def test_shared_and_frozen_parameters_count_once():
     model[2].weight = model[0].weight
     model[1].requires_grad_(False)
     peak = gradfold.measure_peak(lambda: mean_square(model, torch.randn(2, 32)).backward(), model=model)
-    assert peak.make_up.parameters == (2 * 32 * 32 + 3 * 32) * FLOAT
+    assert peak.breakdown.parameters == (2 * 32 * 32 + 3 * 32) * FLOAT
     after = gradfold.measure_peak(lambda: None, model=model)
-    assert after.make_up.gradients == (32 * 32 + 2 * 32) * FLOAT
+    assert after.breakdown.gradients == (32 * 32 + 2 * 32) * FLOAT
 
 
 def test_sparse_gradients_are_gradients():
@@ -119,14 +119,14 @@ def test_sparse_gradients_are_gradients():
     rows = torch.tensor([3, 5, 3])
     gradfold.measure_peak(lambda: model(rows).sum().backward(), model=model)
     after = gradfold.measure_peak(lambda: None, model=model)
-    assert after.make_up.gradients == 3 * 16 * FLOAT + 3 * 8
+    assert after.breakdown.gradients == 3 * 16 * FLOAT + 3 * 8
 
 
 def test_parameters_are_known_without_a_model():
     model, batch = perceptron(), torch.randn(ROWS, IN)
     told = gradfold.measure_peak(lambda: mean_square(model, batch).backward(), model=model)
     model.zero_grad()
-    assert gradfold.measure_peak(lambda: mean_square(model, batch).backward()).make_up == told.make_up
+    assert gradfold.measure_peak(lambda: mean_square(model, batch).backward()).breakdown == told.breakdown
 
 
 def test_what_is_ignored_does_not_count():
@@ -139,7 +139,7 @@ def test_what_is_ignored_does_not_count():
     counted = gradfold.measure_peak(train, model=model)
     model.zero_grad()
     spared = gradfold.measure_peak(train, model=model, ignore=[data])
-    assert counted.make_up.inputs - spared.make_up.inputs == 10000 * IN * FLOAT
+    assert counted.breakdown.inputs - spared.breakdown.inputs == 10000 * IN * FLOAT
 
 
 def test_storage_that_is_resized_counts_as_it_stands():
@@ -163,7 +163,7 @@ def test_storage_that_is_resized_counts_as_it_stands():
         whole.zero_()
 
     peak = gradfold.measure_peak(take)
-    assert (peak.peak_bytes, peak.make_up.parameters) == (1000 * FLOAT, 1000 * FLOAT)
+    assert (peak.peak_bytes, peak.breakdown.parameters) == (1000 * FLOAT, 1000 * FLOAT)
     assert "resize_" not in vars(torch.UntypedStorage)
 
 
@@ -182,24 +182,24 @@ def test_the_result_as_json():
     assert peak.peak_bytes == 400
 
 
-def test_a_ledger_says_when_most_was_in_use():
-    ledger = AllocationTrace()
-    ledger.begin("forward and backward")
-    ledger.find(100, "parameters")
-    a = ledger.take(50, "temporaries")
-    ledger.give_back(a)
-    ledger.begin("update")
-    b = ledger.take(30, "optimizer_state")
-    ledger.take(10, "ignored")
-    ledger.give_back(b)
-    ledger.begin("forward and backward")
+def test_a_trace_says_when_most_was_in_use():
+    trace = AllocationTrace()
+    trace.begin("forward and backward")
+    trace.find(100, "parameters")
+    a = trace.allocate(50, "temporaries")
+    trace.free(a)
+    trace.begin("update")
+    b = trace.allocate(30, "optimizer_state")
+    trace.allocate(10, "ignored")
+    trace.free(b)
+    trace.begin("forward and backward")
     expected = {
         "forward and backward": MemoryBreakdown(parameters=100, temporaries=50),
         "update": MemoryBreakdown(parameters=100, optimizer_state=30),
     }
-    ledger.take(20, "temporaries")
-    assert ledger.peaks() == expected
-    assert ledger.peaks([100, 5, 30, 10, 20])["forward and backward"] == MemoryBreakdown(parameters=100, temporaries=20)
+    trace.allocate(20, "temporaries")
+    assert trace.peaks() == expected
+    assert trace.peaks([100, 5, 30, 10, 20])["forward and backward"] == MemoryBreakdown(parameters=100, temporaries=20)
 
 
 def test_rows_are_flattened_once():

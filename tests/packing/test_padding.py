@@ -15,7 +15,7 @@ PADDED = 6
 
 
 def named(**leaves):
-    return lambda name: leaves
+    return {"": leaves}
 
 
 def tokens(lengths=LENGTHS, size=PADDED, pad=0, side="right"):
@@ -137,7 +137,7 @@ def test_names_are_keys_attributes_indices_or_whole_paths():
         ((tokens(), positions), 1),
         ({"a": {"ids": tokens(), "positions": positions}}, "['a']['positions']"),
     ):
-        assert len(trimming(batch, name=lambda _, name=name: {name: None}).paths) == 2
+        assert len(trimming(batch, name={"": {name: None}}).paths) == 2
     with pytest.raises(BatchError, match=r"trim= names 'nothing', and the batch has no such tensor"):
         trimming({"ids": tokens()}, name=named(nothing=None))
 
@@ -159,7 +159,7 @@ def test_names_are_keys_attributes_indices_or_whole_paths():
 )
 def test_what_cannot_be_known_is_refused(batch, name, message):
     with pytest.raises(BatchError, match=message):
-        trimming(batch, name=lambda _: name)
+        trimming(batch, name={"": name})
 
 
 def test_a_dimension_with_nothing_beyond_it_is_no_rival():

@@ -67,7 +67,7 @@ def make_accumulator(model, loss_fn=next_token_loss, side="right", weight=WEIGHT
     trim = options.pop("trim", ("position_ids",))
     lengths = options.pop("lengths", lambda batch: batch["mask"].sum(1))
     budget = gradfold.TokenBudget(24, lengths=lengths, padding_side=side, trim=trim, cost=1)
-    return gradfold.Accumulator(model, loss_fn, micro_batch_size=budget, weight=weight, **options)
+    return gradfold.Accumulator(model, loss_fn, batching=budget, weight=weight, **options)
 
 
 @pytest.mark.parametrize("positions", ["none", "counted", "given"])
@@ -95,7 +95,7 @@ def test_padding_on_the_left_is_exact_with_masks_and_given_positions():
 def test_positions_counted_from_padding_on_the_left_are_refused():
     torch.manual_seed(1)
     batch = make_batch("left")
-    with pytest.raises(PaddingError, match=r"depends on how far rows are padded.*give position_ids with the batch"):
+    with pytest.raises(PaddingError, match=r"depends on how far rows are padded.*pass position_ids with the batch"):
         make_accumulator(Decoder("counted"), side="left").backward(batch)
     del batch["position_ids"]
     accumulator = make_accumulator(Decoder("counted"), side="left", trim=None, self_check=False)
@@ -130,7 +130,7 @@ def test_the_layer_is_named_and_no_trace_is_left():
     model, batch = Pooled(), make_batch()
     before = state(model)
     with pytest.raises(
-        PaddingError, match=r"what is given to 'head' \(Linear\) depends on how far rows are padded"
+        PaddingError, match=r"the input of 'head' \(Linear\) depends on how far rows are padded"
     ) as caught:
         make_accumulator(model, class_loss, weight="samples").backward(batch)
     assert caught.value.layer is None and "micro_batch_size=8" in str(caught.value)
@@ -186,7 +186,7 @@ def test_a_weight_that_counts_padding_is_refused():
     def mean_over_all(model, batch):
         return model(batch).square().mean()
 
-    with pytest.raises(PaddingError, match=r"weight= gives \d+ for some rows with .* so it counts padding"):
+    with pytest.raises(PaddingError, match=r"weight= returns \d+ for some rows with .* so it counts padding"):
         make_accumulator(Decoder(), mean_over_all, weight=lambda batch: batch["labels"].numel()).backward(make_batch())
 
 

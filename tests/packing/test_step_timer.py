@@ -1,33 +1,45 @@
-"""What a micro-step costs beside its tokens, told by a stopwatch."""
+"""What a micro-step costs beside its tokens, told by a timer."""
+
+from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from gradfold.batch.split import MicroBatch
-from gradfold.packing import token_batcher as stopwatch
+from gradfold.engine.strategy import Sequential, Strategy
+from gradfold.engine.window import Context
+from gradfold.packing import token_batcher
 from gradfold.packing.token_batcher import StepTimer
 
 
-def watched(sizes, seconds, monkeypatch):
-    """A stopwatch that has seen micro-batches of these sizes, of one row where negative, and of these durations."""
+class Clocked:
+    """A window whose passes take as long as they are told to."""
+
+    def __init__(self, parts, seconds):
+        self.context, self.device = Context(nn.Linear(1, 1)), torch.device("cpu")
+        self.micro_batches, self.seconds = parts, seconds
+        self.now = 0.0
+
+    def forward(self, index):
+        self.now += 0.25 * self.seconds[index]
+        return index
+
+    def backward(self, index):
+        self.now += 0.75 * self.seconds[index]
+
+
+def timed(sizes, seconds, monkeypatch, strategy=None):
+    """A timer of micro-batches of these sizes, of one row where negative, and of these durations."""
     parts = [
         MicroBatch(None, range(1 if size < 0 else 2), width=abs(size) if size < 0 else size // 2) for size in sizes
     ]
-    now = [0.0]
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
-
-    def forward(index):
-        now[0] += 0.25 * seconds[index]
-        return index
-
-    def backward(index):
-        now[0] += 0.75 * seconds[index]
-
-    watch = StepTimer(
-        lambda indices, forward, backward: [backward(forward(index)) for index in indices], parts, torch.device("cpu")
-    )
-    watch(range(len(parts)), forward, backward)
-    return watch
+    window = Clocked(parts, seconds)
+    monkeypatch.setattr(token_batcher.time, "perf_counter", lambda: window.now)
+    timer = StepTimer(strategy or Sequential(lambda model, batch: None))
+    timer.run(window, range(len(parts)), None)
+    assert window.now == pytest.approx(sum(seconds)), "every micro-batch has run once"
+    return timer
 
 
 @pytest.mark.parametrize(
@@ -41,4 +53,20 @@ def watched(sizes, seconds, monkeypatch):
     ],
 )
 def test_what_a_micro_step_costs_is_read_off_large_and_tiny_ones(sizes, seconds, overhead, monkeypatch):
-    assert watched(sizes, seconds, monkeypatch).overhead() == overhead
+    assert timed(sizes, seconds, monkeypatch).overhead() == overhead
+
+
+class ForwardsFirst(Strategy):
+    """All forward passes, then all backward passes: no micro-batch has a time of its own."""
+
+    def run(self, window, indices, snapshot):
+        for weighed in [window.forward(index) for index in indices]:
+            window.backward(weighed)
+
+    def is_sequential(self, context):
+        return False
+
+
+def test_micro_batches_that_run_together_are_not_timed(monkeypatch):
+    timer = timed([400, -20], [0.1, 0.1], monkeypatch, ForwardsFirst(lambda model, batch: None))
+    assert timer.overhead() is None

@@ -66,9 +66,7 @@ def make_accumulator(model, max_tokens=20, loss_fn=loss_fn, samples=False, cost=
     budget = gradfold.TokenBudget(max_tokens, lengths=lengths_of_samples if samples else lengths_of_batch, cost=cost)
     if samples:
         options["collate"] = collate
-    return gradfold.Accumulator(
-        model, loss_fn, micro_batch_size=budget, weight=gradfold.token_count("labels"), **options
-    )
+    return gradfold.Accumulator(model, loss_fn, batching=budget, weight=gradfold.token_count("labels"), **options)
 
 
 @pytest.mark.parametrize("is_samples", [False, True])
@@ -90,7 +88,7 @@ def test_gradient_loss_and_rows_are_those_of_the_batch_as_it_was(is_samples):
 def test_micro_batches_are_no_longer_than_their_rows_and_within_the_budget():
     split = TokenBatcher(gradfold.TokenBudget(20, lengths=lengths_of_batch, cost=2))
     whole = collate(make_samples())
-    parts = split.cut(whole, None, None, is_first=True)
+    parts = split.split(whole)
     assert sorted(row for part in parts for row in part.rows) == list(range(len(LENGTHS)))
     for part in parts:
         assert part.data["tokens"].shape == part.data["labels"].shape == (len(part.rows), part.width)
@@ -102,10 +100,10 @@ def test_micro_batches_are_no_longer_than_their_rows_and_within_the_budget():
 def test_one_micro_batch_keeps_the_order_of_the_batch_and_copies_nothing_without_need():
     split = TokenBatcher(gradfold.TokenBudget(10_000, lengths=lengths_of_batch, cost=1e6))
     whole = collate(make_samples())
-    (part,) = split.cut(whole, None, None, is_first=True)
+    (part,) = split.split(whole)
     assert part.data is whole and part.rows == range(len(LENGTHS))
     longer = {name: F.pad(tensor, (0, 3), value=tensor[4, 0].item()) for name, tensor in whole.items()}
-    (part,) = split.cut(longer, None, None, is_first=True)
+    (part,) = split.split(longer)
     assert part.rows == range(len(LENGTHS)) and torch.equal(part.data["tokens"], whole["tokens"])
 
 
@@ -155,7 +153,7 @@ def test_terms_with_denominators_of_their_own():
     expected = full_batch_gradient(model, lambda model: sum(terms(model, whole).values()))
     budget = gradfold.TokenBudget(20, lengths=lengths_of_batch, cost=2)
     weight = {"token": gradfold.token_count("labels"), "row": "samples"}
-    gradfold.Accumulator(model, terms, micro_batch_size=budget, weight=weight).backward(whole)
+    gradfold.Accumulator(model, terms, batching=budget, weight=weight).backward(whole)
     assert relative_error(gradients(model), expected) <= 1e-12
 
 
@@ -201,7 +199,7 @@ def test_a_row_that_does_not_fit_alone_ends_it():
 
 def test_trim_is_for_padded_tensors():
     budget = gradfold.TokenBudget(20, lengths=lengths_of_samples, trim=("tokens",))
-    accumulator = gradfold.Accumulator(Tagger(), loss_fn, micro_batch_size=budget, collate=collate)
+    accumulator = gradfold.Accumulator(Tagger(), loss_fn, batching=budget, collate=collate)
     with pytest.raises(OptionError, match="trim= is for padded tensors"):
         accumulator.backward(make_samples())
 
@@ -210,7 +208,7 @@ def test_lengths_of_other_rows_are_refused_and_nothing_is_left():
     model = Tagger()
     budget = gradfold.TokenBudget(20, lengths=lambda batch: [1, 2])
     with pytest.raises(BatchError, match=r"one length for each of the 13 rows"):
-        gradfold.Accumulator(model, loss_fn, micro_batch_size=budget).backward(collate(make_samples()))
+        gradfold.Accumulator(model, loss_fn, batching=budget).backward(collate(make_samples()))
     assert gradients(model) == {}
 
 
@@ -224,16 +222,16 @@ def test_the_second_window_is_measured_once_and_what_it_learned_is_resumed():
         model.zero_grad()
         numbers.append(accumulator.backward(whole).num_micro_batches)
         assert relative_error(gradients(model), expected) <= 1e-12
-        overheads.append(accumulator.state_dict()["token_split"]["overhead"])
+        overheads.append(accumulator.state_dict()["micro_batcher"]["overhead"])
     assert overheads[0] is None and overheads[1] == overheads[2] >= 1.0
     assert numbers[1] == numbers[0] + 3
     resumed = make_accumulator(model, 100, cost=None)
     resumed.load_state_dict(accumulator.state_dict())
-    assert resumed.state_dict()["token_split"] == accumulator.state_dict()["token_split"]
-    assert resumed.state_dict()["token_split"]["overhead"] == overheads[1]
+    assert resumed.state_dict()["micro_batcher"] == accumulator.state_dict()["micro_batcher"]
+    assert resumed.state_dict()["micro_batcher"]["overhead"] == overheads[1]
     fixed = make_accumulator(model, 100, cost=3)
     fixed.load_state_dict(accumulator.state_dict())
-    assert fixed.state_dict()["token_split"]["overhead"] == 3
+    assert fixed.state_dict()["micro_batcher"]["overhead"] == 3
 
 
 def test_dropout_is_neither_refused_nor_warned_of():
@@ -266,7 +264,7 @@ def test_what_collate_packs_is_left_as_it_is(kind):
     result = gradfold.Accumulator(
         model,
         loss_fn,
-        micro_batch_size=budget,
+        batching=budget,
         collate=pack,
         weight=lambda batch: len(batch.data) if kind == "packed" else len(batch.values()),
         self_check=kind == "packed",

@@ -107,9 +107,9 @@ def test_a_foreign_state_is_refused():
     model, _ = make()
     accumulator = gradfold.Accumulator(model, loss_fn)
     step = gradfold.TrainStep(accumulator, torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.raises(gradfold.OptionError, match="no state of a TrainStep"):
+    with pytest.raises(gradfold.OptionError, match="not a TrainStep state_dict"):
         step.load_state_dict({})
-    with pytest.raises(gradfold.OptionError, match="no state of an Accumulator"):
+    with pytest.raises(gradfold.OptionError, match="not an Accumulator state_dict"):
         accumulator.load_state_dict({"updates": 1})
 
 
@@ -150,10 +150,10 @@ def test_a_loop_window_takes_batches_that_nobody_cuts():
     assert window.weight == 5
 
 
-def test_a_backward_that_ignores_the_seed_is_told_so():
+def test_a_backward_that_ignores_its_gradient_is_told_so():
     """It was told to set gradient_accumulation_steps=1, since 3 had become 1."""
     model, batch = make()
-    with pytest.raises(gradfold.BackwardError, match="ignores the seed"):
+    with pytest.raises(gradfold.BackwardError, match="ignores its gradient argument"):
         gradfold.Accumulator(model, loss_fn, backward=lambda loss, gradient: loss.backward()).backward(batch)
 
 

@@ -186,7 +186,7 @@ def test_a_dimension_that_is_one_longer_than_all_rows_is_no_padding():
     """One column beyond every row is the same everywhere in it: features lost their last column, 14 to 43 % off."""
     model = Pool()
     budget = gradfold.TokenBudget(10, lengths=lambda batch: (batch["words"] > 0).sum(1), cost=1)
-    accumulator = gradfold.Accumulator(model, weighted, micro_batch_size=budget)
+    accumulator = gradfold.Accumulator(model, weighted, batching=budget)
     for batch in (batch_of([10, 3, 2, 4, 9, 2, 3, 4], 10), batch_of([5] * 6, 5), batch_of([5], 5)):
         model.zero_grad()
         accumulator.backward(batch)
@@ -200,7 +200,7 @@ def test_what_goes_with_the_tokens_in_one_batch_and_not_in_another_is_refused():
     """Features that end in zeros were trimmed once their number was the padded length of a batch."""
     model = Pool()
     budget = gradfold.TokenBudget(10, lengths=lambda batch: (batch["words"] > 0).sum(1), cost=1)
-    accumulator = gradfold.Accumulator(model, weighted, micro_batch_size=budget)
+    accumulator = gradfold.Accumulator(model, weighted, batching=budget)
     accumulator.backward(batch_of([10, 3, 2, 4], 10))
     second = batch_of([6, 2, 3, 4], 6)
     second["features"][:, 1:] = 0.0
@@ -342,7 +342,7 @@ def test_a_window_of_padded_batches_is_looked_at_where_it_is_padded():
     for part in parts:
         del part["features"]
     budget = gradfold.TokenBudget(24, lengths=lambda batch: (batch["words"] > 0).sum(1), cost=1)
-    accumulator = gradfold.Accumulator(Mean(), loss_fn, micro_batch_size=budget)
+    accumulator = gradfold.Accumulator(Mean(), loss_fn, batching=budget)
     with pytest.raises(gradfold.PaddingError):
         accumulator.backward(next(iter(gradfold.windows(parts, 2))))
 
@@ -374,7 +374,7 @@ def test_a_mask_that_would_go_with_the_other_input_is_refused():
         return F.cross_entropy(scores, batch["labels"])
 
     budget = gradfold.TokenBudget(24, lengths=lengths_of_both, cost=1)
-    accumulator = gradfold.Accumulator(two_inputs(Pool(), Pool()), loss_fn, micro_batch_size=budget)
+    accumulator = gradfold.Accumulator(two_inputs(Pool(), Pool()), loss_fn, batching=budget)
     accumulator.backward(batch([8, 3, 4, 2, 7, 2, 1, 1], [6, 3, 2, 4, 2, 3, 1, 1], 6))
     with pytest.raises(gradfold.BatchError, match=r"mask.*'target'.*went with 'source'"):
         accumulator.backward(batch([8] * 8, [8, 3, 2, 4, 2, 3, 1, 1], 8))
@@ -394,4 +394,4 @@ def test_rows_that_tell_of_both_inputs_are_looked_at():
     batch = {"source": words([8, 8, 8, 8, 8, 2, 2, 2], 8), "target": words([24, 24, 5, 5, 5, 3, 3, 3], 24)}
     budget = gradfold.TokenBudget(64, lengths=lengths_of_both, cost=1)
     with pytest.raises(gradfold.PaddingError):
-        gradfold.Accumulator(two_inputs(Mean(), Pool()), loss_fn, micro_batch_size=budget).backward(batch)
+        gradfold.Accumulator(two_inputs(Mean(), Pool()), loss_fn, batching=budget).backward(batch)

@@ -1,4 +1,4 @@
-"""What the guard of the first window says about every set-up of the zoo."""
+"""What the self-check says about every set-up of the zoo."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_what_is_wrong_is_refused_with_its_cause(case):
 
 
 @cases("refused")
-def test_what_is_refused_before_the_guard(case):
+def test_what_is_refused_before_the_self_check(case):
     made = case.make()
     with pytest.raises(getattr(gradfold, case.cause), match=case.says):
         accumulate(made)

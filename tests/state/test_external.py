@@ -25,10 +25,7 @@ def logged(value):
 
 
 class Meter:
-    """Counts, on itself and on its class."""
-
-    total = 0
-    seen: list[int] = []  # noqa: RUF012  # as people write it
+    """Counts on itself."""
 
     def __init__(self):
         self.count = 0
@@ -37,30 +34,6 @@ class Meter:
     def update(self, value):
         self.count += 1
         self.losses["train"].append(value)
-        type(self).total += 1
-        type(self).newest = value
-        self.seen.append(value)
-
-
-class Properties:
-    """Reads of a property are noted outside."""
-
-    @property
-    def last(self):
-        HISTORY.append(0)
-        return 0
-
-
-class Heir(Properties):
-    """Nothing of its own."""
-
-
-class Static:
-    """A method that needs no object."""
-
-    @staticmethod
-    def count_up():
-        HISTORY.append(0)
 
 
 def container(make, change):
@@ -170,22 +143,7 @@ def by_what_is_wrapped():
 
 def by_a_bound_method():
     meter = Meter()
-    return functools.partial(meter.update, 3), lambda: (
-        meter.count,
-        dict(meter.losses),
-        Meter.total,
-        list(Meter.seen),
-        hasattr(Meter, "newest"),
-    )
-
-
-def by_a_property():
-    one = Heir()
-    return lambda: one.last, lambda: list(HISTORY)
-
-
-def by_a_static_method():
-    return lambda: Static.count_up(), lambda: list(HISTORY)
+    return functools.partial(meter.update, 3), lambda: (meter.count, dict(meter.losses))
 
 
 def by_a_user_s_module():
@@ -193,6 +151,14 @@ def by_a_user_s_module():
         reference.relative_error = None
 
     return run, lambda: reference.relative_error
+
+
+def by_a_cache():
+    @functools.cache
+    def run(number):
+        return torch.arange(number)
+
+    return lambda: run(3), lambda: run.cache_info().currsize
 
 
 def by_a_callable_object():
@@ -274,7 +240,7 @@ CASES = {
             *(nested, rebound_variable, unbound_variable, rebound_global, new_global, attribute_of_the_function),
             list_on_the_function,
             *(by_a_helper, by_a_partial, by_a_default, by_a_keyword_default, by_what_is_wrapped, by_a_bound_method),
-            *(by_a_property, by_a_static_method, by_a_user_s_module, by_a_callable_object, namespace),
+            *(by_a_user_s_module, by_a_cache, by_a_callable_object, namespace),
             *(tensor_in_place, tensor_in_place_with_a_view, teacher),
         )
     },

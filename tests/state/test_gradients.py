@@ -12,8 +12,7 @@ from reference import full_batch_gradient, gradients, relative_error
 from torch import nn
 
 import gradfold
-from gradfold.errors import ModelError
-from gradfold.state.gradients import GradientBuffer, check_trainable, clip_norm, non_finite_flags, non_finite_names
+from gradfold.state.gradients import GradientBuffer, SumDtype, clip_norm, non_finite_flags, non_finite_names
 
 F = nn.functional
 
@@ -237,24 +236,6 @@ class TestClip:
         assert clip_norm([], 1.0).item() == 0
 
 
-def check(model: nn.Module) -> None:
-    check_trainable(model, list(model.parameters()))
-
-
-def test_one_trainable_parameter_is_enough():
-    model = nn.Linear(2, 1)
-    model.weight.requires_grad_(False)
-    check(model)
-    check(nn.LazyLinear(1))
-
-
-def test_nothing_to_train_is_refused_with_the_count_and_what_to_write():
-    with pytest.raises(ModelError, match=r"Linear has no trainable parameters \(2 parameters.*requires_grad_\(\)"):
-        check(nn.Linear(2, 1).requires_grad_(False))
-    with pytest.raises(ModelError, match=r"ReLU has no trainable parameters \(0 parameters"):
-        check(nn.ReLU())
-
-
 class TestFoundSparseGradients:
     """They are tensors that somebody may hold, as dense ones are."""
 
@@ -283,7 +264,7 @@ class TestFoundSparseGradients:
         def fail(*_):
             raise MemoryError
 
-        monkeypatch.setattr(torch, "_foreach_add_", fail)
+        monkeypatch.setattr("gradfold.state.gradients.foreach_add", fail)
         with pytest.raises(MemoryError):
             aside.add_back()
         aside.put_back(model)
@@ -301,7 +282,9 @@ def test_an_expanded_gradient_is_replaced_since_it_cannot_be_written_to():
 
 
 def test_an_interrupt_while_gradients_are_set_aside_leaves_them(monkeypatch):
-    model = [parameter(dense(1)), parameter(sparse(2))]
+    narrow = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    narrow.grad = torch.ones(4, dtype=torch.bfloat16)
+    model = [parameter(dense(1)), parameter(sparse(2)), narrow]
     held = [one.grad for one in model]
 
     def interrupted(self):
@@ -309,17 +292,17 @@ def test_an_interrupt_while_gradients_are_set_aside_leaves_them(monkeypatch):
 
     monkeypatch.setattr(GradientBuffer, "_widen", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        GradientBuffer(model)
+        GradientBuffer(model, SumDtype(torch.float32))
     assert all(one.grad is gradient for one, gradient in zip(model, held, strict=True))
 
 
 class TestNarrowParameters:
     """Their gradients are summed in float32 while a window is open, and only then."""
 
-    def made(self, **options):
+    def made(self, is_kept=False):
         one = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
         one.grad = torch.ones(4, dtype=torch.bfloat16)
-        return one, GradientBuffer([one], accumulate_dtype=torch.float32, **options)
+        return one, GradientBuffer([one], SumDtype(torch.float32, is_kept))
 
     def add(self, one, value):
         (one * value).float().sum().backward()
@@ -351,10 +334,10 @@ class TestNarrowParameters:
         aside.put_back([one])
         assert one.grad_dtype == torch.bfloat16 and one.grad.tolist() == [1.0] * 4
 
-    def test_giving_up_leaves_no_gradient_and_the_dtype_as_it_was(self):
+    def test_discarding_leaves_no_gradient_and_the_dtype_as_it_was(self):
         one, aside = self.made()
         self.add(one, 1.0)
-        aside.give_up([one])
+        aside.discard([one])
         assert one.grad is None and one.grad_dtype == torch.bfloat16
 
 

@@ -18,8 +18,9 @@ from zoo.right import convolution, cross_entropy, token_cross_entropy
 from zoo.unknowable import contrastive
 
 import gradfold
+from gradfold.messages import join_names
 from gradfold.verification.comparison import choose_sizes
-from gradfold.verification.verdict import Cause, ParameterRow, Verdict, listed, number
+from gradfold.verification.verdict import Cause, ParameterRow, Verdict, number
 
 
 def verify(model, loss_fn, batch, options=None, **rest):
@@ -43,7 +44,7 @@ def test_a_loss_that_is_right():
     assert [(row.name, row.shape) for row in verdict.rows][:2] == [("0.weight", (6, 4)), ("0.bias", (6,))]
     assert (verdict.dtype, verdict.precision, verdict.tolerance) == (torch.float64, torch.float64, 1e-12)
     assert verdict.raise_if_wrong() is None
-    assert str(verdict).startswith("RIGHT: ")
+    assert str(verdict).startswith("EXACT: ")
 
 
 def test_a_loss_that_is_wrong_and_what_to_write():
@@ -52,7 +53,7 @@ def test_a_loss_that_is_wrong_and_what_to_write():
     assert verdict.causes[0].weight == 'gradfold.token_count("labels")'
     assert "of the batch of 16" in verdict.causes[0].text
     assert max(row.error for row in verdict.sizes) == verdict.max_relative_error > 0.1
-    with pytest.raises(gradfold.NotDecomposableError, match="WRONG: ") as caught:
+    with pytest.raises(gradfold.NotDecomposableError, match="NOT EXACT: ") as caught:
         verdict.raise_if_wrong()
     assert caught.value.cause == "weights" and caught.value.weight == verdict.causes[0].weight
 
@@ -220,8 +221,8 @@ def test_random_numbers_that_belong_to_no_row():
     for loss_fn, name in ((permuted, "randperm"), (with_numpy, "numpy.random"), (with_python, "random")):
         verdict = verify(net(), loss_fn, classes())
         assert not verdict.ok and causes(verdict) == ["random"]
-        assert name in verdict.causes[0].text and "could not be proved" in verdict.causes[0].text
-        assert str(verdict).startswith("NOT PROVED: ")
+        assert name in verdict.causes[0].text and "inconclusive" in verdict.causes[0].text
+        assert str(verdict).startswith("INCONCLUSIVE: ")
 
 
 def test_a_collate_that_draws():
@@ -270,7 +271,7 @@ def test_a_run_that_differs_much_is_no_proof_though_the_parts_fit():
 
     verdict = verify(net(), loss_fn, classes())
     assert verdict.max_relative_error < 1e-12 and causes(verdict) == ["random"]
-    assert verdict.headline.startswith("NOT PROVED: ") and math.isnan(verdict.noise_floor)
+    assert verdict.headline.startswith("INCONCLUSIVE: ") and math.isnan(verdict.noise_floor)
 
 
 def test_draws_laid_out_as_nobody_can_know_are_the_same_for_all_rows():
@@ -367,7 +368,7 @@ def test_a_gradient_that_rounding_moves_at_will():
 
     verdict = verify(net(), loss_fn, classes())
     assert causes(verdict) == ["rounding"] and verdict.noise_floor > 0.1 and verdict.tolerance <= 1e-3
-    assert verdict.headline.startswith("NOT PROVED: ")
+    assert verdict.headline.startswith("INCONCLUSIVE: ")
 
 
 def test_half_precision():
@@ -503,10 +504,10 @@ def test_state_outside_of_buffers_is_named():
 
 def test_a_loss_that_uses_another_model():
     mine, other = net(), net()
-    own_model = "loss_fn uses a model of its own, not the one it is given: write loss_fn(model, batch)"
+    other_model = "loss_fn uses another model than the one passed to it: write loss_fn(model, batch)"
     batch, before = classes(), state(mine)
     verdict = verify(mine, lambda model, batch: cross_entropy(mine, batch), batch)
-    assert causes(verdict) == ["other_model"] and verdict.causes[0].text.startswith(own_model)
+    assert causes(verdict) == ["other_model"] and verdict.causes[0].text.startswith(other_model)
     assert_same_state(state(mine), before)
     verdict = verify(mine.double(), lambda model, batch: cross_entropy(other.double(), batch), classes())
     assert causes(verdict) == ["other_model"] and "reaches no parameter" in verdict.causes[0].text
@@ -627,7 +628,7 @@ def test_the_text_names_at_most_ten_parameters():
         nn.Sequential(*(nn.Linear(4, 4) for _ in range(7))), lambda m, b: F.mse_loss(m(b[0]), b[0]), classes()
     )
     lines = str(verdict).splitlines()
-    assert lines[0].startswith("RIGHT: ") and lines[-1].strip() == "and 4 more with smaller errors"
+    assert lines[0].startswith("EXACT: ") and lines[-1].strip() == "and 4 more with smaller errors"
     assert [row.error for row in verdict.worst] == sorted((row.error for row in verdict.rows), reverse=True)[:10]
 
 
@@ -659,8 +660,8 @@ def test_numbers_and_lists_in_words():
         "infinitely",
         "NaN",
     ]
-    assert [listed(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
-    assert listed(list("abcdefghij")).endswith("h and 2 more")
+    assert [join_names(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+    assert join_names(list("abcdefghij")).endswith("h and 2 more")
 
 
 class TestExactBatchNorm:
@@ -711,5 +712,5 @@ class TestExactBatchNorm:
         batch = torch.randn(16, 4)
         batch[:, 0] = torch.arange(16) - 7.5
         batch[0, 0] = 1.0
-        with pytest.raises(gradfold.BatchNormError, match="take different ways"):
+        with pytest.raises(gradfold.BatchNormError, match="diverge"):
             verify(model, loss_fn, batch, {"batch_norm": "exact"})

@@ -21,6 +21,7 @@ OTHERWISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_verdict_tells_the_truth(case):
     made = case.make()

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from gradfold.errors import DataError
-from gradfold.workloads import image_data as datasets
-from gradfold.workloads.image_data import Mirror, load_cifar10, load_digits, load_mnist, read_idx, unpack
+from gradfold.workloads.data_files import Mirror, unpack
+from gradfold.workloads.image_data import CIFAR10, MNIST, load_cifar10, load_digits, load_mnist, read_idx
 
 REAL_DATA = Path(os.environ.get("GRADFOLD_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
@@ -115,10 +115,7 @@ def test_idx_says_what_cannot_be_read(tmp_path):
 
 def assert_is_small_mnist(images):
     arrays = mnist_parts()
-    for part, given, labels in (
-        ("train", images.train_images, images.train_labels),
-        ("t10k", images.test_images, images.test_labels),
-    ):
+    for part, (given, labels) in (("train", images.train), ("t10k", images.test)):
         expected = (arrays[f"{part}-images-idx3-ubyte"][:, None].double() / 255 - 0.1307) / 0.3081
         torch.testing.assert_close(given, expected.float())
         assert torch.equal(labels, arrays[f"{part}-labels-idx1-ubyte"])
@@ -169,17 +166,17 @@ def test_mnist_names_the_missing_file_and_what_is_there(mnist_folder, tmp_path):
 
 def test_cifar_takes_the_batches_in_the_order_of_their_numbers(cifar_folder):
     images = load_cifar10(cifar_folder)
-    assert images.train_labels.tolist() == [0, 9, 2, 3, 4]
-    assert images.test_labels.tolist() == [7, 8, 1]
-    assert images.train_images.shape == (5, 3, 32, 32)
+    assert images.train[1].tolist() == [0, 9, 2, 3, 4]
+    assert images.test[1].tolist() == [7, 8, 1]
+    assert images.train[0].shape == (5, 3, 32, 32)
     from_above = load_cifar10(cifar_folder.parent)
-    assert torch.equal(from_above.train_images, images.train_images)
+    assert torch.equal(from_above.train[0], images.train[0])
 
 
 def test_cifar_planes_are_red_green_blue_row_by_row(cifar_folder):
     images = load_cifar10(cifar_folder)
     mean, std = torch.tensor((0.4914, 0.4822, 0.4465)), torch.tensor((0.2470, 0.2435, 0.2616))
-    pixels = (images.train_images * std.view(3, 1, 1) + mean.view(3, 1, 1)) * 255
+    pixels = (images.train[0] * std.view(3, 1, 1) + mean.view(3, 1, 1)) * 255
     assert pixels[:, 0, 0, 0].round().tolist() == [255, 255, 0, 0, 0]
     assert pixels[0, :, 2, 5].round().tolist() == [69, 70, 71]  # row 2, column 5: the plane's element 69
 
@@ -212,15 +209,15 @@ def test_cifar_without_training_batches_says_what_is_there(cifar_folder):
 
 def test_digits_are_split_by_class_and_normalized():
     images = load_digits()
-    num_train, num_test = len(images.train_labels), len(images.test_labels)
+    num_train, num_test = len(images.train[1]), len(images.test[1])
     assert (num_train, num_test) == (1433, 364)
-    assert images.train_images.shape == (num_train, 1, 8, 8)
-    train, test = images.train_labels.bincount(), images.test_labels.bincount()
+    assert images.train[0].shape == (num_train, 1, 8, 8)
+    train, test = images.train[1].bincount(), images.test[1].bincount()
     assert torch.equal(test, (train + test + 4) // 5)
-    every = torch.cat([images.train_images, images.test_images])
+    every = torch.cat([images.train[0], images.test[0]])
     assert every.mean().item() == pytest.approx(0, abs=1e-3)
     assert every.std().item() == pytest.approx(1, abs=1e-3)
-    assert torch.equal(load_digits().test_images, images.test_images)
+    assert torch.equal(load_digits().test[0], images.test[0])
 
 
 class Published:
@@ -322,7 +319,7 @@ def test_cifar_is_downloaded_and_unpacked_once(cifar_archive_folder, publish, tm
     mirror = published.mirror("cifar10")
     for _ in range(2):
         images = load_cifar10(None, mirror, cache=tmp_path / "cache")
-        assert images.train_labels.tolist() == [0, 9, 2, 3, 4]
+        assert images.train[1].tolist() == [0, 9, 2, 3, 4]
     assert published.requests == ["/cifar-10-binary.tar.gz"]
     assert sorted(path.name for path in (tmp_path / "cache" / "cifar10").iterdir()) == [
         "cifar-10-binary.tar.gz",
@@ -341,7 +338,7 @@ def test_an_interrupted_unpacking_leaves_nothing_behind(cifar_archive_folder, mo
         with pytest.raises(KeyboardInterrupt):
             unpack(archive)
     assert [path.name for path in cifar_archive_folder.iterdir()] == [archive.name]
-    assert load_cifar10(unpack(archive)).test_labels.tolist() == [7, 8, 1]
+    assert load_cifar10(unpack(archive)).test[1].tolist() == [7, 8, 1]
 
 
 def test_a_folder_that_another_process_unpacked_meanwhile_is_taken(cifar_archive_folder, cifar_folder, monkeypatch):
@@ -355,15 +352,15 @@ def test_a_folder_that_another_process_unpacked_meanwhile_is_taken(cifar_archive
         patch.setattr(Path, "rename", too_late)
         folder = unpack(archive)
     archive.unlink()
-    assert load_cifar10(unpack(archive)).test_labels.tolist() == [7, 8, 1]
+    assert load_cifar10(unpack(archive)).test[1].tolist() == [7, 8, 1]
     assert list(cifar_archive_folder.iterdir()) == [folder]
 
 
 def test_the_published_data_sets_are_named_by_https_and_whole_hashes():
-    for mirror in (datasets.MNIST, datasets.CIFAR10):
+    for mirror in (MNIST, CIFAR10):
         assert mirror.url.startswith("https://") and mirror.url.endswith("/")
         assert all(len(bytes.fromhex(sha256)) == 32 for sha256 in mirror.sha256.values())
-    assert len(datasets.MNIST.sha256) == 4
+    assert len(MNIST.sha256) == 4
 
 
 @pytest.mark.skipif(
@@ -371,12 +368,12 @@ def test_the_published_data_sets_are_named_by_https_and_whole_hashes():
 )
 def test_the_real_mnist():
     images = load_mnist(REAL_DATA / "mnist")
-    assert images.train_images.shape == (60_000, 1, 28, 28)
-    assert images.test_images.shape == (10_000, 1, 28, 28)
-    pixels = images.train_images * 0.3081 + 0.1307
+    assert images.train[0].shape == (60_000, 1, 28, 28)
+    assert images.test[0].shape == (10_000, 1, 28, 28)
+    pixels = images.train[0] * 0.3081 + 0.1307
     assert pixels.mean().item() == pytest.approx(0.1307, abs=1e-4)
     assert pixels.std().item() == pytest.approx(0.3081, abs=1e-4)
-    assert images.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert images.train[1][:5].tolist() == [5, 0, 4, 1, 9]
 
 
 @pytest.mark.skipif(
@@ -384,7 +381,7 @@ def test_the_real_mnist():
 )
 def test_the_real_cifar10():
     images = load_cifar10(REAL_DATA / "cifar10")
-    assert len(images.train_images) % 1000 == 0 and len(images.test_images) % 1000 == 0
-    assert images.train_images.mean(dim=(0, 2, 3)).abs().max() < 0.05
-    assert (images.train_images.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
-    assert set(images.train_labels.tolist()) == set(range(10))
+    assert len(images.train[0]) % 1000 == 0 and len(images.test[0]) % 1000 == 0
+    assert images.train[0].mean(dim=(0, 2, 3)).abs().max() < 0.05
+    assert (images.train[0].std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
+    assert set(images.train[1].tolist()) == set(range(10))

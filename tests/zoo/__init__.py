@@ -1,7 +1,7 @@
-"""The zoo: set-ups that accumulate exactly, that do not, and of which nobody can know; each with the truth about it.
+"""The zoo: set-ups that accumulate exactly, that do not, and that cannot be decided; each with the truth about it.
 
 `tests/exactness/test_zoo.py` holds the labels against plain torch, `tests/self_check/test_zoo.py` the first-window
-guard against the labels, and `python -m zoo.page` (with PYTHONPATH=tests) writes docs/what-is-equal.md from them.
+self-check against the labels, and `python -m zoo.page` (with PYTHONPATH=tests) writes docs/what-is-equal.md from them.
 """
 
 from zoo.case import Case as Case

@@ -28,7 +28,7 @@ class Case:
         name: what the set-up is, for the page and as the name of its tests.
         make: builds it: fresh, seeded, small, in float32.
         guard: "fits", "wrong", "warns", "undecided" (silence, since nothing can be seen), or "refused", without a run
-            of the guard.
+            of the self-check.
         cause: `.cause` where it is wrong, the class of the error where it is refused.
         says: a regular expression that the message matches.
         remedy: what to write instead, a line of Markdown.

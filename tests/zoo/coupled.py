@@ -267,7 +267,7 @@ def median():
 
 @coupled(
     "the hardest half of the rows (OHEM)",
-    remedy="Pick the hard rows before the cut, or keep those above a fixed loss",
+    remedy="Pick the hard rows before the split, or keep those above a fixed loss",
     why="The hardest half of each micro-batch is not that of the batch.",
 )
 def hard_examples():
@@ -440,7 +440,7 @@ def backward_only():
 
 @coupled(
     "rows mixed with their mirror image `x.flip(0)`",
-    remedy="Mix in the loader, before the cut",
+    remedy="Mix in the loader, before the split",
     why="The last row of the micro-batch is the partner, not that of the batch.",
 )
 def flipped():
@@ -451,7 +451,7 @@ def flipped():
 
 @coupled(
     "rows that see their neighbor `x.roll(1, 0)`",
-    remedy="Shift in the loader, before the cut",
+    remedy="Shift in the loader, before the split",
     why="The first row of a micro-batch sees its last, not the one before it in the batch.",
 )
 def rolled():
@@ -462,7 +462,7 @@ def rolled():
 
 @coupled(
     "mixup with flipped partners",
-    remedy="Mix in the loader, before the cut",
+    remedy="Mix in the loader, before the split",
     why="The partners of a micro-batch are its own rows.",
 )
 def mixup():

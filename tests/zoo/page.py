@@ -12,25 +12,24 @@ PAGE = Path(__file__).parents[2] / "docs" / "what-is-equal.md"
 INTRO = """\
 # Is my loss safe to accumulate?
 
-gradfold cuts a batch into micro-batches and weights the mean loss of each by its share of the whole. That is the
-batch's gradient if, and only if, **the loss is a mean over things that know nothing of each other**, and `weight=`
-counts those things: samples, tokens, boxes. A mean over rows is safe, whatever happens within a row. A ratio of two
-sums over rows, a root of a mean, a softmax, a rank or a statistic over rows is not, unless the weight is what it
-divides by.
+gradfold splits a batch into micro-batches and multiplies the mean loss of each by its part of the total weight. That is
+the batch's gradient if, and only if, **the loss is a mean over independent things**, and `weight=` counts those things:
+samples, tokens, boxes. A mean over rows is safe, whatever happens within a row. A ratio of two sums over rows, a root
+of a mean, a softmax, a rank or a statistic over rows is not, unless the weight is what it divides by.
 
 Two questions settle most cases:
 
-1. *If I delete the other rows of the batch, does what this row says change, but for the division?* Then rows are
-   coupled, and no weight helps.
+1. *If I delete the other rows of the batch, does the loss of this row change, before the division?* Then rows depend on
+   each other, and no weight helps.
 2. *What does the mean divide by?* That number, counted per micro-batch, is the `weight=`.
 
-You need not settle them alone. In the first window of several micro-batches gradfold runs the first one whole and in
-two unequal parts, and compares gradients. It raises `NotDecomposableError` with the cause, warns where something hid
-the answer, and is silent otherwise.
+The self-check answers them, too. In the first window of several micro-batches it runs the first one whole and in two
+unequal parts, and compares gradients. It raises `NotDecomposableError` with the cause, warns if something hides the
+answer, and is silent otherwise.
 
-Every line below is a test: gradfold must say what stands there. What is said to be equal or not is also shown in plain
-torch, by a hand-written loop in float64 against the whole batch (but for SyncBatchNorm, which needs a GPU). The set-ups
-are in [tests/zoo](../tests/zoo); `PYTHONPATH=tests python -m zoo.page` makes this page from them.
+Every line below is a test of what gradfold says. That a set-up is equal or not is also shown in plain torch, by a
+hand-written loop in float64 against the whole batch (except SyncBatchNorm, which needs a GPU). The set-ups are in
+[tests/zoo](../tests/zoo); `PYTHONPATH=tests python -m zoo.page` makes this page from them.
 """
 
 WRONG_TEXT = """
@@ -38,28 +37,28 @@ WRONG_TEXT = """
 
 {wrong} set-ups. `NotDecomposableError` has a `.cause`:
 
-- `weights`: another weighting fits; the message names it where it can.
+- `weights`: another weighting fits; the message names it if it is found.
 - `sum`: not a mean.
 - `coupled`: rows depend on each other.
 - `batch_norm`: rows depend on each other through BatchNorm in functional form.
-- `state`: forward passes move a state that the next one uses.
-- `seed`: the backward pass ignores the gradient that comes in.
+- `state`: a forward pass changes a state that the next one uses.
+- `grad_output`: the backward pass ignores its incoming gradient.
 - `empty`: a part is a mean over nothing.
 """
 
 RIGHT_TEXT = """
 ## What is equal
 
-{right} set-ups. In those marked *drawn*, numbers are drawn at random inside the model or the loss. The draws differ
-when the batch is cut, as they differ from one seed to another: the gradient is right in distribution, not number for
-number. gradfold gives each row the same draws in the whole and in the parts, to compare them.
+{right} set-ups. In those marked *drawn*, the model or the loss draws random numbers. The draws differ when the batch
+is split, as they differ from one random seed to another: the gradient is right in distribution, not number for number.
+The self-check gives each row the same draws in the whole and in the parts, to compare them.
 """
 
 UNKNOWABLE_TEXT = """
 ## What cannot be known
 
-{unknowable} set-ups. Where something hides the answer gradfold warns, once. Where there is nothing to see it is
-silent, which is no proof: `gradfold.verify(accumulator, batch)` looks at a whole batch of yours, in float64.
+{unknowable} set-ups. If something hides the answer, gradfold warns once. If there is nothing to compare, it is
+silent, which proves nothing: `gradfold.verify(accumulator, batch)` checks a whole batch, in float64.
 """
 
 

@@ -123,7 +123,7 @@ def preferences():
     return setup(net(1), loss_fn, (*two_views(), torch.randn(16, 1)))
 
 
-@right("contrastive against a fixed memory bank", why="The negatives are a buffer that stays as it is in the window.")
+@right("contrastive against a fixed memory bank", why="The negatives are a buffer, unchanged in the window.")
 def memory_bank():
     def loss_fn(model, batch):
         first, second = model.net(batch[0]), model.net(batch[1]).detach()
@@ -146,7 +146,7 @@ def mixup_in_loader():
 
 @right(
     "policy gradient with advantages from the batch",
-    why="Made before the cut. That their mean, and so the loss, is 0 hides nothing.",
+    why="Made before the split. That their mean, and so the loss, is 0 hides nothing.",
 )
 def policy_gradient():
     def loss_fn(model, batch):
@@ -166,13 +166,13 @@ def policy_gradient():
 
 @right(
     "a constant factor, such as `loss / 4`",
-    why="It is part of the loss, and of the full batch's gradient. Nobody can see whether it was meant.",
+    why="It is part of the loss, and of the full batch's gradient. Whether it is intended cannot be seen.",
 )
 def constant_factor():
     return setup(net(), lambda model, batch: cross_entropy(model, batch) / 4, classes())
 
 
-@right("a penalty on the weights in the loss", why="A term that no row changes: shares sum to 1.")
+@right("a penalty on the weights in the loss", why="A term that no row changes: normalized weights sum to 1.")
 def penalty_on_weights():
     def loss_fn(model, batch):
         return cross_entropy(model, batch) + 0.1 * sum(weight.square().sum() for weight in model.parameters())
@@ -250,7 +250,7 @@ def ignored_zero():
     return setup(tagger(), loss_fn, tokens(0), weight=gradfold.token_count("labels", ignore_index=0))
 
 
-@right("rows without any label, weighted by `token_count`", why="They weigh nothing, and are left out.")
+@right("rows without any label, weighted by `token_count`", why="They have weight 0, and are left out.")
 def rows_without_labels():
     batch = tokens()
     batch["labels"][:3] = -100
@@ -366,7 +366,7 @@ def frozen_batch_norm():
     return setup(model, cross_entropy, images())
 
 
-@right("spectral norm in evaluation mode", why="The estimate of the norm stays as it is.")
+@right("spectral norm in evaluation mode", why="The estimate of the norm is unchanged.")
 def frozen_spectral_norm():
     return setup(nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 3))).eval(), cross_entropy, classes())
 
@@ -397,7 +397,7 @@ def attention():
     return setup(encoder(0.0), token_cross_entropy, tokens(), weight=gradfold.token_count("labels"))
 
 
-@right("LSTM with `batch_first=True`", why="The state begins anew in every row.")
+@right("LSTM with `batch_first=True`", why="The state starts at zero in every row.")
 def lstm():
     model = Module(lambda self, x: self.head(self.cell(x)[0][:, -1]), cell=nn.LSTM(4, 5, batch_first=True))
     model.head = nn.Linear(5, 3)
@@ -420,7 +420,7 @@ def fourier():
     return setup(Module(forward, filter=nn.Linear(3, 2), head=nn.Linear(4, 3)), cross_entropy, classes())
 
 
-@right("a model in float64", why="The guard's tolerance follows the precision.")
+@right("a model in float64", why="The tolerance of the self-check follows the precision.")
 def double():
     x, y = classes()
     return setup(net().double(), cross_entropy, (x.double(), y))
@@ -444,7 +444,7 @@ def unused():
     return setup(nn.ModuleDict({"used": net(), "unused": net()}), loss_fn, classes())
 
 
-@right("a loss that exists only in training mode", why="The guard runs the model in the mode it is in (detection).")
+@right("a loss that exists only in training mode", why="The self-check runs the model in its current mode (detection).")
 def training_loss():
     def forward(self, x, y):
         return F.cross_entropy(self.net(x), y) if self.training else self.net(x).argmax(1)
@@ -507,7 +507,7 @@ def checkpointed():
     return setup(Module(forward, body=net(5), head=nn.Linear(5, 3)), cross_entropy, classes())
 
 
-# --- Random draws: right in distribution; the guard keys the draws by row
+# --- Random draws: right in distribution; the self-check keys the draws by row
 
 
 drawn = functools.partial(right, proof=False)
@@ -522,7 +522,7 @@ def checkpointed_dropout():
     return setup(Module(forward, body=body, head=nn.Linear(6, 3)), cross_entropy, classes())
 
 
-@drawn("dropout", why="Other masks when the batch is cut, each element's with the same chance.")
+@drawn("dropout", why="Other masks when the batch is split, each element's with the same chance.")
 def dropout():
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3))
     return setup(model, cross_entropy, classes())
@@ -600,7 +600,7 @@ def masked_autoencoder():
     return setup(net(4), loss_fn, (torch.randn(16, 5, 4),))
 
 
-@drawn("noise from a generator of one's own", why="The guard sets the generator back, too.")
+@drawn("noise from a custom generator", why="The self-check restores the generator, too.")
 def own_generator():
     generator = torch.Generator().manual_seed(1)
 

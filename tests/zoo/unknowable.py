@@ -1,4 +1,4 @@
-"""Set-ups of which the guard cannot know: it warns where something hid the answer, and is silent where none is due."""
+"""Set-ups that the self-check cannot decide: it warns, or is silent where there is nothing to see."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mixup_permuted():
     "actions sampled with `torch.multinomial`",
     says="multinomial",
     why="How many numbers it draws per row is its own business, so its draws cannot be given to the rows again.",
-    remedy="Nothing, if each row samples for itself; or sample before the cut",
+    remedy="Nothing, if each row samples for itself; or sample before the split",
 )
 def sampled_actions():
     def loss_fn(model, batch):
@@ -113,7 +113,7 @@ def groups_of_rows():
 @warns(
     "a model that fails on few rows",
     proof=True,
-    why="It runs on the micro-batch, not on a part of it, which the guard would compare it with.",
+    why="It runs on the micro-batch, not on a part of it, which the self-check would compare it with.",
     remedy="Let the model take any number of rows",
 )
 def too_few_rows():
@@ -142,7 +142,7 @@ def same_rows():
 
 @undecided(
     "one row at a time",
-    why="A row cannot be cut, so `micro_batch_size=1` hides everything, here a contrastive loss without any negatives.",
+    why="A row cannot be split, so `micro_batch_size=1` hides everything, here a contrastive loss without negatives.",
     remedy="A `micro_batch_size` of 2 or more for the first window, or `gradfold.verify`",
 )
 def one_row_at_a_time():

@@ -268,7 +268,7 @@ def mean_over_nothing():
 @sums(
     '`reduction="sum"`',
     remedy='`reduction="mean"`',
-    why="Shares of a sum do not add up to the sum: it would come out too small by the number of micro-batches.",
+    why="Weighted parts of a sum do not sum to it: the result would be too small by the number of micro-batches.",
 )
 def sum_of_squares():
     def loss_fn(model, batch):
@@ -345,7 +345,7 @@ batch_norm(block(nn.SyncBatchNorm, 32), images, "SyncBatchNorm", proof=False)  #
     cause="batch_norm",
     says="batch_norm",
     remedy='`batch_norm="exact"`, GroupNorm, or `training=False` with running statistics',
-    why="Normalizes by the micro-batch, and is no module that could be found.",
+    why="Normalizes by the micro-batch, and no search for modules finds it.",
 )
 def functional_batch_norm():
     def forward(self, x):
@@ -460,7 +460,7 @@ def spectral_norm():
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """A linear layer and cross-entropy whose gradient is ready after the forward pass, and handed out as it is."""
+    """A linear layer and cross-entropy whose gradient is ready after the forward pass, and handed out unchanged."""
 
     @staticmethod
     def forward(ctx, x, weight, labels):
@@ -478,9 +478,9 @@ class FusedCrossEntropy(torch.autograd.Function):
     WRONG,
     "a fused loss that ignores `grad_output`",
     "wrong",
-    cause="seed",
+    cause="grad_output",
     remedy="Multiply by `grad_output` in `backward`",
-    why="The weight of a micro-batch is the seed of its backward pass, which is thrown away: all count fully.",
+    why="The weight of a micro-batch is the `grad_output` of its backward pass, which is ignored: all count fully.",
 )
 def fused():
     def loss_fn(model, batch):
@@ -493,9 +493,9 @@ def fused():
     WRONG,
     "gradients divided by their norm on the way back",
     "wrong",
-    cause="seed",
+    cause="grad_output",
     remedy="Clip once per update: `TrainStep(max_grad_norm=...)`",
-    why="A custom `autograd.Function` that normalizes: the seed cancels out.",
+    why="A custom `autograd.Function` that normalizes: the `grad_output` cancels out.",
 )
 def normalized_gradient():
     return setup(net(), lambda model, batch: NormalizedGradient.apply(cross_entropy(model, batch)), classes())

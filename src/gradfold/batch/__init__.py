@@ -1,1 +1,7 @@
-"""Batches: nestings of tensors, their rows, and how they are split into micro-batches."""
+"""Batches: nestings of tensors, their rows, and how they are split into micro-batches.
+
+Start with `split.py`: a `MicroBatcher` splits batch after batch into `MicroBatch`es and learns which size fits, by rows
+(`RowBatcher`) or by samples that are collated (`SampleBatcher`). `rows.py` counts rows and refuses what has none;
+`nesting.py` maps and cuts tuples, lists, dicts, dataclasses and named tuples; `loaded_window.py` is a batch that a
+loader gave in pieces.
+"""

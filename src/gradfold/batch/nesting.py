@@ -1,7 +1,6 @@
 """A batch: any nesting of tuples, lists, dicts, dataclasses and named tuples around tensors that agree in dim 0.
 
-Dim 0 counts the *rows* (samples). 0-d tensors, numbers, strings and None are the same for every row and stay as they
-are.
+Dim 0 counts the *rows* (samples). 0-d tensors, numbers, strings and None are the same for every row, and unchanged.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-
-__all__: list[str] = []
 
 Batch = Any  # checked where rows are counted, since a type for "any nesting" would accept everything too
 
@@ -45,7 +42,7 @@ def in_own_containers(batch: Batch) -> Batch:
 
 
 def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
-    """Rebuild a nesting with `fn(leaf)` in the place of each tensor and of whatever else is no container."""
+    """Rebuild a nesting with `fn(leaf)` in the place of each tensor and of everything else that is not a container."""
     kind = type(batch)
     if kind is tuple or kind is list:  # exact types first: this runs for every micro-batch
         return kind([map_leaves(fn, item) for item in batch])
@@ -115,7 +112,7 @@ def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         return [tensor] * len(sizes)
     if tensor.is_sparse:
         return [tensor.narrow_copy(0, stop - size, size) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
-    # Autograd knows these parts as tensors of their own that share memory, so that a model may change its input in
+    # Autograd knows these parts as separate tensors that share memory, so a model may change its input in
     # place, as it may with a whole batch. With slices the first such change would tie all of them to its graph.
     parts: Sequence[Tensor] = torch.unsafe_split_with_sizes(tensor, list(sizes))
     return parts
@@ -129,7 +126,7 @@ def rows_if_any(batch: Batch) -> int | None:
 
 
 def leaves_by_path(batch: Batch) -> list[tuple[str, Any]]:
-    """Whatever is no container, with the text that leads to it: `["labels"]`, `[0].mask`."""
+    """Everything that is not a container, with the path that leads to it: `["labels"]`, `[0].mask`."""
     children = children_of(batch)
     if children is None:
         return [("", batch)]
@@ -164,7 +161,7 @@ def _is_equal(a: object, b: object) -> bool:
 
 
 def every_leaf(batch: Batch) -> list[Any]:
-    """The tensors of a nesting, and whatever else is no container."""
+    """The tensors of a nesting, and everything else that is not a container."""
     leaves: list[Any] = []
     map_leaves(leaves.append, batch)
     return leaves
@@ -176,7 +173,7 @@ def is_dataclass(node: object) -> bool:
 
 
 def children_of(node: object) -> list[tuple[str, Any]] | None:
-    """The parts of a container with the text that leads to them, or None for a leaf."""
+    """The parts of a container with the path that leads to them, or None for a leaf."""
     if isinstance(node, PackedSequence):
         return None  # a named tuple whose parts are not per row
     if isinstance(node, Mapping):

@@ -1,8 +1,7 @@
-"""The row count of a batch: what its tensors agree on in dim 0.
+"""Rows: how many a batch has, which is what its tensors agree on in dim 0; and which of them a micro-batch holds.
 
-What has no rows of its own is refused by its path, since it must not be passed on whole in silence.
-
-Rows: which ones of a global batch a micro-batch holds: consecutive ones (a range), or any selection of them.
+An object without rows is refused by its path: passed on whole, it would be wrong in silence. The rows of a micro-batch
+are a range of the global batch's, or any selection of them.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from gradfold.batch.nesting import CONSTANTS, Batch, children_of, is_dataclass
 from gradfold.errors import BatchError
-
-__all__: list[str] = []
 
 _COLOUR_CHANNELS = (3, 4)
 
@@ -37,7 +34,7 @@ def num_rows(batch: Batch) -> int:
         raise _disagreement(batch)
     if not counts:
         raise BatchError(
-            f"the batch holds no tensor with rows ({_summary(batch)}); give a nesting of tensors that agree in dim 0, "
+            f"the batch holds no tensor with rows ({_summary(batch)}); pass a nesting of tensors that agree in dim 0, "
             "or a list of samples with collate=."
         )
     rows = counts.pop()
@@ -115,8 +112,8 @@ def _uncuttable(path: str, node: object) -> BatchError:
     if type(node).__module__.split(".")[0] == "numpy":
         return BatchError(f"{path} is a {name}, expected a tensor: write torch.as_tensor(...) for it.")
     return BatchError(
-        f"{path} is a {name}, which gradfold cannot cut by rows. Give tensors in tuples, lists, dicts or dataclasses, "
-        "or pass a list of samples with collate= and build this object there."
+        f"{path} is a {name}, which gradfold cannot split by rows. Pass tensors in tuples, lists, dicts or "
+        "dataclasses, or a list of samples with collate=, and build this object there."
     )
 
 

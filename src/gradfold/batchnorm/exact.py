@@ -1,267 +1,304 @@
 """Exact batch normalization: a schedule in which every BatchNorm normalizes by the whole window, of all ranks.
 
-The forward passes of all micro-batches run in lock-step: one at a time up to its next BatchNorm, where the statistics
-of all are formed; then each goes on from there. So there is one autograd graph and one backward pass, whose gradient is
-that of the whole batch. What forward passes save waits in host memory, so that the device holds the activations of one
-micro-batch, and those of all around one layer.
+    [1] forward    each micro-batch in a coroutine of its own runs up to its next BatchNorm and waits
+    [2] join       the statistics of all are merged there, and each goes on from [1] with them
+    [3] backward   once, through one autograd graph; its gradient is that of the whole batch
+
+What forward passes save waits in host memory, so the device holds the activations of one micro-batch, and those of all
+around one layer. The joint call of [2] is `joint_call.py`, the coroutines of [1] are `coroutines.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from gradfold.batch.nesting import structure
-from gradfold.batchnorm.checks import InputDependence, ModuleMutations, eagerly
+from gradfold.batchnorm import intercept
+from gradfold.batchnorm.checks import InputDependence, eagerly, with_frozen_statistics
 from gradfold.batchnorm.coordinator import LocalStatisticsGroup, StatisticsGroup, SynchronizedCoordinator
-from gradfold.batchnorm.coroutines import Coroutine, Coroutines, ThreadState
+from gradfold.batchnorm.coroutines import Coroutine, coroutines
 from gradfold.batchnorm.global_state import GlobalState
-from gradfold.batchnorm.intercept import (
-    BatchCounters,
-    BatchNormCall,
-    BatchNormMode,
-    ForwardContext,
-    LayerTracker,
-    is_in_checkpoint,
-    passage,
-    refuse_scripted,
-    refused_checkpoint,
-)
-from gradfold.batchnorm.joint_call import CallHandle, Gather, JointCall, Normalize, join
+from gradfold.batchnorm.joint_call import Gather, JointCall, Normalize, Synchronize
 from gradfold.batchnorm.moments import Moments, merge
+from gradfold.batchnorm.mutations import ModuleMutations
 from gradfold.batchnorm.offload import Offload
-from gradfold.batchnorm.per_micro_batch import batch_statistics_layers
+from gradfold.batchnorm.policy import SHARDS_REFUSED, batch_statistics_layers
+from gradfold.batchnorm.torch_private import is_in_checkpoint, saved_tensor_hooks
 from gradfold.engine.backward import Weighed
-from gradfold.engine.coordinator import Coordinator
-from gradfold.engine.window import Backward, Forward, Window
+from gradfold.engine.loss_terms import LossFn, loss_terms_of
+from gradfold.engine.strategy import Strategy
+from gradfold.engine.window import Context, Window
 from gradfold.errors import BatchNormError, DoesNotFitError, OptionError, is_out_of_memory
-
-__all__: list[str] = []
+from gradfold.state.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What a micro-batch brings to a joint call."""
+    """What a micro-batch waits with at a BatchNorm."""
 
-    call: BatchNormCall
+    call: intercept.BatchNormCall
     layer: str
-    place: CallHandle
-    entered: Tensor
     moments: Moments
     has_grad: bool
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What must be the same for all micro-batches."""
-        return self.layer, self.entered.shape[1], self.entered.dtype, self.call.eps, self.has_grad
+        values = self.call.input
+        return self.layer, values.shape[1], values.dtype, self.call.eps, self.has_grad
 
 
-class ExactBatchNorm:
-    """Runs one window in lock-step.
+class _JoinCalls(intercept.BatchNormMode):
+    """In the thread of a micro-batch: its part in every joint call."""
 
-    Args:
-        window: whose micro-batches these are.
-        layers: that normalize by the statistics of what they are given, by name.
-        company: the other ranks.
-        offload: None where there is no other memory than the host's, or the user's own hooks see what is saved.
-        normalized: what is known of the calls.
-    """
+    def __init__(self, coroutine: Coroutine, is_first: bool) -> None:
+        super().__init__(is_counting=is_first)
+        self._coroutine = coroutine
 
-    def __init__(
-        self,
-        window: Window,
-        layers: Mapping[str, _BatchNorm],
-        company: StatisticsGroup,
-        offload: Offload | None,
-        normalized: InputDependence,
-    ) -> None:
-        self._window = window
-        self._layers = layers
-        self._company = company
-        self._offload = offload
-        self._normalized = normalized
-        self._num_calls = 0
-        self._structure = structure(window.micro_batches[0].data)
-        self._calls: list[JointCall] = []
-        self._token: Tensor | None = None
-        window.runs_idle = True  # their rows are in the statistics
-
-    def __call__(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-        """Run all forward passes, and one backward pass.
-
-        Raises:
-            DoesNotFitError: memory ran out, and other ranks wait for this one.
-        """
-        try:
-            self._run(indices, forward, backward)
-        except Exception as error:
-            if not self._company.meets_in_backward or not is_out_of_memory(error):
-                raise
-            raise _out_of_memory_among_ranks(self._window, error) from error
-
-    def _run(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-        state = ThreadState(self._window.device)
-        with LayerTracker(self._layers) as attendance, eagerly():
-            first = indices[0] if indices else None
-            functions = [partial(self._run_forward, index, index == first, forward) for index in indices]
-            process = GlobalState(self._window.model.parameters())
-            with Coroutines(functions, state.on, process) as runners:
-                terms = self._run_through(runners, indices, backward)
-            attendance.check()
-            self._company.end_forward()
-            if self._calls:
-                self._run_backward(terms, backward)
-            self._company.end_backward()
-
-    def _run_forward(self, index: int, is_first: bool, forward: Forward, runner: Coroutine) -> Weighed:
-        """In a thread of its own: one forward pass."""
-        own = ForwardContext()
-        passage.set(own)
-        with BatchNormMode(partial(self._meet, runner, own), counts=is_first):
-            if self._offload is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-                return forward(index)  # what is saved is for the user's own hooks
-            with self._offload.hooks():
-                return forward(index)
-
-    def _meet(self, runner: Coroutine, own: ForwardContext, call: BatchNormCall) -> Tensor:
-        """In that thread: one micro-batch in a joint call."""
-        own.is_met = True
+    def result_of(self, call: intercept.BatchNormCall) -> Tensor | None:
+        """The micro-batch, normalized by the statistics of all."""
+        if not call.training:
+            return None
+        self.is_intercepted = True
         if is_in_checkpoint():
-            raise refused_checkpoint(own.layer)
-        place = CallHandle()
-        moments = Moments.of(call.values)
-        entered: Tensor = Gather.apply(call.values, place)  # type: ignore[no-untyped-call]
-        joined = runner.meet(_Request(call, own.layer, place, entered, moments, torch.is_grad_enabled()))
-        normalized: Tensor = Normalize.apply(joined, place)  # type: ignore[no-untyped-call]
+            raise intercept.checkpoint_error(self.layer)
+        request = _Request(call, self.layer, Moments.of(call.input), torch.is_grad_enabled())
+        normalized: Tensor = Normalize.apply(*self._coroutine.wait_for(request))  # type: ignore[no-untyped-call]
         return normalized
 
-    def _run_through(
-        self, runners: Coroutines, indices: Sequence[int], backward: Backward
-    ) -> list[tuple[Tensor, float]]:
-        """Advance all from meeting to meeting; gives the loss terms of all.
 
-        Where there is no BatchNorm on the way, each micro-batch is back-propagated when it is through.
-        """
-        terms: list[tuple[Tensor, float]] = []
-        leftovers = ModuleMutations(self._window.model) if len(indices) > 1 else None
-        counters = BatchCounters(self._layers.values())
-        while True:
-            for index, runner in zip(indices, runners, strict=True):
-                self._window.current = index
-                runner.advance()
-                if runner is runners[0]:
-                    counters.keep()
-                else:
-                    counters.put_back()
-                if leftovers is not None and not runner.is_done:
-                    leftovers.refuse(runners.index(runner), runner.request.layer)
-                if runners[0].is_done and runner.is_done and not self._calls:
-                    backward(runner.result)
-                    runner.result = None
-            self._window.current = max(
-                indices, key=lambda index: len(self._window.micro_batches[index].rows), default=0
+@final
+class ExactBatchNorm(Strategy):
+    """Every BatchNorm normalizes by the whole window, of all ranks.
+
+    Args:
+        loss_fn: the loss as it runs.
+        on_non_finite: as for `Accumulator`.
+        keeps_order: whether micro-batches hold rows as they come, with the padding that they have.
+        is_collated: whether micro-batches are collated one by one.
+
+    Raises:
+        OptionError: an option is not supported.
+    """
+
+    runs_zero_weight = True  # their rows are in the statistics
+    has_own_gradients = False
+
+    def __init__(self, loss_fn: LossFn, on_non_finite: str, keeps_order: bool, is_collated: bool) -> None:
+        if on_non_finite == "skip_micro_batch":
+            raise OptionError(
+                'batch_norm="exact" is not supported with on_non_finite="skip_micro_batch": every micro-batch is in '
+                'the statistics of all, so none can be left out. Write on_non_finite="raise" or "skip_update".'
             )
-            self._check_alike(runners, indices)
-            if all(runner.is_done for runner in runners):
-                break
-            for runner, answer in zip(runners, self._join([runner.request for runner in runners]), strict=True):
-                runner.answer = answer
-            del answer
-        for runner in runners:
-            terms += runner.result or []
-        return terms
+        if not keeps_order:
+            raise OptionError(
+                'batch_norm="exact" is not supported with a TokenBudget: padding may be in the statistics of the '
+                "batch, and the budget leaves most of it out. Use micro_batch_size= instead."
+            )
+        self._inputs = InputDependence(is_collated)
+        super().__init__(with_frozen_statistics(loss_fn, self._inputs))
 
-    def _join(self, requests: list[_Request]) -> list[Tensor]:
+    def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
+        """Run all forward passes in turns, and one backward pass.
+
+        Raises:
+            BatchNormError: a module is scripted, so its BatchNorm could not be intercepted.
+            DoesNotFitError: out of memory while other ranks wait for this one.
+        """
+        window.weights.wait()
+        intercept.refuse_scripted(window.model)
+        coordinator = window.context.coordinator
+        group: StatisticsGroup = LocalStatisticsGroup()
+        if coordinator.num_ranks > 1:
+            assert isinstance(coordinator, SynchronizedCoordinator)
+            group = coordinator
+        try:
+            JointRun(window, indices, group, self._inputs).run()
+        except Exception as error:
+            if not group.synchronizes_backward or not is_out_of_memory(error):
+                raise
+            raise _out_of_memory_among_ranks(window, error) from error
+
+    def is_sequential(self, context: Context) -> bool:
+        """Never."""
+        return False
+
+    def is_whole(self, window: Window) -> bool:
+        """Not where other ranks have rows in the same statistics."""
+        return len(window.micro_batches) == 1 and window.context.coordinator.num_ranks == 1
+
+    def check_shards(self) -> None:
+        """Raise OptionError: no-op steps of a rank would be in the statistics."""
+        raise OptionError(SHARDS_REFUSED)
+
+    def find_offender(self, window: Window) -> int | None:
+        """The first micro-batch whose loss is not finite with frozen statistics: a single NaN is in those of all."""
+        loss_fn = with_frozen_statistics(window.loss_fn)
+        for index in sorted(window.losses.non_finite()):
+            with torch.no_grad():
+                terms = loss_terms_of(loss_fn(window.model, window.on_device(index)))
+            names = window.weights.names_at(index)
+            if not all(bool(term.isfinite()) for name, term in terms.items() if names is None or name in names):
+                return index
+        return None
+
+    def split_dependent_layers(self, context: Context) -> Mapping[str, nn.Module]:
+        """Layers with running statistics; the others are frozen in what is probed."""
+        layers = batch_statistics_layers(context.model)
+        frozen = {name: layer for name, layer in layers.items() if getattr(layer, "running_mean", None) is not None}
+        self._inputs.names = {id(layer.running_mean): name for name, layer in frozen.items()}
+        return frozen
+
+    def judge(self, is_passed: bool) -> None:
+        """Check that every BatchNorm normalizes rows."""
+        self._inputs.judge(is_passed)
+
+
+class JointRun:
+    """One window, run by forward passes in turns and one backward pass."""
+
+    def __init__(self, window: Window, indices: Sequence[int], group: StatisticsGroup, inputs: InputDependence) -> None:
+        self._window = window
+        self._indices = indices
+        self._layers = batch_statistics_layers(window.model)
+        self._group = group
+        self._inputs = inputs
+        self._structure = structure(window.micro_batches[0].data)
+        self._offload: Offload | None = None
+        if has_own_memory(window.device):
+            self._offload = Offload([*window.model.parameters(), *window.model.buffers()])
+        self._calls: list[JointCall] = []
+        self._token: Tensor | None = None
+
+    def run(self) -> None:
+        """Run all forward passes, and one backward pass."""
+        window, indices = self._window, self._indices
+        functions = [partial(self._run_forward, index, index == indices[0]) for index in indices]
+        with intercept.LayerTracker(self._layers) as tracker, eagerly():
+            with coroutines(functions, window.device, GlobalState(window.model.parameters())) as running:
+                terms = self._run_to_end(running)
+            tracker.check()
+            self._group.end_forward()
+            if self._calls:
+                self._run_backward(terms)
+            self._group.end_backward()
+
+    def _run_forward(self, index: int, is_first: bool, coroutine: Coroutine) -> Weighed:
+        """[1] In a thread of its own: one forward pass."""
+        mode = _JoinCalls(coroutine, is_first)
+        intercept.current_forward.set(mode)
+        with mode, self._offloading():
+            return self._window.forward(index)
+
+    def _offloading(self) -> AbstractContextManager[Any]:
+        if self._offload is None or saved_tensor_hooks() is not None:  # what is saved is for the user's own hooks
+            return nullcontext()
+        return saved_tensors_hooks(self._offload.pack, self._offload.unpack)
+
+    def _run_to_end(self, running: Sequence[Coroutine]) -> list[tuple[Tensor, float]]:
+        """[1] and [2] in turn; returns the loss terms of all.
+
+        Where no BatchNorm is called, each micro-batch is back-propagated when its forward pass is done.
+        """
+        window, indices = self._window, self._indices
+        mutations = ModuleMutations(window.model) if len(indices) > 1 else None
+        counters = intercept.BatchCounters(self._layers.values())
+        largest = max(indices, key=lambda index: len(window.micro_batches[index].rows), default=0)
+        while True:
+            for number, (index, coroutine) in enumerate(zip(indices, running, strict=True)):
+                window.resume(index)
+                coroutine.advance()
+                counters.set(is_first=number == 0)
+                if mutations is not None and not coroutine.is_done:
+                    mutations.refuse(number, coroutine.request.layer)
+                if running[0].is_done and coroutine.is_done and not self._calls:
+                    window.backward(coroutine.result)
+                    coroutine.result = None
+            window.resume(largest)
+            self._check_alike(running)
+            if all(coroutine.is_done for coroutine in running):
+                return [term for coroutine in running for term in coroutine.result or []]
+            self._join(running)
+
+    def _join(self, running: Sequence[Coroutine]) -> None:
+        """[2] One joint call, which all wait for."""
+        requests: list[_Request] = [coroutine.request for coroutine in running]
         first = requests[0]
         call = first.call
-        moments = self._statistics([request.moments for request in requests], first)
-        scale, shift = (None if one is None else one.detach() for one in (call.scale, call.shift))
-        joint = JointCall(first.layer, moments, scale, shift, call.eps, self._company.sum)
+        moments = self._merge([request.moments for request in requests], first)
+        joint = JointCall(first.layer, moments, call, self._group.sum)
         self._calls.append(joint)
-        for request in requests:
-            request.place.call = joint
         with torch.set_grad_enabled(first.has_grad):
-            token = self._company.begin_token(call.values.device) if self._token is None else self._token
-            entered = [request.entered for request in requests]
-            token, joined = join(joint, token.to(call.values.device), call.scale, call.shift, entered)
+            if self._token is None:  # where ranks wait in the backward pass, every call is in the graph by its token
+                token = torch.zeros((), device=call.input.device, requires_grad=self._group.synchronizes_backward)
+            else:
+                token = self._token.to(call.input.device)
+            with self._offloading():
+                gathered = [Gather.apply(one.call.input, joint) for one in requests]  # type: ignore[no-untyped-call]
+            token, *synchronized = Synchronize.apply(  # type: ignore[no-untyped-call]
+                joint, token, call.weight, call.bias, *gathered
+            )
         if first.has_grad:  # else the chain of those that have would end here
             self._token = token
-        return joined
+        for coroutine, values in zip(running, synchronized, strict=True):
+            coroutine.answer = values, joint
 
-    def _statistics(self, parts: list[Moments], first: _Request) -> Moments:
-        """Those of all values; the running ones move by them."""
-        key = self._structure, self._num_calls, first.layer
-        self._num_calls += 1
-        is_one_thing = self._normalized.is_one_thing(key, parts, self._window.micro_batches)
-        moments = self._company.merge(merge(parts))
-        in_whole = replace(moments, count=parts[0].count) if is_one_thing else moments
-        _check_count(in_whole, first.call.values)
-        _move_running_statistics(first.call, in_whole)
+    def _merge(self, parts: list[Moments], first: _Request) -> Moments:
+        """Those of all values; the running ones advance by them."""
+        key = self._structure, len(self._calls), first.layer
+        is_shared = self._inputs.is_shared(key, parts, self._window.micro_batches)
+        moments = self._group.merge(merge(parts))
+        in_whole = replace(moments, count=parts[0].count) if is_shared else moments
+        if in_whole.count < 2:  # as torch says it
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got {in_whole.count} in the whole batch, in "
+                f"parts such as {tuple(first.call.input.shape)}"
+            )
+        first.call.advance_running_statistics(in_whole)
         return moments
 
-    def _run_backward(self, terms: list[tuple[Tensor, float]], backward: Backward) -> None:
+    def _run_backward(self, terms: list[tuple[Tensor, float]]) -> None:
+        """[3] The backward pass of all."""
         for call in self._calls:
-            call.may_go_back = True
-        if self._company.meets_in_backward and self._token is not None and self._token.requires_grad:
+            call.is_backward_allowed = True
+        if self._group.synchronizes_backward and self._token is not None and self._token.requires_grad:
             terms = [*terms, (self._token, 1.0)]  # so that joint calls which do not reach the loss run on all ranks
         self._token = None
-        backward(terms)
+        self._window.backward(terms)
         self._calls.clear()
 
-    def _check_alike(self, runners: Coroutines, indices: Sequence[int]) -> None:
-        """Raise BatchNormError where micro-batches are not at the same joint call."""
-        kinds = [None if runner.is_done else runner.request.kind for runner in runners]
+    def _check_alike(self, running: Sequence[Coroutine]) -> None:
+        """Raise BatchNormError where micro-batches do not wait for the same joint call."""
+        kinds = [None if coroutine.is_done else coroutine.request.kind for coroutine in running]
         other = next((at for at, kind in enumerate(kinds) if kind != kinds[0]), None)
         if other is None:
             return
-        names = [self._where(indices[at], runners[at]) for at in (0, other)]
-        layers = [runners[at].request.layer for at in (0, other) if not runners[at].is_done]
+        found, layers = [], []
+        for index, kind in ((self._indices[at], kinds[at]) for at in (0, other)):
+            where = "at its end"
+            if kind is not None:
+                layer, channels, dtype, *_ = kind
+                layers.append(layer)
+                where = f"at BatchNorm in {layer} ({channels} channels, {dtype})"
+            found.append(f"micro-batch {index}{self._window.micro_batches[index].where} is {where}")
         raise BatchNormError(
-            f"{names[0]} while {names[1]}: the forward passes of micro-batches take different ways, so their BatchNorm "
-            'has no common statistics. batch_norm="exact" needs a loss_fn that calls the same layers for all rows '
-            "(no branches or loops that depend on the data, no layers dropped at random).",
+            f"{' while '.join(found)}: the forward passes of micro-batches diverge, so their BatchNorm has no common "
+            'statistics. batch_norm="exact" needs a loss_fn that calls the same layers for all rows (no branches or '
+            "loops that depend on the data, no layers dropped at random).",
             tuple(layers),
         )
 
-    def _where(self, index: int, runner: Coroutine) -> str:
-        name = f"micro-batch {index}{self._window.micro_batches[index].where}"
-        if runner.is_done:
-            return f"{name} is at its end"
-        request: _Request = runner.request
-        channels, dtype = request.kind[1:3]
-        return f"{name} is at BatchNorm in {request.layer} ({channels} channels, {dtype})"
 
-
-def schedule_for(window: Window, agreement: Coordinator, normalized: InputDependence) -> ExactBatchNorm:
-    """How to run a window.
-
-    Raises:
-        BatchNormError: a module is scripted, so that its BatchNorm could not be met.
-    """
-    refuse_scripted(window.model)
-    company: StatisticsGroup = agreement if isinstance(agreement, SynchronizedCoordinator) else LocalStatisticsGroup()
-    offload = None
-    if _has_memory_of_its_own(window.device):
-        offload = Offload([*window.model.parameters(), *window.model.buffers()])
-    return ExactBatchNorm(window, batch_statistics_layers(window.model), company, offload, normalized)
-
-
-def check_goes_with(on_non_finite: str) -> None:
-    """Raise OptionError where micro-batches would have to be judged one by one."""
-    if on_non_finite == "skip_micro_batch":
-        raise OptionError(
-            'batch_norm="exact" does not go with on_non_finite="skip_micro_batch": every micro-batch is in the '
-            'statistics of all, so none can be left out for its own gradient. Write "raise" or "skip_update".'
-        )
-
-
-def _has_memory_of_its_own(device: torch.device) -> bool:
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a device has another memory than the host's."""
     return device.type != "cpu"
 
 
@@ -270,24 +307,8 @@ def _out_of_memory_among_ranks(window: Window, error: Exception) -> DoesNotFitEr
     size = len(failed.rows)
     fewer = f"Write a smaller micro_batch_size on all of them ({size // 2} or less), which changes no gradient. "
     return DoesNotFitError(
-        f'memory ran out with {size} row{"s" * (size > 1)} at once{failed.where}. In batch_norm="exact" several ranks '
-        "wait for each other at every BatchNorm, so that none can begin again with fewer. "
+        f'out of memory with {size} row{"s" * (size > 1)} at once{failed.where}. With batch_norm="exact" ranks wait '
+        "for each other at every BatchNorm, so a single one cannot begin again with fewer rows. "
         f"{fewer if size > 1 else ''}The error was: {error}",
         (size,),
     )
-
-
-def _check_count(moments: Moments, values: Tensor) -> None:
-    if moments.count < 2:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got {moments.count} in the whole batch, in parts "
-            f"such as {tuple(values.shape)}"
-        )
-
-
-@torch.no_grad()
-def _move_running_statistics(call: BatchNormCall, moments: Moments) -> None:
-    """Once for the whole batch; with the momentum that the first micro-batch came with."""
-    for running, now in ((call.running_mean, moments.mean), (call.running_var, moments.unbiased_variance)):
-        if running is not None:
-            running.copy_(running * (1 - call.momentum) + now * call.momentum)

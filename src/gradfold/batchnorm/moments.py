@@ -1,7 +1,7 @@
-"""Moments: mean and variance per channel of some of a batch's values, merged with those of the others.
+"""Moments: mean and variance per channel of a part of a batch, merged with those of other parts.
 
-Parts are merged by differences of their means, never by sums of squares (Chan, Golub and LeVeque 1983, eq. 2.1), so
-that they are right wherever the mean is: E[x^2] - E[x]^2 cancels.
+Parts are merged by differences of their means, never by sums of squares (Chan, Golub and LeVeque 1983, eq. 2.1), which
+is stable for any mean: E[x^2] - E[x]^2 cancels where the mean is large.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
-
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of `count` values per channel; both tensors are (C,), in float32 at least.
+    """Mean and variance of `count` values per channel, in float32 at least.
 
     Attributes:
-        mean: of the values.
-        variance: the mean of their squared differences from it (not unbiased).
-        count: how many.
+        mean: (C,), the mean of the values.
+        variance: (C,), the mean of their squared differences from it (not unbiased).
+        count: values per channel.
     """
 
     mean: Tensor
@@ -38,14 +36,17 @@ class Moments:
         if not values.numel():
             empty = torch.zeros(channels, dtype=dtype, device=values.device)
             return cls(empty, empty, 0)
-        # The kernel gives its results in the dtype of these, which it also moves, by nothing.
-        running = (
-            [torch.zeros(channels, dtype=dtype, device=values.device) for _ in "mv"]
-            if dtype != values.dtype
-            else [None] * 2
-        )
-        mean, variance = torch.batch_norm_update_stats(values, running[0], running[1], 0.0)
+        # The kernel returns its results in the dtype of running statistics; with momentum 0 these do not change.
+        running = None if dtype == values.dtype else torch.zeros(channels, dtype=dtype, device=values.device)
+        mean, variance = torch.batch_norm_update_stats(values, running, running, 0.0)
         return cls(mean, variance, values.numel() // channels)
+
+    @classmethod
+    @torch.no_grad()
+    def of_unbiased(cls, mean: Tensor, variance: Tensor, count: int) -> Moments:
+        """Of a layer's running statistics with momentum 1; both tensors are copied."""
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        return cls(mean.to(dtype, copy=True), variance.to(dtype) * ((count - 1) / max(1, count)), count)
 
     @property
     def unbiased_variance(self) -> Tensor:
@@ -61,10 +62,9 @@ def merge(parts: Sequence[Moments]) -> Moments:
         return parts[0]
     count = sum(part.count for part in parts)
     means = torch.stack([part.mean for part in parts])
-    shares = torch.tensor([[part.count / count] for part in parts], dtype=means.dtype).to(
-        means.device, non_blocking=True
-    )
-    mean = means[0] + ((means - means[0]) * shares).sum(0)
+    fractions = torch.tensor([[part.count / count] for part in parts], dtype=means.dtype)
+    fractions = fractions.to(means.device, non_blocking=True)
+    mean = means[0] + ((means - means[0]) * fractions).sum(0)
     variances = torch.stack([part.variance for part in parts])
-    variance = ((variances + (means - mean).square()) * shares).sum(0)
+    variance = ((variances + (means - mean).square()) * fractions).sum(0)
     return Moments(mean, variance, count)

@@ -1,4 +1,4 @@
-"""The command line: one file per command, put together here."""
+"""The command line: one file per command, registered here. `options` and `tables` hold what they share."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from typing import Annotated
 import typer
 
 from gradfold import __version__
-from gradfold.cli.compare import EPILOG as COMPARE_EPILOG
-from gradfold.cli.compare import compare
-from gradfold.cli.doctor import EPILOG as DOCTOR_EPILOG
-from gradfold.cli.doctor import doctor
-from gradfold.cli.plan import EPILOG as PLAN_EPILOG
-from gradfold.cli.plan import plan
-from gradfold.cli.verify import EPILOG as VERIFY_EPILOG
-from gradfold.cli.verify import verify
-from gradfold.cli.workloads import workloads
+from gradfold.cli import compare, doctor, plan, verify, workloads
 from gradfold.distributed.launch import is_first
 from gradfold.errors import GradfoldError
-
-__all__: list[str] = []
 
 app = typer.Typer(
     name="gradfold",
@@ -30,11 +20,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=COMPARE_EPILOG)(compare)
-app.command(epilog=VERIFY_EPILOG)(verify)
-app.command(epilog=PLAN_EPILOG)(plan)
-app.command(epilog=DOCTOR_EPILOG)(doctor)
-app.command()(workloads)
+app.command(help=compare.HELP, epilog=compare.EPILOG)(compare.compare)
+app.command(epilog=verify.EPILOG)(verify.verify)
+app.command(epilog=plan.EPILOG)(plan.plan)
+app.command(epilog=doctor.EPILOG)(doctor.doctor)
+app.command()(workloads.workloads)
 
 
 def _print_version(asked: bool) -> None:
@@ -54,12 +44,12 @@ def gradfold(
     Start with **gradfold compare**: it trains a small network on real data with and without accumulation, and shows
     what stays the same and what it costs. **gradfold verify** proves a workload's gradient right, or names the cause.
     **gradfold plan** says which micro-batch fits into memory, before anything is run.
-    **gradfold doctor** runs a training script that exists, without gradfold in it, and says what is wrong with it.
+    **gradfold doctor** runs an existing training script for a few updates, and says what is wrong with it.
     """
 
 
 def run() -> None:
-    """Run the command line; an error that gradfold raises on purpose is one message and an exit code."""
+    """Run the command line; an error of gradfold's own becomes one message and an exit code."""
     try:
         app()
     except GradfoldError as error:

@@ -1,4 +1,4 @@
-"""The ranks of a command: `--nproc N` runs it once more, in N processes at once."""
+"""Several processes for a command: `--nproc N` runs it again, in N processes at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import typer
 from gradfold.distributed.launch import find_rank_info, launch
 from gradfold.errors import OptionError
 
-__all__: list[str] = []
-
 
 def launch_ranks(num_ranks: int | None) -> None:
-    """Where several processes are asked for, run this command in them and exit as they do; else come back.
+    """Where several processes are asked for, run this command in them and exit as they do; else return.
 
     Raises:
         OptionError: this process is one of several already.
@@ -22,13 +20,13 @@ def launch_ranks(num_ranks: int | None) -> None:
         return
     if find_rank_info() is not None:
         raise OptionError(
-            f"--nproc {num_ranks} under torchrun, which has started several processes. Leave --nproc out."
+            f"--nproc {num_ranks} under torchrun, which has started several processes already. Leave --nproc out."
         )
     if num_ranks > 1:
-        raise typer.Exit(launch(["-m", "gradfold", *_without_nproc(sys.argv[1:])], num_ranks))
+        raise typer.Exit(launch(["-m", "gradfold", *without_nproc(sys.argv[1:])], num_ranks))
 
 
-def _without_nproc(arguments: list[str]) -> list[str]:
+def without_nproc(arguments: list[str]) -> list[str]:
     """The arguments without `--nproc N` and `--nproc=N`."""
     kept = []
     rest = iter(arguments)

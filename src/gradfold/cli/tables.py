@@ -1,8 +1,6 @@
-"""The tables of a comparison in a terminal, and what they show in plain words below.
+"""Tables in a terminal, and the progress of a comparison.
 
-The progress of a comparison: a line per arm on a terminal's standard error, and nothing elsewhere.
-
-A wide table: figures by name. Where a terminal is narrow it becomes several, since a figure must not be cut.
+Where a terminal is too narrow for a table of figures, it becomes several tables, since a figure must not be cut.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -19,16 +17,12 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from gradfold.compare import summary as readable
-from gradfold.compare.report import metric_names
-from gradfold.compare.results import Comparison, Row
-from gradfold.compare.runner import OnProgress, Progress
-from gradfold.compare.summary import number, verdict
-from gradfold.memory.amount import written
+from gradfold.compare.results import Comparison
+from gradfold.compare.runner import ArmProgress, OnProgress
+from gradfold.compare.summary import SummaryTable, cost_table, distance_table, footnotes, number
 
-__all__: list[str] = []
-
-_WIDTH_BESIDE_BAR = 64  # of the longest name of an arm, share, time and loss
+_WIDTH_BESIDE_BAR = 64  # of the longest name of an arm, percentage, time and loss
+_WIDTH = 100  # where output is not a terminal
 
 
 @contextmanager
@@ -49,7 +43,7 @@ def showing_progress(console: Console) -> Iterator[OnProgress]:
     with bars:
         tasks: dict[str, TaskID] = {}
 
-        def on_progress(progress: Progress) -> None:
+        def on_progress(progress: ArmProgress) -> None:
             if progress.arm not in tasks:
                 tasks[progress.arm] = bars.add_task(progress.arm, total=None, start=False, state="waiting")
             task = tasks[progress.arm]
@@ -62,24 +56,15 @@ def showing_progress(console: Console) -> Iterator[OnProgress]:
         yield on_progress
 
 
-def _state(progress: Progress) -> str:
+def _state(progress: ArmProgress) -> str:
     if progress.loss is None:
         return progress.state
     ending = f", {progress.state}" if progress.state == "failed" else ""
     return f"{progress.updates:,} update{'s' * (progress.updates != 1)}, loss {number(progress.loss)}{ending}"
 
 
-_WIDTH = 100  # where output is no terminal
-
-
 class Column(NamedTuple):
-    """A column of figures.
-
-    Attributes:
-        heading: of one or several lines.
-        cells: one per row.
-        justify: "left" for words.
-    """
+    """A column of figures, or of words with `justify="left"`; its heading may have several lines."""
 
     heading: str
     cells: Sequence[str]
@@ -91,8 +76,12 @@ class Column(NamedTuple):
         return max(map(len, [*self.heading.splitlines(), *self.cells]))
 
 
-def wide_enough(console: Console) -> Console:
-    """The console, with the width that tables need where it is no terminal and rich assumes 80 columns."""
+Columns: TypeAlias = Sequence[Column]
+
+
+def output_console() -> Console:
+    """Standard output, as wide as tables need where it is not a terminal and rich assumes 80 columns."""
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
     return console
@@ -104,74 +93,79 @@ def columns_of(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[C
 
 
 def print_wide(
-    console: Console,
-    title: str,
-    names: Sequence[Column],
-    groups: Sequence[Sequence[Column]],
-    styles: Sequence[str] | None = None,
+    console: Console, title: str, names: Columns, groups: Sequence[Columns], styles: Sequence[str] | None = None
 ) -> None:
-    """Print a table that is cut between groups of columns, or within one, only where it would be too wide.
+    """Print a table of figures; where it is too wide, as several tables, split between groups of columns or within one.
 
-    Args:
-        console: to print on.
-        title: above it.
-        names: columns that every table begins with.
-        groups: columns that belong together.
-        styles: of the rows.
+    Every table begins with the columns `names`; `styles` are those of the rows.
     """
     console.print(Text(title, style="bold"))
     for index, (gap, columns) in enumerate(_tables(names, groups, console.width)):
         if index:
             console.print()
         table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False)
-        for column in (*names, *columns):
+        for column in columns:
             table.add_column(column.heading, justify=column.justify, no_wrap=True, vertical="bottom")
-        for row, cells in enumerate(zip(*[column.cells for column in (*names, *columns)], strict=True)):
+        for row, cells in enumerate(zip(*[column.cells for column in columns], strict=True)):
             table.add_row(*map(Text, cells), style=None if styles is None else styles[row])
         console.print(table)
 
 
-def _tables(
-    names: Sequence[Column], groups: Sequence[Sequence[Column]], width: int
-) -> list[tuple[int, Sequence[Column]]]:
-    """The columns of each table beside the names, with the gap between them."""
-    every = list(chain(*groups))
+def _tables(names: Columns, groups: Sequence[Columns], width: int) -> list[tuple[int, Columns]]:
+    """The gap between columns, and the columns, of each table."""
+    every = [*names, *chain(*groups)]
     for gap in (2, 1):
-        if _width([*names, *every], gap) <= width:
+        if _width(every, gap) <= width:
             return [(gap, every)]
-    tables: list[list[Column]] = [[]]
+    tables = [list(names)]
     for group in groups:
-        if tables[-1] and _width([*names, *tables[-1], *group]) > width:
-            tables.append([])
+        # A group begins a table where the last one has no room for all of it; a column, where for no other.
+        if len(tables[-1]) > len(names) and _width([*tables[-1], *group]) > width:
+            tables.append(list(names))
         for column in group:
-            if tables[-1] and _width([*names, *tables[-1], column]) > width:
-                tables.append([])
+            if len(tables[-1]) > len(names) and _width([*tables[-1], column]) > width:
+                tables.append(list(names))
             tables[-1].append(column)
     return [(2, columns) for columns in tables]
 
 
-def _width(columns: Sequence[Column], gap: int = 2) -> int:
+def _width(columns: Columns, gap: int = 2) -> int:
     return sum(column.width + gap for column in columns)
+
+
+def print_words(
+    console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], blank_lines: int = 0
+) -> None:
+    """Print a table of words, which may wrap in all columns but the first, with blank lines between rows."""
+    console.print(Text(title, style="bold"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, blank_lines, 0))
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading == headings[0])
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 def print_comparison(comparison: Comparison, files: Sequence[Path]) -> None:
     """Print a comparison on standard output."""
-    console = wide_enough(Console(highlight=False))
+    console = output_console()
     console.print(_heading(comparison))
-    _print_sameness(console, comparison)
-    _print_costs(console, comparison)
+    _print_summary(console, "\nDistance from the full batch", comparison, distance_table(comparison))
+    _print_summary(console, "\nCost", comparison, cost_table(comparison))
     console.print()
-    for sentence in verdict(comparison):
-        console.print(_bullet(sentence))
+    for note in footnotes(comparison):
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row("•", Text(note))
+        console.print(grid)
     if files:
         report = next(path for path in files if path.suffix == ".html")
         console.print(Text(f"\nReport: {report} (with {len(files) - 1} files beside it)"))
 
 
-def _bullet(sentence: str) -> Table:
-    grid = Table.grid(padding=(0, 1, 0, 0))
-    grid.add_row("•", Text(sentence))
-    return grid
+def _print_summary(console: Console, title: str, comparison: Comparison, table: SummaryTable) -> None:
+    arms = Column("arm", [row.arm for row in comparison.rows], "left")
+    columns, at = columns_of(table.headings, table.cells), table.num_in_first_group
+    print_wide(console, title, [arms], [columns[:at], columns[at:]])
 
 
 def _heading(comparison: Comparison) -> Text:
@@ -185,61 +179,3 @@ def _heading(comparison: Comparison) -> Text:
         style="dim",
     )
     return text
-
-
-def _print_sameness(console: Console, comparison: Comparison) -> None:
-    """How far each arm is from the full batch, and where its training ended."""
-    metrics = metric_names(comparison)
-    has_last_window = bool(comparison.sizes.last_window)
-    distances = [f"first\ngradient\n{comparison.first_gradients_in}", "first\ngradient\nfloat64"]
-    distances += ["last\nwindow\nfloat64"] * has_last_window + ["final\nweights"]
-    ends = ["training\nloss", *[f"held-out\n{name.replace('_', ' ')}" for name in metrics], "updates"]
-    num = len(distances) + len(ends)
-    rows = [_sameness_cells(row, has_last_window, metrics, num) for row in comparison.rows]
-    columns = columns_of([*distances, *ends], rows)
-    groups = [columns[: len(distances)], columns[len(distances) :]]
-    print_wide(console, "\nDistance from the full batch", [_arms(comparison)], groups)
-
-
-def _sameness_cells(row: Row, has_last_window: bool, metrics: Sequence[str], num_cells: int) -> list[str]:
-    if row.measured is None:
-        return _failed(num_cells)
-    one = row.deviations
-    deviations = [one.gradient_float32, one.gradient_float64, *[one.last_window_float64] * has_last_window, one.weights]
-    cells = [readable.deviation(deviation) for deviation in deviations]
-    if row.is_reference:
-        cells = ["reference", *[""] * (len(deviations) - 1)]
-    cells.append(readable.number(row.measured.final_loss))
-    for name in metrics:
-        value = row.measured.metrics.get(name)
-        cells.append(readable.MISSING if value is None else readable.metric(name, value))
-    return [*cells, f"{row.measured.num_updates:,}"]
-
-
-def _print_costs(console: Console, comparison: Comparison) -> None:
-    """What each arm costs; the report has more."""
-    times = ["samples/s", "total", "forward", "backward", "update", "other"]
-    headings = [*times, "memory\nadded", "peak of\ntensors"]
-    columns = columns_of(headings, [_cost_cells(row, len(headings)) for row in comparison.rows])
-    print_wide(console, "\nCost", [_arms(comparison)], [columns[: len(times)], columns[len(times) :]])
-
-
-def _cost_cells(row: Row, num_cells: int) -> list[str]:
-    if row.measured is None:
-        return _failed(num_cells)
-    seconds, memory, tracked = row.measured.seconds, row.measured.memory, row.measured.tracked
-    spent = (seconds.total, seconds.forward, seconds.backward, seconds.update, seconds.other)
-    return [
-        readable.number(row.measured.samples_per_s),
-        *map(readable.seconds, spent),
-        written(memory.rise_bytes),
-        readable.MISSING if tracked is None else written(tracked.peak_bytes),
-    ]
-
-
-def _arms(comparison: Comparison) -> Column:
-    return Column("arm", [row.arm for row in comparison.rows], "left")
-
-
-def _failed(num_cells: int) -> list[str]:
-    return ["failed", *[readable.MISSING] * (num_cells - 1)]

@@ -5,77 +5,57 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from gradfold.memory.system import high_water_mark_bytes, reset_high_water_mark
 
-__all__: list[str] = []
-
-PHASES = ("forward", "backward", "update")
-
 
 class Clock:
-    """Seconds by phase. On CUDA each phase waits for the device at both ends, so that it holds its own work."""
+    """Seconds by phase. On CUDA each phase waits for the device at both ends, so it holds its own work."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spent = dict.fromkeys((*PHASES, "excluded"), 0.0)
+        self._is_cuda = device.type == "cuda"
+        self._spent = dict.fromkeys(("total", "forward", "backward", "update", "excluded"), 0.0)
         self._num_open = dict.fromkeys(self._spent, 0)
         self._opened = dict.fromkeys(self._spent, 0.0)
-        self._since = 0.0
-        self._update_since = 0.0
-        self.total_s = 0.0
 
-    def start(self) -> None:
-        """Start, or go on."""
-        self._since = self._now()
+    def begin(self, phase: str) -> None:
+        """Begin a phase. Blocks of one phase may overlap; the time that they share counts once."""
+        if not self._num_open[phase]:
+            self._opened[phase] = self._now()
+        self._num_open[phase] += 1
 
-    def stop(self) -> None:
-        """Add the time since `start` to the total."""
-        self.total_s += self._now() - self._since
+    def end(self, phase: str) -> None:
+        """End a phase."""
+        self._num_open[phase] -= 1
+        if not self._num_open[phase]:
+            self._spent[phase] += self._now() - self._opened[phase]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block as part of a phase; "excluded" takes it out of the total.
-
-        Blocks of one phase may overlap, as forward passes in lock-step do: what they have in common counts once.
-        """
-        if not self._num_open[name]:
-            self._opened[name] = self._now()
-        self._num_open[name] += 1
+        """Time a block as part of a phase; "excluded" takes it out of the total."""
+        self.begin(name)
         try:
             yield
         finally:
-            self._num_open[name] -= 1
-            if not self._num_open[name]:
-                self._spent[name] += self._now() - self._opened[name]
-
-    def begin_update(self) -> None:
-        """The optimizer starts to step."""
-        self._update_since = self._now()
-
-    def end_update(self) -> None:
-        """The optimizer has stepped."""
-        self._spent["update"] += self._now() - self._update_since
+            self.end(name)
 
     def seconds(self) -> Seconds:
-        """What was spent so far."""
-        total = self.total_s - self._spent["excluded"]
-        forward, backward, update = (self._spent[name] for name in PHASES)
-        return Seconds(forward, backward, update, max(total - forward - backward - update, 0.0))
+        """The seconds of the phases that have ended."""
+        total, forward, backward, update, excluded = self._spent.values()
+        return Seconds(forward, backward, update, max(total - excluded - forward - backward - update, 0.0))
 
     def _now(self) -> float:
-        if self._cuda:
+        if self._is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Training time by phase; `other` is what is left: cutting batches, zeroing gradients, the library's own work."""
+    """Training time by phase; `other` is the rest: splitting batches, zeroing gradients, the library's own work."""
 
     forward: float
     backward: float
@@ -84,40 +64,26 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of the phases."""
         return self.forward + self.backward + self.update + self.other
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain numbers."""
-        return {**asdict(self), "total": self.total}
 
 
 @dataclass(frozen=True)
 class MeasuredMemory:
-    """Peak memory of the training loop.
+    """Peak memory of the training loop."""
 
-    Args:
-        baseline_bytes: in use just before it, with model, optimizer and data in place.
-        peak_bytes: the most that was in use during it.
-        measured_by: what was measured.
-    """
-
-    baseline_bytes: int
+    baseline_bytes: int  # just before it, with model, optimizer and data in place
     peak_bytes: int
-    measured_by: str
+    measured_by: str  # "CUDA allocator" or "process high-water mark"
 
     @property
     def rise_bytes(self) -> int:
         """What training added to the baseline."""
         return max(self.peak_bytes - self.baseline_bytes, 0)
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain numbers."""
-        return {**asdict(self), "rise_bytes": self.rise_bytes}
-
 
 class MemoryMeter:
-    """Reads peak memory from its making on: torch's allocator on CUDA, else the high-water mark of the process."""
+    """Peak memory since its construction: of torch's allocator on CUDA, else the high-water mark of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

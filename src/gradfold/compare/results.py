@@ -1,15 +1,14 @@
-"""The results of a comparison: what one arm measured, a row per arm, and the whole, as JSON has it.
+"""The results of a comparison: what each arm measured, and how far it is from its reference.
 
-The tensors that an arm leaves for its parent, in files: gradients and weights by the name of their parameter.
-
-How far an arm is from its reference: distances between the tensors that both have left, computed in float64.
+An arm's process leaves gradients and weights in files, by the name of their parameter. Distances between the tensors of
+two arms are computed in float64. `serialization.to_plain` writes a `Comparison` as results.json.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -17,15 +16,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from gradfold.compare.arms import ARMS
+from gradfold.compare.arms import ARMS, Arm
+from gradfold.compare.data import Sizes
 from gradfold.compare.measure import MeasuredMemory, Seconds
-from gradfold.compare.settings import Settings, Sizes
+from gradfold.compare.settings import Settings
 from gradfold.memory.auto import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory
 
 __all__ = ["Comparison", "Deviation", "Measured", "Row"]
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -36,99 +34,34 @@ class Curve:
     loss: tuple[float, ...]
 
     def thinned(self, num_points: int) -> Curve:
-        """The curve in about `num_points` points at most, each a mean over neighbors."""
+        """The curve in at most about `num_points` points, each a mean over neighbors."""
         size = -(-len(self.loss) // num_points)
-        cuts = [slice(start, start + size) for start in range(0, len(self.loss), size)]
-        return Curve(*(tuple(fmean(values[cut]) for cut in cuts) for values in (self.samples, self.loss)))
-
-    def to_json(self) -> dict[str, Any]:
-        """As lists; a loss that is not finite is null."""
-        return {"samples": list(self.samples), "loss": [_finite(loss) for loss in self.loss]}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Curve:
-        """The curve from `to_json`."""
-        return cls(tuple(data["samples"]), tuple(_number(loss) for loss in data["loss"]))
+        stretches = [slice(start, start + size) for start in range(0, len(self.loss), size)]
+        return Curve(*(tuple(fmean(values[one]) for one in stretches) for values in (self.samples, self.loss)))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the process of one arm measured.
-
-    Args:
-        num_updates: updates of the weights.
-        num_skipped: updates that a loss scaler left out, since the scaled gradient had overflowed.
-        num_samples: samples trained on, over all epochs.
-        num_threads: threads of torch.
-        device: "cpu" or "cuda".
-        seconds: training time by phase, without evaluation.
-        memory: peak memory of training.
-        final_loss: training loss, the weighted mean over the last epoch.
-        metrics: what the workload's `evaluate` gives after training.
-        curve: loss against samples seen.
-        notes: why something could not be measured, by its name.
-        tracked: peak memory of tensors, with its make-up, in updates of its own.
-        choice: the micro-batch that the arm chose itself, where it was to.
-    """
+    """What the process of one arm measured."""
 
     num_updates: int
-    num_samples: int
+    num_samples: int  # over all epochs
     num_threads: int
     device: str
-    seconds: Seconds
+    seconds: Seconds  # without evaluation
     memory: MeasuredMemory
-    final_loss: float
-    metrics: Mapping[str, float]
+    final_loss: float  # the weighted mean over the last epoch
+    metrics: Mapping[str, float]  # what the workload's `evaluate` returns after training
     curve: Curve
-    notes: Mapping[str, str] = field(default_factory=dict)
-    num_skipped: int = 0
-    tracked: PeakMemory | None = None
-    choice: MicroBatchChoice | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)  # why something could not be measured, by its name
+    num_skipped: int = 0  # updates that a loss scaler left out, since the scaled gradient had overflowed
+    tracked: PeakMemory | None = None  # by what tensors are for, from updates of its own
+    choice: MicroBatchChoice | None = None  # the micro-batch size that the arm tuned, where it was asked to
 
     @property
     def samples_per_s(self) -> float:
         """Samples trained on per second."""
         return self.num_samples / self.seconds.total if self.seconds.total else math.nan
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values; numbers that are not finite are null."""
-        return {
-            "num_updates": self.num_updates,
-            "num_skipped": self.num_skipped,
-            "num_samples": self.num_samples,
-            "num_threads": self.num_threads,
-            "device": self.device,
-            "samples_per_s": _finite(self.samples_per_s),
-            "seconds": self.seconds.to_json(),
-            "memory": self.memory.to_json(),
-            "tracked_memory": None if self.tracked is None else self.tracked.to_json(),
-            "micro_batch_choice": None if self.choice is None else self.choice.to_json(),
-            "final_loss": _finite(self.final_loss),
-            "metrics": {name: _finite(value) for name, value in self.metrics.items()},
-            "notes": dict(self.notes),
-            "curve": self.curve.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Measured:
-        """The measurements from `to_json`."""
-        seconds, memory = data["seconds"], data["memory"]
-        tracked, choice = data["tracked_memory"], data["micro_batch_choice"]
-        return cls(
-            num_updates=data["num_updates"],
-            num_samples=data["num_samples"],
-            num_threads=data["num_threads"],
-            device=data["device"],
-            seconds=Seconds(seconds["forward"], seconds["backward"], seconds["update"], seconds["other"]),
-            memory=MeasuredMemory(memory["baseline_bytes"], memory["peak_bytes"], memory["measured_by"]),
-            final_loss=_number(data["final_loss"]),
-            metrics={name: _number(value) for name, value in data["metrics"].items()},
-            curve=Curve.from_json(data["curve"]),
-            notes=data["notes"],
-            num_skipped=data["num_skipped"],
-            tracked=None if tracked is None else PeakMemory.from_json(tracked),
-            choice=None if choice is None else MicroBatchChoice.from_json(choice),
-        )
 
 
 @dataclass(frozen=True)
@@ -138,35 +71,19 @@ class Deviation:
     value: float | None
     note: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {"value": None if self.value is None else _finite(self.value), "note": self.note}
+    def is_within(self, bound: float) -> bool:
+        """Whether there is a number, and it is no larger than the bound."""
+        return self.value is not None and self.value <= bound
 
 
 @dataclass(frozen=True)
 class Deviations:
-    """How far an arm is from its reference, the full batch of the same model.
+    """How far an arm is from its reference, the full batch of the same model."""
 
-    Args:
-        gradient_float32: the gradient of the first update, as it was run.
-        gradient_float64: the same, computed in float64.
-        last_window_float64: the gradient of an epoch's last, partial window, at the first weights, in float64.
-        weights: the weights after training, relative to the way that the full batch's went.
-    """
-
-    gradient_float32: Deviation
-    gradient_float64: Deviation
-    last_window_float64: Deviation
-    weights: Deviation
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "gradient_float32": self.gradient_float32.to_json(),
-            "gradient_float64": self.gradient_float64.to_json(),
-            "last_window_float64": self.last_window_float64.to_json(),
-            "weights": self.weights.to_json(),
-        }
+    gradient_float32: Deviation  # of the first update, as it was run
+    gradient_float64: Deviation  # the same, computed in float64
+    last_window_float64: Deviation  # of an epoch's last, partial window, at the first weights, in float64
+    weights: Deviation  # after training, relative to the distance that the full batch's have moved
 
 
 @dataclass(frozen=True)
@@ -174,10 +91,19 @@ class Row:
     """One arm: what it measured and how far it is from its reference, or why it failed."""
 
     arm: str
-    description: str
     measured: Measured | None
     deviations: Deviations
     failure: str | None = None
+
+    @property
+    def description(self) -> str:
+        """What the arm does."""
+        return ARMS[self.arm].description
+
+    @property
+    def status(self) -> str:
+        """Whether the arm ran to its end: "finished" or "failed"."""
+        return "failed" if self.measured is None else "finished"
 
     @property
     def reference(self) -> str:
@@ -189,18 +115,6 @@ class Row:
         """Whether other arms are measured from this one."""
         return self.arm == self.reference
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "arm": self.arm,
-            "description": self.description,
-            "status": "failed" if self.measured is None else "finished",
-            "failure": self.failure,
-            "reference": self.reference,
-            "deviation_from_full_batch": self.deviations.to_json(),
-            "measured": None if self.measured is None else self.measured.to_json(),
-        }
-
 
 @dataclass(frozen=True)
 class WorkloadFacts:
@@ -210,10 +124,6 @@ class WorkloadFacts:
     description: str
     batch_norm: str | None
     facts: Mapping[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**asdict(self), "facts": dict(self.facts)}
 
 
 @dataclass(frozen=True)
@@ -227,10 +137,11 @@ class Comparison:
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     command_line: str
+    schema_version: int = 1
 
     @property
     def first_gradients_in(self) -> str:
-        """What the gradients of first updates were computed in: not always float32 where precisions are compared."""
+        """The precision of the first gradients: as run, where arms with a lower precision are among them."""
         return "as run" if any(ARMS[row.arm].precision for row in self.rows) else "float32"
 
     @property
@@ -243,30 +154,9 @@ class Comparison:
         return next((row for row in self.rows if row.arm == arm), None)
 
     def measured(self, arm: str) -> Measured | None:
-        """What an arm measured, if it was run to its end."""
+        """What an arm measured, if it ran to its end."""
         row = self.row(arm)
         return None if row is None else row.measured
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "command_line": self.command_line,
-            "versions": dict(self.versions),
-            "machine": dict(self.machine),
-            "settings": self.settings.to_json(),
-            "workload": self.workload.to_json(),
-            "sizes": {**asdict(self.sizes), "last_window": self.sizes.last_window},
-            "rows": [row.to_json() for row in self.rows],
-        }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 class Tensors:
@@ -281,13 +171,14 @@ class Tensors:
 
 def save_parameters(model: nn.Module, folder: Path, name: str) -> None:
     """Save the weights."""
-    _save({key: parameter.detach() for key, parameter in model.named_parameters()}, folder, name)
+    torch.save({key: parameter.detach() for key, parameter in model.named_parameters()}, folder / f"{name}.pt")
 
 
 def save_gradients(model: nn.Module, folder: Path, name: str) -> None:
     """Save `.grad` of every parameter that has one; a missing one counts as zero."""
     gradients = {key: p.grad.detach() for key, p in model.named_parameters() if p.grad is not None}
-    _save({key: grad.to_dense() if grad.is_sparse else grad for key, grad in gradients.items()}, folder, name)
+    dense = {key: grad.to_dense() if grad.is_sparse else grad for key, grad in gradients.items()}
+    torch.save(dense, folder / f"{name}.pt")
 
 
 def load(folder: Path, name: str) -> dict[str, Tensor] | None:
@@ -310,68 +201,48 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, T
     return {key: left.get(key, zero) - right.get(key, zero) for key in {**left, **right}}
 
 
-def _save(tensors: dict[str, Tensor], folder: Path, name: str) -> None:
-    torch.save(tensors, folder / f"{name}.pt")
-
-
-def deviations(arm: str, folder: Path, measured: dict[str, Measured], sizes: Sizes) -> Deviations:
-    """The deviations of an arm.
-
-    Args:
-        arm: its name.
-        folder: holds a folder per arm.
-        measured: the arms that ran to their end.
-        sizes: what was trained.
-    """
+def deviations(name: str, folder: Path, measured: Mapping[str, Measured], sizes: Sizes) -> Deviations:
+    """The deviations of an arm; `folder` holds a folder per arm, `measured` the arms that ran to their end."""
+    arm = ARMS[name]
     if reason := _incomparable(arm, folder, measured):
-        return _none(reason)
-    last_window = _of_tensors(arm, folder, measured, Tensors.LAST_WINDOW_FLOAT64)
-    if not ARMS[arm].accumulates:
-        last_window = Deviation(None, "it has no windows")
-    elif not sizes.last_window:
-        last_window = Deviation(None, "all windows are full")
+        return Deviations(*[Deviation(None, reason)] * 4)
+    notes = {**measured[arm.reference].notes, **measured[name].notes}
+
+    def gradient(of: str) -> Deviation:
+        own, reference = load(folder / name, of), load(folder / arm.reference, of)
+        if own is None or reference is None:
+            return Deviation(None, notes.get(of, "not measured"))
+        return _relative(difference(own, reference), norm(reference))
+
+    no_last_window = "" if sizes.last_window else "all windows are full"
+    if not arm.accumulates:
+        no_last_window = "it has no windows"
     return Deviations(
-        gradient_float32=_of_tensors(arm, folder, measured, Tensors.GRADIENT_FLOAT32),
-        gradient_float64=_of_tensors(arm, folder, measured, Tensors.GRADIENT_FLOAT64),
-        last_window_float64=last_window,
-        weights=_of_weights(arm, folder),
+        gradient(Tensors.GRADIENT_FLOAT32),
+        gradient(Tensors.GRADIENT_FLOAT64),
+        Deviation(None, no_last_window) if no_last_window else gradient(Tensors.LAST_WINDOW_FLOAT64),
+        _of_weights(folder / name, folder / arm.reference),
     )
 
 
-def _none(note: str) -> Deviations:
-    nothing = Deviation(None, note)
-    return Deviations(nothing, nothing, nothing, nothing)
-
-
-def _incomparable(arm: str, folder: Path, measured: dict[str, Measured]) -> str:
+def _incomparable(arm: Arm, folder: Path, measured: Mapping[str, Measured]) -> str:
     """Why nothing of an arm can be compared with its reference, or an empty text."""
-    if arm not in measured:
+    if arm.name not in measured:
         return "this arm failed"
-    reference = ARMS[arm].reference
-    if not (folder / reference).exists():
-        return f"{reference} was not run"
-    if reference not in measured:
-        return f"{reference} failed"
-    start, expected = load(folder / arm, Tensors.START), load(folder / reference, Tensors.START)
+    if not (folder / arm.reference).exists():
+        return f"{arm.reference} was not run"
+    if arm.reference not in measured:
+        return f"{arm.reference} failed"
+    start, expected = load(folder / arm.name, Tensors.START), load(folder / arm.reference, Tensors.START)
     if start is None or expected is None or norm(difference(start, expected)) != 0.0:
         return "it started from other weights: make_model draws random numbers that torch.manual_seed does not set"
     return ""
 
 
-def _of_tensors(arm: str, folder: Path, measured: dict[str, Measured], name: str) -> Deviation:
-    reference_arm = ARMS[arm].reference
-    own, reference = load(folder / arm, name), load(folder / reference_arm, name)
-    if own is None or reference is None:
-        return Deviation(None, measured[arm].notes.get(name) or measured[reference_arm].notes.get(name, "not measured"))
-    return _relative(difference(own, reference), norm(reference))
-
-
-def _of_weights(arm: str, folder: Path) -> Deviation:
-    reference_folder = folder / ARMS[arm].reference
-    final, reference = load(folder / arm, Tensors.FINAL), load(reference_folder, Tensors.FINAL)
-    start = load(reference_folder, Tensors.START)
-    assert final is not None and reference is not None and start is not None  # both arms ran to their end
-    return _relative(difference(final, reference), norm(difference(reference, start)))
+def _of_weights(own: Path, reference: Path) -> Deviation:
+    final, expected, start = load(own, Tensors.FINAL), load(reference, Tensors.FINAL), load(reference, Tensors.START)
+    assert final is not None and expected is not None and start is not None  # both arms ran to their end
+    return _relative(difference(final, expected), norm(difference(expected, start)))
 
 
 def _relative(distance: dict[str, Tensor], size: float) -> Deviation:

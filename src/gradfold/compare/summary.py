@@ -1,29 +1,28 @@
-"""The verdict: what the numbers of a comparison show, in plain words. Every word of it follows from the results.
+"""The summary: two tables, distances from the full batch and costs, and footnotes with what follows from the numbers.
 
-Numbers as people read them: 2.1e-16, 97.4 %, 12.3 ms; amounts of memory are in `gradfold.memory.amount`.
+Terminal and HTML page show the same tables and footnotes. Numbers are written as people read them: 2.1e-16, 97.4 %,
+12.3 ms; amounts of memory by `gradfold.memory.amount`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from gradfold.compare.arms import (
-    ARMS,
-    BATCH_NORM,
-    CONTROL,
-    EXACT_BATCH_NORM,
-    GROUP_NORM_REFERENCE,
-    LOWER_PRECISIONS,
-    REFERENCE,
-    TOKEN_BUDGET,
-    LowerPrecision,
-)
-from gradfold.compare.results import Comparison, Deviation, Row
+from gradfold.compare.arms import ARMS, CONTROL, LOWER_PRECISIONS, REFERENCE, LowerPrecision
+from gradfold.compare.results import Comparison, Deviation, Measured, Row
 from gradfold.memory.amount import written
 
-__all__: list[str] = []
-
 MISSING = "–"  # noqa: RUF001 - a dash, on purpose
+
+FLOAT64_ROUNDING = 1e-12
+FLOAT32_ROUNDING = 2e-6
+_NOTICEABLE = 1e-3
+_PROCESS_NOISE_BYTES = 10 * 2**20  # how far high-water marks of equal runs were seen apart
+_BUSY = 0.25
+_NOISE = 0.1  # costs closer than this are called about the same
+_NOISE_WHERE_BUSY = 0.5  # equal runs were seen 40 % apart while other programs ran
 
 
 def share(value: float) -> str:
@@ -38,7 +37,7 @@ def share(value: float) -> str:
 
 
 def deviation(value: Deviation) -> str:
-    """A deviation, or a dash where there is none."""
+    """A deviation, or a dash where there is no number."""
     return MISSING if value.value is None else share(value.value)
 
 
@@ -56,266 +55,208 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def metric(name: str, value: float) -> str:
-    """A metric of a workload: shares of one as percentages."""
+def metric(name: str, value: float | None) -> str:
+    """A metric of a workload: accuracies as percentages."""
+    if value is None:
+        return MISSING
     return share(value) if "accuracy" in name and 0.0 <= value <= 1.0 else number(value)
 
 
-FLOAT64_ROUNDING = 1e-12
-FLOAT32_ROUNDING = 2e-6
-_NOTICEABLE = 1e-3
-_PROCESS_NOISE_BYTES = 10 * 2**20  # how far high-water marks of equal runs were seen apart
-_BUSY = 0.25
-_SAME = 0.1  # costs closer than this are called about the same
-_SAME_WHERE_BUSY = 0.5  # equal runs were seen 40 % apart while other programs ran
+@dataclass(frozen=True)
+class SummaryTable:
+    """A table with a row per arm, in the order of the comparison's rows."""
+
+    headings: Sequence[str]  # a line break is where a narrow heading breaks
+    cells: Sequence[Sequence[str]]  # per arm; of an arm that failed, dashes
+    num_in_first_group: int  # columns that stay together where a terminal is too narrow for all
 
 
-def verdict(comparison: Comparison) -> list[str]:
-    """One or two sentences for each arm, in the order of the rows."""
-    sentences = []
-    for row in comparison.rows:
-        if row.measured is None:
-            sentences.append(f"{row.arm} failed: {row.failure}.")
-        elif row.arm != REFERENCE:
-            sentences.append(_WORDS.get(row.arm, _gradient)(row, comparison))
-    sentences += [_what_pays(comparison, precision) for precision in LOWER_PRECISIONS]
-    sentences += [_growth(comparison), _contention(comparison)]
-    sentences += _missing_references(comparison)
-    return [sentence for sentence in sentences if sentence]
+def distance_table(comparison: Comparison) -> SummaryTable:
+    """How far each arm is from the full batch, and where its training ended."""
+    distances = {
+        "gradient_float32": f"first\ngradient\n{comparison.first_gradients_in}",
+        "gradient_float64": "first\ngradient\nfloat64",
+        "last_window_float64": "last\nwindow\nfloat64",
+        "weights": "final\nweights",
+    }
+    if not comparison.sizes.last_window:
+        del distances["last_window_float64"]
+    metrics = list(dict.fromkeys(name for row in comparison.rows if row.measured for name in row.measured.metrics))
+    ends = ["training\nloss", *[f"held-out\n{name.replace('_', ' ')}" for name in metrics], "updates"]
+
+    def cells(row: Row, measured: Measured) -> list[str]:
+        far = [deviation(getattr(row.deviations, name)) for name in distances]
+        if row.is_reference:
+            far = ["reference", *[""] * (len(distances) - 1)]
+        scores = [metric(name, measured.metrics.get(name)) for name in metrics]
+        return [*far, number(measured.final_loss), *scores, f"{measured.num_updates:,}"]
+
+    return _table(comparison, [*distances.values()], ends, cells)
 
 
-def _of_gradfold(row: Row, comparison: Comparison) -> str:
-    words = [_explained_gradient(row, comparison), _cost(row, comparison), _choice(row, comparison)]
-    return " ".join(filter(None, words))
+def cost_table(comparison: Comparison) -> SummaryTable:
+    """What each arm costs in time and memory."""
+    times = ["samples/s", "total", "forward", "backward", "update", "other"]
+    memories = ["memory\nadded", "peak\nmemory", "peak of\ntensors"]
+
+    def cells(row: Row, measured: Measured) -> list[str]:
+        memory, tracked = measured.memory, measured.tracked
+        return [
+            number(measured.samples_per_s),
+            *(seconds(getattr(measured.seconds, name)) for name in times[1:]),
+            written(memory.rise_bytes),
+            written(memory.peak_bytes),
+            MISSING if tracked is None else written(tracked.peak_bytes),
+        ]
+
+    return _table(comparison, times, memories, cells)
 
 
-def _choice(row: Row, comparison: Comparison) -> str:
-    """The micro-batch that an arm chose itself, and what it made of it."""
-    if row.measured is None or row.measured.choice is None:
+def _table(
+    comparison: Comparison, first: list[str], second: list[str], cells: Callable[[Row, Measured], list[str]]
+) -> SummaryTable:
+    headings = first + second
+    failed = ["failed", *[MISSING] * (len(headings) - 1)]
+    rows = [failed if row.measured is None else cells(row, row.measured) for row in comparison.rows]
+    return SummaryTable(headings, rows, len(first))
+
+
+def footnotes(comparison: Comparison) -> list[str]:
+    """What the numbers show: a line per arm, in the order of the rows, then what concerns several arms."""
+    notes = [_note(row, comparison) for row in comparison.rows]
+    notes += [_what_is_faster(comparison, precision) for precision in LOWER_PRECISIONS]
+    notes += [_divergence(comparison), _contention(comparison), *_missing_references(comparison)]
+    return [note for note in notes if note]
+
+
+def _note(row: Row, comparison: Comparison) -> str:
+    if row.measured is None:
+        return f"{row.arm} failed: {row.failure}."
+    facts = [_gradient(row), _cause(row, comparison), _last_window(row, comparison), _updates(row, comparison)]
+    text = "; ".join(filter(None, [*facts, *_costs(row, row.measured, comparison)]))
+    return f"{row.arm}: {text}." if text else ""
+
+
+def _gradient(row: Row) -> str:
+    """How far the first gradient is off; of an arm without accumulation it is of other samples, and nothing is said."""
+    arm, far = ARMS[row.arm], row.deviations
+    if row.is_reference or not arm.accumulates:
         return ""
-    choice = row.measured.choice
-    source = "an earlier start had found" if choice.is_cached else f"it found in {seconds(choice.elapsed_s)}"
-    words = f"It ran micro-batches of {choice.micro_batch_size}, which {source}: {choice.reason}."
-    loop = comparison.measured("plain-loop")
-    if loop is not None:
-        pace = row.measured.samples_per_s / loop.samples_per_s
-        words += f" That is {pace:.2f} times the speed of plain-loop with micro-batches of "
-        words += f"{comparison.sizes.micro_batch_size}."
-    return words
+    shown, precision, bound = (far.gradient_float64, "float64", FLOAT64_ROUNDING)
+    if arm.precision or shown.value is None:
+        shown, precision, bound = (far.gradient_float32, arm.precision or "float32", FLOAT32_ROUNDING)
+    if shown.value is None:
+        return ""
+    if shown.value == 0.0:
+        return f"first gradient identical to {row.reference} ({precision})"
+    if shown.is_within(bound):
+        return f"first gradient equal to {row.reference} to rounding ({share(shown.value)} in {precision})"
+    return f"first gradient {share(shown.value)} off {row.reference} ({precision})"
 
 
-def _of_token_budget(row: Row, comparison: Comparison) -> str:
-    """As gradfold, and how much faster than with a fixed number of samples at once."""
-    words = [_explained_gradient(row, comparison), _cost(row, comparison)]
-    fixed, own = comparison.measured("gradfold"), row.measured
-    if fixed is not None and own is not None:
-        at_once = comparison.sizes.micro_batch_size
-        pace = own.samples_per_s / fixed.samples_per_s
-        words.append(f"It ran at {pace:.2f} times the speed of gradfold with {at_once} samples at once.")
-    return " ".join(filter(None, words))
+def _cause(row: Row, comparison: Comparison) -> str:
+    """Why the gradient of an arm that ought to be exact is off."""
+    arm, far = ARMS[row.arm], row.deviations.gradient_float64
+    if far.value is None or far.is_within(FLOAT64_ROUNDING) or not (arm.loop == "gradfold" or arm.precision):
+        return ""
+    if arm.precision:
+        return f"not all of it is precision: {share(far.value)} off in float64"
+    if comparison.workload.batch_norm == "per_micro_batch" and arm.batch_norm is None and not arm.has_group_norm:
+        return 'BatchNorm normalizes by micro-batch, as the workload asks for (batch_norm="per_micro_batch")'
+    return "more than rounding: dropout and other random layers draw differently in micro-batches"
 
 
-def _of_group_norm(row: Row, comparison: Comparison) -> str:
-    words = [_explained_gradient(row, comparison), _cost(row, comparison)]
-    with_batch_norm = comparison.row(BATCH_NORM) or comparison.row("gradfold")
-    is_exact = comparison.row(EXACT_BATCH_NORM) is not None  # which says more
-    if with_batch_norm is not None and not is_exact and is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
-        far = with_batch_norm.deviations.gradient_float64
-        if far.value is not None and not is_rounding(far, FLOAT64_ROUNDING):
-            words.insert(1, "So accumulation is the large batch with GroupNorm, and is not with BatchNorm.")
-    return " ".join(filter(None, words))
+def _last_window(row: Row, comparison: Comparison) -> str:
+    """The fault of the plain loop at the end of an epoch."""
+    last, sizes = row.deviations.last_window_float64, comparison.sizes
+    if row.arm != "plain-loop" or last.value is None or last.is_within(FLOAT64_ROUNDING):
+        return ""
+    n = sizes.num_micro_batches
+    left = -(-sizes.last_window // (sizes.micro_batch_size * sizes.num_ranks))
+    fault = f"is divided by {n} with {left} micro-batch{'es' * (left > 1)} left"
+    if left == n:
+        fault = "counts its micro-batches the same though one is smaller"
+    return f"the last window of an epoch ({sizes.last_window} samples) {fault}: {share(last.value)} off"
 
 
-def _explained_gradient(row: Row, comparison: Comparison) -> str:
-    """How close the first gradient of an arm that ought to be exact is, and why not, where it is not."""
-    words = _gradient(row, comparison)
-    if words and not is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING):
-        is_by_micro_batch = comparison.workload.batch_norm == "per_micro_batch" and row.arm != EXACT_BATCH_NORM
-        if is_by_micro_batch and row.reference == REFERENCE:
-            words += (
-                ' BatchNorm normalizes by micro-batch here, as the workload asks for (batch_norm="per_micro_batch").'
-            )
-        elif row.deviations.gradient_float64.value is not None:
-            words += " That is more than rounding: dropout and other random layers draw differently in micro-batches."
-    return words
+def _updates(row: Row, comparison: Comparison) -> str:
+    own, reference = row.measured, comparison.measured(row.reference)
+    if own is not None and own.num_skipped:
+        return f"its loss scaler skipped {own.num_skipped:,} of {own.num_skipped + own.num_updates:,} updates"
+    if own is None or reference is None or ARMS[row.arm].accumulates:
+        return ""
+    return f"{own.num_updates / reference.num_updates:.1f} times as many updates"
 
 
-def _of_group_norm_reference(row: Row, comparison: Comparison) -> str:
-    words = f"{row.arm} is another model, with GroupNorm in place of BatchNorm, which group-norm is measured against."
-    return " ".join(filter(None, [words, _held_out(row, comparison)]))
+def _costs(row: Row, own: Measured, comparison: Comparison) -> list[str]:
+    """Memory and speed against the full batch of the same model, and against what else an arm is to beat."""
+    costs = []
+    reference = comparison.measured(row.reference)
+    if reference is not None and not row.is_reference:
+        rise, full = own.memory.rise_bytes, reference.memory.rise_bytes
+        noise = 0 if own.device == "cuda" else _PROCESS_NOISE_BYTES
+        memory = "about the same memory" if abs(rise - full) <= max(_NOISE * full, noise) else "memory"
+        ratio = own.samples_per_s / reference.samples_per_s
+        speed = "about the same speed" if abs(ratio - 1) <= _NOISE else f"{ratio:.2f} times the speed"
+        costs.append(f"{memory} ({written(rise)}, {row.reference} {written(full)}), {speed}")
+    at_once = comparison.sizes.micro_batch_size
+    if ARMS[row.arm].requires == "token_budget":
+        costs += _speed(own, comparison, "gradfold", f"{at_once} samples at once")
+    if own.choice is not None:
+        source = "by an earlier start" if own.choice.is_cached else f"in {seconds(own.choice.elapsed_s)}"
+        costs.append(f"micro-batch {own.choice.micro_batch_size} tuned {source} ({own.choice.reason})")
+        costs += _speed(own, comparison, "plain-loop", f"micro-batches of {at_once}")
+    return costs
 
 
-def _of_lower_precision(row: Row, comparison: Comparison) -> str:
-    """What the lower precision does to the first gradient, to the weights and to what is held out."""
-    precision, far = ARMS[row.arm].precision, row.deviations
-    words = []
-    if far.gradient_float32.value is not None:
-        words.append(f"{row.arm}: the first gradient, in {precision}, is {share(far.gradient_float32.value)} off")
-        words[0] += f" {_whose(row)} in float32; {_weights(row, 'the')}".rstrip("; ") + "."
-    elif far.weights.value is not None:
-        words.append(f"{row.arm}: {_weights(row, 'the')}.")
-    if not is_rounding(far.gradient_float64, FLOAT64_ROUNDING) and far.gradient_float64.value is not None:
-        words.append(f"Not all of it is precision: in float64 it is {share(far.gradient_float64.value)} off.")
-    if row.measured is not None and row.measured.num_skipped:
-        num = row.measured.num_skipped + row.measured.num_updates
-        words.append(f"Its loss scaler skipped {row.measured.num_skipped:,} of {num:,} updates.")
-    return " ".join(filter(None, [*words, _held_out(row, comparison)]))
+def _speed(own: Measured, comparison: Comparison, arm: str, how: str) -> list[str]:
+    other = comparison.measured(arm)
+    return [f"{own.samples_per_s / other.samples_per_s:.2f} times the speed of {arm} with {how}"] if other else []
 
 
-def _what_pays(comparison: Comparison, precision: LowerPrecision) -> str:
+def _what_is_faster(comparison: Comparison, precision: LowerPrecision) -> str:
     """Which of accumulation, a lower precision and both is faster than the full batch on this machine."""
     reference = comparison.measured(REFERENCE)
-    lower = comparison.measured(f"{REFERENCE}-{precision}")
-    if reference is None or lower is None:
-        return ""
     ways = {
-        "accumulation": comparison.measured("gradfold") or comparison.measured(BATCH_NORM),
-        precision: lower,
+        "accumulation": comparison.measured("gradfold") or comparison.measured("batch-norm-per-micro"),
+        precision: comparison.measured(f"{REFERENCE}-{precision}"),
         "both": comparison.measured(f"gradfold-{precision}"),
     }
-    # Times as long as the full batch, whole and backward alone.
-    longer = {
+    if reference is None or ways[precision] is None:
+        return ""
+    # Time relative to the full batch: of the whole training, and of its backward passes.
+    times = {
         way: (reference.samples_per_s / own.samples_per_s, own.seconds.backward / reference.seconds.backward)
         for way, own in ways.items()
         if own is not None
     }
-    (first, (whole, backward)), *others = longer.items()
-    words = (
-        f"On this machine {first} takes {whole:.2f} times as long as {REFERENCE} (its backward {backward:.2f} times)"
-    )
-    words += "".join(f", {way} {whole:.2f} ({backward:.2f})" for way, (whole, backward) in others)
-    noise = _SAME_WHERE_BUSY if _contention(comparison) else _SAME
-    best = min(whole for whole, _ in longer.values())
-    if best >= 1 - noise:
-        return f"{words}: none is faster by more than noise ({100 * noise:.0f} %)."
-    alike = [way for way, (whole, _) in longer.items() if whole <= best / (1 - noise)]
-    return f"{words}: what pays is {' or '.join(alike)}."
+    listed = ", ".join(f"{way} {whole:.2f} ({backward:.2f})" for way, (whole, backward) in times.items())
+    noise = _NOISE_WHERE_BUSY if _contention(comparison) else _NOISE
+    best = min(whole for whole, _ in times.values())
+    fastest = [way for way, (whole, _) in times.items() if whole <= best / (1 - noise)]
+    found = f"faster: {' or '.join(fastest)}" if best < 1 - noise else f"not faster beyond noise ({100 * noise:.0f} %)"
+    return f"Time relative to {REFERENCE} (its backward passes): {listed}; {found}."
 
 
-def _held_out(row: Row, comparison: Comparison) -> str:
-    """The metrics of an arm beside those of the full batch."""
-    own, other = row.measured, comparison.measured(REFERENCE)
-    if own is None or other is None:
-        return ""
-    scores = [
-        f"{name} {metric(name, value)} where {REFERENCE} has {metric(name, other.metrics[name])}"
-        for name, value in own.metrics.items()
-        if name in other.metrics
-    ]
-    return f"Held out: {', '.join(scores)}." if scores else ""
-
-
-def _of_plain_loop(row: Row, comparison: Comparison) -> str:
-    last = row.deviations.last_window_float64
-    sizes = comparison.sizes
-    words = _gradient(row, comparison)
-    if last.value is not None and not is_rounding(last, FLOAT64_ROUNDING):
-        n = sizes.num_micro_batches
-        left = -(-sizes.last_window // (sizes.micro_batch_size * sizes.num_ranks))
-        if left == n:
-            fault = "its micro-batches count the same though one is smaller"
-        else:
-            fault = f"it divides by {n} though only {left} micro-batch{'es are' if left > 1 else ' is'} left"
-        words += f" In the last window of an epoch ({sizes.last_window} samples) {fault}: that gradient is "
-        words += f"{share(last.value)} off."
-    return words.strip()
-
-
-def _of_small_batch(row: Row, comparison: Comparison) -> str:
-    reference = comparison.measured(REFERENCE)
-    if reference is None or row.measured is None:
-        return ""
-    times = row.measured.num_updates / reference.num_updates
-    return f"{row.arm} makes {times:.1f} times as many updates; {_weights(row, 'its')}".rstrip("; ") + "."
-
-
-def _gradient(row: Row, comparison: Comparison) -> str:
-    """How close the first gradient and the final weights are."""
-    in_float64 = row.deviations.gradient_float64
-    in_float32 = row.deviations.gradient_float32
-    error, precision, bound = (
-        (in_float32, "float32", FLOAT32_ROUNDING)
-        if in_float64.value is None
-        else (in_float64, "float64", FLOAT64_ROUNDING)
-    )
-    if error.value is None:
-        return ""
-    if error.value == 0.0:
-        words = f"{row.arm}: the first gradient is {_whose(row)} exactly (in {precision})"
-    elif is_rounding(error, bound):
-        words = f"{row.arm}: the first gradient is {_whose(row)} to rounding ({share(error.value)} in {precision})"
-    else:
-        words = f"{row.arm}: the first gradient is {share(error.value)} off {_whose(row)} ({precision})"
-    return f"{words}; {_weights(row, 'the')}".rstrip("; ") + "."
-
-
-def _weights(row: Row, article: str) -> str:
-    weights = row.deviations.weights.value
-    if weights is None:
-        return ""
-    if weights == 0.0:
-        return f"{article} final weights are {_whose(row)} exactly"
-    return f"{article} final weights end {share(weights)} away from {_whose(row)}"
-
-
-def _full_batch(row: Row) -> str:
-    """What the arm is measured against, in words."""
-    return "the full batch" if row.reference == REFERENCE else row.reference
-
-
-def _whose(row: Row) -> str:
-    return f"{_full_batch(row)}'s"
-
-
-def _cost(row: Row, comparison: Comparison) -> str:
-    """Memory and time against the full batch of the same model."""
-    own, reference = row.measured, comparison.measured(row.reference)
-    if own is None or reference is None:
-        return ""
-    rise, full = own.memory.rise_bytes, reference.memory.rise_bytes
-    noise = 0 if own.device == "cuda" else _PROCESS_NOISE_BYTES
-    if abs(rise - full) <= max(_SAME * full, noise):
-        memory = f"about the same memory as {_full_batch(row)} ({written(rise)} against {written(full)})"
-    else:
-        memory = f"{written(rise)} of memory where {_full_batch(row)} took {written(full)}"
-    pace = own.samples_per_s / reference.samples_per_s
-    speed = "at about the same speed" if abs(pace - 1) <= _SAME else f"at {pace:.2f} times its speed"
-    return f"Training took {memory}, {speed}."
-
-
-def _growth(comparison: Comparison) -> str:
-    """What to make of weights that differ although gradients agree to rounding."""
+def _divergence(comparison: Comparison) -> str:
+    """Why weights may differ although gradients agree to rounding."""
     control = comparison.row(CONTROL)
     if control is not None and control.deviations.weights.value is not None:
-        return (
-            f"Rounding alone ({CONTROL}) carries the weights {share(control.deviations.weights.value)} away: what is "
-            "not farther away is the same training."
-        )
-    parted = [
+        far = share(control.deviations.weights.value)
+        return f"Rounding alone ({CONTROL}) moves the final weights by {far}; an arm no farther away trained the same."
+    diverged = [
         row.arm
         for row in comparison.rows
-        if row.arm in ("gradfold", "group-norm", EXACT_BATCH_NORM)
+        if ARMS[row.arm].loop == "gradfold"
         and (row.deviations.weights.value or 0.0) >= _NOTICEABLE
-        and is_rounding(row.deviations.gradient_float64, FLOAT64_ROUNDING)
+        and row.deviations.gradient_float64.is_within(FLOAT64_ROUNDING)
+        and ARMS[row.arm].precision is None
     ]
-    if not parted:
+    if not diverged:
         return ""
-    words = "Weights may part although gradients agree: rounding grows from update to update."
-    if "gradfold" in parted:
-        words += f" --arms {REFERENCE},gradfold,{CONTROL} shows how far it goes by itself."
-    return words
-
-
-def _missing_references(comparison: Comparison) -> list[str]:
-    """What could not be compared since the full batch of its model is not there."""
-    compared: dict[str, list[str]] = {}
-    for row in comparison.rows:
-        if row.measured is not None and not row.is_reference and comparison.measured(row.reference) is None:
-            compared.setdefault(row.reference, []).append(row.arm)
-    return [
-        f"Without {reference} there is no reference: gradients and weights of {', '.join(arms)} are not compared."
-        for reference, arms in compared.items()
-    ]
+    text = "Weights diverge although gradients agree: rounding errors grow from update to update."
+    arms = f"{REFERENCE},gradfold,{CONTROL}"
+    return f"{text} --arms {arms} shows how far rounding alone goes." if "gradfold" in diverged else text
 
 
 def _contention(comparison: Comparison) -> str:
@@ -325,25 +266,18 @@ def _contention(comparison: Comparison) -> str:
     if not others or not cores or others < _BUSY or others + threads < cores + _BUSY:
         return ""
     return (
-        f"Do not trust the times: other programs kept up to {others:.1f} of {cores} cores busy, and each arm ran "
+        f"Times are not reliable: other programs kept up to {others:.1f} of {cores} cores busy, and each arm ran "
         f"{threads} thread{'s' * (threads > 1)}."
     )
 
 
-def is_rounding(deviation: Deviation, bound: float) -> bool:
-    """Whether a deviation is there and no more than rounding."""
-    return deviation.value is not None and deviation.value <= bound
-
-
-_WORDS = {
-    CONTROL: lambda row, comparison: "",
-    GROUP_NORM_REFERENCE: _of_group_norm_reference,
-    "gradfold": _of_gradfold,
-    TOKEN_BUDGET: _of_token_budget,
-    BATCH_NORM: _of_gradfold,
-    EXACT_BATCH_NORM: _of_gradfold,
-    "group-norm": _of_group_norm,
-    **{name: _of_lower_precision for name, arm in ARMS.items() if arm.precision is not None},
-    "plain-loop": _of_plain_loop,
-    "small-batch": _of_small_batch,
-}
+def _missing_references(comparison: Comparison) -> list[str]:
+    """What could not be compared, since the full batch of its model did not run to its end."""
+    missing: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        if row.measured is not None and not row.is_reference and comparison.measured(row.reference) is None:
+            missing.setdefault(row.reference, []).append(row.arm)
+    return [
+        f"Without {reference} there is no reference: gradients and weights of {', '.join(arms)} are not compared."
+        for reference, arms in missing.items()
+    ]

@@ -1,4 +1,4 @@
-"""The process of one arm: trains, measures, and tells its parent on standard output, one JSON object per line.
+"""The process of one arm: trains, measures, and reports to its parent on standard output, one JSON object per line.
 
 `python -m gradfold.compare.worker TASK` with the task as JSON. What a workload prints goes to standard error.
 """
@@ -11,126 +11,88 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradfold.compare.arms import ARMS
-from gradfold.compare.experiment import measure_arm
+from gradfold.compare.experiment import Experiment, describe, num_samples
+from gradfold.compare.loops import Update
 from gradfold.compare.results import Measured
-from gradfold.distributed.launch import RankInfo, meeting_of_children
+from gradfold.compare.serialization import from_plain, to_plain
+from gradfold.compare.settings import Settings
+from gradfold.distributed.launch import RankInfo, child_process_group
 from gradfold.workloads import registry
 
-__all__: list[str] = []
+_SECONDS_BETWEEN_REPORTS = 0.1
 
-_SECONDS_BETWEEN_EVENTS = 0.1
+Report = Callable[[str, Any], None]
+"""Called with what is reported ("progress", "measured" or "error") and the value."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one child trains, all defaults filled in.
+    """What one child trains."""
 
-    Args:
-        workload: the workload as on the command line.
-        data: its folder of data files.
-        arm: name of the arm.
-        global_batch_size: samples of one update.
-        micro_batch_size: samples that are run at once.
-        num_epochs: passes over the training samples.
-        seed: draws the first weights and the order of samples.
-        num_threads: threads of torch.
-        folder: where the gradients and weights are left for the parent.
-        place: which of several processes that share each global batch; None: this one has all of it.
-        chooses_micro_batch: whether an arm of the library chooses its micro-batch itself.
-    """
-
-    workload: str
-    data: str | None
     arm: str
-    global_batch_size: int
-    micro_batch_size: int
-    num_epochs: int
-    seed: int
-    num_threads: int | None
-    folder: str
-    place: RankInfo | None = None
-    chooses_micro_batch: bool = False
-
-    def to_json(self) -> str:
-        """The task as one argument of a command line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Task:
-        """The task from `to_json`."""
-        fields = json.loads(text)
-        place = fields.pop("place")
-        return cls(**fields, place=None if place is None else RankInfo(**place))
+    settings: Settings
+    folder: Path  # where gradients and weights are left for the parent
+    rank_info: RankInfo | None = None  # of several processes that share each global batch; None: this one has all of it
 
 
 def main() -> None:
-    """Run the task in the first argument; exit with 1 where it failed."""
+    """Run the task in the first argument; exit with 1 where it fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    tell = _protocol()
+    report = _open_report()
     try:
-        measured = run(Task.from_json(sys.argv[1]), tell)
+        measured = run(from_plain(Task, json.loads(sys.argv[1])), report)
     except Exception as error:
-        tell({"event": "failed", "error": describe(error)})
+        report("error", describe(error))
         sys.exit(1)
-    tell({"event": "finished", "measured": measured.to_json()})
+    report("measured", to_plain(measured))
 
 
-def run(task: Task, tell: Callable[[Mapping[str, Any]], None]) -> Measured:
-    """Do what the task says, and report progress on the way."""
-    if task.num_threads is not None:
-        torch.set_num_threads(task.num_threads)
-    random.seed(task.seed)
-    torch.manual_seed(task.seed)
-    workload = registry.load(task.workload, None if task.data is None else Path(task.data))
+def run(task: Task, report: Report) -> Measured:
+    """Train and measure the arm of a task, and report progress meanwhile."""
+    settings, arm = task.settings, ARMS[task.arm]
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    workload = registry.load(settings.workload, settings.data)
+    sizes = settings.sizes_for(workload)
     last = 0.0
 
-    def on_update(updates: int, samples: int, loss: float) -> None:
+    def on_update(updates: Sequence[Update]) -> None:
         nonlocal last
-        if time.monotonic() - last > _SECONDS_BETWEEN_EVENTS:
+        if time.monotonic() - last > _SECONDS_BETWEEN_REPORTS:
             last = time.monotonic()
-            tell({"event": "progress", "updates": updates, "samples": samples, "loss": loss})
+            num_updates = sum(update.applied for update in updates)
+            report("progress", {"updates": num_updates, "samples": num_samples(updates), "loss": updates[-1].loss})
 
-    with nullcontext() if task.place is None else meeting_of_children(task.place, task.arm) as ranks:
-        return measure_arm(
-            workload,
-            ARMS[task.arm],
-            global_batch_size=task.global_batch_size,
-            micro_batch_size=task.micro_batch_size,
-            num_epochs=task.num_epochs,
-            seed=task.seed,
-            folder=Path(task.folder),
-            on_update=on_update,
-            ranks=ranks,
-            chooses_micro_batch=task.chooses_micro_batch,
-        )
+    with nullcontext() if task.rank_info is None else child_process_group(task.rank_info, task.arm) as group:
+        experiment = Experiment(workload, arm, sizes, settings.seed, task.folder, group)
+        if not settings.tunes_micro_batch or arm.loop != "gradfold" or arm.requires == "token_budget":
+            return experiment.run(on_update)
+        choice = experiment.tune()
+        sizes = replace(sizes, micro_batch_size=choice.micro_batch_size)
+        return replace(replace(experiment, sizes=sizes).run(on_update), choice=choice)
 
 
-def describe(error: BaseException) -> str:
-    """An error in one line, with memory named first where that was the reason."""
-    lines = str(error).strip().splitlines() or [""]
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return f"{'out of memory: ' if out_of_memory else ''}{type(error).__name__}: {lines[0]}".rstrip(": ")
-
-
-def _protocol() -> Callable[[Mapping[str, Any]], None]:
-    """Keep standard output for events, and send everything else that is printed to standard error."""
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def _open_report() -> Report:
+    """Keep standard output for reports, and send everything else that is printed to standard error."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def tell(event: Mapping[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
+    def report(what: str, value: Any) -> None:
+        lines.write(json.dumps({what: value}) + "\n")
+        lines.flush()
 
-    return tell
+    return report
 
 
 if __name__ == "__main__":

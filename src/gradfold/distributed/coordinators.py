@@ -1,18 +1,4 @@
-"""An agreement: what the ranks tell each other in a window, so that none waits for one that has failed.
-
-All of them meet four times, and nowhere else, since forward and backward passes reduce nothing:
-
-    [A] denominators   begun before the first forward pass, read after it
-    [B] end            every rank has run its micro-batches: loss sums, which parameters have gradients
-    [C] gradients      summed, in as few reductions as buckets; nothing that can fail is left to do in between
-    [D] conclusion     all are well: the gradient is handed over
-
-A rank that fails goes to the next meeting all the same, says so, and raises its own error; the others raise
-DistributedError
-with its text. So an error on one rank ends the window on all, rolled back, and nobody hangs.
-
-Shards: what ranks agree on where each holds a part of every parameter (fully_shard), and how they take turns.
-"""
+"""Coordination of the ranks that train one model; the synchronization points are in `engine/coordinator.py`."""
 
 from __future__ import annotations
 
@@ -20,23 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeVar
 
-from torch import Tensor
-
-from gradfold.batch.nesting import Batch
-from gradfold.batch.split import MicroBatch
 from gradfold.distributed.process_group import ProcessGroup, Reduction
-from gradfold.engine.coordinator import Coordinator, T, Weigh
-from gradfold.engine.loss_terms import LossTerms, TermSums, read_pair, read_terms
-from gradfold.engine.metrics import Metrics
-from gradfold.engine.prefetch import prefetch
-from gradfold.engine.window import Backward, Forward, Schedule, Window
+from gradfold.engine.coordinator import Coordinator, Outputs
+from gradfold.engine.loss_terms import TermSums
 from gradfold.errors import DistributedError
 from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import WindowWeights
 
-__all__: list[str] = []
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,7 +25,7 @@ class _RankFailure:
 
 @dataclass(frozen=True)
 class WindowReport:
-    """What a rank tells the others at the end of its micro-batches."""
+    """What a rank reports at the end of its micro-batches."""
 
     losses: TermSums
     metrics: dict[str, tuple[float, float]]
@@ -55,138 +34,172 @@ class WindowReport:
 
 
 class DataParallelCoordinator(Coordinator):
-    """Several processes.
-
-    Args:
-        ranks: these.
-        weigh: weighs the micro-batches of this rank.
-        num_totals: how many denominators that gives.
+    """Several processes that hold the whole model each.
 
     Attributes:
-        ranks: as given.
-        num_busy: micro-batches that weigh something, by rank; known with the denominators.
-        num_rows: rows, by rank; likewise.
-        next: the meeting at which others would wait; None where there is none.
+        num_busy, num_rows: micro-batches that weigh something, and rows, by rank; known with the denominators.
+        next: the synchronization point at which others would wait; None where there is none.
     """
 
-    def __init__(self, ranks: ProcessGroup, weigh: Weigh, num_totals: int) -> None:
-        super().__init__(self._weigh_together)
-        self.ranks = ranks
-        self._weigh_own = weigh
-        self._num_totals = num_totals
-        self._wait: Callable[[], list[list[float]]] | None = None  # for meeting [A], once it has begun
-        self._totals: list[float] | None = None  # what it gave, summed
+    def __init__(self, group: ProcessGroup, num_denominators: int) -> None:
+        self.group = group
+        self.num_ranks, self.rank = group.size, group.rank
+        self._num_denominators = num_denominators
+        self.receive: Callable[[], list[list[float]]] | None = None  # the end of [A], once it has begun
+        self.denominators: list[float] | None = None  # what it gave, summed
         self.num_busy: list[int] = []
         self.num_rows: list[int] = []
-        self.next: Literal["denominators", "share", "conclusion"] | None = "denominators"
+        self.next: Literal["denominators", "exchange", "commit"] | None = "denominators"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        meeting, self.next = self.next, None
+        at, self.next = self.next, None
         if error is None:
             return
-        if meeting == "denominators" and self._wait is None:
-            self.ranks.begin_gather([1.0, 0.0] + [0.0] * self._num_totals)()
-        elif meeting == "conclusion":
-            self.ranks.all_well(False)
-        elif self._wait is not None and self._totals is None:
-            self._wait()
-        if meeting is not None:
-            self.ranks.exchange(_RankFailure(f"{type(error).__name__}: {error}"))
+        if at == "denominators" and self.receive is None:
+            self.group.begin_gather([1.0, 0.0] + [0.0] * self._num_denominators)()
+        elif at == "commit":
+            self.group.all_well(False)
+        elif self.receive is not None and self.denominators is None:
+            self.receive()
+        if at is not None:
+            self.group.exchange(_RankFailure(f"{type(error).__name__}: {error}"))
 
-    def end(self, losses: LossTerms, metrics: Metrics, gradients: GradientBuffer) -> None:
-        """Meetings [B] and [C]."""
-        self.read_totals()
-        losses.settle()
-        # Whatever takes memory comes before the meeting: after it the others wait.
-        reduction, zeros = Reduction(self.ranks, gradients.parameters), gradients.zeros()
-        reports = self.share(
-            WindowReport(losses.own_sums(), metrics.sums(), gradients.layouts(), gradients.are_found())
-        )
-        losses.join([report.losses for report in reports])
-        metrics.join([report.metrics for report in reports])
-        _refuse_differences(reports)
+    def over_all_ranks(self, own: WindowWeights) -> WindowWeights:
+        """The beginning of [A]: weights whose denominators are being summed."""
+        if self.receive is None:
+            busy = own.num_micro_batches - len(own.zero_weight)
+            self.receive = self.group.begin_gather([0.0, float(busy), *own.own_totals()])
+        return _GlobalWeights(own, self)
+
+    def read_denominators(self) -> list[float]:
+        """The end of [A]: the denominators, summed over ranks."""
+        if self.denominators is None:
+            assert self.receive is not None
+            failed, num_busy, *totals = zip(*self.receive(), strict=True)
+            self.next = "exchange"
+            if any(failed):
+                self.exchange(None)  # raises
+            self.num_busy = [int(count) for count in num_busy]
+            self.num_rows = [int(count) for count in totals[-1]]
+            self.denominators = [math.fsum(of_ranks) for of_ranks in totals]
+        return self.denominators
+
+    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
+        """[B] and [C]."""
+        self.read_denominators()
+        window.losses.settle()
+        # Whatever takes memory comes before the exchange: after it the others wait.
+        reduction, zeros = Reduction(self.group, gradients.parameters), gradients.zeros()
+        reports = self._join_outputs(window, gradients.layouts(), gradients.are_found())
+        _check_alike(reports)
         layouts = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
         reduction.run(gradients.in_layouts(layouts, zeros))
-        self.next = "conclusion"
+        self.next = "commit"
 
-    def conclude(self) -> None:
-        """Meeting [D]; DistributedError where another rank has failed since the end."""
+    def _join_outputs(self, window: Outputs, layouts: list[str | None], found: list[bool]) -> list[WindowReport]:
+        """Make losses and metrics those of all ranks; what each of them reports."""
+        losses, metrics = window.losses, window.metrics
+        reports = self.exchange(WindowReport(losses.own_sums(), metrics.sums(), layouts, found))
+        losses.join([report.losses for report in reports])
+        metrics.join([report.metrics for report in reports])
+        return reports
+
+    def commit(self) -> None:
+        """[D]; DistributedError where another rank has failed since the end."""
         self.next = None
-        if not self.ranks.all_well(True):
-            self.share(None)  # raises
+        if not self.group.all_well(True):
+            self.exchange(None)  # raises
 
     def reopen(self) -> None:
-        """The window goes on after its end, on all ranks."""
-        self.next = "share"
+        """The window continues after its end, on all ranks."""
+        self.next = "exchange"
 
-    def share(self, value: T) -> list[T]:
-        """What all ranks have to say; DistributedError where one has failed."""
-        values: list[T | _RankFailure] = self.ranks.exchange(value)
+    def exchange(self, value: T) -> list[T]:
+        """One value of each rank; DistributedError where one has failed."""
+        values: list[T | _RankFailure] = self.group.exchange(value)
         failures = [(rank, one) for rank, one in enumerate(values) if isinstance(one, _RankFailure)]
         if failures:
             self.next = None
             rank, failure = failures[0]
-            raise DistributedError(f"rank {rank} failed in this window, which was rolled back on all. {failure.text}")
-        values[self.ranks.rank] = value
+            raise DistributedError(f"rank {rank} failed; the window was rolled back on all ranks. {failure.text}")
+        values[self.group.rank] = value
         return values  # type: ignore[return-value]  # none is a failure
 
-    def begin_again(self) -> None:
-        """The denominators change: they are summed anew at the next `weigh`."""
-        self._wait = self._totals = None
+    def reset_weights(self) -> None:
+        """The denominators change: they are summed again at the next `over_all_ranks`."""
+        self.receive = self.denominators = None
         self.next = "denominators"
 
-    def around(self, schedule: Schedule, window: Window) -> Schedule:
-        """As this process would; a rank on which nothing weighs anything looks for metrics all the same."""
-        if len(window.idle) == len(window.micro_batches):
-            self.read_totals()
-            window.looks_at_idle = max(self.num_busy) > 0
-        return schedule
-
     def first_row(self) -> int:
-        """Where the rows of this process begin in the batch of all, in the order of ranks."""
-        self.read_totals()
-        return sum(self.num_rows[: self.ranks.rank])
+        """Where the rows of this rank begin in the batch of all, in the order of ranks."""
+        self.read_denominators()
+        return sum(self.num_rows[: self.group.rank])
 
-    def _weigh_together(self, micro_batches: Sequence[MicroBatch]) -> WindowWeights:
-        own = self._weigh_own(micro_batches)
-        if self._wait is None:
-            num_busy = len(micro_batches) - len(own.idle())
-            self._wait = self.ranks.begin_gather([0.0, float(num_busy), *own.own_totals()])
-        return _GlobalWeights(own, self.read_totals)
 
-    def read_totals(self) -> list[float]:
-        """The end of meeting [A]: the denominators, summed."""
-        if self._totals is None:
-            assert self._wait is not None
-            failed, num_busy, *totals = zip(*self._wait(), strict=True)
-            self.next = "share"
-            if any(failed):
-                self.share(None)  # raises
-            self.num_busy = [int(count) for count in num_busy]
-            self.num_rows = [int(count) for count in totals[-1]]
-            self._totals = [math.fsum(of_ranks) for of_ranks in totals]
-        return self._totals
+class FsdpCoordinator(DataParallelCoordinator):
+    """Several processes that hold a shard of every parameter each (FSDP2).
+
+    Forward passes gather parameters and backward passes sum gradients, on all ranks at once: see `turns.py`. Nothing
+    can run again on one rank alone.
+    """
+
+    can_replay = can_probe = False
+
+    def __init__(self, group: ProcessGroup, num_denominators: int, grad_factor: float) -> None:
+        super().__init__(group, num_denominators)
+        self.grad_factor = grad_factor
+
+    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
+        """[B]; gradients are summed already."""
+        window.losses.settle()
+        self._join_outputs(window, [], [])
+        self.next = "commit"
+
+    def all_finite(self, is_finite: bool) -> bool:
+        """Whether loss and gradient are finite on all ranks, each of which sees a shard."""
+        return self.group.all_well(is_finite)
 
 
 class _GlobalWeights(WindowWeights):
-    """Weights whose denominators are on their way."""
+    """Weights whose denominators are being summed: `named`, `unnamed` and `samples` wait for them."""
 
-    def __init__(self, own: WindowWeights, read_totals: Callable[[], list[float]]) -> None:
-        super().__init__(own.shares, own.samples)
-        self._read_totals: Callable[[], list[float]] | None = read_totals
+    def __init__(self, own: WindowWeights, coordinator: DataParallelCoordinator) -> None:
+        self._own = own
+        self._coordinator = coordinator
+        self.zero_weight = own.zero_weight
+        self.are_named = own.are_named
+        self.num_micro_batches = own.num_micro_batches
 
-    def arrive(self) -> None:
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("named", "unnamed", "samples"):
+            raise AttributeError(name)
+        self.wait()
+        return vars(self)[name]
+
+    def wait(self) -> None:
         """Wait for the denominators."""
-        if self._read_totals is not None:
-            larger = self.of_totals(self._read_totals())
-            self._read_totals = None
-            self.shares, self.samples = larger.shares, larger.samples
+        if "samples" not in vars(self):
+            larger = self._own.over(self._coordinator.read_denominators())
+            self.named, self.unnamed, self.samples = larger.named, larger.unnamed, larger.samples
+
+    def others_are_busy(self) -> bool:
+        """Whether a micro-batch of another rank has a positive weight."""
+        self.wait()
+        return max(self._coordinator.num_busy) > 0
+
+    def own_totals(self) -> list[float]:
+        """The sum of the weights of these micro-batches under every name, and of their samples."""
+        return self._own.own_totals()
+
+    def names_at(self, index: int) -> list[str] | None:
+        """The names under which a micro-batch has a positive weight."""
+        return self._own.names_at(index)
 
 
-def _refuse_differences(reports: Sequence[WindowReport]) -> None:
-    """Raise DistributedError, on all ranks, where parameters do not stand alike on them."""
+def _check_alike(reports: Sequence[WindowReport]) -> None:
+    """Raise DistributedError, on all ranks, where parameters differ between them."""
     for what, columns in (
         ("frozen", [[layout == "frozen" for layout in report.gradients] for report in reports]),
         ("found with a gradient", [report.found for report in reports]),
@@ -195,7 +208,7 @@ def _refuse_differences(reports: Sequence[WindowReport]) -> None:
         if differing:
             raise DistributedError(
                 f"{len(differing)} parameters (the first is number {differing[0]}) are {what} on some ranks and not on "
-                "others, which would leave them different gradients. Freeze, and zero, alike on all ranks."
+                "others, so ranks would end with different gradients. Freeze and zero the same on all ranks."
             )
 
 
@@ -203,75 +216,3 @@ def _common(layouts: Sequence[str | None]) -> str | None:
     """How ranks sum the gradient of one parameter: sparse where every one that has it has it so."""
     found = {layout for layout in layouts if layout not in (None, "frozen")}
     return None if not found else "sparse" if found == {"sparse"} else "dense"
-
-
-Blank: TypeAlias = "tuple[Batch, list[str] | None]"
-"""Rows for blank turns, and the loss terms that weigh something there (None: all)."""
-
-
-class FsdpCoordinator(DataParallelCoordinator):
-    """Several processes that hold a shard of every parameter each (FSDP2).
-
-    Forward passes gather parameters and backward passes sum gradients, on all ranks at once. So all take as many turns
-    as the one with the most micro-batches; blank ones have seeds of zero. Nothing can run again on one rank alone, and
-    an error in the middle of a turn ends the training on all, as it does without gradfold.
-    """
-
-    can_replay = can_try = False
-
-    def __init__(
-        self, ranks: ProcessGroup, weigh: Weigh, num_totals: int, set_reducing: Callable[[bool], None]
-    ) -> None:
-        super().__init__(ranks, weigh, num_totals)
-        self._set_reducing = set_reducing
-
-    def end(self, losses: LossTerms, metrics: Metrics, gradients: GradientBuffer) -> None:
-        """Meeting [B]; gradients are summed already."""
-        losses.settle()
-        reports = self.share(WindowReport(losses.own_sums(), metrics.sums(), [], []))
-        losses.join([report.losses for report in reports])
-        metrics.join([report.metrics for report in reports])
-        self.next = "conclusion"
-
-    def all_finite(self, is_finite: bool) -> bool:
-        """Whether loss and gradient are finite, on all ranks, each of which sees a shard."""
-        return self.ranks.all_well(is_finite)
-
-    def around(self, schedule: Schedule, window: Window) -> Schedule:
-        """The micro-batches that weigh something, then blank turns until all ranks have had as many."""
-
-        def run(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-            self.read_totals()
-            busy = [index for index in indices if index not in window.idle]
-            num_turns = max(self.num_busy)
-            self.share(None)  # all are ready: from here on they are in the middle of turns
-            self.next = None
-            blank = self._blank(window, busy, num_turns)
-            try:
-                for turn in range(num_turns):
-                    self._set_reducing(turn == num_turns - 1)
-                    if turn < len(busy):
-                        schedule([busy[turn]], forward, backward)
-                    else:
-                        window.back_propagate(_blank_terms(window, *blank))
-            finally:
-                self._set_reducing(True)
-            self.next = "share"
-
-        return run
-
-    def _blank(self, window: Window, busy: Sequence[int], num_turns: int) -> Blank:
-        """What runs in blank turns: rows that weigh something, since 0 times the gradient of others may be NaN."""
-        own = (window.micro_batches[busy[0]].data, window.weights.names_at(busy[0])) if busy else (None, None)
-        if min(self.num_busy) > 0 or not num_turns:
-            return own
-        donor = next(rank for rank, count in enumerate(self.num_busy) if count)
-        given = self.ranks.exchange(own if self.ranks.rank == donor else (None, None))[donor]
-        return own if busy else given
-
-
-def _blank_terms(window: Window, batch: Batch, names: list[str] | None) -> list[tuple[Tensor, float]]:
-    data = prefetch([MicroBatch(batch, range(0))], window.device)(0)
-    output = window.loss_fn(window.model, data)
-    terms = read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
-    return [(term, 0.0) for name, term in terms.items() if names is None or name in names]

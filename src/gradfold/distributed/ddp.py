@@ -1,7 +1,7 @@
-"""Synchronization: which processes train a model together, found in the model, and its own reductions kept quiet.
+"""DistributedDataParallel: its modules are found anywhere in a model, and their own reductions are switched off.
 
-gradfold reduces gradients once per window, after its last backward pass. So forward *and* backward passes of
-DistributedDataParallel modules run under `no_sync`, wherever in the model they are.
+gradfold reduces gradients once per window, after its last backward pass. So forward *and* backward passes of these
+modules run under `no_sync`. `find_process_group` gives the processes that train a model, by either wrapper.
 
 Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html (`no_sync`: "the
 forward pass should be included inside the context manager").
@@ -12,43 +12,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed
 from torch import nn
 
-from gradfold.distributed.fsdp import _group_of, _refuse_unsharded, sharded_modules
+from gradfold.distributed.fsdp import group_of, refuse_unsharded, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup
+from gradfold.distributed.torch_private import sync_buffers
 from gradfold.errors import DistributedError, OptionError
 
-if TYPE_CHECKING:
-    pass
-
-__all__: list[str] = []
-
-DistributedOption: TypeAlias = Literal["alone", "reduce_once"] | None
+DistributedOption: TypeAlias = Literal[False] | None
 
 
-def check_option(ranks: str | None) -> None:
+def check_distributed(distributed: object) -> None:
     """Raise OptionError unless the option is known."""
-    if ranks not in (None, "alone", "reduce_once"):
+    if distributed is not None and distributed is not False:
         raise OptionError(
-            f"ranks={ranks!r}; expected None (the processes of the DistributedDataParallel or fully_shard modules in "
-            'the model), "alone" (this process trains by itself) or "reduce_once" (fully_shard modules sum gradients '
-            "once per window, and keep them whole until then)."
+            f"distributed={distributed!r}; expected None (the processes of the DistributedDataParallel or fully_shard "
+            "modules in the model) or False (this process trains by itself)."
         )
 
 
 def find_process_group(
     modules: Sequence[nn.Module], device: torch.device, option: DistributedOption
 ) -> ProcessGroup | None:
-    """The processes that train these modules together; None where there is no such thing.
+    """The processes that train these modules together; None if there is one.
 
     Raises:
         DistributedError: there are several, and it is unclear or unsupported how they do it.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or option == "alone":
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or option is False:
         return None
     for module in modules:
         _refuse_foreign(module)
@@ -59,18 +54,17 @@ def find_process_group(
             raise DistributedError(
                 "the model has both DistributedDataParallel and fully_shard modules; use one of them."
             )
-        _refuse_unsharded(modules)
-        return ProcessGroup(_group_of(sharded), device)
+        refuse_unsharded(modules)
+        return ProcessGroup(group_of(sharded), device)
     if not wrapped:
         _refuse_unwrapped()
         return None
     groups = {id(module.process_group): module.process_group for module in wrapped}
     if len(groups) > 1:
-        raise DistributedError(
-            "the model's DistributedDataParallel modules have different process groups; give them one."
-        )
-    for module in wrapped:
-        _refuse_options(module)
+        raise DistributedError("the model's DistributedDataParallel modules have different process groups; use one.")
+    for attribute, reason in _UNSUPPORTED.items():
+        if any(getattr(module, attribute, None) for module in wrapped):
+            raise DistributedError(reason)
     if torch.distributed.get_world_size(wrapped[0].process_group) > 1:
         _refuse_sync_batch_norm(modules)
     (group,) = groups.values()
@@ -113,20 +107,17 @@ def wrapped_as(model: nn.Module, bare: nn.Module) -> nn.Module:
 
 @contextmanager
 def without_reductions(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """No collective operations in forward and backward passes of these modules; buffers are rank 0's at the start.
-
-    That is what a DistributedDataParallel does once per update, too, where it broadcasts buffers.
-    """
+    """No collectives in passes of these modules; buffers are rank 0's at the start, as once per update without us."""
     for module in parallel_modules(modules):
         if module.broadcast_buffers and list(module.module.buffers()):
-            module._sync_buffers()  # type: ignore[no-untyped-call]
-    with on_its_own(modules):
+            sync_buffers(module)
+    with training_alone(modules):
         yield
 
 
 @contextmanager
-def on_its_own(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """No collective operations in forward and backward passes of these modules, nor before: no other rank need come."""
+def training_alone(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No collectives in passes of these modules, nor before them: no other rank need come."""
     with ExitStack() as stack:
         for module in parallel_modules(modules):
             stack.enter_context(module.no_sync())
@@ -139,28 +130,21 @@ def _refuse_unwrapped() -> None:
     size = torch.distributed.get_world_size()
     if size > 1:
         raise DistributedError(
-            f"{size} processes are initialized, but no DistributedDataParallel is found in the model, so that each "
-            "would train a model of its own. Wrap it: DistributedDataParallel(model); or say that this is meant: "
-            'ranks="alone".'
+            f"{size} processes are initialized, but no DistributedDataParallel is found in the model, so each would "
+            "train its own model. Wrap it: DistributedDataParallel(model); or, if this is intended, pass "
+            "distributed=False."
         )
 
 
-def _refuse_options(module: nn.parallel.DistributedDataParallel) -> None:
-    if getattr(module, "static_graph", False):
-        raise DistributedError(
-            "DistributedDataParallel(static_graph=True) does not go with no_sync(), under which gradients accumulate: "
-            "it can stop reducing them in silence. Leave static_graph out."
-        )
-    if getattr(module, "parameters_to_ignore", None):
-        raise DistributedError(
-            "the DistributedDataParallel was told to ignore some parameters, whose gradients gradfold would sum over "
-            "the ranks all the same. Freeze them, or let it have them."
-        )
-    if getattr(module, "_comm_hooks", None):
-        raise DistributedError(
-            "the DistributedDataParallel has a communication hook, which gradfold's one reduction per window would "
-            "pass over. Leave the hook out."
-        )
+_UNSUPPORTED = {
+    "static_graph": "DistributedDataParallel(static_graph=True) is not supported with no_sync(), under which gradients "
+    "accumulate: it can stop reducing them in silence. Leave static_graph out.",
+    "parameters_to_ignore": "DistributedDataParallel ignores some parameters (parameters_to_ignore), but gradfold "
+    "would sum their gradients over the ranks. Freeze them, or do not ignore them.",
+    "_comm_hooks": "DistributedDataParallel has a communication hook, which gradfold's one reduction per window would "
+    "not call. Leave the hook out.",
+}
+"""Why a DistributedDataParallel with this attribute is refused."""
 
 
 def _refuse_sync_batch_norm(modules: Sequence[nn.Module]) -> None:

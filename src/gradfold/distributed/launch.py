@@ -1,6 +1,6 @@
-"""A rendezvous: how processes that were started together find each other, and how a program starts them.
+"""Launch: how processes that were started together find each other, and how a command starts them.
 
-torchrun's environment variables say who is who: https://docs.pytorch.org/docs/stable/elastic/run.html.
+Ranks come from torchrun's environment variables: https://docs.pytorch.org/docs/stable/elastic/run.html.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import os
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from gradfold.distributed.process_group import ProcessGroup
-
-__all__: list[str] = []
+from gradfold.distributed.torch_private import fake_store
 
 _AS_LONG_AS_IT_TAKES = timedelta(days=30)  # ranks may wait for one that trains alone
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -28,7 +28,7 @@ INTERRUPTED = 130  # what shells report after Ctrl-C
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where this process stands among those that were started with it.
+    """The rank of this process among those that were started with it.
 
     Args:
         rank: its number, from 0.
@@ -42,7 +42,7 @@ class RankInfo:
 
 
 def find_rank_info() -> RankInfo | None:
-    """The place that torchrun gave this process; None where it was started alone."""
+    """The rank that torchrun gave this process; None where it was started alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
@@ -50,23 +50,27 @@ def find_rank_info() -> RankInfo | None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks for all."""
+    """Whether this is the process that prints for all."""
     place = find_rank_info()
     return place is None or place.rank == 0
 
 
 @contextmanager
-def meeting() -> Iterator[ProcessGroup]:
-    """A process group of all that were started together, on their processors, for as long as the block runs."""
-    dist.init_process_group("gloo", timeout=_AS_LONG_AS_IT_TAKES)
+def _process_group(backend: str, **options: Any) -> Iterator[ProcessGroup]:
+    dist.init_process_group(backend, **options)
     try:
-        yield ProcessGroup(_default_group(), torch.device("cpu"))
+        assert dist.group.WORLD is not None
+        yield ProcessGroup(dist.group.WORLD, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
 
-@contextmanager
-def meeting_of_children(place: RankInfo, name: str) -> Iterator[ProcessGroup]:
+def launched_process_group() -> AbstractContextManager[ProcessGroup]:
+    """A process group of all that were started together, on their processors, for as long as the block runs."""
+    return _process_group("gloo", timeout=_AS_LONG_AS_IT_TAKES)
+
+
+def child_process_group(place: RankInfo, name: str) -> AbstractContextManager[ProcessGroup]:
     """A process group of one child of each of them, which they have started under the same name."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if torch.cuda.is_available():
@@ -75,37 +79,26 @@ def meeting_of_children(place: RankInfo, name: str) -> Iterator[ProcessGroup]:
     clients = dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
     store = dist.PrefixStore(f"gradfold/{attempt}/{name}", clients)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
-    try:
-        yield ProcessGroup(_default_group(), torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
+    return _process_group(backend, store=store, rank=place.rank, world_size=place.size)
 
 
-@contextmanager
-def fake_process_group(num_ranks: int) -> Iterator[None]:
-    """A process group of this process and others that are not there, for models that are looked at but not run.
+def fake_process_group(num_ranks: int) -> AbstractContextManager[ProcessGroup]:
+    """A process group of this process and others that do not exist, for models that are inspected but not run.
 
-    What it sends goes nowhere. Source: the backend "fake" of torch's own tests.
+    Collectives send nothing. Source: the backend "fake" of torch's own tests.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    return _process_group("fake", rank=0, world_size=num_ranks, store=fake_store())
 
 
 def in_parallel(model: nn.Module) -> nn.Module:
-    """The model for all processes of the default group, each with rows of its own."""
+    """The model for all processes of the default group, each with its own rows."""
     return nn.parallel.DistributedDataParallel(model)
 
 
 def launch(arguments: Sequence[str], num_ranks: int) -> int:
-    """Run `python ARGUMENTS` in this many processes, as torchrun does on one machine; gives their exit code.
+    """Run `python ARGUMENTS` in this many processes, as torchrun does on one machine; returns their exit code.
 
-    Processors are shared out among them, where `OMP_NUM_THREADS` does not say otherwise.
+    The processors are divided among them, unless `OMP_NUM_THREADS` is set.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -132,9 +125,3 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     except SignalException:
         return INTERRUPTED
     return 0
-
-
-def _default_group() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group

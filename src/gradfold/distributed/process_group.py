@@ -1,18 +1,13 @@
-"""The ranks: the processes that train together. Sums over them, and what each has to tell the others.
+"""A process group: the processes that train together, sums over them, and the values that they exchange.
 
 `torch.distributed` does the work: https://docs.pytorch.org/docs/stable/distributed.html.
-
-The company of a process while a micro-batch size is looked for: none, or ranks that search in step.
-
-Where each rank holds a part of every parameter, no forward pass of one runs without the others. So all try the same
-sizes at the same time, by the same clock, and choose the same.
 """
 
 from __future__ import annotations
 
 import atexit
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -20,15 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradfold.distributed.torch_private import is_shared
 from gradfold.errors import DistributedError
+from gradfold.torch_private import foreach_copy
 
-__all__: list[str] = []
+is_initialized: Callable[[], bool] = dist.is_initialized if dist.is_available() else bool
+"""Whether this process has a process group; False where torch was built without."""
 
 _BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
 
 T = TypeVar("T")
 
-_sent: deque[list[Tensor]] = deque(maxlen=4)  # in the last meetings
+_sent: deque[list[Tensor]] = deque(maxlen=4)  # in the last exchanges
 _PATIENCE_S = 1.0
 
 
@@ -41,22 +39,12 @@ def wait_for_threads() -> None:
     DistributedDataParallel.
     """
     end = time.monotonic() + _PATIENCE_S
-    while any(_is_held(tensor) for tensors in _sent for tensor in tensors) and time.monotonic() < end:
+    while any(is_shared(tensor) for tensors in _sent for tensor in tensors) and time.monotonic() < end:
         time.sleep(0.001)
 
 
-def _is_held(tensor: Tensor) -> bool:
-    """Whether others than Python hold it."""
-    return tensor._use_count() > 1  # type: ignore[attr-defined, no-any-return]
-
-
 class ProcessGroup:
-    """The processes of one group, each with rows of its own.
-
-    Args:
-        group: a process group of torch.distributed.
-        device: where collectives of this group take tensors from: that of the model.
-    """
+    """The processes of one group, each with rows of its own; `device` is where collectives take tensors from."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
@@ -65,7 +53,7 @@ class ProcessGroup:
         self._device = device
 
     def begin_gather(self, numbers: Sequence[float]) -> Callable[[], list[list[float]]]:
-        """Begin to collect these numbers from every rank; the function that comes back waits for them, by rank."""
+        """Begin to gather these numbers from every rank; the function that is returned waits for them, by rank."""
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         of_all = [torch.empty_like(own) for _ in range(self.size)]
         _sent.append([own, *of_all])
@@ -79,7 +67,7 @@ class ProcessGroup:
         return wait
 
     def exchange(self, value: T) -> list[T]:
-        """What every rank has to tell, in the order of ranks; anything that can be pickled."""
+        """One value of every rank, in the order of ranks; anything that can be pickled."""
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -93,10 +81,10 @@ class ProcessGroup:
     def sum(self, own: Tensor) -> Tensor:
         """Their sum, the same bits on every rank."""
         total = own.clone()
-        dist.all_reduce(total, group=self.group)
+        self.all_reduce(total)
         return total
 
-    def fill_in(self, whole: Tensor, counts: Sequence[int]) -> None:
+    def broadcast_rows(self, whole: Tensor, counts: Sequence[int]) -> None:
         """Every rank has its own rows of a contiguous tensor, `counts` by rank: fill in those of the others."""
         start = 0
         for rank, count in enumerate(counts):
@@ -106,7 +94,7 @@ class ProcessGroup:
                 # As bytes, since not every backend sends every dtype.
                 dist.broadcast(rows.view(-1).view(torch.uint8), group=self.group, group_src=rank)
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """The sum over all ranks, in place; the same bits on each."""
         dist.all_reduce(tensor, group=self.group)
 
@@ -118,17 +106,16 @@ class ProcessGroup:
 class Reduction:
     """Sums gradients over ranks, a bucket at a time, in memory that it has before it begins.
 
-    So that memory cannot run out on one rank while the others wait for it.
+    So no rank can be out of memory while the others wait for it.
     """
 
     def __init__(self, ranks: ProcessGroup, parameters: Iterable[Tensor]) -> None:
         self._group = ranks.group
         self.num_reductions = 0
-        num_elements: dict[tuple[torch.dtype, torch.device], int] = {}
+        num_elements: Counter[tuple[torch.dtype, torch.device]] = Counter()
         for parameter in parameters:
             if parameter.requires_grad:
-                key = parameter.grad_dtype or parameter.dtype, parameter.device
-                num_elements[key] = num_elements.get(key, 0) + parameter.numel()
+                num_elements[parameter.grad_dtype or parameter.dtype, parameter.device] += parameter.numel()
         self._buckets = {
             (dtype, device): torch.empty(min(count, _BUCKET_BYTES // dtype.itemsize), dtype=dtype, device=device)
             for (dtype, device), count in num_elements.items()
@@ -159,79 +146,52 @@ class Reduction:
         if whole is not gradient:
             gradient.copy_(whole)
 
-    def _sum_together(self, bucket: Tensor, gradients: Sequence[Tensor]) -> None:
+    def _sum_together(self, bucket: Tensor, gradients: list[Tensor]) -> None:
         sizes = [gradient.numel() for gradient in gradients]
         flat = bucket[: sum(sizes)]
         parts = [part.view(one.shape) for part, one in zip(torch.split(flat, sizes), gradients, strict=True)]
-        torch._foreach_copy_(parts, list(gradients))
+        foreach_copy(parts, gradients)
         dist.all_reduce(flat, group=self._group)
-        torch._foreach_copy_(list(gradients), parts)
+        foreach_copy(gradients, parts)
         self.num_reductions += 1
 
 
-class LocalGroup:
-    """That of one process, which decides by itself: none.
+class TuningGroup:
+    """The processes that pick one micro-batch size together: one by itself, or ranks in step.
 
-    Attributes:
-        size: how many processes decide together.
-    """
-
-    size = 1
-
-    def attempt(self, decide: Callable[[], T]) -> T:
-        """What it decides."""
-        return decide()
-
-    def gather(self, value: T) -> list[T]:
-        """What every process has to say."""
-        return [value]
-
-    def clock(self) -> float:
-        """The seconds that pass."""
-        return time.perf_counter()
-
-    def stopwatch(self, device: torch.device) -> Callable[[], float]:
-        """What times a step: where one thread does all the work its own time, in which no other program has a part."""
-        is_busy = device.type == "cpu" and torch.get_num_threads() == 1
-        return time.thread_time if is_busy else time.perf_counter
-
-
-class SynchronizedGroup(LocalGroup):
-    """Several, all of which come to every call.
+    Where each rank holds a shard of every parameter, no rank can run a forward pass alone. So all try the same sizes at
+    the same time, by the same clock, and choose the same: every call is a collective.
 
     Args:
-        ranks: these.
+        ranks: None: this process by itself.
     """
 
-    def __init__(self, ranks: ProcessGroup) -> None:
+    def __init__(self, ranks: ProcessGroup | None = None) -> None:
         self._ranks = ranks
-        self.size = ranks.size
+        self.size = 1 if ranks is None else ranks.size
 
     def attempt(self, decide: Callable[[], T]) -> T:
-        """What this rank decides; where one fails, all do.
-
-        Raises:
-            DistributedError: another rank has failed.
-            Exception: this one has.
-        """
+        """The result of a call on this rank; DistributedError where it fails on another one."""
         try:
             decided = decide()
         except BaseException as error:
-            self._ranks.exchange(f"{type(error).__name__}: {error}")
+            self.gather(f"{type(error).__name__}: {error}")
             raise
-        for rank, failure in enumerate(self._ranks.exchange("")):
+        for rank, failure in enumerate(self.gather("")):
             if failure:
-                raise DistributedError(f"rank {rank} failed while a micro-batch size was looked for. {failure}")
+                raise DistributedError(f"rank {rank} failed while micro-batch sizes were tried. {failure}")
         return decided
 
     def gather(self, value: T) -> list[T]:
-        """What every rank has to say, in the order of ranks."""
-        return self._ranks.exchange(value)
+        """The value of every rank, in the order of ranks."""
+        return [value] if self._ranks is None else self._ranks.exchange(value)
 
     def clock(self) -> float:
-        """The seconds that pass for the first rank, which waits for the others in every pass."""
-        return self._ranks.begin_gather([time.perf_counter()])()[0][0]
+        """Seconds, of the first rank, which waits for the others in every pass."""
+        now = time.perf_counter()
+        return now if self._ranks is None else self._ranks.begin_gather([now])()[0][0]
 
     def stopwatch(self, device: torch.device) -> Callable[[], float]:
-        """The same clock: waiting counts."""
-        return self.clock
+        """The clock for a step: CPU time where one thread does all the work, so other programs have no part in it."""
+        is_one_thread = self._ranks is None and device.type == "cpu" and torch.get_num_threads() == 1
+        return time.thread_time if is_one_thread else self.clock

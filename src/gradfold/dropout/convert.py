@@ -1,9 +1,10 @@
-"""The conversion of a model: torch's dropout layers into ones whose masks do not depend on how a batch is cut."""
+"""Conversion of a model: torch's dropout layers into ones whose masks do not depend on the split."""
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from gradfold.dropout.layer import CounterBasedDropout
 from gradfold.errors import ModelError, OptionError
@@ -11,7 +12,11 @@ from gradfold.messages import warn
 
 __all__ = ["convert_dropout"]
 
-# Of torch's own layers, how many dimensions after the rows' are dropped one by one.
+TorchDropout: TypeAlias = (
+    nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout
+)
+
+# Of torch's own layers: how many dimensions after the rows' are dropped independently (None: all), and if it is alpha.
 _KINDS: dict[type[nn.Module], tuple[int | None, bool]] = {
     nn.Dropout: (None, False),
     nn.Dropout1d: (1, False),
@@ -23,10 +28,10 @@ _KINDS: dict[type[nn.Module], tuple[int | None, bool]] = {
 
 
 def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Module:
-    """Replace the dropout layers of a model by ones whose masks do not depend on how a batch is cut.
+    """Replace the dropout layers of a model by ones whose masks do not depend on the split.
 
     With torch's dropout every split of a batch, and every number of ranks, trains with other masks. With these, windows
-    have the masks of the full batch, so that its gradient comes out to rounding whatever the split. The update is the
+    have the masks of the full batch, so its gradient is reproduced to rounding whatever the split. The update is the
     accumulator's `num_windows`, which its `state_dict()` holds. Outside of `accumulator.backward` they draw as torch's.
 
     The model is changed in place, as by `gradfold.convert_batch_norm`. Dropout, Dropout1d, Dropout2d, Dropout3d,
@@ -35,16 +40,16 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
 
     Args:
         model: holds dropout layers at any depth, or is one.
-        seed: another one gives other masks; it must be the same on all ranks.
+        seed: the seed of the masks, which must be the same on all ranks.
         row_dim: the dimension of the layers' inputs that counts the rows of the batch: 1 for inputs (T, B, d).
 
     Returns:
-        The model that was given; the new layer, where it is itself a dropout layer.
+        The model; or the new layer, where the model is itself a dropout layer.
 
     Raises:
-        OptionError: an argument cannot work.
-        ModelError: a layer draws masks inside of torch (attention weights, recurrent layers), or is a dropout of the
-            user's own. Nothing has been changed then.
+        OptionError: an argument is not supported.
+        ModelError: a layer draws masks inside of torch (attention weights, recurrent layers), or is a custom dropout.
+            The model is unchanged then.
 
     >>> import torch, gradfold
     >>> model = torch.nn.Sequential(torch.nn.Linear(10, 8), torch.nn.ReLU(), torch.nn.Dropout(0.2))
@@ -56,38 +61,38 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
     for name, value in (("seed", seed), ("row_dim", row_dim)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"{name}={value!r}; expected a whole number of at least 0.")
-    _refuse_drawing_inside(model)
+    _refuse_internal_dropout(model)
     new = {
         module: _converted(module, name, seed, row_dim)
         for name, module in model.named_modules()
-        if isinstance(module, _DropoutNd) and not isinstance(module, CounterBasedDropout)
+        if isinstance(module, TorchDropout) and not isinstance(module, CounterBasedDropout)
     }
     _warn_of_others(model)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, _DropoutNd) and child in new:
+            if isinstance(child, TorchDropout) and child in new:
                 parent.register_module(name, new[child])
-    return new.get(model, model) if isinstance(model, _DropoutNd) else model
+    return new.get(model, model) if isinstance(model, TorchDropout) else model
 
 
-def _converted(module: _DropoutNd, name: str, seed: int, row_dim: int) -> CounterBasedDropout:
+def _converted(module: TorchDropout, name: str, seed: int, row_dim: int) -> CounterBasedDropout:
     feature_dims, is_alpha = _KINDS[type(module)]
     held = [key.strip("_") for key, value in vars(module).items() if key.endswith("_hooks") and value]
     if module.inplace or held:
         what = "works in place" if module.inplace else f"carries hooks ({', '.join(held)})"
+        fix = "Write h = dropout(h), and inplace=False" if module.inplace else "Remove them, and register them again"
         raise ModelError(
-            f"{name or 'the model itself'} ({type(module).__name__}) {what}, which the new layer would not. "
-            f"{'Write h = dropout(h), and inplace=False' if module.inplace else 'Remove them, and set them anew'}."
+            f"{name or 'the model itself'} ({type(module).__name__}) {what}, which the new layer would not. {fix}."
         )
     if feature_dims is not None and row_dim:
         raise OptionError(
-            f"row_dim={row_dim} does not go with {type(module).__name__} ({name!r}), whose inputs are (N, C, ...)."
+            f"row_dim={row_dim} is not supported with {type(module).__name__} ({name!r}), whose inputs are (N, C, ...)."
         )
     return CounterBasedDropout(module.p, name, seed, row_dim, feature_dims, is_alpha).train(module.training)
 
 
-def _refuse_drawing_inside(model: nn.Module) -> None:
-    """Raise ModelError where torch itself drops, out of reach, or a layer is not torch's own."""
+def _refuse_internal_dropout(model: nn.Module) -> None:
+    """Raise ModelError where a kernel of torch drops by itself, or a layer is not torch's own."""
     for name, module in model.named_modules():
         rate = getattr(module, "dropout", 0.0)
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and isinstance(rate, float) and rate > 0:
@@ -97,19 +102,19 @@ def _refuse_drawing_inside(model: nn.Module) -> None:
                 f"depend on the split. Switch that off, model.get_submodule({name!r}).dropout = 0.0, and convert the "
                 "layers around it."
             )
-        if isinstance(module, _DropoutNd) and type(module) not in (*_KINDS, CounterBasedDropout):
+        if isinstance(module, TorchDropout) and type(module) not in (*_KINDS, CounterBasedDropout):
             raise ModelError(
-                f"{name or 'the model itself'} is a {type(module).__name__}, whose forward is not known. Replace it by "
+                f"{name or 'the model itself'} is a {type(module).__name__}, a custom dropout. Replace it by "
                 "torch.nn.Dropout, or leave it out."
             )
 
 
 def _warn_of_others(model: nn.Module) -> None:
-    """Warn of modules that look as if they drop by themselves."""
+    """Warn of modules that seem to drop by themselves."""
     others = [
         f"{name or 'the model itself'} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if not isinstance(module, _DropoutNd)
+        if not isinstance(module, TorchDropout)
         and (
             any(word in type(module).__name__.lower() for word in ("droppath", "stochasticdepth"))
             or any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
@@ -117,7 +122,7 @@ def _warn_of_others(model: nn.Module) -> None:
     ]
     if others:
         warn(
-            f"these modules look as if they drop by themselves, with masks that depend on the split: "
+            f"these modules seem to drop by themselves, with masks that depend on the split: "
             f"{', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}. Only layers of "
-            "torch.nn were converted; set their rates to 0, or let them call an nn.Dropout."
+            "torch.nn were converted; set their rates to 0, or call an nn.Dropout in them."
         )

@@ -1,7 +1,8 @@
-"""Dropout whose masks do not depend on the split: each is a hash of who drops what, not a draw from a generator.
+"""Counter-based dropout: masks are hashes of their place, not draws from a generator, so no split changes them.
 
-Whether an element is dropped follows from (seed, update, layer, call, row of the global batch, element in the row). So
-a window has the masks of the full batch, however it is cut, in whatever order its parts run, on however many ranks, and
+Whether an element is dropped is a function of (seed, update, layer, call, row of the global batch, element in the row),
+as in stateless generators (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3": Random123; JAX). So a
+window has the masks of the full batch, however it is split, in whatever order its parts run, on however many ranks, and
 when they run again; and the gradient is that of the full batch with dropout on. The hash takes integers alone, and is
 the same on every device.
 
@@ -12,16 +13,21 @@ search for the least bias. In 64-bit integers its products of 32-bit words canno
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from gradfold.batch.rows import Rows, shift_rows
+from gradfold.engine.coordinator import Coordinator
+from gradfold.engine.window import PassListener
 from gradfold.errors import ModelError, OptionError
 
 __all__ = ["counter_based_dropout"]
+
+K = TypeVar("K", bound="DropoutKeys | None")
 
 _WORD = 0xFFFFFFFF
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # the second as a negative number, which is the same modulo 2^32
@@ -31,24 +37,34 @@ _GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: spreads consecutive 
 _DROPPED = -1.7580993408473766
 
 
-class DropoutKeys:
+@final
+class DropoutKeys(PassListener):
     """Where a forward pass is: the update, and the rows of the global batch that it runs. Shared by a model's layers.
+
+    Args:
+        layers: that share it.
+        update: the number of the update.
+        device: of the model.
+        coordinator: knows where the rows of this process begin in the batch of all.
 
     Attributes:
         words: (2, rows) two 32-bit words per row, from update and row.
         is_forward: whether a forward pass runs; else activations are computed again for a backward pass.
     """
 
-    def __init__(self, layers: Sequence[CounterBasedDropout], update: int, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[CounterBasedDropout], update: int, device: torch.device, coordinator: Coordinator
+    ) -> None:
         self._layers = layers
         self._of_update = _hash("update", update)
         self._device = device
+        self._coordinator = coordinator
         self.words = torch.empty(2, 0, dtype=torch.int64)
         self.is_forward = False
 
-    @contextmanager
-    def of_rows(self, rows: Rows) -> Iterator[None]:
-        """The forward pass of these rows of the global batch."""
+    def begin(self, rows: Rows) -> None:
+        """The forward pass of these rows of this process."""
+        rows = shift_rows(rows, self._coordinator.first_row())
         if isinstance(rows, range):
             numbers = torch.arange(rows.start, rows.stop, device=self._device)
         else:
@@ -57,23 +73,23 @@ class DropoutKeys:
         for layer in self._layers:
             layer.num_calls = 0
         self.is_forward = True
-        try:
-            yield
-        finally:
-            self.is_forward = False
+
+    def end(self) -> None:
+        """Layers that run from here on compute activations again."""
+        self.is_forward = False
 
 
 class CounterBasedDropout(nn.Dropout):
-    """Dropout that `convert_dropout` puts in the place of torch's.
+    """The layer by which `convert_dropout` replaces torch's.
 
     In `accumulator.backward(batch)` its masks are those of the global batch; elsewhere it draws them as torch's does.
 
     Attributes:
-        name: of the layer in the model.
-        seed: as given to `convert_dropout`.
+        name: the layer's name in the model.
+        seed: as passed to `convert_dropout`.
         row_dim: the dimension of inputs that counts the rows.
-        feature_dims: how many dimensions after the rows' are dropped one by one; None: all, element by element. In 2d
-            dropout it is 1: whole channels are dropped.
+        feature_dims: how many dimensions after the rows' are dropped independently; None: all, element by element. In
+            2d dropout it is 1: whole channels are dropped.
         is_alpha: whether dropped elements are set to selu's lower end instead of 0, with mean and variance kept.
         num_calls: so far in this forward pass.
     """
@@ -102,7 +118,7 @@ class CounterBasedDropout(nn.Dropout):
         return _alpha_dropped(input, keep, self.p) if self.is_alpha else _dropped(input, keep, self.p)
 
     def extra_repr(self) -> str:
-        """What stands in a printed model."""
+        """What a printed model shows."""
         return f"p={self.p}, name={self.name!r}, seed={self.seed}"
 
     def _keep(self, input: Tensor, shape: list[int]) -> Tensor:
@@ -111,7 +127,7 @@ class CounterBasedDropout(nn.Dropout):
         if input.dim() <= self.row_dim or input.shape[self.row_dim] != words.shape[1]:
             raise ModelError(
                 f"dropout in {self.name!r} got an input of shape {tuple(input.shape)} for a micro-batch of "
-                f"{words.shape[1]} rows; expected them in dimension {self.row_dim}, so that every row gets its own "
+                f"{words.shape[1]} rows; expected them in dimension {self.row_dim}, for every row to have its own "
                 "mask. Where rows are in another dimension write convert_dropout(model, row_dim=...); where they are "
                 "folded into a longer one, drop before that, or leave this layer as torch.nn.Dropout and set its p to "
                 "0."
@@ -122,7 +138,7 @@ class CounterBasedDropout(nn.Dropout):
         return _keep(words[0] ^ first, words[1] ^ second, shape, self.row_dim, self.p)
 
     def _count(self) -> int:
-        """The number of this call in the forward pass; known in activation checkpointing if there is but one."""
+        """The number of this call in the forward pass; in activation checkpointing known only if there is one."""
         assert self.keys is not None
         if self.keys.is_forward:
             self.num_calls += 1
@@ -130,8 +146,8 @@ class CounterBasedDropout(nn.Dropout):
         if self.num_calls > 1:
             raise ModelError(
                 f"dropout in {self.name!r} is called {self.num_calls} times in a forward pass and again in the "
-                "backward pass (activation checkpointing), where it cannot know which of them is computed again. Use "
-                "one layer for each place."
+                "backward pass (activation checkpointing), where it cannot know which of them is recomputed. Use one "
+                "layer for each place."
             )
         return 0
 
@@ -140,14 +156,14 @@ class CounterBasedDropout(nn.Dropout):
 def counter_based_dropout(model: nn.Module, update: int, first_row: int = 0, num_rows: int = 1) -> Iterator[None]:
     """In this block the layers of `convert_dropout` have the masks of some rows of an update, as in a window.
 
-    For loops of one's own, and to see what a window did: `accumulator.backward(batch)` has those of update
-    `accumulator.num_windows`, as that was before.
+    For custom loops, and to reproduce a window: `accumulator.backward(batch)` has those of update
+    `accumulator.num_windows`, as it was before the call.
 
     Args:
         model: holds the layers.
         update: the number of the update.
-        first_row: of the rows, in the global batch.
-        num_rows: how many there are.
+        first_row: the first of these rows in the global batch.
+        num_rows: how many rows every input has.
 
     >>> import torch, gradfold
     >>> model = gradfold.convert_dropout(torch.nn.Sequential(torch.nn.Dropout(0.5)))
@@ -159,63 +175,35 @@ def counter_based_dropout(model: nn.Module, update: int, first_row: int = 0, num
     """
     layers = counter_based_layers(model.modules())
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with keyed(layers, update, device) as keys:
-        if keys is None:
+    with counting(layers, update, device, Coordinator()) as keys:
+        keys.begin(range(first_row, first_row + num_rows))
+        try:
             yield
-            return
-        with keys.of_rows(range(first_row, first_row + num_rows)):
-            yield
+        finally:
+            keys.end()
 
 
-class RowPosition:
-    """What goes around the forward passes of a window, so that its rows get their own masks.
-
-    Args:
-        keys: shared by the layers.
-        first_row: where the rows of this process begin in the batch of all; asked for once.
-    """
-
-    def __init__(self, keys: DropoutKeys, first_row: Callable[[], int]) -> None:
-        self._keys = keys
-        self._ask = first_row
-        self._first: int | None = None
-
-    def __call__(self, rows: Rows) -> AbstractContextManager[None]:
-        """A forward pass of these rows of this process."""
-        if self._first is None:
-            self._first = self._ask()
-        return self._keys.of_rows(shift_rows(rows, self._first))
-
-
-@contextmanager
-def unkeyed(layers: Sequence[CounterBasedDropout]) -> Iterator[None]:
-    """The layers draw as torch's do: for trials, which hand out draws by themselves."""
-    found = [layer.keys for layer in layers]
-    for layer in layers:
-        layer.keys = None
-    try:
-        yield
-    finally:
-        for layer, keys in zip(layers, found, strict=True):
-            layer.keys = keys
+def drawing_from_generators(layers: Sequence[CounterBasedDropout]) -> AbstractContextManager[DropoutKeys | None]:
+    """In this block the layers draw as torch's do: for self-checks, which replay random numbers by themselves."""
+    return _with_keys(layers, None)
 
 
 def refuse_options(layers: Sequence[CounterBasedDropout], batch_norm: str | None, is_sharded: bool) -> None:
     """Raise OptionError where micro-batches do not run one after another."""
     if layers and batch_norm not in (None, "per_micro_batch"):
         raise OptionError(
-            f'batch_norm="{batch_norm}" does not go with the layers of convert_dropout, which must know whose forward '
-            "pass runs: micro-batches run in turns there. Use torch's dropout."
+            f'batch_norm="{batch_norm}" is not supported with the layers of convert_dropout: micro-batches run in '
+            "turns, and the layers would not know which one runs. Use torch's dropout."
         )
     if len({(layer.seed, layer.name) for layer in layers}) < len(layers):
         raise OptionError(
             "two layers of convert_dropout have the same name and seed, and so the same masks: parts of the model were "
-            "converted one by one. Convert the whole model, or give each part a seed of its own."
+            "converted one by one. Convert the whole model, or pass each part a different seed."
         )
     if layers and is_sharded:
         raise OptionError(
-            "fully_shard does not go with the layers of convert_dropout, which have no masks for the blank turns of a "
-            "rank. Use torch's dropout, or DistributedDataParallel."
+            "fully_shard is not supported with the layers of convert_dropout, which have no masks for the no-op steps "
+            "of a rank. Use torch's dropout, or DistributedDataParallel."
         )
 
 
@@ -224,27 +212,30 @@ def counter_based_layers(modules: Iterable[nn.Module]) -> list[CounterBasedDropo
     return [module for module in modules if isinstance(module, CounterBasedDropout)]
 
 
+def counting(
+    layers: Sequence[CounterBasedDropout], update: int, device: torch.device, coordinator: Coordinator
+) -> AbstractContextManager[DropoutKeys]:
+    """In this block the layers have the masks of an update; arguments as for `DropoutKeys`."""
+    return _with_keys(layers, DropoutKeys(layers, update, device, coordinator))
+
+
 @contextmanager
-def keyed(layers: Sequence[CounterBasedDropout], update: int, device: torch.device) -> Iterator[DropoutKeys | None]:
-    """The layers share keys for an update; None where there are no layers."""
-    if not layers:
-        yield None
-        return
-    keys = DropoutKeys(layers, update, device)
+def _with_keys(layers: Sequence[CounterBasedDropout], keys: K) -> Iterator[K]:
+    before = [layer.keys for layer in layers]
     for layer in layers:
         layer.keys = keys
     try:
         yield keys
     finally:
-        for layer in layers:
-            layer.keys = None
+        for layer, own in zip(layers, before, strict=True):
+            layer.keys = own
 
 
 def _keep(first: Tensor, second: Tensor, shape: Sequence[int], row_dim: int, p: float) -> Tensor:
-    """The mask of a layer, from two words per row: the hash of every element, above the share to be dropped."""
+    """The mask of a layer, from two words per row: the hash of every element, above the fraction to be dropped."""
     rest = [1 if dim == row_dim else size for dim, size in enumerate(shape)]
     column = [-1 if dim == row_dim else 1 for dim in range(len(shape))]
-    # One after another on the same numbers: this is all the memory that a mask takes, and half the time.
+    # In place: a mask takes no further memory, and half the time.
     hashed = _places(rest, first.device) ^ first.view(column)
     hashed ^= hashed >> 16
     hashed *= _FIRST
@@ -276,7 +267,7 @@ def _mix(words: Tensor) -> Tensor:
 
 
 def _hash(*parts: object) -> tuple[int, int]:
-    """Two 32-bit words from anything that can be printed."""
+    """Two 32-bit words from anything with a repr."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 

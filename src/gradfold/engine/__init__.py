@@ -1,1 +1,15 @@
-"""The engine: a window of micro-batches, run in some order, recovered from faults, made into one gradient."""
+"""The engine: runs a window of micro-batches in some order, recovers it from faults, and makes one gradient of it.
+
+Start with `window.py`, whose steps [1] to [6] the other files implement:
+
+    window.py         `Context`, `Window`; `result.py` has `WindowResult` and `Recovery`
+    strategy.py       `Strategy`: the order of forward and backward passes; `Sequential` is the plain one
+    backward.py       `BackPropagation` of weighted loss terms, through torch or `backward=`
+    loss_terms.py     `LossTerms` and their means over the window; `metrics.py` does so for `Metrics`
+    prefetch.py       micro-batches on their way to the device
+    recovery.py       `run_with_recovery`; `non_finite.py` finds the offending micro-batch
+    coordinator.py    `Coordinator`: what ranks tell each other, here for one process
+    model_checks.py   hooks, dropout and lazy layers; `graph.py` walks through the autograd graph
+
+It knows no feature: BatchNorm, two-phase losses, token budgets and dropout come as strategies, splitters and listeners.
+"""

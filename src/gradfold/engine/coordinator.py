@@ -1,50 +1,57 @@
-"""An agreement: what the ranks tell each other in a window, so that none waits for one that has failed.
+"""Coordination: what the ranks tell each other in a window; here, for one process, which has nothing to tell.
 
-All of them meet four times, and nowhere else, since forward and backward passes reduce nothing:
+There are four synchronization points in a window, and no others, since forward and backward passes reduce nothing:
 
     [A] denominators   begun before the first forward pass, read after it
-    [B] end            every rank has run its micro-batches: loss sums, which parameters have gradients
+    [B] end            every rank has run its micro-batches: sums of losses, which parameters have gradients
     [C] gradients      summed, in as few reductions as buckets; nothing that can fail is left to do in between
-    [D] conclusion     all are well: the gradient is handed over
+    [D] commit         no rank has failed: the gradient is handed over
 
-A rank that fails goes to the next meeting all the same, says so, and raises its own error; the others raise
-DistributedError
-with its text. So an error on one rank ends the window on all, rolled back, and nobody hangs.
+A rank that fails still takes part in the next of these, reports its error, and raises it. The others raise
+DistributedError with its text. So an error on one rank rolls the window back on all, and no rank hangs.
+`distributed/coordinators.py` implements this for DistributedDataParallel and fully_shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from gradfold.batch.split import MicroBatch
 from gradfold.engine.loss_terms import LossTerms
 from gradfold.engine.metrics import Metrics
-from gradfold.engine.window import Schedule, Window
 from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import WindowWeights
 
-__all__: list[str] = []
-
 T = TypeVar("T")
 
-Weigh = Callable[[Sequence[MicroBatch]], WindowWeights]
+
+class Outputs(Protocol):
+    """The losses and metrics of a window."""
+
+    @property
+    def losses(self) -> LossTerms:
+        """Their losses."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """Their metrics."""
 
 
 class Coordinator:
-    """One process: nobody to agree with.
+    """One process by itself: there is nothing to coordinate.
 
     Attributes:
+        num_ranks, rank: how many processes train together, and which this one is.
         can_replay: whether micro-batches can run again on this rank alone.
-        can_try: whether it can run some rows by itself, to see what comes of them.
+        can_probe: whether this rank can run some rows by itself, as the self-check does.
+        grad_factor: by which `grad_output` is multiplied, to undo a division of gradients by the number of ranks.
     """
 
+    num_ranks = 1
+    rank = 0
     can_replay = True
-    can_try = True
-
-    def __init__(self, weigh: Weigh) -> None:
-        self.weigh = weigh
+    can_probe = True
+    grad_factor = 1.0
 
     def __enter__(self) -> Coordinator:
         return self
@@ -54,30 +61,30 @@ class Coordinator:
     ) -> None:
         pass
 
-    def end(self, losses: LossTerms, metrics: Metrics, gradients: GradientBuffer) -> None:
+    def over_all_ranks(self, own: WindowWeights) -> WindowWeights:
+        """Weights of this rank's micro-batches, normalized by the denominators of all ranks."""
+        return own
+
+    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
         """Every micro-batch has run: make losses, metrics and gradients those of all ranks."""
 
-    def conclude(self) -> None:
-        """All is done that can fail; from here on the gradient stands."""
+    def commit(self) -> None:
+        """Everything that can fail is done; from here on the gradient is final."""
 
     def reopen(self) -> None:
-        """The window goes on after its end, on all ranks."""
+        """The window continues after its end, on all ranks."""
 
-    def share(self, value: T) -> list[T]:
-        """What all ranks have to say."""
+    def exchange(self, value: T) -> list[T]:
+        """One value of each rank."""
         return [value]
 
-    def begin_again(self) -> None:
-        """The denominators change: they are summed anew at the next `weigh`."""
+    def reset_weights(self) -> None:
+        """The denominators change: they are summed again at the next `over_all_ranks`."""
 
     def all_finite(self, is_finite: bool) -> bool:
-        """Whether loss and gradient are finite, on all ranks; whole gradients are the same on all."""
+        """Whether loss and gradient are finite on all ranks."""
         return is_finite
 
     def first_row(self) -> int:
-        """Where the rows of this process begin in the batch of all."""
+        """Where the rows of this rank begin in the batch of all ranks."""
         return 0
-
-    def around(self, schedule: Schedule, window: Window) -> Schedule:
-        """How to run the window, given how this process would."""
-        return schedule

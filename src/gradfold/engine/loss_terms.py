@@ -1,9 +1,9 @@
-"""A loss: one or several terms that `loss_fn` returned for each micro-batch, and their means over the window."""
+"""The loss terms: one or several that `loss_fn` returned for each micro-batch, and their means over the window."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from gradfold.batch.split import MicroBatch
 from gradfold.errors import LossError, NonFiniteLossError
-from gradfold.weights import BARE, WindowWeights
-
-__all__: list[str] = []
+from gradfold.weights import UNNAMED, WindowWeights
 
 Loss: TypeAlias = "Tensor | Mapping[str, Tensor]"
 LossOutput: TypeAlias = "Loss | tuple[Loss, Mapping[str, Any]]"
@@ -36,9 +34,9 @@ def read_terms(loss: Loss) -> dict[str, Tensor]:
     """The terms of a loss by name.
 
     Raises:
-        LossError: it is no loss, or a term is not a 0-d floating point tensor.
+        LossError: it is not a loss, or a term is not a 0-d floating point tensor.
     """
-    terms = {BARE: loss} if isinstance(loss, Tensor) else loss
+    terms = {UNNAMED: loss} if isinstance(loss, Tensor) else loss
     if not isinstance(terms, Mapping) or not terms or not all(isinstance(term, Tensor) for term in terms.values()):
         raise LossError(_not_a_loss(loss))
     for name, term in terms.items():
@@ -48,19 +46,27 @@ def read_terms(loss: Loss) -> dict[str, Tensor]:
     return dict(terms)
 
 
-def keep(loss: Tensor) -> Tensor | float:
-    """The value of a loss; where reading it would wait for a device, a tensor without the graph."""
-    return loss.item() if loss.is_cpu else loss.detach()
+def loss_terms_of(output: LossOutput) -> dict[str, Tensor]:
+    """The terms of what `loss_fn` returned, with or without metrics."""
+    return read_terms(read_pair(output)[0] if isinstance(output, tuple) else output)
 
 
 def _read(values: list[Tensor | float], device: torch.device) -> list[float]:
     """Kept values as numbers, in one transfer."""
-    # A model on several devices may have its terms on them.
-    waiting = [value.to(device) for value in values if isinstance(value, Tensor)]
+    waiting: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            waiting.append(value.to(device))  # a model on several devices may have its terms on them
     if not waiting:
         return values  # type: ignore[return-value]  # none is a tensor
-    read = iter(torch.stack(waiting).tolist() if len(waiting) > 1 else [waiting[0].item()])
-    return [next(read) if isinstance(value, Tensor) else value for value in values]
+    numbers: list[float] = torch.stack(waiting).tolist() if len(waiting) > 1 else [waiting[0].item()]
+    if len(numbers) == len(values):
+        return numbers
+    read = iter(numbers)
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            values[index] = next(read)
+    return values  # type: ignore[return-value]  # none is a tensor any more
 
 
 def _not_a_loss(output: object) -> str:
@@ -81,59 +87,68 @@ def _not_a_mean(name: str, term: Tensor) -> str:
 
 @dataclass(frozen=True)
 class TermSums:
-    """By term, the sum of losses times their parts of the window; and their dtype, None where there are none."""
+    """By term, the weighted sum of losses; and their dtype, None where there are no terms."""
 
     values: Mapping[str, float]
     dtype: torch.dtype | None
 
 
 class LossTerms:
-    """The loss terms of a window's micro-batches, and what each makes up of the window."""
+    """The loss terms of a window's micro-batches, and their means over the window.
+
+    Attributes:
+        normalized: by name of a term, the normalized weight of each micro-batch; empty before the first.
+        sums: by name, the sum of weighted losses, once settled.
+    """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], weights: WindowWeights, device: torch.device) -> None:
         self._micro_batches = micro_batches
         self._weights = weights
         self._device = device
-        self._parts: dict[str, tuple[float, ...]] = {}  # term -> part of the window per micro-batch
-        self._bare: tuple[float, ...] | None = None  # the parts of a loss without other terms
+        self.normalized: dict[str, tuple[float, ...]] = {}
+        self._of_unnamed: tuple[float, ...] | None = None  # of a loss that is not a dict of terms
         self._values: dict[tuple[str, int], Tensor | float] = {}  # term, micro-batch -> what keep() made of the loss
         self._dtype: torch.dtype | None = None  # of the first loss
         self._taken: list[int] = []  # micro-batches so far
-        self.sums: dict[str, float] = {}  # by term, once settled
+        self.sums: dict[str, float] = {}
         self._of_all: Sequence[TermSums] = ()  # where several processes train together: of all, in one order
 
     @property
-    def names(self) -> Collection[str]:
-        """The names of the terms; none before the first micro-batch."""
-        return self._parts
+    def all_names(self) -> set[str]:
+        """The names of the terms of all ranks, once settled."""
+        return {*self.normalized, *self.sums}
 
     def add(self, index: int, loss: Loss) -> list[tuple[Tensor, float]]:
         """Take the loss of micro-batch `index`.
 
         Returns:
-            The terms that weigh something, each with the part of the window's mean that it makes up. The others are
-            left out, not multiplied by 0: a mean over nothing is NaN, and NaN x 0 is NaN.
+            The terms of positive weight, each with its normalized weight. The others are left out, not multiplied by
+            0: a mean over nothing is NaN, and NaN x 0 is NaN.
 
         Raises:
-            LossError: it is no loss, a term is not a 0-d floating point tensor, or the names differ.
+            LossError: it is not a loss, a term is not a 0-d floating point tensor, or the names differ.
         """
-        if self._bare is not None and isinstance(loss, Tensor):
-            part = self._bare[index]
-            if part and loss.dim() == 0 and loss.is_floating_point():  # the usual case, faster
+        if isinstance(loss, Tensor):
+            if not self.normalized and self._weights.unnamed is not None:
+                self._of_unnamed = self.normalized[UNNAMED] = self._weights.unnamed.normalized
+            weight = 0.0 if self._of_unnamed is None else self._of_unnamed[index]
+            if weight and loss.dim() == 0 and loss.is_floating_point():  # the usual case, faster
                 self._taken.append(index)
-                self._values[BARE, index] = keep(loss)
-                return [(loss, part)]
+                self._dtype = self._dtype or loss.dtype
+                # Where reading it would wait for a device, a tensor without the graph.
+                self._values[UNNAMED, index] = loss.item() if loss.is_cpu else loss.detach()
+                return [(loss, weight)]
         terms = read_terms(loss)
-        if terms.keys() != self._parts.keys():
+        if terms.keys() != self.normalized.keys():
             self._check_names(index, terms)
         self._taken.append(index)
         self._dtype = self._dtype or next(iter(terms.values())).dtype
         weighed = []
         for name, term in terms.items():
-            part = self._parts[name][index]
-            if part:
-                weighed.append((term, part))
-                self._values[name, index] = keep(term)
+            weight = self.normalized[name][index]
+            if weight:
+                weighed.append((term, weight))
+                self._values[name, index] = term.item() if term.is_cpu else term.detach()
         return weighed
 
     def carry_over(self, earlier: LossTerms, places: Mapping[int, int]) -> None:
@@ -141,8 +156,8 @@ class LossTerms:
 
         The names of the terms are known from there, too.
         """
-        self._parts = {name: self._weights.of_term(name).parts for name in earlier.names}
-        self._bare = self._parts.get(BARE) if len(self._parts) == 1 else None
+        self.normalized = {name: self._weights.of_term(name).normalized for name in earlier.normalized}
+        self._of_unnamed = self.normalized.get(UNNAMED) if len(self.normalized) == 1 else None
         self._dtype = earlier._dtype
         self._taken = [places[index] for index in earlier._taken if index in places]
         self._values = {
@@ -157,9 +172,10 @@ class LossTerms:
         """
         values = _read([*self._values.values(), *flags], self._device)
         self._values = dict(zip(self._values, values, strict=False))
-        self.sums = dict.fromkeys([name for name, _ in self._values], 0.0)
-        for (name, index), value in zip(self._values, values, strict=False):
-            self.sums[name] += self._parts[name][index] * value
+        self.sums = {}
+        for (name, index), value in self._values.items():
+            assert isinstance(value, float)
+            self.sums[name] = self.sums.get(name, 0.0) + self.normalized[name][index] * value
         if self._of_all:
             self.sums = {}
             for sums in self._of_all:
@@ -168,7 +184,7 @@ class LossTerms:
         return math.isfinite(sum(self.sums.values())) and not any(values[len(self._values) :])
 
     def own_sums(self) -> TermSums:
-        """What these micro-batches, once settled, make up of the loss."""
+        """The sums of these micro-batches, once settled."""
         return TermSums(self.sums, self._dtype)
 
     def join(self, of_all: Sequence[TermSums]) -> None:
@@ -179,11 +195,13 @@ class LossTerms:
     def close(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the settled window and the mean of each named term; 0-d, detached, on the device.
 
-        Averaged in float64. NaN where nothing weighs anything; a term that weighs nothing adds nothing to the loss.
+        Averaged in float64. NaN where all weights are 0; a term of weight 0 adds nothing to the loss.
         """
         if not self.sums:
             return self._scalar(math.nan, torch.float32), {}
-        names = [name for name in dict.fromkeys([*self._parts, *self.sums]) if name != BARE]
+        if self._of_unnamed is not None:
+            return self._scalar(self.sums[UNNAMED], self._dtype), {}
+        names = [name for name in dict.fromkeys([*self.normalized, *self.sums]) if name != UNNAMED]
         means = {name: self._scalar(self.sums.get(name, math.nan), self._dtype) for name in names}
         return self._scalar(sum(self.sums.values()), self._dtype), means
 
@@ -191,14 +209,14 @@ class LossTerms:
         """The micro-batches of a settled window whose loss is NaN or infinite."""
         return {index for (_, index), value in self._values.items() if not math.isfinite(value)}
 
-    def refuse_non_finite(self, culprit: int | None = None) -> None:
+    def refuse_non_finite(self, offender: int | None = None) -> None:
         """Raise NonFiniteLossError where the loss of a settled window is not finite.
 
         Args:
-            culprit: the micro-batch to name; None names the first whose loss is not finite.
+            offender: the micro-batch to name; None names the first whose loss is not finite.
         """
         for (name, index), value in self._values.items():
-            if not math.isfinite(value) and culprit in (None, index):
+            if not math.isfinite(value) and offender in (None, index):
                 part = self._micro_batches[index]
                 raise NonFiniteLossError(
                     f"the loss term {name!r} is {float(value)} in micro-batch {index} of {len(self._micro_batches)}"
@@ -211,9 +229,9 @@ class LossTerms:
         if not math.isfinite(sum(self.sums.values())):
             if self._of_all:
                 raise NonFiniteLossError(
-                    "the loss of another rank is not finite; its own error says where.", 0, BARE, math.nan
+                    "the loss of another rank is not finite; the error of that rank says where.", 0, UNNAMED, math.nan
                 )
-            raise NonFiniteLossError("the finite loss terms sum to more than a float holds.", 0, BARE, math.inf)
+            raise NonFiniteLossError("the finite loss terms sum to more than a float holds.", 0, UNNAMED, math.inf)
 
     def _scalar(self, value: float, dtype: torch.dtype | None) -> Tensor:
         dtype = dtype or torch.float32
@@ -221,14 +239,14 @@ class LossTerms:
 
     def _check_names(self, index: int, terms: Mapping[str, Tensor]) -> None:
         """A term may be left out of a micro-batch only where its weight is 0, in whatever order they come."""
-        new = {name: self._weights.of_term(name).parts for name in terms if name not in self._parts}
+        new = {name: self._weights.of_term(name).normalized for name in terms if name not in self.normalized}
         if self._taken:
             late = [name for name, parts in new.items() if any(parts[taken] for taken in self._taken)]
-            missing = [name for name, parts in self._parts.items() if name not in terms and parts[index]]
+            missing = [name for name, parts in self.normalized.items() if name not in terms and parts[index]]
             if late or missing:
                 raise LossError(
-                    f"micro-batch {index} returned the loss terms {sorted(terms)}, others {sorted(self._parts)}. "
+                    f"micro-batch {index} returned the loss terms {sorted(terms)}, others {sorted(self.normalized)}. "
                     "Return the same names every time; a term may be left out only where its weight is 0."
                 )
-        self._parts.update(new)
-        self._bare = self._parts.get(BARE) if len(self._parts) == 1 else None
+        self.normalized.update(new)
+        self._of_unnamed = self.normalized.get(UNNAMED) if len(self.normalized) == 1 else None

@@ -1,4 +1,4 @@
-"""A metric: a number or one value per row that `loss_fn` returned beside the loss, combined over the window."""
+"""The metrics: numbers or values per row that `loss_fn` returned beside the loss, combined over the window."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import Tensor
 from gradfold.batch.split import MicroBatch
 from gradfold.errors import LossError
 from gradfold.weights import WindowWeights
-
-__all__: list[str] = []
 
 
 class Metrics:
@@ -90,7 +88,7 @@ class Metrics:
         self._of_all = of_all
 
     def _sum(self, name: str, values: Mapping[int, Tensor]) -> tuple[float, float]:
-        parts = self._weights.of_metric(name).parts
+        parts = self._weights.of_metric(name).normalized
         counted = [(value, parts[index]) for index, value in values.items() if parts[index]]
         return math.fsum(float(value) * part for value, part in counted), math.fsum(part for _, part in counted)
 
@@ -103,7 +101,10 @@ class Metrics:
         if _is_scalar(values):
             return self._mean(name, values)
         if len(values) != len(self._micro_batches):
-            raise LossError(f"the metric {name!r} has rows, but only {len(values)} of the micro-batches gave it.")
+            raise LossError(
+                f"the metric {name!r} has rows, but only {len(values)} of {len(self._micro_batches)} micro-batches "
+                "returned it."
+            )
         in_turn = torch.cat([values[index] for index in sorted(values)])
         rows = [self._micro_batches[index].rows for index in sorted(values)]
         if all(isinstance(own, range) for own in rows):
@@ -112,7 +113,7 @@ class Metrics:
         return in_turn.index_select(0, order.to(in_turn.device, non_blocking=True))
 
     def _mean(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
-        parts = self._weights.of_metric(name).parts
+        parts = self._weights.of_metric(name).normalized
         counted = {index: value for index, value in values.items() if parts[index]}
         if not counted:
             return torch.tensor(math.nan, device=self._device)

@@ -1,9 +1,4 @@
-"""Hooks on parameters: they would see the gradient of each micro-batch where that of the batch was meant.
-
-Dropout: the modules of a model that leave out values at random while it is in training.
-
-A lazy layer: one that makes its parameters in its first forward pass, and has no sizes before.
-"""
+"""Checks of a model: hooks on parameters, layers that draw random numbers, lazy layers."""
 
 from __future__ import annotations
 
@@ -14,9 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gradfold.errors import HookError, ModelError
-from gradfold.messages import warn
-
-__all__: list[str] = []
+from gradfold.messages import join_names, warn
 
 
 def dropping_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -32,15 +25,31 @@ def dropping_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def refuse_post_accumulate_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Raise HookError where a hook would act after each micro-batch."""
+def check_hooks(model: nn.Module, parameters: Sequence[nn.Parameter], warned_of: set[str]) -> None:
+    """Look for hooks on parameters, which would see the gradient of each micro-batch instead of that of the batch.
+
+    Args:
+        model: the model that is trained.
+        parameters: all of its parameters.
+        warned_of: names that were warned of before; grows.
+
+    Raises:
+        HookError: a hook would act after each micro-batch.
+    """
     if [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]:
         names = [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]
         raise HookError(
-            f"{_some(names)}: a hook registered with register_post_accumulate_grad_hook would run after every "
+            f"{join_names(names, 3)}: a hook registered with register_post_accumulate_grad_hook would run after every "
             "micro-batch, on a part of the gradient (an optimizer in the backward pass steps many times). Remove the "
             "hook and act once after accumulator.backward(batch).",
             tuple(names),
+        )
+    new = [name for name in parameters_with_hooks(model, parameters) if name not in warned_of]
+    if new:
+        warned_of.update(new)
+        warn(
+            f"hooks on {join_names(new, 3)} (Tensor.register_hook) run on the gradient of each micro-batch, not of the "
+            "batch: linear ones (scaling, masking, logging) are fine, clipping is not the same.",
         )
 
 
@@ -51,27 +60,12 @@ def parameters_with_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) 
     return [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
 
 
-def warn_of_hooks(names: Sequence[str], known: set[str]) -> None:
-    """Warn of hooks on gradients, once per parameter; `known` are those warned of, and grows."""
-    new = [name for name in names if name not in known]
-    if new:
-        known.update(new)
-        warn(
-            f"hooks on {_some(new)} (Tensor.register_hook) run on the gradient of each micro-batch, not of the batch: "
-            "linear ones (scaling, masking, logging) are fine, clipping is not the same.",
-        )
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def refuse_lazy(model: nn.Module, asking: str) -> None:
     """Raise ModelError where layers have no sizes yet; `asking`: who needs them."""
     tensors = chain(model.named_parameters(), model.named_buffers())
     names = sorted({name.rpartition(".")[0] or type(model).__name__ for name, one in tensors if is_lazy(one)})
     if names:
-        shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        shown = join_names(list(map(repr, names)), 3)
         raise ModelError(
             f"{asking} needs to know the sizes of all layers, and lazy ones have none before their first forward pass: "
             f"{shown}. Run one, on a row or two, before the optimizer is made: model(inputs[:2])."

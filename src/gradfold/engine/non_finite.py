@@ -1,90 +1,84 @@
-"""An inspection: a window run with one gradient at a time, to see which micro-batches make its gradient non-finite."""
+"""Gradients that are not finite: the micro-batches that they come from, and the errors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import final
 
-from torch import nn
-
+from gradfold.batch.split import MicroBatch
 from gradfold.engine.backward import Weighed
-from gradfold.engine.window import Backward, Forward, Schedule, Window
+from gradfold.engine.window import Window
 from gradfold.errors import NonFiniteGradientError
+from gradfold.messages import join_names
 from gradfold.state.gradients import non_finite_names
 from gradfold.state.snapshot import Snapshot
 
-__all__: list[str] = []
 
-
-class Inspection:
-    """Goes around a schedule: looks at the gradient of each micro-batch by itself, and drops it.
+@final
+class InspectedWindow(Window):
+    """A window that looks at the gradient of each micro-batch by itself, and drops it.
 
     Attributes:
         bad: the micro-batches whose gradient is not finite, with the names of the parameters.
     """
 
-    def __init__(self, model: nn.Module, transaction: Snapshot) -> None:
-        self._model = model
-        self._transaction = transaction
+    def __init__(self, window: Window, micro_batches: Sequence[MicroBatch], snapshot: Snapshot) -> None:
+        super().__init__(
+            *(window.context, window.loss_fn, micro_batches, window.weight, window.back_propagate, window.listener),
+            window.runs_zero_weight,
+        )
+        self._snapshot = snapshot
         self.bad: dict[int, tuple[str, ...]] = {}
 
-    def around(self, schedule: Schedule) -> Schedule:
-        """The schedule, with a look after every backward pass."""
+    def again(
+        self, micro_batches: Sequence[MicroBatch], done: Mapping[int, int] = MappingProxyType({})
+    ) -> InspectedWindow:
+        """The window with other micro-batches; what was found in those that are kept stays."""
+        window = InspectedWindow(self, micro_batches, self._snapshot)
+        window.follow(self, done)
+        window.bad = {done[index]: names for index, names in self.bad.items() if index in done}
+        return window
 
-        def run(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-            begun: list[int] = []
-            self.bad.clear()
-
-            def noting(index: int) -> Weighed:
-                begun.append(index)
-                return forward(index)
-
-            def looking(weighed: Weighed) -> None:
-                backward(weighed)
-                names = non_finite_names(self._model)
-                if names:
-                    self.bad[begun[-1]] = names
-                self._transaction.empty_gradients()
-
-            schedule(indices, noting, looking)
-
-        return run
+    def backward(self, weighed: Weighed) -> None:
+        """Back-propagate what a forward pass gave, and look at the gradient."""
+        super().backward(weighed)
+        names = non_finite_names(self.model)
+        if names:
+            self.bad[self.current] = names
+        self._snapshot.empty_gradients()
 
 
-def accuse(window: Window, bad: Mapping[int, tuple[str, ...]]) -> NonFiniteGradientError:
-    """The error that names the first micro-batch to blame; `bad` as in `Inspection`, empty where none was found."""
+def gradient_error(window: Window, bad: Mapping[int, tuple[str, ...]]) -> NonFiniteGradientError:
+    """The error that names the first offending micro-batch; `bad` is that of an `InspectedWindow`, or empty."""
     if not bad:
-        return _unexplained(window)
+        return NonFiniteGradientError(
+            "the gradient of the batch is not finite, and no micro-batch was found whose own gradient is not finite: "
+            "their sum overflows, or loss_fn does not return the same twice.",
+            None,
+            range(window.num_samples),
+            (),
+        )
     index = min(bad)
     part, names = window.micro_batches[index], bad[index]
     return NonFiniteGradientError(
         f"the loss of micro-batch {index} of {len(window.micro_batches)}{part.where} is finite, its gradient of "
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} is not. Look for "
-        "sqrt or norm at 0, division by a standard deviation of 0, or overflow. "
-        'on_non_finite="skip_micro_batch" leaves such micro-batches out, "skip_update" such batches.',
+        f"{join_names(names, 3)} is not. Look for sqrt or norm at 0, division by a standard deviation of 0, or "
+        'overflow. on_non_finite="skip_micro_batch" leaves such micro-batches out, "skip_update" such batches.',
         index,
         part.rows,
         names,
     )
 
 
-def accuse_all(window: Window) -> NonFiniteGradientError:
-    """The error for micro-batches that make one gradient, of which none has its own."""
+def joint_gradient_error(window: Window) -> NonFiniteGradientError:
+    """The error for micro-batches that share one gradient."""
     names = non_finite_names(window.model)
     return NonFiniteGradientError(
-        f"the gradient of the batch is not finite ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), though "
-        "its losses are. All micro-batches are in it together, so none can be named. Look for sqrt or norm at 0, "
-        'division by a standard deviation of 0, or overflow. on_non_finite="skip_update" leaves such batches out.',
+        f"the gradient of the batch is not finite ({join_names(names, 3)}), though its losses are. All micro-batches "
+        "share one backward pass, so the offending one cannot be named. Look for sqrt or norm at 0, division by a "
+        'standard deviation of 0, or overflow. on_non_finite="skip_update" leaves such batches out.',
         None,
         range(window.num_samples),
         names,
-    )
-
-
-def _unexplained(window: Window) -> NonFiniteGradientError:
-    return NonFiniteGradientError(
-        "the gradient of the batch is not finite, and no micro-batch could be found whose own is not when it runs "
-        "again: their sum is more than a float holds, or loss_fn does not give the same twice.",
-        None,
-        range(window.num_samples),
-        (),
     )

@@ -1,4 +1,4 @@
-"""A feed: the micro-batches of a window on their way to the device, one ahead of the one that is asked for."""
+"""Prefetching: the micro-batches of a window are copied to the device, one ahead of the one that is asked for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import Tensor
 from gradfold.batch.nesting import Batch, map_leaves, map_tensors
 from gradfold.batch.split import MicroBatch
 
-__all__: list[str] = []
-
 
 def prefetch(micro_batches: Sequence[MicroBatch], device: torch.device) -> Callable[[int], Batch]:
     """A function from the index of a micro-batch to its data on `device`; each may be asked for again."""
@@ -24,8 +22,8 @@ def prefetch(micro_batches: Sequence[MicroBatch], device: torch.device) -> Calla
 class Prefetcher:
     """Hands out micro-batches on a device, while the host keeps its own.
 
-    At most two micro-batches are on the device through the feed: the one in use and the next. Copies to CUDA run on a
-    stream of their own, beside the computation, and overlap it when the batch is in pinned memory
+    At most two micro-batches are on the device: the one in use and the next. Copies to CUDA run on a separate stream,
+    and overlap the computation when the batch is in pinned memory
     (`DataLoader(pin_memory=True)`). The CUDA path has not been run on a GPU yet.
     """
 

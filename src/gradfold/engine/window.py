@@ -1,209 +1,278 @@
-"""THE ENGINE: a window is the micro-batches of one update; it makes one gradient out of them, or leaves no trace.
+"""A window: the micro-batches of one update. It leaves the gradient of the whole batch, or everything unchanged.
 
-What it equals, for a loss that is a mean over something (samples, tokens) of which the batch holds W and micro-batch k
-holds w[k]:
+For a loss that is a mean over something (samples, tokens), of which the batch holds W and micro-batch k holds w[k]:
 
     loss_fn(model, batch).backward()        ==        for k, micro_batch in enumerate(micro_batches):
                                                           loss_fn(model, micro_batch).backward(gradient=w[k] / W)
 
-The weight enters as the seed of the backward pass, so that no operation is added to the graph:
+The weight enters as `grad_output` of the backward pass, so no operation is added to the graph:
 
-    [1] open       set aside .grad, keep the buffers that change, record the random state
-    [2] cut        split, collate, weigh: w[0] ... w[K-1] and W are known
-    [3] run        forward 0, backward 0, forward 1, backward 1, ...   (or another schedule)
-    [4] close      loss and metrics of the window; add to .grad what was set aside
-    [5] replay     where memory runs out or a gradient is not finite: undo the micro-batch, or all of [3], and run again
-    [6] roll back  on any other exception after [1]: everything as it was at [1]
+    [1] save       .grad is set aside; buffers and the random state are kept          state/snapshot.py
+    [2] split      into micro-batches, collated and weighed: w[0] ... w[K-1], W       batch/split.py, weights.py
+    [3] run        forward 0, backward 0, forward 1, backward 1, ...                  strategy.py (or another order)
+    [4] recover    out of memory, not finite: undo one micro-batch or all, run again  recovery.py
+    [5] commit     loss and metrics of the window; what [1] set aside is added        state/snapshot.py
+    [6] roll back  on any other exception: all that [1] saved is put back             state/snapshot.py
 
-[1], the end of [4], and [6] are `transaction.py`; [2] is `split.py` and `weight.py`; [5] is `replay.py`. Losses that
-couple the samples of a batch need another order of forwards and backwards. They plug in as a `Schedule`.
-
-A recovery: what was done in a window about memory that ran out, or about a gradient that was not finite.
+docs/design.md has the drawing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradfold.batch.nesting import in_own_containers
-from gradfold.batch.rows import Rows, name_rows
-from gradfold.batch.split import MicroBatch, versions
+from gradfold.batch.rows import Rows
+from gradfold.batch.split import ROWS, MicroBatch, versions
 from gradfold.engine.backward import BackPropagation, Weighed
+from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn, LossTerms, read_pair
 from gradfold.engine.metrics import Metrics
 from gradfold.engine.prefetch import prefetch
-from gradfold.errors import BatchError
-from gradfold.weights import WindowWeights
-
-__all__ = ["Recovery", "WindowResult"]
-
-Unit: TypeAlias = Literal["rows", "padded tokens"]
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """One fault that a window survived.
-
-    Attributes:
-        cause: "out_of_memory" or "non_finite".
-        action: "halved" (more, smaller micro-batches), "skipped_micro_batch" (left out, its weight taken out of the
-            denominator) or "skipped_update" (no gradient was left).
-        rows: the rows of the batch where it happened.
-        micro_batch_size: rows (padded tokens with a `TokenBudget`) run at once from there on; 0 where they were
-            skipped.
-        replayed: whether the window began again; else the micro-batches that were done were kept.
-        changes_randomness: whether random numbers (dropout masks) are others than without the fault.
-        changes_batch_statistics: whether BatchNorm layers normalized by other, smaller micro-batches.
-        unit: what `micro_batch_size` counts.
-    """
-
-    cause: Literal["out_of_memory", "non_finite"]
-    action: Literal["halved", "skipped_micro_batch", "skipped_update"]
-    rows: Rows
-    micro_batch_size: int
-    replayed: bool
-    changes_randomness: bool = False
-    changes_batch_statistics: bool = False
-    unit: Unit = "rows"
-
-    def __str__(self) -> str:
-        where = name_rows(self.rows)
-        if self.action == "halved":
-            unit = self.unit[:-1] if self.micro_batch_size == 1 else self.unit
-            text = f"out of memory at {where}: went on with {self.micro_batch_size} {unit} at once"
-        elif self.action == "skipped_micro_batch":
-            text = f"the gradient of {where} was not finite: left out"
-        else:
-            text = f"the gradient of {where} was not finite: no update"
-        changed = [
-            name
-            for name, has_changed in (
-                ("random numbers", self.changes_randomness),
-                ("BatchNorm's statistics", self.changes_batch_statistics),
-            )
-            if has_changed
-        ]
-        return text + (f" ({' and '.join(changed)} differ from those of a run without the fault)" if changed else "")
+from gradfold.engine.result import Recovery, WindowResult
+from gradfold.errors import BatchError, ModelError
+from gradfold.state.gradients import parameters_of
+from gradfold.state.snapshot import TRAINING
+from gradfold.weights import WeightOption, sample_weights, weigh
 
 
-@dataclass(frozen=True)
-class WindowResult:
-    """What a window gave besides the gradient.
+class Context:
+    """What a window runs in: the model as flat lists, its device, and the other processes.
+
+    A walk through a model costs about 0.7 us per module. A check that nothing has changed since the last walk costs a
+    fifth of that: children, types and parameters are the same objects in the same places.
+
+    Args:
+        model: the model that is trained.
 
     Attributes:
-        loss: the loss of the whole batch, of all ranks (the sum of its terms' means), 0-d, detached, on the device; NaN
-            where the window weighs nothing.
-        metrics: by name: weighted means over all ranks (0-d), rows of this rank in the batch's own order, and the means
-            of named loss terms.
-        num_micro_batches: how many micro-batches were run on this rank.
-        num_samples: rows of the batch of this rank.
-        weight: the denominator of the loss, over all ranks, or one per term where weights were given by name.
-        recoveries: the faults that the window survived, in order.
-        is_skipped: whether no gradient was left since it was not finite (`on_non_finite=`).
+        modules: all modules, each once.
+        modes: their `training` flags.
+        parameters: all parameters, each once.
+        coordinator: of the processes that train together.
+        version: another number whenever modules, modes or parameters have changed.
     """
 
-    loss: Tensor
-    metrics: Mapping[str, Tensor]
-    num_micro_batches: int
-    num_samples: int
-    weight: float | Mapping[str, float]
-    recoveries: tuple[Recovery, ...] = ()
-    is_skipped: bool = False
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.coordinator = Coordinator()
+        self.modes: list[bool] = []
+        self.version = 0
+        self._walk()
 
     @property
-    def is_empty(self) -> bool:
-        """Whether the window weighed nothing, and so left no gradient."""
-        weights = self.weight.values() if isinstance(self.weight, Mapping) else [self.weight]
-        return not any(weights)
+    def device(self) -> torch.device:
+        """That of the first parameter, which may move and stay the same object (`model.to("cuda")`)."""
+        return self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    def update(self) -> None:
+        """A new window begins: look at the model again."""
+        modules = self.modules
+        if not (
+            _are_same(self._children, _values(_CHILDREN, modules))
+            and _are_same(self._types, list(map(type, modules)))
+            and _are_same(self._tensors, _values(_PARAMETERS, modules))
+        ):
+            self._walk()
+        modes = list(map(TRAINING, self.modules))
+        if modes != self.modes:
+            self.modes = modes
+            self.version += 1
+
+    def check_trainable(self) -> None:
+        """Raise ModelError if no parameter requires a gradient."""
+        for parameter in self.parameters:
+            if parameter.requires_grad:
+                return
+        raise ModelError(
+            f"{type(self.model).__name__} has no trainable parameters ({len(self.parameters)} parameters, none with "
+            "requires_grad): there is no gradient to accumulate. Unfreeze some with parameter.requires_grad_(), or "
+            "pass the module that holds them."
+        )
+
+    def has_hooks(self) -> bool:
+        """Whether a hook sees the gradient of some parameter."""
+        return any(map(_HOOKS, self.parameters)) or any(map(_POST_ACCUMULATE_HOOKS, self.parameters))
+
+    def _walk(self) -> None:
+        self.modules = list(self.model.modules())
+        self._children = _values(_CHILDREN, self.modules)
+        self._types = list(map(type, self.modules))
+        self._tensors = _values(_PARAMETERS, self.modules)
+        self.parameters = parameters_of(self.modules)
+        self.modes = list(map(TRAINING, self.modules))
+        self.version += 1
 
 
-Forward: TypeAlias = Callable[[int], Weighed]
-"""Runs `loss_fn` on the micro-batch of this index; gives its loss terms, with their graph."""
+# Where a window looks at every module, C code does the walk.
+_CHILDREN, _PARAMETERS, _VALUES = attrgetter("_modules"), attrgetter("_parameters"), methodcaller("values")
 
-Backward: TypeAlias = Callable[[Weighed], None]
-"""Back-propagates what a forward gave."""
-
-Schedule: TypeAlias = Callable[[Sequence[int], Forward, Backward], None]
-"""Runs the forward of every index, then the backward of what it gave, in an order of its own: the seam for coupled
-batches."""
+_HOOKS, _POST_ACCUMULATE_HOOKS = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
-RunAgain: TypeAlias = Callable[[], None]
-"""Runs the forward and the backward of a micro-batch once more."""
-
-AfterFirst: TypeAlias = Callable[[RunAgain], None]
-"""Called when the first micro-batch has been back-propagated, whose gradient stands in `.grad`."""
+def _values(of: Callable[[nn.Module], Any], modules: list[nn.Module]) -> list[Any]:
+    return list(chain.from_iterable(map(_VALUES, map(of, modules))))
 
 
-def one_after_another(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-    """The plain schedule: one micro-batch's activations are alive at a time."""
-    for index in indices:
-        backward(forward(index))
+def _are_same(ours: list[Any], theirs: list[Any]) -> bool:
+    return len(ours) == len(theirs) and all(map(is_, ours, theirs))
+
+
+class PassListener:
+    """Notified of each forward pass and its rows, for what depends on them (counter-based dropout)."""
+
+    def begin(self, rows: Rows) -> None:
+        """A forward pass of these rows of this rank's batch begins."""
+
+    def end(self) -> None:
+        """The forward pass has ended, or failed."""
 
 
 class Window:
-    """A window being run: its micro-batches, and what those that are done gave.
+    """The micro-batches of one update, and the losses and metrics of those that are done.
+
+    Args:
+        context: what it runs in.
+        loss_fn: the user's, under autocast with `precision=`.
+        micro_batches: as they were split.
+        weight: the user's option.
+        back_propagate: the backward pass.
+        listener: notified of each forward pass.
+        runs_zero_weight: whether micro-batches of weight 0 run like the others, which depend on their rows.
 
     Attributes:
-        current: the micro-batch that was begun last.
-        looks_at_idle: whether micro-batches that weigh nothing are run for their metrics though none has come yet.
-        runs_idle: whether they are run as the others, since these depend on their rows.
-        is_looked_at: whether the self-check has seen it.
-        after_first: who waits for the gradient of the first micro-batch; whoever undoes it must run it again.
-        around: what goes around a forward pass, told the rows.
+        model, device: of the context.
+        num_samples: rows of the batch of this rank.
+        losses, metrics: what `loss_fn` returned so far.
+        weights: of the micro-batches, normalized by the denominators of all ranks.
+        zero_weight: the micro-batches of weight 0.
+        current: the micro-batch whose forward pass began last.
+        done: the micro-batches that were kept from before an out-of-memory error.
+        recoveries: the faults so far.
+        failed_sizes: what did not fit, in rows or padded tokens.
+        is_skipped: whether the window leaves no gradient.
+        is_complete: whether all micro-batches have run, and loss and gradient are as they will be handed over.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        context: Context,
         loss_fn: LossFn,
         micro_batches: Sequence[MicroBatch],
-        weigh: Callable[[Sequence[MicroBatch]], WindowWeights],
+        weight: WeightOption,
         back_propagate: BackPropagation,
-        device: torch.device,
+        listener: PassListener,
+        runs_zero_weight: bool = False,
     ) -> None:
-        self.model = model
+        self.context = context
+        self.model = context.model
+        self.device = device = context.device
         self.loss_fn = loss_fn
         self.micro_batches = micro_batches
-        self.weigh = weigh
-        self.weights = weigh(micro_batches)
-        self.idle = self.weights.idle()
+        self.weight = weight
         self.back_propagate = back_propagate
-        self.device = device
-        self.take = prefetch(micro_batches, device)
+        self.runs_zero_weight = runs_zero_weight
+        sizes = list(map(len, map(ROWS, micro_batches)))
+        own = sample_weights(tuple(sizes)) if weight == "samples" else weigh(weight, micro_batches)
+        self.weights = context.coordinator.over_all_ranks(own)
+        self.zero_weight = own.zero_weight
         self.losses = LossTerms(micro_batches, self.weights, device)
-        self.metrics = Metrics(micro_batches, self.weights, device)
-        self.num_samples = sum([len(part.rows) for part in micro_batches])
-        self.done: frozenset[int] = frozenset()  # before it was cut anew
+        self._metrics: Metrics | None = None
+        self._take = None if device.type == "cpu" else prefetch(micro_batches, device)
+        self.num_samples = sum(sizes)
+        self.done: frozenset[int] = frozenset()
         self.current = 0
-        self.looks_at_idle = False
-        self.runs_idle = False
-        self.is_looked_at = False
-        self.after_first: AfterFirst | None = None
-        self.around: Callable[[Rows], AbstractContextManager[object]] | None = None
-        # What was cut has begun at version 0.
-        self._versions = [None if part.is_cut else versions(part) for part in micro_batches]
+        self.listener = listener
+        self.recoveries: list[Recovery] = []
+        self.failed_sizes: list[int] = []
+        self.is_skipped = False
+        self.is_complete = False
+        self._versions: list[list[int] | None] = [None] * len(micro_batches)
+        for index, part in enumerate(micro_batches):
+            if not part.is_cut:  # what was split off begins at version 0
+                self._versions[index] = versions(part)
 
     def again(self, micro_batches: Sequence[MicroBatch], done: Mapping[int, int] = MappingProxyType({})) -> Window:
-        """The window with other micro-batches; those that are done keep their place: their indices here, there."""
-        window = Window(self.model, self.loss_fn, micro_batches, self.weigh, self.back_propagate, self.device)
-        window.num_samples = self.num_samples
-        window.is_looked_at = self.is_looked_at
-        window.around = self.around
-        window.done = frozenset(done.values())
-        for before, now in done.items():
-            window._versions[now] = self._versions[before]
-        window.losses.carry_over(self.losses, done)
-        window.metrics.carry_over(self.metrics, done)
+        """The window with other micro-batches; `done`: those that are kept, from their indices here to those there."""
+        window = Window(
+            *(self.context, self.loss_fn, micro_batches, self.weight, self.back_propagate, self.listener),
+            self.runs_zero_weight,
+        )
+        window.follow(self, done)
         return window
+
+    def follow(self, earlier: Window, done: Mapping[int, int] = MappingProxyType({})) -> None:
+        """Take over what another window over the same rows has seen; `done` as for `again`."""
+        self.num_samples = earlier.num_samples
+        self.recoveries = earlier.recoveries
+        self.failed_sizes = earlier.failed_sizes
+        self.done = frozenset(done.values())
+        for before, now in done.items():
+            self._versions[now] = earlier._versions[before]
+        self.losses.carry_over(earlier.losses, done)
+        if earlier._metrics is not None:
+            self.metrics.carry_over(earlier._metrics, done)
+
+    @property
+    def metrics(self) -> Metrics:
+        """What `loss_fn` returned beside the loss."""
+        if self._metrics is None:
+            self._metrics = Metrics(self.micro_batches, self.weights, self.device)
+        return self._metrics
+
+    def pending(self) -> list[int]:
+        """The micro-batches to run, in order; those of weight 0 last, when the names of the metrics are known."""
+        if not self.done and not self.zero_weight:
+            return list(range(len(self.micro_batches)))
+        busy = [index for index in range(len(self.micro_batches)) if index not in self.zero_weight]
+        return [index for index in (*busy, *sorted(self.zero_weight)) if index not in self.done]
+
+    def forward(self, index: int, loss_fn: LossFn | None = None) -> Weighed:
+        """Run the forward pass of a micro-batch; returns its loss terms, with their graph and normalized weights.
+
+        Args:
+            index: of the micro-batch.
+            loss_fn: replaces the user's.
+        """
+        if index in self.zero_weight and not self.runs_zero_weight:
+            return self._forward_zero_weight(index)
+        output = self.call(index, loss_fn)
+        if isinstance(output, tuple):
+            output, metrics = read_pair(output)
+            self.metrics.add(index, metrics)
+        return self.losses.add(index, output)
+
+    def backward(self, weighed: Weighed) -> None:
+        """Back-propagate what a forward pass gave."""
+        self.back_propagate(weighed, self.context.coordinator.grad_factor)
+
+    def call(self, index: int, loss_fn: LossFn | None = None) -> Any:
+        """What `loss_fn`, or the function that replaces it, returns for a micro-batch."""
+        self.current = index
+        self.listener.begin(self.micro_batches[index].rows)
+        try:
+            return (loss_fn or self.loss_fn)(self.model, self.on_device(index))
+        finally:
+            self.listener.end()
+
+    def on_device(self, index: int) -> Any:
+        """The data of a micro-batch on the device, in new containers."""
+        data = self.micro_batches[index].data if self._take is None else self._take(index)
+        kind = type(data)
+        if kind is Tensor or (kind is tuple and set(map(type, data)) == {Tensor}):
+            return data  # the usual case, faster
+        return in_own_containers(data)
+
+    def resume(self, index: int) -> None:
+        """The forward pass of this micro-batch continues, after others ran in between."""
+        self.current = index
 
     def check_unchanged(self, index: int) -> None:
         """Raise BatchError where `loss_fn` has written to a micro-batch, which then cannot run again.
@@ -213,62 +282,36 @@ class Window:
         now, before = versions(self.micro_batches[index]), self._versions[index]
         if any(now) if before is None else now != before:
             raise BatchError(
-                f"loss_fn has changed micro-batch {index}{self.micro_batches[index].where} in place, so that it would "
-                "not run on the same rows again. Let it work on a copy: inputs = inputs.clone()."
+                f"loss_fn has changed micro-batch {index}{self.micro_batches[index].where} in place, so it cannot run "
+                "again on the same rows. Write to a copy instead: inputs = inputs.clone()."
             )
-
-    def run(self, schedule: Schedule) -> None:
-        """Step [3]: every micro-batch that is not done yet."""
-        # Idle micro-batches come last: only then is it known whether there are metrics to be had from them.
-        order = [index for index in range(len(self.micro_batches)) if index not in self.idle] + sorted(self.idle)
-        backward = self.back_propagate if self.after_first is None else self._backward
-        schedule([index for index in order if index not in self.done], self.forward, backward)
-
-    def result(self) -> WindowResult:
-        """The first half of step [4], once the losses are settled."""
-        loss, metrics = self.losses.close()
-        terms = {*self.losses.names, *self.losses.sums}  # those of other ranks as well
-        self.metrics.check_names(terms)
-        metrics.update(self.metrics.close())
-        num_run = len(self.micro_batches) - (0 if self.runs_idle else len(self.idle))
-        return WindowResult(loss, metrics, num_run, self.num_samples, self.weights.total(terms))
 
     def check_names(self) -> None:
         """Raise WeightError where a weight has no loss term or metric, once the losses are settled."""
-        terms = {*self.losses.names, *self.losses.sums}
-        self.weights.check_names(terms, self.metrics.all_names)
+        self.weights.check_names(self.losses.all_names, self.metrics.all_names)
 
-    def forward(self, index: int) -> Weighed:
-        """The loss terms of a micro-batch, with their graph."""
+    def completed(self) -> Window:
+        """All micro-batches have run, and loss and gradient are as they will be handed over."""
+        self.is_complete = True
+        return self
+
+    def result(self) -> WindowResult:
+        """Loss, metrics and counts of a complete window."""
+        loss, metrics = self.losses.close()
+        if self._metrics is not None:
+            self._metrics.check_names(self.losses.all_names)
+            metrics.update(self._metrics.close())
+        num_run = len(self.micro_batches) - (0 if self.runs_zero_weight else len(self.zero_weight))
+        unnamed = self.weights.unnamed
+        weight = unnamed.total if unnamed is not None else self.weights.total(self.losses.all_names)
+        return WindowResult(loss, metrics, num_run, self.num_samples, weight, tuple(self.recoveries), self.is_skipped)
+
+    def _forward_zero_weight(self, index: int) -> Weighed:
+        """Run a micro-batch of weight 0, if it may have metrics."""
         self.current = index
-        if index in self.idle and not self.runs_idle:
-            return self._forward_idle(index)
-        output = self.call(index)
-        if isinstance(output, tuple):
-            output, metrics = read_pair(output)
-            self.metrics.add(index, metrics)
-        return self.losses.add(index, output)
-
-    def call(self, index: int) -> Any:
-        """What `loss_fn` returns for a micro-batch."""
-        self.current = index
-        if self.around is None:
-            return self.loss_fn(self.model, in_own_containers(self.take(index)))
-        with self.around(self.micro_batches[index].rows):
-            return self.loss_fn(self.model, in_own_containers(self.take(index)))
-
-    def _backward(self, weighed: Weighed) -> None:
-        self.back_propagate(weighed)
-        if self.after_first is not None:
-            after_first, self.after_first = self.after_first, None
-            after_first(partial(self._run_again, self.current))
-
-    def _run_again(self, index: int) -> None:
-        self.back_propagate(self.forward(index))
-
-    def _forward_idle(self, index: int) -> Weighed:
-        """A micro-batch that weighs nothing is looked at only where there are metrics to be had from it."""
-        if self.metrics.names or self.looks_at_idle:
+        is_alone = len(self.zero_weight) == len(self.micro_batches)
+        has_metrics = self._metrics is not None and bool(self._metrics.names)
+        if has_metrics or (is_alone and self.weights.others_are_busy()):
             with torch.no_grad():
                 output = self.call(index)
             if isinstance(output, tuple):

@@ -1,7 +1,4 @@
-"""Auto: how a micro-batch size is to set itself.
-
-A choice: the micro-batch size that an accumulator has set itself, with the reason and what was timed.
-"""
+"""Auto, the option by which an accumulator picks its own micro-batch size, and the choice that comes of it."""
 
 from __future__ import annotations
 
@@ -11,24 +8,20 @@ from typing import Any, Literal, TypeAlias
 
 from gradfold.errors import OptionError
 from gradfold.memory.amount import read_bytes
-from gradfold.packing.token_budget import TokenBudget
 
 __all__ = ["Auto", "MicroBatchChoice", "SizeTiming"]
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Have the micro-batch size found: the fastest of those that fit. `"auto"` is `Auto()`.
+    """Pick the micro-batch size: the fastest of those that fit. `"auto"` is `Auto()`.
 
     Args:
         memory: the most that the process (on a CPU) or the device may use, such as "16GiB". None: what is free.
         margin: the share that is added to predictions of memory. None: 10 %.
         seconds: for how long sizes are timed at most, after a prediction of some seconds.
-        cache: whether a choice is kept on disk for the next start with the same model, shapes, dtypes, device and
-            versions: in `$GRADFOLD_CACHE_DIR`, else in `$XDG_CACHE_HOME/gradfold`, else in `~/.cache/gradfold`.
-
-    Raises:
-        OptionError: an argument cannot work.
+        cache: whether a choice is kept on disk for the next start with the same model, shapes, dtypes, device, versions
+            and options: in `$GRADFOLD_CACHE_DIR`, else in `$XDG_CACHE_HOME/gradfold`, else in `~/.cache/gradfold`.
 
     >>> import torch, gradfold
     >>> model = torch.nn.Linear(10, 1)
@@ -50,68 +43,46 @@ class Auto:
         if self.memory is not None:
             read_bytes(self.memory)
         if isinstance(self.seconds, bool) or not isinstance(self.seconds, (int, float)) or not self.seconds > 0:
-            raise OptionError(f"seconds={self.seconds!r}; expected how long sizes may be timed, such as 4.0.")
+            raise OptionError(f"seconds={self.seconds!r}; expected a number of seconds to time sizes, such as 4.0.")
 
 
-MicroBatchSize: TypeAlias = int | TokenBudget | Literal["auto"] | Auto | None
+MicroBatchSize: TypeAlias = int | Literal["auto"] | Auto | None
 
 
 def read_auto(option: str | Auto) -> Auto:
-    """The `Auto` that an option means.
-
-    Raises:
-        OptionError: it is none.
-    """
+    """The `Auto` that an option means; OptionError for any other text."""
     if isinstance(option, Auto):
         return option
     if option == "auto":
         return Auto()
     raise OptionError(
-        f'micro_batch_size={option!r}; expected the number of rows to run at once, "auto", an Auto, or None for the '
-        "batch as it is given."
+        f'micro_batch_size={option!r}; expected a number of rows to run at once, "auto", an Auto, or None for the '
+        "unchanged batch."
     )
 
 
 @dataclass(frozen=True)
 class SizeTiming:
-    """How fast one size was.
-
-    Attributes:
-        micro_batch_size: rows at once.
-        samples_per_s: median over the rounds in which it ran, forward and backward.
-        ratio: of its pace to that of the fastest size in the same round, median.
-        num_rounds: in which it ran; slower sizes drop out on the way.
-    """
+    """The speed of one size in forward and backward passes."""
 
     micro_batch_size: int
-    samples_per_s: float
-    ratio: float
-    num_rounds: int
+    samples_per_s: float  # median over the rounds in which it ran
+    ratio: float  # of its pace to that of the fastest size in the same round, median
+    num_rounds: int  # slower sizes are pruned on the way
 
 
 @dataclass(frozen=True)
 class MicroBatchChoice:
-    """The size that was chosen.
-
-    Attributes:
-        micro_batch_size: rows that are run at once.
-        reason: in words.
-        timings: what was timed, by size; on this machine, or where the cached choice was made.
-        num_rows: of the batch for which it was chosen.
-        largest_fitting: the largest size that was considered.
-        peak_bytes: predicted for it, tensors of forward and backward; 0 where nothing could be predicted.
-        elapsed_s: seconds that the search took.
-        is_cached: whether an earlier start had searched.
-    """
+    """The size that was chosen, and why."""
 
     micro_batch_size: int
     reason: str
-    timings: tuple[SizeTiming, ...]
-    num_rows: int
-    largest_fitting: int
-    peak_bytes: int
+    timings: tuple[SizeTiming, ...]  # by size
+    num_rows: int  # of the batch for which it was chosen
+    largest_fitting: int  # the largest candidate
+    peak_bytes: int  # predicted for forward and backward; 0 where nothing could be predicted
     elapsed_s: float
-    is_cached: bool = False
+    is_cached: bool = False  # read from disk, timings of that machine included
 
     @property
     def is_bound_by_rows(self) -> bool:
@@ -125,7 +96,7 @@ class MicroBatchChoice:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self) | {"timings": [asdict(timing) for timing in self.timings]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MicroBatchChoice:

@@ -1,39 +1,33 @@
-"""A sizer: finds the micro-batch size of an accumulator, without a trace in model, gradients and random numbers.
+"""The auto-tuner: picks the micro-batch size of an accumulator, with no side effect on model, gradients and RNG.
 
-What fits is predicted, what is fastest is timed. It is asked from inside a window that has set gradients aside.
-
-A work: what is to be sized, as an accumulator hands it over.
+What fits is predicted, what is fastest is timed. It runs inside a window that has set gradients aside.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 
 import torch
 
 from gradfold.batch.nesting import Batch, map_tensors
+from gradfold.distributed.process_group import TuningGroup
+from gradfold.engine.backward import BackPropagation
 from gradfold.engine.model_checks import refuse_lazy
-from gradfold.engine.recovery import give_back
+from gradfold.engine.recovery import release_memory
 from gradfold.errors import DoesNotFitError, ModelError
 from gradfold.memory import cache
 from gradfold.memory.amount import written
 from gradfold.memory.auto import Auto, MicroBatchChoice
-from gradfold.memory.budget import Budget
-from gradfold.memory.cache import CachedChoice, key_of
-from gradfold.memory.dry_run import Rehearsal, seen_by
-from gradfold.memory.estimate import PeakEstimate, largest_that_fits
-from gradfold.memory.probe_batch import Work
+from gradfold.memory.budget import Budget, tuning_budget
+from gradfold.memory.dry_run import DryRun, watching
+from gradfold.memory.estimate import PeakEstimate
 from gradfold.memory.search import GOOD_ENOUGH, Search, choose
-from gradfold.memory.trace import MemoryBreakdown
-from gradfold.self_check.rng_replay import OwnGenerators
-from gradfold.self_check.trial import Trial
+from gradfold.self_check.probe_run import ProbeRun
+from gradfold.self_check.rng_replay import CustomGenerators
 from gradfold.state.external import ExternalState
-
-__all__: list[str] = []
-
 
 _ENOUGH_ROWS = 64
 _MAX_BATCHES = 8  # of one size, which stay on the device while sizes are timed
@@ -55,142 +49,123 @@ class AutoTuner:
         choice = self.choice
         return choice is None or (choice.is_bound_by_rows and num_rows >= 2 * choice.num_rows)
 
-    def choose(self, work: Work) -> MicroBatchChoice:
-        """Find the size for a batch.
+    def tune(self, dry_run: DryRun, back_propagate: BackPropagation, group: TuningGroup) -> MicroBatchChoice:
+        """Find the size for the batch of a dry run, together with the processes of a group.
 
         Raises:
             DoesNotFitError: not even one row fits.
             ModelError: it has lazy layers that have not run.
             Exception: whatever the model raises on one row.
         """
-        refuse_lazy(work.model, 'micro_batch_size="auto"')
-        with ExternalState(work.model, work.loss_fn, work.specimen.collate):
-            return self._choose(work)
-
-    def _choose(self, work: Work) -> MicroBatchChoice:
-        since = time.perf_counter()
-        company = work.company
-        key, budget, remembered = company.attempt(lambda: self._prepare(work))
-        of_all = company.gather(None if remembered is None else remembered.micro_batch_size)
-        self.choice = remembered if len(set(of_all)) == 1 else None
-        if self.choice is None:
-            largest, make_up_of = company.attempt(lambda: self._largest(work, budget))
-            found = self._search(work, min(company.gather(largest)))
-            make_up = None if make_up_of is None else make_up_of(found.micro_batch_size)
-            peak_bytes = 0 if make_up is None else make_up.total
-            self.choice = replace(found, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
-            if self._option.cache:
-                cache.write(key, CachedChoice(self.choice, make_up, budget.num_bytes).to_json())
+        refuse_lazy(dry_run.model, 'micro_batch_size="auto"')
+        with ExternalState(dry_run.model, dry_run.loss_fn, dry_run.probe_batch.collate):
+            self.choice = self._tune(dry_run, back_propagate, group)
         return self.choice
 
-    def _prepare(self, work: Work) -> tuple[str, Budget, MicroBatchChoice | None]:
-        """What a choice depends on, and what an earlier start has chosen."""
-        key, budget = key_of(work, self._option), Budget(self._option, work)
-        return key, budget, self._remembered(key, budget)
+    def _tune(self, dry_run: DryRun, back_propagate: BackPropagation, group: TuningGroup) -> MicroBatchChoice:
+        since = time.perf_counter()
+        key, budget, cached = group.attempt(lambda: self._prepare(dry_run, group.size))
+        of_all = group.gather(None if cached is None else cached.micro_batch_size)
+        if cached is not None and len(set(of_all)) == 1:
+            return cached
+        largest, estimate = group.attempt(lambda: _largest(dry_run, budget))
+        choice = self._search(dry_run, min(group.gather(largest)), back_propagate, group)
+        breakdown = None if estimate is None else estimate.peak(choice.micro_batch_size)
+        peak_bytes = 0 if breakdown is None else breakdown.total
+        choice = replace(choice, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
+        if self._option.cache:
+            cache.write(key, cache.CachedChoice(choice, breakdown, budget.num_bytes))
+        return choice
 
-    def _remembered(self, key: str, budget: Budget) -> MicroBatchChoice | None:
-        """What an earlier start has chosen, if that is as good as ever."""
-        found = cache.read(key) if self._option.cache else None
-        memo = None if found is None else CachedChoice.from_json(found)
-        return replace(memo.choice, is_cached=True) if memo is not None and memo.holds_under(budget) else None
+    def _prepare(self, dry_run: DryRun, num_processes: int) -> tuple[str, Budget, MicroBatchChoice | None]:
+        """What a choice depends on, and the cached one, if it still holds."""
+        option = self._option
+        key = cache.key_of(dry_run, option, num_processes)
+        budget = tuning_budget(option.memory, option.margin, dry_run.model)
+        cached = cache.read(key) if option.cache else None
+        if cached is None or not cached.holds_under(budget):
+            return key, budget, None
+        return key, budget, replace(cached.choice, is_cached=True)
 
-    def _largest(self, work: Work, budget: Budget) -> tuple[int, Callable[[int], MemoryBreakdown] | None]:
-        """The largest size that fits, and what gives the memory of each; all of the batch where nobody can tell."""
-        num_rows = work.specimen.num_rows
-        try:
-            rehearsal = Rehearsal(
-                *(work.model, work.loss_fn, work.specimen, None, work.precision), reduces_once=work.reduces_once
-            )
-            prediction = PeakEstimate(rehearsal, work.device)
-        except ModelError:  # recovery stands behind what is tried
-            return num_rows, None
-        if budget.num_bytes is None:
-            return num_rows, prediction.peak
-        size = largest_that_fits(lambda size: budget.has_room_for(prediction.peak(size)), num_rows)
-        if size is not None and not prediction.check(size):
-            size = largest_that_fits(lambda size: budget.has_room_for(prediction.peak(size)), num_rows)
-        if size is None:
-            raise DoesNotFitError(
-                f"not even one row fits into {written(budget.num_bytes)}: it takes {written(prediction.peak(1).total)} "
-                "at its peak, before a margin and the optimizer's state. gradfold.plan(...) shows what would reduce "
-                "it; micro_batch_size=1 tries it all the same.",
-                (1,),
-            )
-        return size, prediction.peak
-
-    def _search(self, work: Work, largest: int) -> MicroBatchChoice:
-        num_rows, company = work.specimen.num_rows, work.company
-        with Trial(work.model, work.precision.around(work.loss_fn), work.back_propagate) as trial:
-            steps = _Steps(trial, work)
-            stopwatch = company.stopwatch(work.device)
-            search = Search(steps.run, _ladder(largest), self._option.seconds, company.clock, stopwatch)
+    def _search(
+        self, dry_run: DryRun, largest: int, back_propagate: BackPropagation, group: TuningGroup
+    ) -> MicroBatchChoice:
+        """Time powers of two, and the largest size."""
+        model, num_rows = dry_run.model, dry_run.probe_batch.num_rows
+        device = next(model.parameters()).device
+        sizes = [*(2**power for power in range(largest.bit_length()) if 2**power < largest), largest]
+        with ProbeRun(model, dry_run.precision.around(dry_run.loss_fn), back_propagate) as probe_run:
+            steps = _TimedSteps(probe_run, dry_run, device)
+            search = Search(steps.run, sizes, self._option.seconds, group.clock, group.stopwatch(device))
             try:
                 timings = search.run()
             finally:
                 steps.own_generators.restore_generators()
-        if search.sizes[-1] < largest:  # memory ran out
-            give_back(work.device)
-        chosen = choose(timings)
-        fastest = max(timings, key=lambda timing: timing.ratio if timing.num_rounds else 0.0)
-        return MicroBatchChoice(
-            chosen.micro_batch_size,
-            _reason(chosen.micro_batch_size, fastest.micro_batch_size, search.sizes[-1], num_rows),
-            timings,
-            num_rows,
-            search.sizes[-1],
-            peak_bytes=0,
-            elapsed_s=0.0,
-        )
+        if search.sizes[-1] < largest:  # out of memory
+            largest = search.sizes[-1]
+            release_memory(device)
+        size = choose(timings).micro_batch_size
+        fastest = max(timings, key=lambda timing: timing.ratio if timing.num_rounds else 0.0).micro_batch_size
+        reason = _reason(size, fastest, largest, num_rows)
+        return MicroBatchChoice(size, reason, timings, num_rows, largest, peak_bytes=0, elapsed_s=0.0)
 
 
-class _Steps:
-    """Micro-steps of any size, whose batches are cut and moved before they are timed.
+class _TimedSteps:
+    """Micro-steps of any size, whose batches are taken and moved before they are timed.
 
     Attributes:
-        own_generators: of the user's, that the first step of a size has shown.
+        own_generators: the user's, as the first step of each size has shown them.
     """
 
-    def __init__(self, trial: Trial, work: Work) -> None:
-        self._trial = trial
-        self._work = work
-        self.own_generators = OwnGenerators()
+    def __init__(self, probe_run: ProbeRun, dry_run: DryRun, device: torch.device) -> None:
+        self._probe_run = probe_run
+        self._model, self._probe_batch, self._device = dry_run.model, dry_run.probe_batch, device
+        self.own_generators = CustomGenerators()
         self._batches: dict[int, Iterator[Batch]] = {}
         self._size = 0  # of the last step
         self._num_left = 0  # of its window
 
     def run(self, size: int) -> None:
         """One forward and backward pass; it waits for the device."""
-        share = size / self._work.specimen.num_rows
+        weight = size / self._probe_batch.num_rows
         if size not in self._batches:
-            batches = [self._take(size, start) for start in self._starts(size)]
+            batches = self._take(size)
             self._batches[size] = cycle(batches)
-            self._trial.drop_gradient()
+            self._probe_run.drop_gradient()
             # With care: this also finds tensors outside the model that it trains, generators that it draws from, and
             # inputs that it changes.
-            self._trial.run(batches[0], lambda name: share, seen_by(self.own_generators, self._work.model))
+            self._probe_run.run(batches[0], lambda name: weight, watching(self.own_generators, self._model))
         if size != self._size or not self._num_left:
             # As in a window, whose first micro-batch finds no gradient to add to: a batch at once is spared all adding.
-            self._trial.drop_gradient()
-            self._size, self._num_left = size, -(-self._work.specimen.num_rows // size)
+            self._probe_run.drop_gradient()
+            self._size, self._num_left = size, -(-self._probe_batch.num_rows // size)
         self._num_left -= 1
-        self._trial.step(next(self._batches[size]), lambda name: share)
-        if self._work.device.type not in ("cpu", "meta"):
-            torch.get_device_module(self._work.device).synchronize()
+        self._probe_run.step(next(self._batches[size]), lambda name: weight)
+        if self._device.type not in ("cpu", "meta"):
+            torch.get_device_module(self._device).synchronize()
 
-    def _starts(self, size: int) -> range:
-        """Where micro-batches begin: of small ones several, since samples may differ in length."""
-        num = max(min(_ENOUGH_ROWS // size, _MAX_BATCHES, self._work.specimen.num_rows // size), 1)
-        return range(0, num * size, size)
-
-    def _take(self, size: int, start: int) -> Batch:
-        taken = self._work.specimen.take_as_it_is(size, start)
-        return map_tensors(lambda tensor: tensor.to(self._work.device), taken)
+    def _take(self, size: int) -> list[Batch]:
+        """Micro-batches on the device: of small ones several, since samples may differ in length."""
+        num = max(min(_ENOUGH_ROWS // size, _MAX_BATCHES, self._probe_batch.num_rows // size), 1)
+        taken = [self._probe_batch.take_unchanged(size, start) for start in range(0, num * size, size)]
+        return [map_tensors(lambda tensor: tensor.to(self._device), batch) for batch in taken]
 
 
-def _ladder(largest: int) -> list[int]:
-    """The sizes to try: powers of two, and the largest."""
-    powers = [2**power for power in range(largest.bit_length()) if 2**power < largest]
-    return [*powers, largest]
+def _largest(dry_run: DryRun, budget: Budget) -> tuple[int, PeakEstimate | None]:
+    """The largest size that fits, and the estimate; all rows of the batch where nothing can be predicted."""
+    try:
+        estimate = PeakEstimate(dry_run, next(dry_run.model.parameters()).device)
+    except ModelError:  # on out-of-memory the search drops a size
+        return dry_run.probe_batch.num_rows, None
+    size = dry_run.probe_batch.num_rows if budget.num_bytes is None else estimate.solve(budget.has_room_for)
+    if size is None:
+        raise DoesNotFitError(
+            f"not even one row fits into {written(budget.num_bytes or 0)}: it takes {written(estimate.peak(1).total)} "
+            "at its peak, before a margin and the optimizer's state. gradfold.plan(...) shows what would reduce it; "
+            "micro_batch_size=1 tries it all the same.",
+            (1,),
+        )
+    return size, estimate
 
 
 def _reason(size: int, fastest: int, largest: int, num_rows: int) -> str:
@@ -199,7 +174,5 @@ def _reason(size: int, fastest: int, largest: int, num_rows: int) -> str:
         return f"the fastest, and the largest: {bound}"
     if size == fastest:
         return f"the fastest of those up to {largest} ({bound})"
-    return (
-        f"the smallest within {100 * (1 - GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest}), of those up to "
-        f"{largest} ({bound})"
-    )
+    within = f"within {100 * (1 - GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest})"
+    return f"the smallest {within}, of those up to {largest} ({bound})"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradfold.memory.system import high_water_mark_bytes, reset_high_water_mark
-from gradfold.memory.trace import MemoryBreakdown
+from gradfold.memory.trace import MemoryBreakdown, highest
 from gradfold.memory.tracker import MemoryTracker
 
 __all__ = ["PeakMemory", "measure_peak"]
@@ -21,44 +21,30 @@ __all__ = ["PeakMemory", "measure_peak"]
 class PeakMemory:
     """The most memory that was in use while something ran.
 
-    Attributes:
-        make_up: bytes at that moment, by what they were for.
-        by_phase: the same for each phase alone: "forward and backward", and "update" where an optimizer stepped.
-        measured_by: "tensor storage" (every tensor that operators made, to the byte; what kernels took for themselves
-            is not in it) or "CUDA allocator" (all that was allocated, with what kernels took among the temporaries).
-        high_water_mark_bytes: the most physical memory of the whole process meanwhile: torch, Python and all that the
-            heap has not given back included. 0 where the system does not say.
+    Measured by "tensor storage" (what operators made, to the byte, without what kernels took for themselves) or by the
+    "CUDA allocator" (all that was allocated; what kernels took is among the temporaries).
     """
 
-    make_up: MemoryBreakdown
-    by_phase: Mapping[str, MemoryBreakdown]
+    breakdown: MemoryBreakdown  # bytes at that moment, by what they were for
+    by_phase: Mapping[str, MemoryBreakdown]  # "forward and backward", and "update" where an optimizer stepped
     measured_by: str
-    high_water_mark_bytes: int
+    high_water_mark_bytes: int  # physical memory of the whole process; 0 where it is not known
 
     @property
     def peak_bytes(self) -> int:
         """The most bytes that were in use at once."""
-        return self.make_up.total
+        return self.breakdown.total
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {
-            "peak_bytes": self.peak_bytes,
-            "make_up": self.make_up.to_json(),
-            "by_phase": {phase: found.to_json() for phase, found in self.by_phase.items()},
-            "measured_by": self.measured_by,
-            "high_water_mark_bytes": self.high_water_mark_bytes,
-        }
+        return {"peak_bytes": self.peak_bytes, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PeakMemory:
         """The value from `to_json`."""
-        return cls(
-            MemoryBreakdown(**data["make_up"]),
-            {phase: MemoryBreakdown(**found) for phase, found in data["by_phase"].items()},
-            data["measured_by"],
-            data["high_water_mark_bytes"],
-        )
+        by_phase = {phase: MemoryBreakdown(**found) for phase, found in data["by_phase"].items()}
+        breakdown = MemoryBreakdown(**data["breakdown"])
+        return cls(breakdown, by_phase, data["measured_by"], data["high_water_mark_bytes"])
 
 
 def measure_peak(
@@ -71,48 +57,39 @@ def measure_peak(
     """Call a function and measure the most memory that tensors take meanwhile.
 
     On a CPU every storage is counted from the operator that makes it until nothing refers to it: exact, and the same in
-    every run. On CUDA the peak is that of the caching allocator. What was there before counts where the function uses
-    it, and where it belongs to `model` or `optimizer`. Operators take longer meanwhile (some 10 microseconds each), so
-    do not time the same call; a note of some hundred bytes is kept on every tensor made, so measure a few updates, not
-    an epoch.
+    every run. On CUDA the peak is that of the caching allocator. Operators take longer meanwhile (some 10 microseconds
+    each) and leave a note of some hundred bytes, so measure a few updates, not an epoch, and do not time them.
 
     Args:
         fn: what to run, such as `lambda: step(batch)`.
-        model: whose parameters, buffers and gradients are there already.
-        optimizer: whose state is there already.
-        ignore: tensors that are not to count, such as a data set on the host that batches are taken from.
+        model: its parameters, buffers and gradients count from the start.
+        optimizer: its state counts from the start. What else was there before counts where `fn` uses it.
+        ignore: tensors not to count, such as a data set on the host that batches are taken from.
 
     >>> import torch, gradfold
     >>> model = torch.nn.Linear(1000, 1000)
     >>> def train():
     ...     model(torch.ones(10, 1000)).square().mean().backward()
     >>> peak = gradfold.measure_peak(train, model=model)
-    >>> peak.make_up.parameters, peak.make_up.gradients
+    >>> peak.breakdown.parameters, peak.breakdown.gradients
     (4004000, 4004000)
     """
     gc.collect()
-    tracker = MemoryTracker()
-    tracker.know(ignore, "ignored")
-    if model is not None:
-        tracker.know_model(model)
-    if optimizer is not None:
-        tracker.know_optimizer(optimizer)
+    tracker = MemoryTracker(model, optimizer, ignore)
     device = _device(model)
     reset_high_water_mark()
     if device is not None:
         torch.cuda.reset_peak_memory_stats(device)
     with tracker:
         fn()
-    by_phase = tracker.ledger.peaks()
-    make_up = max(by_phase.values(), key=lambda found: found.total)
+    by_phase, mark = tracker.trace.peaks(), high_water_mark_bytes()
+    breakdown = highest(by_phase.values())
     if device is None:
-        return PeakMemory(make_up, by_phase, "tensor storage", high_water_mark_bytes())
-    return PeakMemory(
-        _as_allocated(make_up, torch.cuda.max_memory_allocated(device)),
-        by_phase,
-        "CUDA allocator",
-        high_water_mark_bytes(),
-    )
+        return PeakMemory(breakdown, by_phase, "tensor storage", mark)
+    # What only the allocator knows: workspaces, rounding, other tensors.
+    more = torch.cuda.max_memory_allocated(device) - breakdown.total
+    breakdown = replace(breakdown, temporaries=max(breakdown.temporaries + more, 0))
+    return PeakMemory(breakdown, by_phase, "CUDA allocator", mark)
 
 
 def _device(model: nn.Module | None) -> torch.device | None:
@@ -123,10 +100,3 @@ def _device(model: nn.Module | None) -> torch.device | None:
     if torch.cuda.is_available() and torch.cuda.memory_allocated():
         return torch.device("cuda", torch.cuda.current_device())
     return None
-
-
-def _as_allocated(make_up: MemoryBreakdown, peak_bytes: int) -> MemoryBreakdown:
-    """The make-up with what only the allocator knows among the temporaries: workspaces, rounding, other tensors."""
-    found = make_up.to_json()
-    found["temporaries"] = max(found["temporaries"] + peak_bytes - make_up.total, 0)
-    return MemoryBreakdown(**found)

@@ -4,109 +4,61 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from gradfold.batch.nesting import Batch
-from gradfold.batch.split import Collate
-from gradfold.distributed.ddp import DistributedOption
-from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.errors import DoesNotFitError, OptionError
-from gradfold.memory.amount import Margin, margin_for, read_bytes, written
-from gradfold.memory.dry_run import Program, Rehearsal
-from gradfold.memory.estimate import PeakEstimate, largest_that_fits
+from gradfold.memory.amount import Margin, written
+from gradfold.memory.budget import Budget, budget_for
+from gradfold.memory.dry_run import DryRun, Planned
+from gradfold.memory.estimate import PeakEstimate
 from gradfold.memory.probe_batch import ProbeBatch
-from gradfold.memory.savings import MemorySaving, levers_of
-from gradfold.memory.trace import KINDS, MemoryBreakdown
-from gradfold.precision import Precision
+from gradfold.memory.savings import MemorySaving, savings_of
+from gradfold.memory.trace import MemoryBreakdown, highest
 
 __all__ = ["Plan", "PlanRow", "plan"]
-
-_CHECKS = 3  # of a choice by a run of its own size
-
-
-class Planned(Protocol):
-    """What a plan reads of an `Accumulator`, which knows plans and so cannot be known here."""
-
-    model: nn.Module
-    loss_fn: LossFn
-    collate: Collate | None
-    precision: Precision
-    ranks: DistributedOption
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One micro-batch size.
-
-    Attributes:
-        micro_batch_size: rows that are run at once.
-        num_micro_batches: to an update.
-        make_up: bytes of tensors when most are in use, by what they are for.
-        by_phase: the same for "forward and backward" and for "update".
-        needed_bytes: the peak with the margin.
-        fits: whether that is within the budget.
-        lever: what was changed about the program; empty where it is as given.
-        price: of the lever, and how to pull it.
-    """
+    """One micro-batch size."""
 
     micro_batch_size: int
     num_micro_batches: int
-    make_up: MemoryBreakdown
-    by_phase: Mapping[str, MemoryBreakdown]
-    needed_bytes: int
+    breakdown: MemoryBreakdown  # bytes of tensors when most are in use, by what they are for
+    by_phase: Mapping[str, MemoryBreakdown]  # the same for "forward and backward" and for "update"
+    needed_bytes: int  # the peak with the margin
     fits: bool
-    lever: str = ""
-    price: str = ""
+    saving: str = ""  # what was changed to save memory; empty where nothing was
+    cost: str = ""  # of the saving, with the line that makes the change
 
     @property
     def peak_bytes(self) -> int:
         """The predicted peak of tensors."""
-        return self.make_up.total
+        return self.breakdown.total
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {
-            "micro_batch_size": self.micro_batch_size,
-            "num_micro_batches": self.num_micro_batches,
-            "peak_bytes": self.peak_bytes,
-            "make_up": self.make_up.to_json(),
-            "by_phase": {phase: found.to_json() for phase, found in self.by_phase.items()},
-            "needed_bytes": self.needed_bytes,
-            "fits": self.fits,
-            "lever": self.lever,
-            "price": self.price,
-        }
+        return {"peak_bytes": self.peak_bytes, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits.
+    """What fits."""
 
-    Attributes:
-        choice: the largest micro-batch that fits, of the program as it is.
-        rows: the table: sizes in powers of two and the choice; then the largest size with each lever that changes it.
-        num_rows: of the global batch.
-        budget_bytes: what was to be kept.
-        margin: what was added to predictions.
-        device: what was planned for.
-        source: "fake tensors" or "probes" (real runs of few rows).
-        notes: what to know about the numbers.
-        elapsed_s: seconds that it took.
-    """
-
-    choice: PlanRow
-    rows: tuple[PlanRow, ...]
-    num_rows: int
+    choice: PlanRow  # the largest micro-batch that fits, with nothing changed
+    rows: tuple[PlanRow, ...]  # powers of two and the choice; then the largest size with each saving that changes it
+    num_rows: int  # of the global batch
     budget_bytes: int
-    margin: Margin
+    margin: Margin  # what was added to predictions
     device: str
-    source: str
-    notes: tuple[str, ...]
+    source: str  # "fake tensors" or "probes" (real runs of few rows)
+    notes: tuple[str, ...]  # what to know about the numbers
     elapsed_s: float
 
     @property
@@ -116,24 +68,14 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {
-            "micro_batch_size": self.micro_batch_size,
-            "choice": self.choice.to_json(),
-            "rows": [row.to_json() for row in self.rows],
-            "num_rows": self.num_rows,
-            "budget_bytes": self.budget_bytes,
-            "margin": self.margin.to_json(),
-            "device": self.device,
-            "source": self.source,
-            "notes": list(self.notes),
-            "elapsed_s": self.elapsed_s,
-        }
+        choice, rows = self.choice.to_json(), [row.to_json() for row in self.rows]
+        return {"micro_batch_size": self.micro_batch_size, **asdict(self), "choice": choice, "rows": rows}
 
     def __str__(self) -> str:
         head = f"{'micro-batch':>11}  {'how many':>8}  {'peak':>10}  {'with margin':>11}  fits"
         lines = [
             f"{row.micro_batch_size:>11}  {row.num_micro_batches:>8}  {written(row.peak_bytes):>10}  "
-            f"{written(row.needed_bytes):>11}  {'yes' if row.fits else 'no'}{'  with ' * bool(row.lever)}{row.lever}"
+            f"{written(row.needed_bytes):>11}  {'yes' if row.fits else 'no'}{'  with ' * bool(row.saving)}{row.saving}"
             for row in self.rows
         ]
         return "\n".join([head, *lines, f"choice: {self.micro_batch_size}", *self.notes])
@@ -150,26 +92,22 @@ def plan(
 ) -> Plan:
     """Predict which micro-batches of a batch fit into memory, without running them.
 
-    A window and an update run on fake tensors, which take no memory, at two small sizes. Their course of memory is
-    linear in the rows, operator by operator, and so known for every size. Models that cannot run so, and recurrent
-    ones, are run on a few real rows, in a copy, and the plan says so. Where `collate` is given, the longest sample of
-    the batch stands for all.
+    A window and an update run on fake tensors, which take no memory, at two small sizes. Their memory is linear in the
+    rows, operator by operator, and so known for every size. Models that cannot run so, and recurrent ones, are run on a
+    few real rows, in a copy, and the plan says so. With `collate`, the longest sample of the batch stands for all.
 
     Args:
         accumulator: as it is used for training.
-        batch: what `accumulator.backward(batch)` takes, no window; its rows are the global batch.
-        optimizer: what steps then. None leaves its state and the update out of the prediction.
+        batch: what `accumulator.backward(batch)` takes, but for a window; its rows are the global batch.
+        optimizer: steps after each window. None leaves its state and the update out of the prediction.
         memory: the budget, such as "16GiB" or a number of bytes; for the whole process, or the whole device.
-        device: None: that of the model; "cuda": also where there is none, as well as can be known.
+        device: None: that of the model; "cuda": also on a machine without a GPU, as well as can be known.
         margin: the share that is added to predictions. None: 10 %.
-
-    Returns:
-        The plan; print it, or take `plan(...).micro_batch_size`.
 
     Raises:
         DoesNotFitError: one row does not fit; with its peak, and what would reduce it.
         OptionError: an argument cannot work.
-        BatchError: the batch cannot be cut by rows.
+        BatchError: the batch cannot be split by rows.
         ModelError: the model can run neither on fake tensors nor in a copy, or has lazy layers that have not run.
 
     >>> import torch, gradfold
@@ -184,100 +122,78 @@ def plan(
     """
     since = time.perf_counter()
     refuse_lazy(accumulator.model, "gradfold.plan")
-    budget = read_bytes(memory)
     target = _device(device, accumulator.model)
-    specimen = ProbeBatch(batch, accumulator.collate)
-    program = Rehearsal(
-        *(accumulator.model, accumulator.loss_fn, specimen, optimizer, accumulator.precision),
-        reduces_once=accumulator.ranks == "reduce_once",
-    )
-    held_back = margin_for(target, margin, is_process_there=False)
-    table = _Table(specimen.num_rows, budget, held_back)
-    prediction = PeakEstimate(program, target)
-    size = table.solve(prediction)
+    budget = budget_for(memory, margin, target)
+    dry_run = DryRun.of(accumulator, ProbeBatch(batch, accumulator.collate), optimizer)
+    estimate = PeakEstimate(dry_run, target)
+    size = estimate.solve(budget.has_room_for)
     if size is None:
-        raise _does_not_fit(table, prediction, program, target, budget)
-    rows = [table.row(prediction, rows_at_once) for rows_at_once in _sizes(specimen.num_rows, size)]
-    if size < specimen.num_rows:
-        rows += [row for row in _with_levers(table, program, target) if row.micro_batch_size != size]
+        raise _does_not_fit(_row(estimate, 1, budget), budget, _rows_with_savings(dry_run, target, budget))
+    sizes = {2**power for power in range(estimate.num_rows.bit_length())} | {estimate.num_rows, size}
+    rows = [_row(estimate, rows_at_once, budget) for rows_at_once in sorted(sizes)]
+    choice = next(row for row in rows if row.micro_batch_size == size)
+    if size < estimate.num_rows:
+        rows += [row for row in _rows_with_savings(dry_run, target, budget) if row.micro_batch_size != size]
+    assert budget.num_bytes is not None
     return Plan(
-        choice=table.row(prediction, size),
+        choice=choice,
         rows=tuple(rows),
-        num_rows=specimen.num_rows,
-        budget_bytes=budget,
-        margin=held_back,
+        num_rows=estimate.num_rows,
+        budget_bytes=budget.num_bytes,
+        margin=budget.margin,
         device=str(target),
-        source=prediction.source,
-        notes=tuple(_notes(prediction, program, held_back, target)),
+        source=estimate.source,
+        notes=tuple(_notes(estimate, optimizer is not None, target, budget.margin)),
         elapsed_s=time.perf_counter() - since,
     )
 
 
-class _Table:
-    """Rows of a plan under one budget."""
-
-    def __init__(self, num_rows: int, budget_bytes: int, margin: Margin) -> None:
-        self._num_rows = num_rows
-        self._budget_bytes = budget_bytes
-        self._margin = margin
-
-    def row(self, prediction: PeakEstimate, size: int, lever: MemorySaving | None = None) -> PlanRow:
-        """The row of a size."""
-        by_phase = prediction.peaks(size)
-        make_up = max(by_phase.values(), key=lambda found: found.total)
-        needed = self._margin.with_margin(make_up.total)
-        how_many = -(-self._num_rows // size)
-        fits = needed <= self._budget_bytes
-        names = ("", "") if lever is None else (lever.name, lever.price)
-        return PlanRow(size, how_many, make_up, by_phase, needed, fits, *names)
-
-    def solve(self, prediction: PeakEstimate) -> int | None:
-        """The largest size that fits, checked by a run of its own size."""
-        size = None
-        for _ in range(_CHECKS):
-            size = largest_that_fits(lambda size: self.row(prediction, size).fits, self._num_rows)
-            if size is None or prediction.check(size):
-                break
-        return size
+def _row(estimate: PeakEstimate, size: int, budget: Budget, saving: MemorySaving | None = None) -> PlanRow:
+    by_phase = estimate.peaks(size)
+    breakdown = highest(by_phase.values())
+    num_micro_batches, needed = -(-estimate.num_rows // size), budget.needed_bytes(breakdown)
+    names = ("", "") if saving is None else (saving.name, saving.cost)
+    return PlanRow(size, num_micro_batches, breakdown, by_phase, needed, budget.has_room_for(breakdown), *names)
 
 
-def _sizes(num_rows: int, choice: int) -> list[int]:
-    powers = {2**power for power in range(num_rows.bit_length()) if 2**power <= num_rows}
-    return sorted(powers | {num_rows, choice})
-
-
-def _with_levers(table: _Table, program: Program, device: torch.device) -> Iterator[PlanRow]:
-    """The largest size with each lever; those that cannot be run are left out."""
-    for lever in levers_of(program, device):
+def _rows_with_savings(dry_run: DryRun, device: torch.device, budget: Budget) -> Iterator[PlanRow]:
+    """The largest size with each saving; those that cannot be run are left out."""
+    for saving in savings_of(dry_run, device):
         try:
-            prediction = PeakEstimate(lever.program, device)
-            size = table.solve(prediction) or 1
-            yield table.row(prediction, size, lever)
+            estimate = PeakEstimate(saving.dry_run, device)
+            yield _row(estimate, estimate.solve(budget.has_room_for) or 1, budget, saving)
         except Exception:  # a model that does not run so, in some way of its own
             continue
 
 
-def _does_not_fit(
-    table: _Table, prediction: PeakEstimate, program: Program, device: torch.device, budget: int
-) -> DoesNotFitError:
-    row = table.row(prediction, 1)
-    parts = sorted(((row.make_up.to_json()[kind], kind) for kind in KINDS), reverse=True)
+def _does_not_fit(row: PlanRow, budget: Budget, with_savings: Iterator[PlanRow]) -> DoesNotFitError:
+    """The error where not even one row fits: what its memory is for, and what would reduce it."""
+    parts = sorted(((size, kind) for kind, size in asdict(row.breakdown).items()), reverse=True)
     made_up = ", ".join(
         f"{kind.replace('_', ' ')} {written(size)}" for size, kind in parts if size >= 0.01 * row.peak_bytes
     )
     helping = [
-        f"{one.lever} ({written(one.needed_bytes)} for {one.micro_batch_size} row{'s' * (one.micro_batch_size > 1)}, "
-        f"{'fits' if one.fits else 'does not fit either'}; {one.price})"
-        for one in _with_levers(table, program, device)
+        f"{one.saving} ({written(one.needed_bytes)} for {one.micro_batch_size} "
+        f"row{'s' * (one.micro_batch_size > 1)}, {'fits' if one.fits else 'does not fit either'}; {one.cost})"
+        for one in with_savings
         if one.fits or one.needed_bytes < 0.98 * row.needed_bytes
     ]
-    advice = [*helping, _ADVICE[parts[0][1]]]
     return DoesNotFitError(
-        f"not even one row fits into {written(budget)}: its tensors take {written(row.peak_bytes)} at their peak "
-        f"({made_up}), and with the margin {written(row.needed_bytes)} are needed. What would reduce it: "
-        f"{'; '.join(advice)}.",
+        f"not even one row fits into {written(budget.num_bytes or 0)}: its tensors take {written(row.peak_bytes)} at "
+        f"their peak ({made_up}), and with the margin {written(row.needed_bytes)} are needed. What would reduce it: "
+        f"{'; '.join([*helping, _ADVICE[parts[0][1]]])}.",
         (1,),
     )
+
+
+def _notes(estimate: PeakEstimate, has_optimizer: bool, device: torch.device, margin: Margin) -> Iterator[str]:
+    if estimate.source == "probes":
+        yield f"Run on a few real rows, in a copy, since {estimate.reason}."
+    if not has_optimizer:
+        yield "Without optimizer= its state and the update are not in the numbers."
+    if device.type == "cuda" and not torch.cuda.is_available():
+        yield "Planned for a GPU that is not there, from the operators of a CPU."
+    yield f"The margin of {margin} is for what cannot be known: {'; '.join(margin.unknown)}."
 
 
 _ADVICE = {
@@ -290,16 +206,6 @@ _ADVICE = {
 }
 
 
-def _notes(prediction: PeakEstimate, program: Program, margin: Margin, device: torch.device) -> Iterator[str]:
-    if prediction.source == "probes":
-        yield f"Run on a few real rows, in a copy, since {prediction.reason}."
-    if program.optimizer is None:
-        yield "Without optimizer= its state and the update are not in the numbers."
-    if device.type == "cuda" and not torch.cuda.is_available():
-        yield "Planned for a GPU that is not there, from the operators of a CPU."
-    yield f"The margin of {margin} is for what cannot be known: {'; '.join(margin.unknown)}."
-
-
 def _device(device: str | torch.device | None, model: nn.Module) -> torch.device:
     own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if device is None:
@@ -307,7 +213,7 @@ def _device(device: str | torch.device | None, model: nn.Module) -> torch.device
     try:
         asked = torch.device(device)
     except RuntimeError as error:
-        raise OptionError(f"device={device!r} is no device: {error}") from None
+        raise OptionError(f"device={device!r} is not a device: {error}") from None
     if asked.type not in ("cpu", "cuda"):
         raise OptionError(f"device={str(asked)!r}; plans are for 'cpu' and 'cuda'.")
     return asked

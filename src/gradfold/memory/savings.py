@@ -1,85 +1,68 @@
-"""A lever: a change to a program that takes less memory, at a price."""
+"""A memory saving: a change to a dry run that takes less memory, at a cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from gradfold.distributed.fsdp import sharded_modules
-from gradfold.memory.dry_run import Program
+from gradfold.memory.dry_run import DryRun
 from gradfold.precision import Precision
-
-__all__: list[str] = []
 
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """One change.
-
-    Args:
-        name: for a table.
-        price: what it costs, and how to pull it.
-        program: with the change.
-    """
+    """A dry run with one change, and what that costs, with the line that makes it."""
 
     name: str
-    price: str
-    program: Program
+    cost: str
+    dry_run: DryRun
 
 
-def levers_of(program: Program, device: torch.device) -> Iterator[MemorySaving]:
-    """What can be changed about a program for this device."""
-    layers = longest_list(program.model)
+def savings_of(dry_run: DryRun, device: torch.device) -> Iterator[MemorySaving]:
+    """The changes that apply to a model on this device."""
+    model, precision, reduces_once = dry_run.model, dry_run.precision, dry_run.reduces_once
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    layers = longest_list(model)
     if layers is not None:
         yield MemorySaving(
             f"checkpoint {layers}",
             f"each module of {layers!r} runs twice: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)",
-            replace(program, prepare=partial(_checkpoint_all, layers)),
+            replace(dry_run, checkpointed=layers),
         )
-    is_wide = any(one.dtype == torch.float32 for one in program.model.parameters())
-    if program.precision.compute is None and is_wide:
+    if precision.compute is None and torch.float32 in dtypes:
         yield MemorySaving(
             "bf16 autocast",
             'activations are rounded to 8 bits: precision="bf16"',
-            replace(program, precision=replace(program.precision, compute=torch.bfloat16)),
+            replace(dry_run, precision=replace(precision, compute=torch.bfloat16)),
         )
-    if program.precision.accumulate_dtype is not None and any(_is_narrow(one) for one in program.model.parameters()):
+    if precision.accumulate_dtype is not None and dtypes & {torch.bfloat16, torch.float16}:
         yield MemorySaving(
             "narrow sums",
             "gradients are summed in the parameters' own dtype, off by 1 % over 128 micro-batches: "
             "precision=Precision(accumulate_dtype=None)",
-            replace(program, precision=Precision(program.precision.compute, accumulate_dtype=None)),
+            replace(dry_run, precision=Precision(precision.compute, accumulate_dtype=None)),
         )
-    if sharded_modules(list(program.model.modules())):
-        yield _of_shards(program)
+    if sharded_modules(list(model.modules())):
+        often = (
+            'gradients are reduced once per micro-batch, and no rank keeps whole ones: fsdp_reduce="per_micro_batch"'
+        )
+        once = (
+            'gradients are reduced once per window, and each rank keeps whole ones until then: fsdp_reduce="per_window"'
+        )
+        yield MemorySaving(
+            *(("reduce every time", often) if reduces_once else ("reduce once", once)),
+            replace(dry_run, reduces_once=not reduces_once),
+        )
     if device.type != "cpu":
         yield MemorySaving(
             "offload saved tensors",
             "saved tensors travel to the host and back: with torch.autograd.graph.save_on_cpu(pin_memory=True)",
-            replace(program, around=offloaded),
+            replace(dry_run, is_offloading=True),
         )
-
-
-def _of_shards(program: Program) -> MemorySaving:
-    if program.reduces_once:
-        name, price = (
-            "reduce every time",
-            "gradients travel once per micro-batch, and no rank keeps whole ones: ranks=None",
-        )
-    else:
-        name, price = (
-            "reduce once",
-            'gradients travel once per window, and every rank keeps whole ones until then: ranks="reduce_once"',
-        )
-    return MemorySaving(name, price, replace(program, reduces_once=not program.reduces_once))
 
 
 def longest_list(model: nn.Module) -> str | None:
@@ -94,37 +77,3 @@ def longest_list(model: nn.Module) -> str | None:
             if len(kinds) == 1 and all(any(True for _ in one.children()) for one in module):
                 found[name] = sum(one.numel() for one in module.parameters())
     return max(found, key=lambda name: found[name], default=None)
-
-
-def _checkpoint_all(name: str, model: nn.Module) -> None:
-    for layer in model.get_submodule(name).children():
-        layer.forward = _Checkpointed(layer.forward)
-
-
-class _Checkpointed:
-    """A forward pass that is run again in the backward pass."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
-        return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
-
-
-def offloaded() -> AbstractContextManager[Any]:
-    """As `save_on_cpu`, on fake tensors: what is saved is off the device until it is needed."""
-    return saved_tensors_hooks(_off, _on)
-
-
-def _off(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _on(saved: tuple[Any, ...]) -> Tensor:
-    shape, stride, dtype, device = saved
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-def _is_narrow(parameter: nn.Parameter) -> bool:
-    return parameter.dtype in (torch.bfloat16, torch.float16)

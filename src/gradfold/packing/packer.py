@@ -1,13 +1,13 @@
-"""A length plan: which rows of a batch go together into a micro-batch, so that padding and micro-steps cost least.
+"""A length plan: which rows of a batch share a micro-batch, so that padding and micro-steps cost least.
 
 A micro-batch is padded to the longest of its rows. So rows are sorted, longest first, and cut in that order:
 
     least[p] = min over e of  cost of a micro-batch of the rows p ... e - 1  +  least[e]
 
-With one length per row the programme is solved exactly in O(n log n). What row p has to pay for an end e is a line in
-the length of row p, so that of two ends the nearer one is the better one from some length on, and stays it ("convex"
-least weight subsequences: Galil and Park 1992, doi 10.1016/0304-3975(92)90135-3). Ends out of reach of the budget fit
-into the same picture, since the reach moves with p.
+With one length per row this is solved exactly in O(n log n). What row p has to pay for an end e is a line in the length
+of row p, so that of two ends the nearer one is the better one from some length on, and stays it ("convex" least weight
+subsequences: Galil and Park 1992, doi 10.1016/0304-3975(92)90135-3). Ends out of reach of the budget fit into the same
+picture, since the reach moves with p.
 """
 
 from __future__ import annotations

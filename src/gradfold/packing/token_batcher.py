@@ -1,6 +1,6 @@
-"""A token split: a global batch cut into micro-batches of rows of like length, under a budget of padded tokens.
+"""Token batches: a global batch split into micro-batches of rows of similar length, under a budget of padded tokens.
 
-A stopwatch: what a micro-step costs beside its tokens, from micro-batches of which some are as small as can be.
+What a micro-step costs beside its tokens is measured once, in a window with some micro-batches of a single row.
 """
 
 from __future__ import annotations
@@ -10,49 +10,47 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows, num_rows
-from gradfold.batch.split import Collate, MicroBatch, split_samples
-from gradfold.engine.backward import Weighed
-from gradfold.engine.window import Backward, Forward, Schedule
+from gradfold.batch.split import Collate, CollateRows, MicroBatch, MicroBatcher, check_collated, split_samples
+from gradfold.engine.loss_terms import LossFn
+from gradfold.engine.strategy import Strategy, WrappedStrategy
+from gradfold.engine.window import Window
 from gradfold.errors import BatchError, OptionError
 from gradfold.messages import warn
 from gradfold.packing.packer import StepCost, plan, width_of
-from gradfold.packing.padding import PaddedBatch, PaddingProbe, find_in_samples, find_in_tensors
+from gradfold.packing.padding import PaddedBatch
+from gradfold.packing.padding_check import PaddingCheck, PaddingProbe, find_in_samples, find_in_tensors
 from gradfold.packing.token_budget import TokenBudget
+from gradfold.state.snapshot import Snapshot
 
-__all__: list[str] = []
 
+@final
+class StepTimer(WrappedStrategy):
+    """A strategy whose micro-batches are timed, forward and backward, where they run one after another."""
 
-class StepTimer:
-    """Goes around a schedule: how long each micro-batch takes, forward and backward."""
-
-    def __init__(self, schedule: Schedule, micro_batches: Sequence[MicroBatch], device: torch.device) -> None:
-        self._schedule = schedule
-        self._sizes = [part.size for part in micro_batches]
-        self._is_probe = [len(part.rows) == 1 for part in micro_batches]
-        self._device = device
+    def __init__(self, strategy: Strategy) -> None:
+        super().__init__(strategy)
+        self._parts: Sequence[MicroBatch] = ()
+        self._device = torch.device("cpu")
         self._elapsed_s: dict[int, float] = {}
 
-    def __call__(self, indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-        """Run the micro-batches as the schedule does."""
-        begun: list[tuple[int, float]] = []
-
-        def timed_forward(index: int) -> Weighed:
-            begun.append((index, self._now()))
-            return forward(index)
-
-        def timed_backward(weighed: Weighed) -> None:
-            backward(weighed)
-            index, start = begun[-1]
+    def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
+        """Run the micro-batches as the strategy does."""
+        if not self.is_sequential(window.context):
+            self.strategy.run(window, indices, snapshot)
+            return
+        self._parts, self._device = window.micro_batches, window.device
+        for index in indices:
+            start = self._now()
+            self.strategy.run(window, [index], snapshot)
             self._elapsed_s[index] = self._now() - start
-
-        self._schedule(indices, timed_forward, timed_backward)
 
     def overhead(self) -> float | None:
         """What a micro-step costs beside its tokens, in tokens; None where these micro-batches do not tell.
@@ -60,18 +58,13 @@ class StepTimer:
         A line through those of one row and the larger ones, each at their medians. A power of two, since the cut is to
         change little with the noise of a clock: near the best cut its cost hardly depends on it.
         """
-        largest = max(self._sizes)
-        small = [index for index in self._elapsed_s if self._is_probe[index] and self._sizes[index] <= largest / 4]
-        large = [index for index in self._elapsed_s if self._sizes[index] > largest / 2]
+        largest = max((part.size for part in self._parts), default=0)
+        timed = [(self._parts[index], elapsed_s) for index, elapsed_s in self._elapsed_s.items()]
+        small = [(part.size, s) for part, s in timed if len(part.rows) == 1 and part.size <= largest / 4]
+        large = [(part.size, s) for part, s in timed if part.size > largest / 2]
         if not small or not large:
             return None
-        (few, short), (many, long) = (
-            (
-                statistics.median(self._sizes[index] for index in indices),
-                statistics.median(self._elapsed_s[index] for index in indices),
-            )
-            for indices in (small, large)
-        )
+        (few, short), (many, long) = (map(statistics.median, zip(*both, strict=True)) for both in (small, large))
         rate = (long - short) / (many - few)
         tokens = largest if rate <= 0 else min(max(short / rate - few, 1.0), largest)
         return float(2 ** round(math.log2(tokens)))
@@ -86,72 +79,102 @@ _FIRST_OVERHEAD = 64.0  # padded tokens, until it is measured
 _NUM_PROBES = 3  # micro-batches of one row that are timed
 
 
-class TokenBatcher:
-    """Cuts one batch after another.
+@final
+class TokenBatcher(MicroBatcher):
+    """Splits batches into micro-batches of rows of similar length, under a budget of padded tokens.
+
+    Args:
+        budget: the user's.
+        collate: the user's function, where batches are lists of samples.
+        counts_samples: whether samples are what is weighed, so collation must not change their number.
 
     Attributes:
-        budget: the user's.
         overhead: of a micro-step, in padded tokens; None until it is measured.
         is_checked: whether padding was seen not to change the gradient, or whether that cannot be known.
     """
 
-    def __init__(self, budget: TokenBudget) -> None:
-        self.budget = budget
+    unit = "padded tokens"
+
+    def __init__(self, budget: TokenBudget, collate: Collate | None = None, counts_samples: bool = False) -> None:
+        super().__init__(budget.max_tokens if isinstance(budget.max_tokens, int) else None)
+        self._budget = budget
+        self._collate = collate
+        self._counts_samples = counts_samples
+        self._samples: Sequence[Any] = ()
         self.overhead = budget.step_cost.overhead
         self.is_checked = False
+        self._has_run = False
         self._is_measuring = False
         self._trimmed: Collection[str] = ()  # paths of the tensors
-        self._stopwatch: StepTimer | None = None
-        self._padded_rows: Callable[[], PaddingProbe] | None = None
-        self._longest_warned_of = 0
-        self._num_looks = 0  # at the padding
+        self._timer: StepTimer | None = None
+        self._probes: list[Callable[[int], PaddingProbe | None]] = []  # of each piece of the last batch
+        self._has_warned_of_long = False
+        self._num_probes = 0  # looks at the padding
         self._places: dict[str, str] = {}  # that go with the tokens, and with which input
 
-    def cut(self, batch: Batch, limit: int | None, collate: Collate | None, is_first: bool) -> list[MicroBatch]:
-        """Cut a nesting of padded tensors, or a list of samples where there is a collate function.
+    @property
+    def budget(self) -> TokenBudget:
+        """The user's budget, with the number of tokens that "auto" has found, and the cost that was measured."""
+        max_tokens = self._budget.max_tokens if self.size is None else self.size
+        return replace(self._budget, max_tokens=max_tokens, cost=self._cost)
 
-        Args:
-            batch: as the user gave it.
-            limit: padded tokens that fit, where that is less than the budget.
-            collate: the user's.
-            is_first: whether nothing has run yet, so that it is too early to measure.
+    def split(self, batch: Batch) -> list[MicroBatch]:
+        """The micro-batches of a batch, or of a window of micro-batches; see `MicroBatcher`."""
+        self._probes, self._trimmed = [], ()
+        return super().split(batch)
 
-        Raises:
-            BatchError: the batch cannot be cut, or its lengths are none.
-        """
-        total = num_rows(batch) if collate is None else len(split_samples(batch, None, list)[0].rows)
-        found = self.budget.lengths_of(batch, total)
-        max_tokens = self._limit(limit)
-        if collate is not None:
-            if self.budget.trim is not None:
-                raise OptionError("trim= is for padded tensors; with collate= every micro-batch is padded by itself.")
-            widths: Mapping[str, Tensor] = {name: length.clamp(min=1) for name, length in found.items()}
-            groups = self._plan(widths, max_tokens, is_first)
-            self._padded_rows = self._padded_rows or find_in_samples(batch, collate, widths, groups, self._num_looks)
-            return [
-                MicroBatch(collate([batch[row] for row in rows]), rows, False, width_of(widths, rows))
-                for rows in groups
-            ]
-        named = {name: self.budget.trim_of(name, list(found)) for name in found}
-        trimming = PaddedBatch(batch, found, self.budget.padding_side, named.__getitem__)
-        self._trimmed = {*self._trimmed, *trimming.paths}
-        self._settle_places(trimming.found)
-        groups = self._plan(trimming.widths, max_tokens, is_first)
-        self._padded_rows = self._padded_rows or find_in_tensors(trimming, found, groups, max_tokens, self._num_looks)
-        if len(groups) == 1 and trimming.width(groups[0]) == trimming.full_width:
-            return [MicroBatch(batch, groups[0], width=trimming.full_width)]
-        return [MicroBatch(trimming.of_rows(rows), rows, True, trimming.width(rows)) for rows in groups]
+    def _split_pieces(self, pieces: Sequence[Batch], limit: int | None) -> list[MicroBatch]:
+        if self._collate is None:
+            return super()._split_pieces(pieces, limit)
+        return self._split([sample for piece in pieces for sample in piece], limit)  # one pool to choose from
 
-    def begin(self) -> None:
-        """A window begins: what its batches show of padding is to be looked at, of the first that shows any."""
-        self._padded_rows, self._trimmed = None, ()
+    def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
+        assert limit is not None  # "auto" has found one
+        if self._collate is None:
+            return self._split_tensors(batch, limit)
+        return self._split_samples(batch, limit, self._collate)
+
+    def _split_samples(self, batch: Batch, limit: int, collate: Collate) -> list[MicroBatch]:
+        total = len(split_samples(batch, None, list)[0].rows)
+        if self._budget.trim is not None:
+            raise OptionError("trim= is for padded tensors; with collate= every micro-batch is padded by itself.")
+        self._samples = batch
+        found = self._budget.lengths_of(batch, total)
+        widths = {name: length.clamp(min=1) for name, length in found.items()}
+        groups = self._plan(widths, limit)
+        self._probes.append(partial(find_in_samples, batch, collate, widths, groups))
+        parts = [MicroBatch(self._collate_rows(rows), rows, False, width_of(widths, rows)) for rows in groups]
+        if self._counts_samples:
+            check_collated(parts)
+        return parts
+
+    def _split_tensors(self, batch: Batch, limit: int) -> list[MicroBatch]:
+        found = self._budget.lengths_of(batch, num_rows(batch))
+        named = {name: self._budget.trim_of(name, list(found)) for name in found}
+        padded = PaddedBatch(batch, found, self._budget.padding_side, named)
+        self._trimmed = {*self._trimmed, *padded.paths}
+        self._settle_places(padded.found)
+        groups = self._plan(padded.widths, limit)
+        self._probes.append(partial(find_in_tensors, padded, found, groups, limit))
+        if len(groups) == 1 and padded.width(groups[0]) == padded.full_width:
+            return [MicroBatch(batch, groups[0], width=padded.full_width)]
+        return [MicroBatch(padded.of_rows(rows), rows, True, padded.width(rows)) for rows in groups]
+
+    def largest(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """The padded tokens of the largest of some micro-batches."""
+        return max([part.size for part in micro_batches], default=0)
+
+    @property
+    def collate_rows(self) -> CollateRows | None:
+        """What collates rows of the last batch; None where rows need no collation."""
+        return None if self._collate is None else self._collate_rows
+
+    def _collate_rows(self, rows: Rows) -> Batch:
+        assert self._collate is not None
+        return self._collate([self._samples[row] for row in rows])
 
     def _settle_places(self, places: Mapping[str, str]) -> None:
-        """Note what goes with the tokens, as the first batches show it.
-
-        Raises:
-            BatchError: this batch shows something else.
-        """
+        """Note what goes with the tokens, as the first batches show it; raise BatchError where this one differs."""
         for place, name in places.items():
             if self._places and self._places.get(place) != name:
                 before = f"went with {self._places[place]!r}" if place in self._places else "did not go with the tokens"
@@ -161,37 +184,59 @@ class TokenBatcher:
                 )
         self._places = self._places or dict(places)
 
-    def padded_rows(self) -> PaddingProbe | None:
+    def padding_probe(self) -> PaddingProbe | None:
         """Rows of the last batch by which to see whether padding matters; None where all are of one length."""
-        self._num_looks += 1
-        return None if self._padded_rows is None else self._padded_rows()
+        look, self._num_probes = self._num_probes, self._num_probes + 1
+        return next((found for found in (find(look) for find in self._probes) if found is not None), None)
 
-    @property
-    def budget_as_measured(self) -> TokenBudget:
-        """The budget with a cost that is known."""
-        return replace(self.budget, cost=self._cost)
+    def check_padding(self, window: Window, probe_loss: LossFn, can_check: bool) -> bool:
+        """Check once that padding does not change the gradient, by rows of this batch; whether that is settled.
+
+        Raises:
+            PaddingError, BatchError: as `PaddingCheck.run`.
+            OptionError: padding is on the left, where it easily does, and rows cannot run by themselves.
+        """
+        if self.is_checked:
+            return True
+        if not can_check:
+            self._require_position_ids()
+            return True
+        rows = self.padding_probe()
+        if rows is not None:
+            window.weights.wait()  # another rank may have failed, which is not for the check to see
+            accumulator = window.model, probe_loss, window.weight, window.back_propagate
+            self.is_checked = PaddingCheck(*accumulator, rows, self._budget.padding_side, window.device).run()
+        return self.is_checked
+
+    def trust_padding(self) -> None:
+        """Padding does not matter, as is known from elsewhere."""
+        self.is_checked = True
 
     @property
     def _cost(self) -> StepCost:
         overhead = _FIRST_OVERHEAD if self.overhead is None else self.overhead
-        return StepCost(overhead, self.budget.step_cost.attention)
+        return StepCost(overhead, self._budget.step_cost.attention)
 
-    def timed(self, schedule: Schedule, micro_batches: Sequence[MicroBatch], device: torch.device) -> Schedule:
-        """The schedule, timed where a micro-step is to be measured."""
-        if not self._is_measuring:
-            return schedule
-        self._stopwatch = StepTimer(schedule, micro_batches, device)
-        return self._stopwatch
+    def timed(self, strategy: Any) -> Any:
+        """A strategy, timed where a micro-step is to be measured."""
+        self._timer = StepTimer(strategy) if self._is_measuring else None
+        return self._timer or strategy
 
-    def settle(self) -> None:
-        """The window is done: learn from what was timed."""
-        if self._stopwatch is not None:
-            self.overhead = self._stopwatch.overhead()
-            self._stopwatch, self._is_measuring = None, False
+    def learn(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """A window of these micro-batches has gone through without a fault; learn from what was timed."""
+        super().learn(micro_batches)
+        self._has_run = True
+        if self._timer is not None:
+            self.overhead = self._timer.overhead()
+            self._timer, self._is_measuring = None, False
 
-    def require_position_ids(self) -> None:
-        """Raise OptionError where padding is on the left, positions do not come with the batch, and nobody checks."""
-        if self.budget.padding_side == "left" and not any("position_ids" in path for path in self._trimmed):
+    def resize(self, num_rows: int, batch: Batch, rows_of_batch: int) -> None:
+        """Run as many tokens at once as this many of the longest rows have."""
+        self.size = num_rows * self._budget.longest_of(batch, rows_of_batch)
+
+    def _require_position_ids(self) -> None:
+        """Raise OptionError where padding is on the left, and the batch has no positions."""
+        if self._budget.padding_side == "left" and not any("position_ids" in path for path in self._trimmed):
             raise OptionError(
                 'padding_side="left" without a check needs position_ids in the batch, since positions that are counted '
                 "from the start of a row move when padding is cut off. Leave self_check on, or add them: "
@@ -200,36 +245,36 @@ class TokenBatcher:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned, without which a resumed run would cut its batches otherwise."""
-        return {"overhead": self.overhead, "is_checked": self.is_checked, "places": dict(self._places)}
+        """What was learned, without which a resumed run would split its batches otherwise."""
+        learned = {"overhead": self.overhead, "is_checked": self.is_checked, "places": dict(self._places)}
+        return {**super().state_dict(), **learned, "has_run": self._has_run}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave; what the user says counts more."""
-        if self.budget.step_cost.overhead is None:
+    def load_state_dict(self, state: Mapping[str, Any], with_size: bool) -> bool:
+        """Restore what `state_dict` returned; what the user says counts more."""
+        if not super().load_state_dict(state, with_size):
+            return False
+        if self._budget.step_cost.overhead is None:
             self.overhead = state["overhead"]
         self.is_checked = state["is_checked"]
-        self._places = dict(state.get("places", {}))
+        self._places = dict(state["places"])
+        self._has_run = state["has_run"]
+        return True
 
-    def _limit(self, limit: int | None) -> int:
-        max_tokens = self.budget.max_tokens
-        assert isinstance(max_tokens, int)
-        return max_tokens if limit is None else min(limit, max_tokens)
-
-    def _plan(self, widths: Mapping[str, Tensor], max_tokens: int, is_first: bool) -> list[Rows]:
+    def _plan(self, widths: Mapping[str, Tensor], max_tokens: int) -> list[Rows]:
         self._warn_of_long(widths)
         groups: list[Rows] = [*plan(list(widths.values()), max_tokens, self._cost)]
-        self._is_measuring = self.overhead is None and not is_first
+        self._is_measuring = self.overhead is None and self._has_run
         if self._is_measuring:
             groups = _with_probes(groups)
         return groups if len(groups) > 1 else [range(len(groups[0]))]  # all, in the batch's own order
 
     def _warn_of_long(self, widths: Mapping[str, Tensor]) -> None:
         longest = int(torch.stack(list(widths.values())).sum(0).max())
-        if longest > self._limit(None) and not self._longest_warned_of:
-            self._longest_warned_of = longest
+        if self.size is not None and longest > self.size and not self._has_warned_of_long:
+            self._has_warned_of_long = True
             warn(
-                f"a row of {longest} tokens is longer than max_tokens={self.budget.max_tokens}: such rows run alone, "
-                "and need the memory that they need. (Said once.)"
+                f"a row of {longest} tokens is longer than max_tokens={self.size}: such rows run alone, whatever "
+                "memory they need. (Said once.)"
             )
 
 

@@ -24,7 +24,7 @@ SINGLE = ""
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """As `micro_batch_size`: micro-batches of rows of like length, by padded tokens instead of rows.
+    """As `batching`: micro-batches of rows of similar length, by padded tokens instead of rows.
 
     The gradient does not depend on which rows of the batch run together. So they are sorted by length and cut where
     padding and micro-steps cost least, and each micro-batch is no longer than its longest row. The batch, its loss and
@@ -32,7 +32,7 @@ class TokenBudget:
 
     Args:
         max_tokens: padded tokens to run at once, at most: rows times the longest length. A row that is longer runs
-            alone. Memory that runs out halves it, as it does a number of rows. "auto": found in the first window, as
+            alone. On out-of-memory it is halved, as a number of rows is. "auto": found in the first window, as
             `micro_batch_size="auto"` is: as many of the longest rows as run fastest and fit.
         lengths: from the batch (with `collate`: the list of samples) to the length of each row, in tokens: a tensor
             (rows,) or a list of numbers; or a dict of them, by name, where a row has several inputs, such as source
@@ -42,7 +42,7 @@ class TokenBudget:
         trim: of padded tensors those are trimmed that have the padded length as a dimension, and beyond each row's
             length the same everywhere. What else goes with the tokens has to be named: by key or index
             (`("position_ids",)`) or with its dimensions (`{"bias": (2, 3)}`), of which `()` keeps it as it is. Where
-            `lengths` gives a dict, a dict of these by the same names.
+            `lengths` returns a dict, a dict of these by the same names.
         cost: what a micro-step costs in padded tokens beside those it has. None: measured once, in the second window,
             on this machine; a number makes the cut the same everywhere. A `StepCost` has a term for attention.
 
@@ -59,7 +59,7 @@ class TokenBudget:
     ...     return (model(tokens).square().mean(-1) * valid).sum() / valid.sum()
     >>> budget = gradfold.TokenBudget(20, lengths=lambda samples: [len(sample) for sample in samples], cost=2)
     >>> accumulator = gradfold.Accumulator(
-    ...     model, loss_fn, micro_batch_size=budget, collate=collate, weight=lambda tokens: (tokens > 0).sum()
+    ...     model, loss_fn, batching=budget, collate=collate, weight=lambda tokens: (tokens > 0).sum()
     ... )
     >>> result = accumulator.backward(samples)
     >>> result.num_micro_batches, result.weight  # 2 x 9, 1 x 8 and 3 x 2 tokens, of which all count
@@ -73,7 +73,12 @@ class TokenBudget:
     cost: float | StepCost | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_max_tokens(self.max_tokens)
+        tokens, kind = self.max_tokens, type(self.max_tokens).__name__
+        if tokens != "auto" and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+            raise OptionError(
+                f"max_tokens={tokens!r} is a {kind}; expected the number of padded tokens to run at once (an int of at "
+                'least 1), or "auto".'
+            )
         if not callable(self.lengths):
             raise OptionError(
                 f"lengths= is a {type(self.lengths).__name__}; expected a callable from the batch to one length per "
@@ -96,19 +101,18 @@ class TokenBudget:
         return self.cost if isinstance(self.cost, StepCost) else StepCost(self.cost)
 
     def lengths_of(self, batch: Batch, num_rows: int) -> dict[str, Tensor]:
-        """For each input the length of every row, (rows,), on the host.
-
-        Raises:
-            BatchError: they are no lengths of these rows.
-        """
+        """For each input the length of every row, (rows,), on the host; raises BatchError where they are not."""
         found = self.lengths(batch)
         if isinstance(found, Mapping):
             if not found:
-                raise BatchError("lengths= gave an empty dict; expected one length per row, by the name of the input.")
+                raise BatchError(
+                    "lengths= returned an empty dict; expected one length per row, by the name of the input."
+                )
             return {
-                str(name): _read_lengths(one, num_rows, f"lengths= gave for {name!r}") for name, one in found.items()
+                str(name): _read_lengths(one, num_rows, f"lengths= returned for {name!r}")
+                for name, one in found.items()
             }
-        return {SINGLE: _read_lengths(found, num_rows, "lengths= gave")}
+        return {SINGLE: _read_lengths(found, num_rows, "lengths= returned")}
 
     def longest_of(self, batch: Batch, num_rows: int) -> int:
         """The tokens of the longest row, all inputs together."""
@@ -118,14 +122,14 @@ class TokenBudget:
         """What the user says of the tensors of an input: their dimensions, None where those are to be found.
 
         Raises:
-            OptionError: `trim=` does not fit the names that `lengths=` gave.
+            OptionError: `trim=` does not fit the names that `lengths=` returned.
         """
         trim: Any = self.trim
         if name != SINGLE and trim is not None:
             if not isinstance(trim, Mapping) or not set(trim) <= set(names):
                 given = sorted(map(str, trim)) if isinstance(trim, Mapping) else trim
                 raise OptionError(
-                    f"lengths= gives several inputs, {', '.join(map(repr, names))}, so that trim= has to say of which "
+                    f"lengths= returns several inputs, {', '.join(map(repr, names))}, so trim= has to say of which "
                     f"each tensor is: trim={{{names[0]!r}: (...)}}. It has {given}."
                 )
             trim = trim.get(name)
@@ -134,18 +138,6 @@ class TokenBudget:
         if isinstance(trim, Mapping):
             return {leaf: (dims,) if isinstance(dims, int) else tuple(dims) for leaf, dims in trim.items()}
         return dict.fromkeys([trim] if isinstance(trim, str) else trim)
-
-
-def _check_max_tokens(max_tokens: Any) -> None:
-    if max_tokens == "auto":
-        return
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
-        raise OptionError(
-            f"max_tokens={max_tokens!r} is a {type(max_tokens).__name__}; expected the number of padded tokens to run "
-            'at once (an int of at least 1), or "auto".'
-        )
-    if max_tokens < 1:
-        raise OptionError(f"max_tokens={max_tokens}; expected at least 1 token.")
 
 
 def _read_lengths(found: Any, num_rows: int, what: str) -> Tensor:

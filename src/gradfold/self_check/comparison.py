@@ -1,195 +1,197 @@
-"""A mixture: the gradient of some rows as it is made of the gradients of two parts of them, each row in one part.
+"""The comparison of gradients: those of a whole batch with those of its parts, and what rounding explains.
 
 For a loss that is a mean, whole = share * first + (1 - share) * second, with the shares that the weights give. Where
 that fails, another relation often holds, and says what is wrong.
-
-The tolerance of statistics that are computed twice: kernels with and without a graph, or on other rows, round.
-
-A jitter: every parameter off by a few rounding errors for a while; what that moves is noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-__all__: list[str] = []
+from gradfold.self_check.torch_private import foreach_norm, unchanged_versions
 
-# Relative, by dtype; another dropout mask moves statistics by a percent and more.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
-_OF_HALF_TYPES = 3e-2
+PROOF = 4  # how many times the tolerance a difference must be, in order to count as proof
+NOISE = 30  # how many times the effect of a rounding error in every parameter a difference must be
 
+_STEPS = 4.0  # of a perturbation, at most, in units of the last place
+_NEGLIGIBLE = 1e-3  # times the largest gradient: what is smaller counts as zero, since it is rounding
 
-def tolerance_of_types(dtypes: Iterable[torch.dtype | None]) -> float:
-    """That of the lowest of some dtypes; None is none."""
-    known = [_TOLERANCES.get(dtype, _OF_HALF_TYPES) for dtype in dtypes if dtype is not None]
-    return max(known, default=_TOLERANCES[torch.float64])
-
-
-_STEPS = 4.0  # at most, in units of the last place
+Gradients: TypeAlias = Sequence[Tensor | None]
+Cause: TypeAlias = Literal["weights", "sum", "grad_output", "coupled"]
 
 
-class Perturbation:
-    """Moves floating point parameters while the `with` block runs, by a random number of rounding errors each.
+class Tolerance(NamedTuple):
+    """Relative differences that rounding explains."""
+
+    law: float  # of the gradient over all parameters, on a CPU (of half types, a few roundings)
+    gradient: float  # of the gradient of each parameter
+    statistic: (
+        float  # of values computed twice, by other kernels; another dropout mask moves them by a percent and more
+    )
+
+
+_TOLERANCES = {
+    torch.float64: Tolerance(law=1e-12, gradient=1e-8, statistic=1e-9),
+    torch.float32: Tolerance(law=2e-6, gradient=3e-4, statistic=1e-3),
+    torch.float16: Tolerance(law=0.005, gradient=0.02, statistic=0.03),
+    torch.bfloat16: Tolerance(law=0.03, gradient=0.08, statistic=0.03),
+}
+
+
+def tolerance_of(dtypes: Iterable[torch.dtype | None]) -> Tolerance:
+    """The tolerance of a computation by the lowest precision in it; None and integers have no rounding errors."""
+    real = [dtype.to_real() for dtype in dtypes if dtype is not None and (dtype.is_floating_point or dtype.is_complex)]
+    found = [_TOLERANCES.get(dtype, _TOLERANCES[torch.bfloat16]) for dtype in real]
+    return max(found, default=_TOLERANCES[torch.float64])
+
+
+@contextmanager
+def perturbed(
+    parameters: Iterable[nn.Parameter], random_seed: int, precision: torch.dtype | None = None
+) -> Iterator[None]:
+    """Move floating point parameters by a random number of rounding errors each; what that changes is noise.
 
     Args:
         parameters: those to move.
-        seed: other seeds move them otherwise. One may move nothing that counts, by luck.
+        random_seed: each moves them in another way. One alone may move nothing that counts, by luck.
         precision: whose rounding errors; None: those of each parameter's own dtype.
     """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], seed: int, precision: torch.dtype | None = None) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.is_floating_point()]
-        self._seed = seed
-        self._precision = precision
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        self._kept = [parameter.detach().clone() for parameter in self._parameters]
-        for number, parameter in enumerate(self._parameters):
-            generator = torch.Generator().manual_seed(1000 * self._seed + number)
+    moved = [parameter for parameter in parameters if parameter.is_floating_point()]
+    values = [parameter.detach().clone() for parameter in moved]
+    # Version counters stay: else a frozen parameter would seem to have been moved by the user.
+    with torch.no_grad(), unchanged_versions(moved):
+        for number, parameter in enumerate(moved):
+            generator = torch.Generator().manual_seed(1000 * random_seed + number)
             steps = torch.rand(parameter.shape, generator=generator).mul_(2 * _STEPS).sub_(_STEPS)
             steps = steps.to(parameter.device, parameter.dtype)
-            parameter.add_(parameter * steps, alpha=torch.finfo(self._precision or parameter.dtype).eps)
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for parameter, kept in zip(self._parameters, self._kept, strict=True):
-            parameter.copy_(kept)
-
-
-Cause = Literal["weights", "sum", "seed", "coupled"]
-
-# Relative differences that rounding explains, by the lowest precision met.
-_TOLERANCES_OF_GRADIENTS = {torch.float64: 1e-8, torch.float32: 3e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
-
-# Parameters whose gradient is this much smaller than the largest one count as zero: what is in them is rounding.
-_NEGLIGIBLE = 1e-3
+            parameter.add_(parameter * steps, alpha=torch.finfo(precision or parameter.dtype).eps)
+    try:
+        yield
+    finally:
+        with torch.no_grad(), unchanged_versions(moved):
+            for parameter, value in zip(moved, values, strict=True):
+                parameter.copy_(value)
 
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """Gradients of a whole and of its two parts, per parameter the same elements of each (1-d tensors).
+    """Gradients of a whole and of its two parts, as back-propagated from grad_outputs of 1, `share` and `1 - share`.
 
-    Attributes:
-        whole, first, second: as they were back-propagated, with seeds in the ratio of 1, `share` and `1 - share`.
-        share: what the first part makes up of the whole by its weight.
+    They are on the host, in float64: squares of small float32 numbers vanish.
     """
 
-    whole: list[Tensor]
-    first: list[Tensor]
-    second: list[Tensor]
-    share: float
+    whole: Tensor  # (elements of all parameters,), as the next two
+    first: Tensor
+    second: Tensor
+    lengths: list[int]  # of each parameter that any of the three has a gradient for
+    share: float  # the normalized weight of the first part
+    tolerance: float  # of the gradient of one parameter, relative
 
     @classmethod
     def of(
-        cls,
-        whole: Sequence[Tensor | None],
-        first: Sequence[Tensor | None],
-        second: Sequence[Tensor | None],
-        share: float,
+        cls, whole: Gradients, first: Gradients, second: Gradients, share: float, tolerance: float
     ) -> GradientComparison | None:
-        """From gradients of which some may be missing, which are zero; None where all are."""
+        """From one gradient per parameter, zero where it is missing; None where all are."""
         found = [three for three in zip(whole, first, second, strict=True) if any(one is not None for one in three)]
         if not found:
             return None
-        whole, first, second = map(_in_float64, zip(*map(_filled, found), strict=True))
-        return cls(whole, first, second, share)
+        present = [next(one for one in three if one is not None) for three in found]
+        lengths = [one.numel() for one in present]
+
+        def flat(gradients: Gradients) -> Tensor:
+            pairs = zip(gradients, present, strict=True)
+            return _on_host([torch.zeros_like(other) if one is None else one for one, other in pairs])
+
+        columns = [flat(column) for column in zip(*found, strict=True)]
+        return cls(columns[0], columns[1], columns[2], lengths, share, tolerance)
 
     @cached_property
     def errors(self) -> Tensor:
         """How far the parts are from the whole, per parameter, relative to the size of the parts."""
-        missing = torch._foreach_sub(torch._foreach_sub(self.whole, self.first), self.second)
-        return _root_mean_squares(list(missing)) / self._sizes
+        return self._sizes_of(self.whole - self.first - self.second) / self._sizes
 
-    def is_telling(self, tolerance: float) -> bool:
+    @property
+    def error(self) -> float:
+        """The largest of the errors; NaN where one is."""
+        return float(self.errors.max())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the parts make up the whole, to rounding."""
+        return self.error <= self.tolerance
+
+    @property
+    def is_proof(self) -> bool:
+        """Whether rounding cannot explain the error, as far as the tolerance tells."""
+        return math.isfinite(self.error) and self.error > PROOF * self.tolerance
+
+    @property
+    def is_informative(self) -> bool:
         """Whether the parts differ enough to tell weights from others."""
-        return self.separation() >= min(100 * tolerance, 0.3)
+        return self.contrast() >= min(100 * self.tolerance, 0.3)
 
-    def separation(self) -> float:
+    def contrast(self) -> float:
         """How different the means over the two parts are: where they are equal, weights cannot be told from others."""
         if not 0 < self.share < 1:
             return 0.0
-        first, second = torch._foreach_div(self.first, self.share), torch._foreach_div(self.second, 1 - self.share)
-        return float((_root_mean_squares(list(torch._foreach_sub(first, second))) / self._sizes).max())
+        difference = self.first / self.share - self.second / (1 - self.share)
+        return float((self._sizes_of(difference) / self._sizes).max())
 
-    def differences(self, other: Sequence[Tensor | None]) -> Tensor:
+    def differences(self, other: Gradients) -> Tensor:
         """How far another run of the whole is from this one, on the scale of `errors`."""
         present = [gradient for gradient in other if gradient is not None]
-        if [len(gradient) for gradient in present] != [len(gradient) for gradient in self.whole]:
-            return torch.full((len(self.whole),), torch.inf)
-        return (
-            _root_mean_squares([a - b.cpu().double() for a, b in zip(self.whole, present, strict=True)]) / self._sizes
-        )
+        if list(map(len, present)) != self.lengths:
+            return torch.full((len(self.lengths),), torch.inf)
+        return self._sizes_of(self.whole - _on_host(present)) / self._sizes
 
-    def explain(self, tolerance: float) -> tuple[Cause, float | None]:
+    def explain(self) -> tuple[Cause, float | None]:
         """The relation that holds instead; for "weights" with the share of the first part that fits."""
-        sizes = self._sizes
-        whole, first, second = (
-            torch.cat([part / size / len(part) ** 0.5 for part, size in zip(parts, sizes.tolist(), strict=True)])
-            for parts in (self.whole, self.first, self.second)
-        )
+        share, rest, tolerance = self.share, 1 - self.share, self.tolerance
+        lengths = torch.tensor(self.lengths)
+        scale = (self._sizes * lengths.double().sqrt()).repeat_interleave(lengths)
+        whole, first, second = self.whole / scale, self.first / scale, self.second / scale
         bound = tolerance * float(first.norm() + second.norm())
-        a, b = _mean(first, self.share), _mean(second, 1 - self.share)
-        if float((whole - a - b).norm()) < bound / (_nonzero(self.share) * _nonzero(1 - self.share)):
+        a, b = first / (share or 1), second / (rest or 1)  # the means; a part of zero weight has a gradient of zero
+        if float((whole - a - b).norm()) < bound / ((share or 1) * (rest or 1)):
             return "sum", None
-        if float((whole - self.share * first - (1 - self.share) * second).norm()) < bound:
-            return "seed", None
+        if float((whole - share * first - rest * second).norm()) < bound:
+            return "grad_output", None
         fitting = _fitting_share(whole, a, b)
         if fitting is not None and len(whole) > 2:
-            rest = float((whole - fitting * a - (1 - fitting) * b).norm())
-            # It must explain nearly all, since losses that couple samples weakly are almost a mixture, too.
-            if rest < tolerance * float(a.norm() + b.norm()) and rest < 0.02 * float((whole - first - second).norm()):
+            left = float((whole - fitting * a - (1 - fitting) * b).norm())
+            # It must explain nearly all, since losses that couple samples weakly are almost a weighted mean, too.
+            if left < tolerance * float(a.norm() + b.norm()) and left < 0.02 * float((whole - first - second).norm()):
                 return "weights", fitting
         return "coupled", None
 
     @cached_property
     def _sizes(self) -> Tensor:
-        parts = _root_mean_squares(self.first) + _root_mean_squares(self.second)
-        sizes = torch.maximum(parts, _root_mean_squares(self.whole))
+        sizes = torch.maximum(self._sizes_of(self.first) + self._sizes_of(self.second), self._sizes_of(self.whole))
         return sizes.clamp(min=max(_NEGLIGIBLE * float(sizes.max()), 1e-300))
 
-
-def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
-    """The relative difference that computing in these may make."""
-    return max(_TOLERANCES_OF_GRADIENTS.get(dtype, 0.0) for dtype in {torch.float64, *dtypes})
-
-
-def _filled(three: tuple[Tensor | None, Tensor | None, Tensor | None]) -> list[Tensor]:
-    present = next(one for one in three if one is not None)
-    return [torch.zeros_like(present) if one is None else one for one in three]
+    def _sizes_of(self, values: Tensor) -> Tensor:
+        """Root mean squares, per parameter."""
+        norms = torch.stack(foreach_norm(list(values.split_with_sizes(self.lengths))))
+        return norms / torch.tensor(self.lengths, dtype=torch.float64).sqrt()
 
 
-def _in_float64(parts: Sequence[Tensor]) -> list[Tensor]:
-    """On the host, in one transfer; in float64 since squares of small float32 numbers vanish."""
-    if len({part.device for part in parts}) > 1:
-        parts = [part.cpu() for part in parts]
-    lengths = [part.numel() for part in parts]
-    return list(torch.cat(tuple(parts)).cpu().double().split_with_sizes(lengths))
+def _on_host(gradients: Sequence[Tensor]) -> Tensor:
+    """All in one tensor, in one transfer where they are on one device."""
+    if len({gradient.device for gradient in gradients}) > 1:
+        gradients = [gradient.cpu() for gradient in gradients]
+    return torch.cat(tuple(gradients)).cpu().double()
 
 
 def _fitting_share(whole: Tensor, a: Tensor, b: Tensor) -> float | None:
     """The x that brings x * a + (1 - x) * b closest to the whole, where it is a share."""
     gap = a - b
-    if not float(gap.norm()):
-        return None
-    fitting = float((whole - b).dot(gap) / gap.dot(gap))
+    fitting = float((whole - b).dot(gap) / gap.dot(gap))  # NaN where there is no gap
     return fitting if -1e-3 <= fitting <= 1 + 1e-3 else None
-
-
-def _mean(part: Tensor, share: float) -> Tensor:
-    return part / _nonzero(share)
-
-
-def _nonzero(share: float) -> float:
-    return share or 1.0  # a part that weighs nothing was not run; its gradient is zero
-
-
-def _root_mean_squares(parts: list[Tensor]) -> Tensor:
-    lengths = torch.tensor([part.numel() for part in parts], dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(parts)) / lengths.sqrt()

@@ -1,172 +1,166 @@
-"""An accusation: what is wrong with a loss that cannot be accumulated, in words, and what to write instead.
+"""The diagnosis: why the parts of a micro-batch do not make up the whole, as the error that says what to write.
 
-A search for weights: which count in a batch gives a part of it the share that its gradient shows.
+Before anything is raised, all that would explain the difference without a fault of the loss is ruled out by experiment.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from gradfold.batch.nesting import Batch, leaves_by_path
-from gradfold.errors import NotDecomposableError
-
-__all__: list[str] = []
-
-
-def is_sum(term: str) -> NotDecomposableError:
-    """The parts add up to the whole without weights."""
-    return NotDecomposableError(
-        f"{_subject(term)} is a sum over the rows, not a mean, so that its size depends on how the batch is cut. "
-        "Return the mean: reduction='mean', or divide by the number of things summed and give weight= that number.",
-        "sum",
-        term,
-    )
+from gradfold.engine.model_checks import parameters_with_hooks
+from gradfold.errors import LossError, NotDecomposableError
+from gradfold.self_check.comparison import NOISE, PROOF, GradientComparison
+from gradfold.self_check.experiment import CannotKnowError, Split, SplitExperiment, SplitResult, UndecidedError
+from gradfold.self_check.probe_run import ProbeResult
+from gradfold.self_check.weight_search import find_weight
 
 
-def ignores_seed(term: str) -> NotDecomposableError:
-    """The gradients are the same whatever seed comes in."""
-    return NotDecomposableError(
-        f"{_subject(term)} has a backward pass that ignores the gradient coming into it (grad_output), which carries "
-        "the weight of the micro-batch. Multiply by grad_output in its backward().",
-        "seed",
-        term,
-    )
+def refuse_empty_part(split: Split, result: SplitResult) -> None:
+    """Raise NotDecomposableError where a part is a mean over nothing, though the whole is finite."""
+    for index, part in enumerate(result.parts):
+        for term, loss in part.losses.items():
+            if split.shares_in_window(index)(term) and not math.isfinite(float(loss)):
+                raise _empty(split, term, index, float(loss))
 
 
-def has_other_weights(
-    term: str, rows: range, num_rows: int, declared: float, fitting: float, weight: str | None, is_by_name: bool
-) -> NotDecomposableError:
-    """Other shares fit: `fitting` for these rows, where their weight gives `declared`."""
-    if weight is None:
-        remedy = (
-            "Give weight= the denominator of the mean, as a function of the micro-batch: mask.sum(), "
-            "class_weights[labels].sum(), or the like. If the loss compares rows (a maximum, logsumexp, a scale of its "
-            "own), no weight helps: write it as gradfold.TwoPhaseLoss(statistic, loss), or run the batch whole "
-            "(micro_batch_size=None)."
+def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposableError:
+    """Why parts differ from the whole by more than `PROOF` tolerances.
+
+    Raises:
+        UndecidedError: hooks or rounding may explain it.
+        CannotKnowError: randomness, hidden state or the weights explain it.
+    """
+    comparison = result.comparison
+    if parameters_with_hooks(experiment.probe.model, experiment.probe.parameters):
+        raise UndecidedError  # hooks see the gradient of each micro-batch, of which the user is warned
+    suspicious = comparison.errors > PROOF * comparison.tolerance
+    again = comparison.differences(experiment.record_whole().gradients)
+    if bool((again > comparison.errors / 4)[suspicious].any()):
+        raise CannotKnowError(
+            "two runs over the same rows gave different gradients: loss_fn keeps state outside of buffers, or has "
+            "random numbers of its own"
         )
-    else:
-        remedy = f"Write weight={{..., {term!r}: {weight}}}." if is_by_name else f"Write weight={weight}."
+    if not bool((comparison.errors > NOISE * _noise(experiment, comparison))[suspicious].any()):
+        raise UndecidedError
+    if experiment.recorded.values:
+        shared = experiment.run_with_shared_randomness(comparison.tolerance)
+        if not shared.error > PROOF * shared.tolerance:
+            raise CannotKnowError("random numbers are drawn for rows in another order than they came")
+    _check_weights(experiment.split, result.whole)
+    terms = list(result.whole.losses)
+    for term in terms if len(terms) > 1 else ():
+        try:
+            whole = experiment.record_whole(only=term)
+            of_term = experiment.compare(whole, experiment.run_parts(whole, only=term), comparison.tolerance, term)
+        except (LossError, UndecidedError):  # a term without a gradient
+            continue
+        if of_term.is_proof:
+            return _find_cause(experiment, of_term, term)
+    return _find_cause(experiment, comparison, experiment.split.seen_or_first(terms))
+
+
+def _noise(experiment: SplitExperiment, comparison: GradientComparison) -> Tensor:
+    """What rounding moves, per parameter: of the parameters, and of the grad_outputs, which small types lose."""
+    runs = [experiment.record_whole(random_seed=random_seed).gradients for random_seed in range(4)]
+    for factor in (0.3, 0.7) if comparison.explain()[0] != "grad_output" else ():
+        scaled = experiment.record_whole(factor=factor).gradients
+        runs.append([None if gradient is None else gradient / factor for gradient in scaled])
+    return torch.stack(list(map(comparison.differences, runs))).amax(0)
+
+
+def _check_weights(split: Split, whole: ProbeResult) -> None:
+    """Raise CannotKnowError where the weights of the parts do not sum to that of the whole."""
+    for name in whole.losses:
+        declared, parts = split.whole_weights.of_term(name).total, split.part_weights.of_term(name).total
+        if not math.isclose(declared, parts, rel_tol=1e-6):
+            raise CannotKnowError(
+                f"weight= returns {declared:g} for a micro-batch and {parts:g} for its two parts together, so it does "
+                "not count what the loss is a mean over"
+            )
+
+
+def _find_cause(experiment: SplitExperiment, comparison: GradientComparison, term: str) -> NotDecomposableError:
+    relation, fitting = comparison.explain()
+    if fitting is not None:
+        return _other_weights(experiment.split, term, comparison.share, fitting)
+    cause: str = relation
+    buffers: list[str] = []
+    if cause == "coupled":
+        if experiment.recorded.uses_batch_norm:
+            cause = "batch_norm"
+        elif buffers := _buffers_that_explain(experiment, comparison.tolerance, term):
+            cause = "state"
+    text = _TEXTS[cause].format(off=f"{comparison.error:.1%} off", buffers=", ".join(buffers[:3]))
+    return NotDecomposableError(f"{name_term(term)} {text}", cause, term)
+
+
+def _buffers_that_explain(experiment: SplitExperiment, tolerance: float, term: str) -> list[str]:
+    """The buffers that forward passes change, if the parts fit where both begin with the same values."""
+    whole = experiment.record_whole()
+    buffers = experiment.probe.snapshot.changed_buffers()
+    if not buffers:
+        return []
+    rewound = experiment.compare(whole, experiment.run_parts(whole, rewind_between=True), tolerance, term)
+    return buffers if rewound.fits else []
+
+
+# What is wrong, how far it is off, and what to write; after "the loss" or "the loss term 'name'".
+_TEXTS = {
+    "sum": "is a sum over the rows, not a mean, so its size depends on how the batch is split. Return the mean: "
+    "reduction='mean', or divide by the number of things summed and pass that number as weight=.",
+    "grad_output": "has a backward pass that ignores its incoming gradient (grad_output), which carries the weight of "
+    "the micro-batch. Multiply by grad_output in its backward().",
+    "batch_norm": "normalizes by the statistics of the batch (functional batch_norm with training=True), and a "
+    'micro-batch has other ones ({off}). Write batch_norm="exact" to normalize by the whole batch, or use group_norm '
+    "or training=False.",
+    "state": "depends on buffers that forward passes change ({buffers}), so a part sees other values than the whole "
+    "({off}). Freeze them while gradients accumulate, or change them once per update.",
+    "coupled": "makes the samples of a batch depend on each other (in-batch negatives, statistics over the batch, rows "
+    "that are mixed): no weighting of two parts gives the gradient of the whole ({off}). Write the loss in two "
+    "functions, what each row gives and what is made of all rows: loss_fn = gradfold.TwoPhaseLoss(statistic, loss), "
+    "with statistic(model, micro_batch) -> tensors and loss(model, tensors of the whole batch); or run the batch whole "
+    "(micro_batch_size=None).",
+}
+
+
+def _other_weights(split: Split, term: str, declared: float, fitting: float) -> NotDecomposableError:
+    """The first part makes up `fitting` of the gradient, where its weight says `declared`."""
+    weight = _weight_for(split, fitting)
+    fix = (
+        "Pass as weight= the denominator of the mean, as a function of the micro-batch: mask.sum(), "
+        "class_weights[labels].sum(), or the like. If the loss compares rows (a maximum, logsumexp, a scale that it "
+        "computes), no weight helps: write it as gradfold.TwoPhaseLoss(statistic, loss), or run the batch whole "
+        "(micro_batch_size=None)."
+    )
+    if weight is not None:
+        named = f"{{..., {term!r}: {weight}}}" if isinstance(split.weight, Mapping) else weight
+        fix = f"Write weight={named}."
     return NotDecomposableError(
-        f"{_subject(term)} is a mean over something else than weight= says: {name_rows(rows)} of a micro-batch of "
-        f"{num_rows} make up {fitting:.2%} of its gradient, and {declared:.2%} by their weight. {remedy}",
-        "weights",
-        term,
-        weight,
+        f"{name_term(term)} is a mean over something else than weight= says: {split.name_part(0)} of a micro-batch of "
+        f"{split.num_rows} make up {fitting:.2%} of its gradient, and {declared:.2%} by their weight. {fix}",
+        *("weights", term, weight),
     )
 
 
-def is_empty(term: str, rows: range, loss: float, weight: str | None) -> NotDecomposableError:
-    """A part is a mean over nothing."""
+def _empty(split: Split, term: str, index: int, loss: float) -> NotDecomposableError:
+    weight = _weight_for(split, float(index))
     return NotDecomposableError(
-        f"{_subject(term)} of {name_rows(rows)} of a micro-batch is {loss}, though that of the whole is finite: a mean "
-        "over nothing. Give weight= the number of things that it averages, so that a part without any is left out: "
-        f"weight={weight or '...'}.",
-        "empty",
-        term,
-        weight,
+        f"{name_term(term)} of {split.name_part(index)} of a micro-batch is {loss}, though that of the whole is "
+        "finite: a mean over nothing. Pass as weight= the number of things that it averages; then a part without any "
+        f"is left out: weight={weight or '...'}.",
+        *("empty", term, weight),
     )
 
 
-def moves_state(term: str, error: float, buffers: Sequence[str]) -> NotDecomposableError:
-    """The parts fit if both begin with the same buffers."""
-    return NotDecomposableError(
-        f"{_subject(term)} depends on state that forward passes move ({', '.join(buffers[:3])}), so that a part sees "
-        f"another state than the whole ({error:.1%} off). Freeze it while gradients accumulate, or move it once per "
-        "update.",
-        "state",
-        term,
-    )
+def _weight_for(split: Split, share: float) -> str | None:
+    first, second = split.rows
+    return find_weight(split.parts[0], split.parts[1], (len(first), len(second)), share)
 
 
-def normalizes_by_batch(term: str, error: float) -> NotDecomposableError:
-    """A functional batch_norm was seen."""
-    return NotDecomposableError(
-        f"{_subject(term)} normalizes by the statistics of the batch (functional batch_norm with training=True), of "
-        f'which a micro-batch has its own ({error:.1%} off). Write batch_norm="exact" to normalize by the whole batch, '
-        "or use group_norm or training=False.",
-        "batch_norm",
-        term,
-    )
-
-
-def couples_samples(term: str, error: float) -> NotDecomposableError:
-    """Nothing else explains the difference."""
-    return NotDecomposableError(
-        f"{_subject(term)} makes the samples of a batch depend on each other (in-batch negatives, statistics over the "
-        f"batch, rows that are mixed): no weighting of two parts gives the gradient of the whole ({error:.1%} off). "
-        "Write the loss in two functions, what each row gives and what is made of all rows: "
-        "loss_fn = gradfold.TwoPhaseLoss(statistic, loss), with statistic(model, micro_batch) -> tensors and "
-        "loss(model, tensors of the whole batch); or run the batch whole (micro_batch_size=None).",
-        "coupled",
-        term,
-    )
-
-
-def name_rows(rows: range) -> str:
-    """Rows, for a message."""
-    return f"rows {rows.start} to {rows.stop - 1}" if len(rows) > 1 else f"row {rows.start}"
-
-
-def _subject(term: str) -> str:
+def name_term(term: str) -> str:
+    """A loss term, for a message."""
     return "the loss" if term == "loss" else f"the loss term {term!r}"
-
-
-_IGNORED = (-100, -1, 0, 255)  # labels that are commonly ignored; -100 is torch's own
-_LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
-_CLOSE = 2e-3
-
-
-def name_weight(first: Batch, second: Batch, rows: tuple[int, int], share: float) -> str | None:
-    """The `weight=` under which `first` makes up `share` of both parts together, as Python; None if nothing fits."""
-    if abs(rows[0] / sum(rows) - share) < _CLOSE:
-        return '"samples"'
-    others = dict(_candidates(second))
-    for text, count in _candidates(first):
-        total = float(count()) + float(others[text]()) if text in others else 0.0
-        if total and abs(float(count()) / total - share) < _CLOSE:
-            return text
-    return None
-
-
-def _candidates(batch: Batch) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """The likeliest first: labels, then masks and other numbers per row."""
-    leaves = [
-        (path, leaf)
-        for path, leaf in leaves_by_path(batch)
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.layout is torch.strided and not leaf.is_complex()
-    ]
-    labels = [(path, leaf) for path, leaf in leaves if leaf.dtype in _LABEL_TYPES]
-    for ignored in _IGNORED:
-        for path, leaf in labels:
-            yield _token_count(path, ignored, ""), partial(_count, leaf, ignored)
-        for path, leaf in labels:
-            if leaf.dim() > 1:
-                yield _token_count(path, ignored, ", shift=True"), partial(_count, leaf[..., 1:], ignored)
-    for path, leaf in leaves:
-        yield f"lambda batch: batch{path}.sum()", leaf.sum
-        yield f"lambda batch: (batch{path} > 0).sum()", leaf.gt(0).sum
-
-
-def _count(labels: Tensor, ignored: int) -> Tensor:
-    return (labels != ignored).sum()
-
-
-def _token_count(path: str, ignored: int, shift: str) -> str:
-    ignore_index = "" if ignored == -100 else f", ignore_index={ignored}"
-    return f"gradfold.token_count({_where(path)}{ignore_index}{shift})"
-
-
-def _where(path: str) -> str:
-    """A key or index as the user would write it, where the path is no more than that."""
-    try:
-        key = ast.literal_eval(path[1:-1]) if path.startswith("[") and path.endswith("]") else None
-    except (ValueError, SyntaxError):
-        key = None
-    if isinstance(key, str):
-        return repr(key) if '"' in key or "\\" in key else f'"{key}"'
-    return str(key) if isinstance(key, int) else f"lambda batch: batch{path}"

@@ -1,79 +1,32 @@
-"""An examination: one micro-batch, whole and in two parts, and what their gradients say about the loss.
+"""The split experiment: one micro-batch, whole and in two parts of unequal size, each row with its own random numbers.
 
-Tried runs: what the guard's runs of a micro-batch, whole and in two parts, show besides gradients.
-
-What is examined: a micro-batch, its two parts and their weights; and the ways in which nothing comes of it.
+whole       forward, backward                                     -> gradients, draws
+parts       forward, backward; with the draws of their rows       -> gradients
+compare     is the whole the weighted mean of the parts?
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from gradfold.batch.nesting import Batch
-from gradfold.errors import NotDecomposableError, is_out_of_memory
-from gradfold.self_check import diagnosis as accusation
-from gradfold.self_check.comparison import GradientComparison, Perturbation, tolerance_of
-from gradfold.self_check.diagnosis import name_weight
-from gradfold.self_check.rng_replay import RecordedRandomness, SharedRandomness, SlicedRandomness
-from gradfold.self_check.trial import ProbeResult, Shares, Trial
-from gradfold.weights import WeightOption
-
-__all__: list[str] = []
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ObservedRun(Generic[T]):
-    """One of them: how many rows it had, and what was seen of it."""
-
-    num_rows: int
-    seen: T
-
-
-@dataclass(frozen=True)
-class Observation(Generic[T]):
-    """Three runs over the same rows, with the same random numbers for each."""
-
-    whole: ObservedRun[T]
-    parts: tuple[ObservedRun[T], ObservedRun[T]]
-
-
-class Observations(Generic[T]):
-    """Notes runs as they come, in the order whole, part, part or part, part, whole."""
-
-    def __init__(self) -> None:
-        self._last: deque[ObservedRun[T]] = deque(maxlen=3)
-        self._found: Observation[T] | None = None
-
-    def note(self, num_rows: int | None, seen: T) -> None:
-        """A run of as many rows, None where nobody can count them."""
-        if num_rows is None:
-            self._last.clear()
-            return
-        self._last.append(ObservedRun(num_rows, seen))
-        if len(self._last) < 3:
-            return
-        first, second, third = self._last
-        if first.num_rows == second.num_rows + third.num_rows:
-            self._found = Observation(first, (second, third))
-        elif third.num_rows == first.num_rows + second.num_rows:
-            self._found = Observation(third, (first, second))
-
-    def take(self) -> Observation[T] | None:
-        """The last three that belong together, once; only where the guard was content is their randomness the same."""
-        found, self._found = self._found, None
-        self._last.clear()
-        return found
+from gradfold.batch.nesting import Batch, cut_rows
+from gradfold.batch.rows import name_rows, num_rows
+from gradfold.batch.split import MicroBatch
+from gradfold.engine.model_checks import dropping_modules
+from gradfold.engine.prefetch import prefetch
+from gradfold.errors import BatchError, is_out_of_memory
+from gradfold.messages import first_line
+from gradfold.self_check.comparison import GradientComparison, perturbed, tolerance_of
+from gradfold.self_check.probe_run import ProbeResult, ProbeRun, Shares
+from gradfold.self_check.rng_replay import CustomGenerators, GeneratorMode, RecordedRandomness, RowRandomness
+from gradfold.self_check.torch_private import is_compiled
+from gradfold.weights import WeightOption, WindowWeights, weigh
 
 
 class CannotKnowError(Exception):
@@ -85,265 +38,212 @@ class UndecidedError(Exception):
 
 
 @dataclass(frozen=True)
-class SplitCase:
+class Split:
     """A micro-batch and its two parts, on the device, with their weights.
 
-    Attributes:
-        whole, parts: what `loss_fn` takes.
-        recollated: the parts as a collate function makes them, with a padding of their own; used where no random
-            numbers are drawn, which could not be handed to rows of another length.
-        rows: of each part, counted from the start of the micro-batch.
-        shares: by loss term, what the micro-batch makes up of its window: its seed.
-        part_shares: by loss term, what each part makes up of the micro-batch.
-        weights_of: by loss term, the weight of the micro-batch and those of the parts together.
-        weight: the option as the user gave it.
+    `recollated` are the parts as a collate function makes them, with a padding of their own. They run where no random
+    numbers are drawn, which could not be handed to rows of another length.
     """
 
     whole: Batch
-    parts: tuple[Batch, Batch]
-    recollated: tuple[Batch, Batch] | None
-    rows: tuple[range, range]
-    shares: Shares
-    part_shares: tuple[Shares, Shares]
-    weights_of: Callable[[str], tuple[float, float]]
-    weight: WeightOption
+    parts: Sequence[Batch]
+    recollated: Sequence[Batch] | None
+    rows: tuple[range, range]  # of each part, counted from the start of the micro-batch
+    share: Shares  # the normalized weight of the micro-batch in its window
+    whole_weights: WindowWeights  # of the micro-batch by itself
+    part_weights: WindowWeights  # of the parts in it
+    weight: WeightOption  # as the user passed it
 
-    def seeds_of(self, index: int) -> Shares:
-        """By loss term, the seed of part `index`: what it makes up of the window."""
-        return lambda name: self.shares(name) * self.part_shares[index](name)
+    @classmethod
+    def of(
+        cls,
+        whole: Batch,
+        rows: tuple[range, range],
+        weight: WeightOption,
+        device: torch.device,
+        *,
+        recollated: Sequence[Batch] | None = None,
+        share: Shares = lambda name: 1.0,
+    ) -> Split:
+        """Split a batch; raises BatchError where it cannot be split, CannotKnowError where its parts have no weight."""
+        try:
+            num_rows(whole)
+            first, second = cut_rows(whole, [len(own) for own in rows])
+        except (BatchError, RuntimeError):
+            if recollated is None:
+                raise
+            first, second = recollated
+        try:
+            whole_weights = weigh(weight, [MicroBatch(whole, range(rows[1].stop))])
+            part_weights = weigh(weight, [MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
+        except Exception as error:
+            raise CannotKnowError(f"weight= fails on a part of a micro-batch ({first_line(error)})") from error
+        pieces = [MicroBatch(data, range(0)) for data in (whole, first, second, *(recollated or ()))]
+        whole, first, second, *others = map(prefetch(pieces, device), range(len(pieces)))
+        return cls(whole, (first, second), others or None, rows, share, whole_weights, part_weights, weight)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the whole."""
+        return self.rows[1].stop
+
+    def share_of_part(self, index: int, name: str) -> float:
+        """The normalized weight of a part in the micro-batch."""
+        return self.part_weights.of_term(name).normalized[index]
+
+    def shares_in_window(self, index: int) -> Shares:
+        """The normalized weights of a part in the window, by loss term."""
+        return lambda name: self.share(name) * self.share_of_part(index, name)
+
+    def name_part(self, index: int) -> str:
+        """The rows of a part, for a message."""
+        rows = self.rows[index]
+        return name_rows(rows if len(rows) > 1 else tuple(rows))
 
     def seen(self, names: Collection[str]) -> tuple[str, ...]:
-        """The loss terms of these that weigh something in both parts."""
-        seeds = self.seeds_of(0), self.seeds_of(1)
-        return tuple(name for name in names if all(seed(name) for seed in seeds))
+        """The loss terms of these that have a weight in both parts."""
+        return tuple(name for name in names if all(self.shares_in_window(index)(name) for index in (0, 1)))
 
-    def telling(self, names: Collection[str]) -> str:
-        """A loss term that weighs something in both parts, if there is one."""
+    def seen_or_first(self, names: Collection[str]) -> str:
+        """A loss term that has a weight in both parts, if there is one."""
         return next(iter(self.seen(names) or names))
 
 
-_PROOF = 4  # how many times what rounding explains a difference must be
-_NOISE = 30  # how many times the effect of a rounding error in every parameter a difference must be
+class SplitResult(NamedTuple):
+    """What the runs gave, and the comparison of their gradients."""
+
+    whole: ProbeResult
+    parts: list[ProbeResult]
+    comparison: GradientComparison
 
 
 class SplitExperiment:
-    """Examines one micro-batch within a trial."""
+    """Runs a split micro-batch, also in variants that tell why parts do not make up the whole."""
 
-    def __init__(self, trial: Trial, model: nn.Module, examined: SplitCase) -> None:
-        self._trial = trial
-        self._model = model
-        self._examined = examined
-        self._recorded = RecordedRandomness()
-        self._parts = examined.parts
-        self._dims: dict[int, int] = {}  # by draw, the dimension that holds its rows
+    def __init__(self, probe: ProbeRun, split: Split) -> None:
+        self.probe = probe
+        self.split = split
+        self.recorded = RecordedRandomness()  # of the last run of the whole
+        self.dims: dict[int, int] = {}  # by number of a draw, the dimension that holds its rows
+        self._parts = split.parts
 
-    def run(self, glance: Any = None) -> tuple[str, ...]:
-        """Return the names of the loss terms that could be seen, if the parts fit the whole.
-
-        Args:
-            glance: at the same, whose parts may have been run.
-
-        Raises:
-            NotDecomposableError: they do not, which is proved.
-            UndecidedError: these rows do not tell.
-            CannotKnowError: no rows will tell.
-        """
-        from gradfold.self_check.glance import Glance as _Glance
-
-        return (glance or _Glance(self._trial, self._examined)).run() or self.look_closely()
-
-    def look_closely(self) -> tuple[str, ...]:
-        """As `run`, with an eye on every operator."""
-        whole = self._record_whole()
-        self._parts = self._examined.parts
-        if self._examined.recollated is not None and not self._recorded.values:
-            self._parts = self._examined.recollated
-        parts = self._run_parts(whole)
-        mixture = self._mix(whole, parts, self._examined.telling(whole.losses))
-        if mixture is None or not bool(mixture.errors.isfinite().all()):
-            raise UndecidedError
-        tolerance = tolerance_of(self._recorded.dtypes)
-        if float(mixture.errors.max()) > _PROOF * tolerance:
-            self._convict(whole, mixture, tolerance)
-        if float(mixture.errors.max()) > tolerance:
-            raise UndecidedError
-        if not mixture.is_telling(tolerance):
-            raise UndecidedError
-        return self._examined.seen(whole.losses)
-
-    def _run_whole(
-        self, mode: AbstractContextManager[Any], only: str | None = None, shares: Shares | None = None
-    ) -> ProbeResult:
-        self._trial.rewind()
-        outcome = self._trial.run(self._examined.whole, shares or self._examined.shares, mode, only)
-        moved = self._trial.has_drawn_on_host()
-        if moved is not None:
-            raise CannotKnowError(f"loss_fn draws from {moved}, whose numbers cannot be handed to rows")
-        is_weighed = any(shares(name) for name in outcome.losses for shares in self._examined.part_shares)
-        if not is_weighed or not _are_finite(outcome):
-            raise UndecidedError  # nothing to see, or something that the window itself will say
-        return outcome
-
-    def _record_whole(self, only: str | None = None, shares: Shares | None = None) -> ProbeResult:
-        recorded = RecordedRandomness()
+    def run_fast(self) -> SplitResult | None:
+        """Without a look at every operator; None where more is needed, as where random numbers are drawn."""
+        probe = self.probe
+        if dropping_modules(probe.model):
+            return None
+        generators = CustomGenerators()
+        mode = None if is_compiled(probe.modules) else generators
+        self._parts = self.split.recollated or self.split.parts
         try:
-            outcome = self._run_whole(recorded, only, shares)
-        finally:
-            recorded.restore_generators()
-        self._recorded = recorded
-        return outcome
-
-    def _run_parts(
-        self, whole: ProbeResult, only: str | None = None, rewind_between: bool = False
-    ) -> list[ProbeResult]:
-        self._trial.rewind()
-        outcomes = []
-        for index in (0, 1):
-            if index and rewind_between:
-                self._trial.rewind()
-            draws = SlicedRandomness(self._recorded, self._num_rows, self._examined.rows[index])
-            try:
-                outcomes.append(self._run_part(whole, index, draws, only))
-            finally:
-                draws.restore_generators()
-            if any(map(self._examined.seeds_of(index), whole.losses)):
-                draws.finish()
-            if draws.unknown is not None:
-                raise CannotKnowError(f"the random numbers of {draws.unknown} cannot be handed to rows")
-            self._dims |= draws.dims
-        return outcomes
-
-    def _run_part(
-        self, whole: ProbeResult, index: int, mode: AbstractContextManager[Any], only: str | None = None
-    ) -> ProbeResult:
-        shares = self._examined.seeds_of(index)
-        if not any(map(shares, whole.losses)):  # the engine would not run it either
-            return ProbeResult([None] * len(whole.gradients), {})
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the window itself will say them
-                outcome = self._trial.run(self._parts[index], shares, mode, only)
+            whole = self._run_whole(mode)
+            if probe.snapshot.has_drawn():
+                return None
+            parts = self._run_parts(whole, [mode, mode])
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            rows = accusation.name_rows(self._examined.rows[index])
-            raise CannotKnowError(
-                f"loss_fn fails on {rows} of a micro-batch that it takes as a whole "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            ) from error
-        self._check_empty(outcome, index)
-        return outcome
+            return None  # `run` meets it again, unless it is of the mode
+        if generators.restore_generators() or probe.snapshot.has_drawn() or probe.snapshot.has_drawn_on_host():
+            return None
+        return self._result(whole, parts, {parameter.dtype for parameter in probe.parameters} | generators.dtypes)
 
-    @property
-    def _num_rows(self) -> int:
-        return self._examined.rows[1].stop
+    def run(self) -> SplitResult:
+        """With the random numbers of the whole recorded, and sliced for the parts.
 
-    @property
-    def _sizes(self) -> tuple[int, int]:
-        return len(self._examined.rows[0]), len(self._examined.rows[1])
+        Raises:
+            UndecidedError: the whole has no weight, no finite loss or no gradient.
+            CannotKnowError: its random numbers cannot be handed to rows, or a part fails.
+        """
+        whole = self.record_whole()
+        self._parts = self.split.parts if self.recorded.values else self.split.recollated or self.split.parts
+        return self._result(whole, self.run_parts(whole), self.recorded.dtypes)
 
-    def _mix(self, whole: ProbeResult, parts: list[ProbeResult], term: str) -> GradientComparison | None:
-        share = self._examined.part_shares[0](term)
-        return GradientComparison.of(whole.gradients, parts[0].gradients, parts[1].gradients, share)
-
-    def _check_empty(self, outcome: ProbeResult, index: int) -> None:
-        for name, loss in outcome.losses.items():
-            if self._examined.seeds_of(index)(name) and not math.isfinite(float(loss)):
-                weight = name_weight(*self._examined.parts, self._sizes, float(index))
-                raise accusation.is_empty(name, self._examined.rows[index], float(loss), weight)
-
-    def _convict(self, whole: ProbeResult, mixture: GradientComparison, tolerance: float) -> None:
-        """Raise NotDecomposableError, unless something else explains the difference."""
-        if any(parameter._backward_hooks for parameter in self._model.parameters()):
-            raise UndecidedError  # hooks see the gradient of each micro-batch, which the user was told
-        suspicious = mixture.errors > _PROOF * tolerance
-        self._check_reproducible(mixture, suspicious)
-        if not bool((mixture.errors > _NOISE * self._noise(mixture, tolerance))[suspicious].any()):
+    def compare(
+        self, whole: ProbeResult, parts: list[ProbeResult], tolerance: float, term: str | None = None
+    ) -> GradientComparison:
+        """Compare gradients by the weights of this loss term; None: of one that has a weight in both parts."""
+        share = self.split.share_of_part(0, term or self.split.seen_or_first(whole.losses))
+        comparison = GradientComparison.of(whole.gradients, parts[0].gradients, parts[1].gradients, share, tolerance)
+        if comparison is None:
             raise UndecidedError
-        self._check_draws(whole, tolerance)
-        self._check_weights(whole)
-        for name in whole.losses:
-            of_term = mixture if len(whole.losses) == 1 else self._mix_alone(name)
-            if of_term is not None and float(of_term.errors.max()) > _PROOF * tolerance:
-                raise self._accuse(of_term, name, tolerance)
-        raise self._accuse(mixture, self._examined.telling(whole.losses), tolerance)
+        return comparison
 
-    def _check_reproducible(self, mixture: GradientComparison, suspicious: Tensor) -> None:
-        again = self._record_whole()
-        if bool((mixture.differences(again.gradients) > mixture.errors / 4)[suspicious].any()):
-            raise CannotKnowError(
-                "two runs over the same rows gave different gradients: loss_fn keeps state outside of buffers, or has "
-                "random numbers of its own"
-            )
+    def record_whole(self, only: str | None = None, factor: float = 1.0, random_seed: int | None = None) -> ProbeResult:
+        """The whole; `only` this loss term and all grad_outputs times a factor, or with parameters `perturbed`."""
+        recorded = RecordedRandomness()
+        result = self._run_whole(recorded, only, factor, random_seed)
+        self.recorded = recorded
+        return result
 
-    def _noise(self, mixture: GradientComparison, tolerance: float) -> Tensor:
-        """What rounding moves, per parameter: of the parameters, and of the seeds, which small types lose."""
-        noise = torch.zeros_like(mixture.errors)
-        for seed in range(4):
-            with Perturbation(self._model.parameters(), seed):
-                jittered = self._record_whole()
-            noise = torch.maximum(noise, mixture.differences(jittered.gradients))
-        if mixture.explain(tolerance)[0] != "seed":
-            for factor in (0.3, 0.7):
-                scaled = self._record_whole(shares=self._scaled_shares(factor))
-                gradients = [None if gradient is None else gradient / factor for gradient in scaled.gradients]
-                noise = torch.maximum(noise, mixture.differences(gradients))
-        return noise
+    def run_parts(self, whole: ProbeResult, only: str | None = None, rewind_between: bool = False) -> list[ProbeResult]:
+        """Both parts with the random numbers that their rows had in the whole."""
+        modes = [RowRandomness(self.recorded, self.split.num_rows, rows) for rows in self.split.rows]
+        results = self._run_parts(whole, modes, only, rewind_between)
+        for index, mode in enumerate(modes):
+            if any(map(self.split.shares_in_window(index), whole.losses)):
+                mode.finish()
+            if mode.unknown is not None:
+                raise CannotKnowError(f"the random numbers of {mode.unknown} cannot be handed to rows")
+            self.dims |= mode.dims
+        return results
 
-    def _scaled_shares(self, factor: float) -> Shares:
-        return lambda name: factor * self._examined.shares(name)
+    def run_with_shared_randomness(self, tolerance: float) -> GradientComparison:
+        """Whole and parts with the same random numbers for every row."""
+        rows = self.split.rows
+        *modes, mode = (RowRandomness(self.recorded, len(own), own, self.dims) for own in (*rows, range(rows[1].stop)))
+        whole = self._run_whole(mode)
+        return self.compare(whole, self._run_parts(whole, modes), tolerance)
 
-    def _check_draws(self, whole: ProbeResult, tolerance: float) -> None:
-        """Raise CannotKnowError where the parts fit once every row has the same random numbers."""
-        if not self._recorded.values:
-            return
-        dims, recorded = dict(self._dims), self._recorded
-        equal = [SharedRandomness(recorded, dims) for _ in range(3)]
-        alike = self._run_whole(equal[0])
-        self._trial.rewind()
-        parts = [self._run_part(whole, index, equal[index + 1]) for index in (0, 1)]
-        for draws in equal:
-            draws.restore_generators()
-        mixture = self._mix(alike, parts, self._examined.telling(whole.losses))
-        if mixture is None or not float(mixture.errors.max()) > _PROOF * tolerance:
-            raise CannotKnowError("random numbers are drawn for rows in another order than they came")
+    def _run_whole(
+        self, mode: GeneratorMode | None, only: str | None = None, factor: float = 1.0, random_seed: int | None = None
+    ) -> ProbeResult:
+        split = self.split
+        self.probe.snapshot.rewind()
+        # After the rewind, which would put back frozen parameters that were moved.
+        moved = nullcontext() if random_seed is None else perturbed(self.probe.parameters, random_seed)
+        with moved:
+            result = self._run(split.whole, lambda name: factor * split.share(name), mode, only)
+        host = self.probe.snapshot.has_drawn_on_host()
+        if host is not None:
+            raise CannotKnowError(f"loss_fn draws from {host}, whose numbers cannot be handed to rows")
+        has_weight = any(split.share_of_part(index, name) for name in result.losses for index in (0, 1))
+        if not has_weight or not all(math.isfinite(float(loss)) for loss in result.losses.values()):
+            raise UndecidedError  # nothing to see, or something that the window itself will say
+        return result
 
-    def _check_weights(self, whole: ProbeResult) -> None:
-        """Raise CannotKnowError where the weights of the parts do not make up that of the whole."""
-        for name in whole.losses:
-            declared, parts = self._examined.weights_of(name)
-            if not math.isclose(declared, parts, rel_tol=1e-6):
+    def _run_parts(
+        self,
+        whole: ProbeResult,
+        modes: Sequence[GeneratorMode | None],
+        only: str | None = None,
+        rewind_between: bool = False,
+    ) -> list[ProbeResult]:
+        results = []
+        for index, (part, mode) in enumerate(zip(self._parts, modes, strict=True)):
+            if index == 0 or rewind_between:
+                self.probe.snapshot.rewind()
+            shares = self.split.shares_in_window(index)
+            if not any(map(shares, whole.losses)):  # the engine would not run it either
+                results.append(ProbeResult([None] * len(whole.gradients), {}))
+                continue
+            try:
+                results.append(self._run(part, shares, mode, only))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise CannotKnowError(
-                    f"weight= gives {declared:g} for a micro-batch and {parts:g} for its two parts together, so it is "
-                    "no count of what the loss is a mean over"
-                )
+                    f"loss_fn fails on {self.split.name_part(index)} of a micro-batch that it takes as a whole "
+                    f"({first_line(error)})"
+                ) from error
+        return results
 
-    def _mix_alone(self, term: str) -> GradientComparison | None:
-        whole = self._record_whole(only=term)
-        return self._mix(whole, self._run_parts(whole, only=term), term)
+    def _run(self, batch: Batch, shares: Shares, mode: GeneratorMode | None, only: str | None) -> ProbeResult:
+        try:
+            return self.probe.run(batch, shares, mode, only)
+        finally:
+            if mode is not None:
+                mode.restore_generators()
 
-    def _accuse(self, mixture: GradientComparison, term: str, tolerance: float) -> NotDecomposableError:
-        cause, share = mixture.explain(tolerance)
-        error = float(mixture.errors.max())
-        if share is not None:
-            weight = name_weight(*self._examined.parts, self._sizes, share)
-            is_by_name = isinstance(self._examined.weight, Mapping)
-            rows = self._examined.rows[0]
-            return accusation.has_other_weights(term, rows, self._num_rows, mixture.share, share, weight, is_by_name)
-        if cause == "sum":
-            return accusation.is_sum(term)
-        if cause == "seed":
-            return accusation.ignores_seed(term)
-        if self._recorded.uses_batch_norm:
-            return accusation.normalizes_by_batch(term, error)
-        whole = self._record_whole()
-        buffers = self._trial.changed_buffers()
-        if buffers:
-            alone = self._mix(whole, self._run_parts(whole, rewind_between=True), term)
-            if alone is not None and float(alone.errors.max()) < tolerance:
-                return accusation.moves_state(term, error, buffers)
-        return accusation.couples_samples(term, error)
-
-
-def _are_finite(outcome: ProbeResult) -> bool:
-    return all(math.isfinite(float(loss)) for loss in outcome.losses.values())
+    def _result(self, whole: ProbeResult, parts: list[ProbeResult], dtypes: set[torch.dtype]) -> SplitResult:
+        return SplitResult(whole, parts, self.compare(whole, parts, tolerance_of(dtypes).gradient))

@@ -1,6 +1,6 @@
-"""The plain attributes of modules, which are no parameters or buffers: kept, and put back.
+"""The attributes of modules that are neither parameters nor buffers: saved, and put back.
 
-A counter, a loss that a layer leaves on itself, a list that is appended to, a tensor that is changed in place.
+A counter, a loss that a layer stores, a list that is appended to, a tensor that is changed in place.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__: list[str] = []
-
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, children and hooks have their own keepers
 _CONTAINERS = (list, dict, set, deque)
 
 
 class ModuleAttributes:
-    """What stood in the attributes of some modules. Objects inside of attributes are not looked into."""
+    """The attributes of some modules, saved. Objects inside of attributes are not followed."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._kept = [(module, dict(vars(module))) for module in modules]

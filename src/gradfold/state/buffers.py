@@ -2,7 +2,7 @@
 
 BatchNorm's running statistics do not bump their version counters, and `self.ema = ...` rebinds a buffer without one.
 So the first window keeps every buffer and compares by value and identity when it closes; later windows keep only those
-that had changed, all running statistics in training mode, and what a version counter gave away since. A changed
+that had changed, all running statistics in training mode, and those whose version counter has moved since. A changed
 `training` flag starts over.
 """
 
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from gradfold.errors import is_out_of_memory
 from gradfold.messages import warn
+from gradfold.torch_private import NormBase, set_versions
 
-__all__: list[str] = []
+_VERSION = attrgetter("_version")
+_MAX_FROZEN_BYTES = 2**26  # of one parameter, to copy before it is known to move
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,6 @@ class BufferKeeper:
 
     def open(self, modules: Sequence[nn.Module]) -> None:
         """Copy the buffers of these modules that may change."""
-        if not [module for module in modules if module._buffers]:
-            return
         places = _places(modules)
         self._missing = _missing(modules)
         modes = [(id(module), module.training) for module in modules]
@@ -75,7 +75,7 @@ class BufferKeeper:
         }
 
     def close(self) -> None:
-        """Let the copies go."""
+        """Drop the copies."""
         self._kept, self._unkept, self._missing = [], [], []
 
     def have_changed(self) -> bool:
@@ -97,11 +97,11 @@ class BufferKeeper:
         ]
 
     def restore(self) -> None:
-        """Put back what stood in the buffers when the window opened, in the same tensors."""
+        """Put back the values of the buffers when the window opened, in the same tensors."""
         changed = _changed_if_known(self._kept)
         with torch.no_grad():
             for place, copy in self._kept:
-                # What is as it was is not written to: its version counter would tell of a change.
+                # What is unchanged is not written to: that would move its version counter.
                 if place.key in changed:
                     if place.is_rebound():
                         place.module._buffers[place.name] = place.tensor
@@ -121,7 +121,68 @@ class BufferKeeper:
     def _may_change(self, place: _BufferLocation) -> bool:
         if self._changing is None or place.key in self._changing:
             return True
-        return isinstance(place.module, _NormBase) and place.module.training
+        return isinstance(place.module, NormBase) and place.module.training
+
+
+class FrozenKeeper:
+    """Keeps frozen parameters that `loss_fn` moves (a teacher that follows by a moving average).
+
+    Their version counters show it. They may be large, so one is copied once it has been seen to move.
+
+    Args:
+        copies_all: copy all, up to some size, for runs before which none has been seen to move.
+    """
+
+    def __init__(self, copies_all: bool = False) -> None:
+        self._copies_all = copies_all
+        self._moving: set[int] = set()
+        self._frozen: list[nn.Parameter] = []
+        self._versions: list[int] = []
+        self._copies: dict[int, Tensor] = {}
+
+    def open(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note the versions of the frozen ones of these parameters, and copy those that may move."""
+        self._frozen = [one for one in parameters if not one.requires_grad and not one.is_inference()]
+        self._versions = list(map(_VERSION, self._frozen))
+        self._copies.clear()
+        if self._moving or self._copies_all:
+            for parameter in self._frozen:
+                is_small = self._copies_all and not is_lazy(parameter) and parameter.nbytes <= _MAX_FROZEN_BYTES
+                if is_small or id(parameter) in self._moving:
+                    self._copies[id(parameter)] = parameter.detach().clone()
+
+    def learn(self) -> None:
+        """Note which have moved."""
+        self._moving |= set(map(id, self.moved()))
+
+    def moved(self) -> list[nn.Parameter]:
+        """The parameters that have moved since the opening."""
+        now = list(map(_VERSION, self._frozen))
+        if now == self._versions:
+            return []
+        return [one for one, before, after in zip(self._frozen, self._versions, now, strict=True) if before != after]
+
+    def close(self) -> None:
+        """Let the copies go."""
+        self._frozen, self._versions, self._copies = [], [], {}
+
+    def restore(self) -> None:
+        """Put back what was copied; warn of the rest."""
+        moved = self.moved()
+        self._moving |= set(map(id, moved))
+        lost = [tuple(parameter.shape) for parameter in moved if id(parameter) not in self._copies]
+        with torch.no_grad():
+            for parameter, version in zip(self._frozen, self._versions, strict=True):
+                if parameter._version != version and id(parameter) in self._copies:
+                    parameter.copy_(self._copies[id(parameter)])
+                    # The window around a probe shall not find that something has moved.
+                    set_versions((parameter,), (version,))
+        self._versions = list(map(_VERSION, self._frozen))
+        if lost:
+            warn(
+                f"a failed window moved frozen parameters that no window had moved before, of shapes {lost}. They keep "
+                "their new values; everything else was restored."
+            )
 
 
 def _places(modules: Iterable[nn.Module]) -> list[_BufferLocation]:
@@ -147,7 +208,7 @@ def _take_away(module: nn.Module, name: str) -> None:
     tensor = module._buffers.get(name)
     if tensor is None or is_lazy(tensor):
         return
-    if isinstance(module, _NormBase):
+    if isinstance(module, NormBase):
         module.reset_running_stats()  # a lazy layer that has run cannot be made lazy again
     else:
         module._buffers[name] = None

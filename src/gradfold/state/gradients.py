@@ -4,48 +4,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gradfold.errors import ModelError
+from gradfold.torch_private import check_and_unscale, foreach_add
 
-__all__: list[str] = []
+_LARGE = 2**16  # elements, of which one more call costs less than writing them
+_DTYPE, _ITEMSIZE = attrgetter("dtype"), attrgetter("itemsize")
 
-_LARGE = 2**14  # elements, of which one more call costs less than writing them
+
+@dataclass(frozen=True)
+class SumDtype:
+    """What gradients of parameters in a smaller dtype are summed in.
+
+    Attributes:
+        dtype: that dtype (`Tensor.grad_dtype`); None: each parameter's own, where a sum over many micro-batches loses
+            what is small.
+        is_kept: leave the sums in that dtype; else they are rounded once, to the dtype of each parameter.
+    """
+
+    dtype: torch.dtype | None = None
+    is_kept: bool = False
 
 
 class GradientBuffer:
-    """The gradients that stood in `.grad` when a window opened; meanwhile the fields are empty, for the window's own.
+    """The gradients found in `.grad` when a window opened, set aside; the fields are empty until it closes.
 
-    Users who back-propagate several losses into one `.grad` find the sum there when the window closes, in the *same*
-    tensors as before, since flat buffers and optimizers may hold on to them.
+    Several losses may be back-propagated into one `.grad`: their sum is there when the window closes, in the *same*
+    tensors as before, since flat buffers and optimizers may refer to them.
 
     Args:
-        parameters: whose fields these are.
-        accumulate_dtype: what gradients of parameters of a smaller dtype are summed in (`Tensor.grad_dtype`); None: in
-            that of each parameter, where a sum over many micro-batches loses what is small.
-        keep_dtype: leave the sums in that dtype; else they are rounded once, to the dtype of each parameter.
+        parameters: the parameters whose fields these are.
+        sums: what their gradients are summed in; None: each in its own dtype.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        accumulate_dtype: torch.dtype | None = None,
-        keep_dtype: bool = False,
-    ) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], sums: SumDtype | None = None) -> None:
         self.parameters = parameters
-        self._found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        self._found: list[tuple[nn.Parameter, Tensor]] = []
+        self._outside: dict[int, tuple[Tensor, Tensor | None]] = {}  # tensors that are not parameters
         self._replaced: list[tuple[Tensor, Tensor]] = []  # sparse ones that were found, and what they held
-        self._keep_dtype = keep_dtype
-        self._accumulate_dtype = accumulate_dtype
-        self._narrow = [] if accumulate_dtype is None else _narrow(parameters, accumulate_dtype)
+        self._sums = sums or SumDtype()
+        self._narrow: Sequence[nn.Parameter] = ()
+        wide = self._sums.dtype
+        if wide is not None and min(map(_ITEMSIZE, set(map(_DTYPE, parameters))), default=8) < wide.itemsize:
+            self._narrow = _narrow(parameters, wide)
         try:
-            for parameter, _ in self._found:
-                parameter.grad = None
-            self._widen()
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    self._found.append((parameter, parameter.grad))
+                    parameter.grad = None
+            if self._narrow:
+                self._widen()
         except BaseException:  # an interrupt
             self.put_back(())
             raise
@@ -55,7 +69,7 @@ class GradientBuffer:
         return [_layout(parameter) for parameter in self.parameters]
 
     def are_found(self) -> list[bool]:
-        """Of each parameter: whether a gradient was found at the opening."""
+        """Of each parameter: whether a gradient was found."""
         found = {id(parameter) for parameter, _ in self._found}
         return [id(parameter) in found for parameter in self.parameters]
 
@@ -93,7 +107,7 @@ class GradientBuffer:
             new = parameter.grad
             if new is not None and new.is_sparse:
                 parameter.grad = new.coalesce()  # accumulation only concatenates
-        if not self._keep_dtype:
+        if self._narrow and not self._sums.is_kept:
             self._round()
 
     def add_back(self) -> None:
@@ -127,7 +141,7 @@ class GradientBuffer:
         for found, total in sparse:
             found.data = total
         if dense:  # last, since it cannot be undone
-            torch._foreach_add_([found for found, _ in dense], [new for _, new in dense])
+            foreach_add([found for found, _ in dense], [new for _, new in dense])
 
     def empty(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop the new gradients of `parameters` (there may be more by now), to begin again."""
@@ -145,8 +159,17 @@ class GradientBuffer:
             found.data = held
         for parameter, found in self._found:
             parameter.grad = found
+        for tensor, gradient in self._outside.values():
+            tensor.grad = gradient
 
-    def give_up(self, parameters: Iterable[nn.Parameter]) -> None:
+    def set_aside(self, tensors: Iterable[Tensor]) -> None:
+        """Empty the gradients of other tensors, too, until these are put back."""
+        for tensor in tensors:
+            if id(tensor) not in self._outside:
+                self._outside[id(tensor)] = (tensor, tensor.grad)
+                tensor.grad = None
+
+    def discard(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leave no gradient, neither the new ones of `parameters` nor those found."""
         self.put_back(parameters)
         for parameter, _ in self._found:
@@ -154,7 +177,7 @@ class GradientBuffer:
 
     def _widen(self) -> None:
         for parameter in self._narrow:
-            parameter.grad_dtype = self._accumulate_dtype
+            parameter.grad_dtype = self._sums.dtype
 
     def _round(self) -> None:
         for parameter in self._narrow:
@@ -179,31 +202,31 @@ def _narrow(parameters: Iterable[nn.Parameter], accumulate_dtype: torch.dtype) -
 
 def non_finite_flags(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """0-d tensors of which one is not 0 where some gradient holds NaN or infinity; the host reads nothing here."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients and gradients[0].is_cpu:
-        gradients = [gradient for gradient in gradients if not _has_finite_sum(gradient)]
-    if not gradients:
+    unknown: list[Tensor] = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and not (gradient.is_cpu and gradient.numel() >= _LARGE and has_finite_sum(gradient)):
+            unknown.append(gradient)
+    if not unknown:
         return []
-    device = gradients[0].device
-    flag = torch.zeros((), device=device)
+    device = unknown[0].device
+    flag = torch.zeros((), dtype=torch.float32, device=device)
     try:
         # The kernel of torch.amp.GradScaler.unscale_, with a scale of 1: one launch for all gradients, and a tenth of
         # the time that norms take on a CPU.
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, _one(device))
+        check_and_unscale(unknown, flag, _one(device))
         return [flag]
     except RuntimeError:  # sparse or complex ones, or several devices
-        return [_is_non_finite(gradient).float() for gradient in gradients]
+        return [_is_non_finite(gradient).float() for gradient in unknown]
 
 
-def _has_finite_sum(gradient: Tensor) -> bool:
+def has_finite_sum(gradient: Tensor) -> bool:
     """Whether a large gradient on the host is known to be finite by its sum, for which it is read and not written.
 
     A sum that is not finite may have overflowed, and says nothing.
     """
     is_plain = type(gradient) is Tensor and gradient.layout is torch.strided  # a shard would ask other ranks
-    if gradient.numel() < _LARGE or not gradient.is_cpu or not is_plain:
-        return False
-    return gradient.is_floating_point() and math.isfinite(gradient.sum().item())
+    return is_plain and gradient.is_floating_point() and math.isfinite(gradient.sum().item())
 
 
 def _layout(parameter: nn.Parameter) -> str | None:
@@ -214,7 +237,7 @@ def _layout(parameter: nn.Parameter) -> str | None:
 
 @cache
 def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+    return torch.ones((), dtype=torch.float32, device=device)  # whatever the default dtype is at the first call
 
 
 def non_finite_names(model: nn.Module) -> tuple[str, ...]:
@@ -239,18 +262,6 @@ def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
             if parameter is not None:
                 found[id(parameter)] = parameter
     return list(found.values())
-
-
-def check_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Raise ModelError if no parameter requires a gradient."""
-    for parameter in parameters:
-        if parameter.requires_grad:
-            return
-    raise ModelError(
-        f"{type(model).__name__} has no trainable parameters ({len(parameters)} parameters, none with requires_grad): "
-        "there is no gradient to accumulate. Unfreeze some with parameter.requires_grad_(), or pass the module that "
-        "holds them."
-    )
 
 
 def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -1,6 +1,6 @@
-"""The random state: torch's own generators, on the CPU and on a model's devices, as one value; and the host's.
+"""Random state: torch's generators, on the CPU and on a model's devices, as one value; and those of Python and numpy.
 
-In a window numpy's and Python's generators and those that a user makes are the user's; a trial puts them back, too.
+In a window numpy's and Python's generators and custom ones are the user's; a probe puts them back, too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
+from gradfold.torch_private import without_dispatch
 
 
 class RandomState(NamedTuple):
-    """States of torch's default generators; restoring them makes the same numbers come again."""
+    """States of torch's default generators; restoring them makes the same numbers be drawn again."""
 
     cpu: Tensor
     accelerators: tuple[tuple[torch.device, Tensor], ...]
@@ -43,13 +43,15 @@ class RandomState(NamedTuple):
         pairs = zip(self.accelerators, other.accelerators, strict=True)
         return _is_same(self.cpu, other.cpu) and all(_is_same(own, theirs) for (_, own), (_, theirs) in pairs)
 
-    def digest(self, number: int) -> int:
-        """64 bits that follow from the states and a number."""
+    def derived(self, number: int) -> RandomState:
+        """States of other generators, seeded by these and a number."""
         text = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             for state in (self.cpu, *(state for _, state in self.accelerators)):
                 text.update(state.numpy().tobytes())
-        return int.from_bytes(text.digest(), "little", signed=True)
+        seed = int.from_bytes(text.digest(), "little", signed=True)
+        accelerators = [(device, _seeded(device, seed)) for device, _ in self.accelerators]
+        return RandomState(_seeded(torch.device("cpu"), seed), tuple(accelerators))
 
     def restore(self) -> None:
         """Set the generators back."""
@@ -58,9 +60,13 @@ class RandomState(NamedTuple):
             torch.get_device_module(device).set_rng_state(state, *_which(device))
 
 
+def _seeded(device: torch.device, seed: int) -> Tensor:
+    return torch.Generator(device).manual_seed(seed).get_state()
+
+
 def _is_same(one: Tensor, other: Tensor) -> bool:
     # Out of the sight of modes: states are nobody's data, and come from outside of all operators.
-    with torch._C._DisableTorchDispatch():
+    with without_dispatch():
         return torch.equal(one, other)
 
 
@@ -96,3 +102,20 @@ class HostRandomState(NamedTuple):
         # A name, the words of the state as an array, the position in them, and a cached normal number.
         is_same = self.numpy is not None and now.numpy[2:] == self.numpy[2:] and (now.numpy[1] == self.numpy[1]).all()
         return None if is_same else "numpy.random"
+
+
+class RandomStates(NamedTuple):
+    """The random states of torch, numpy and Python."""
+
+    torch: RandomState
+    host: HostRandomState
+
+    @classmethod
+    def record(cls, tensors: Iterable[Tensor]) -> RandomStates:
+        """The states now, of the devices of some tensors."""
+        return cls(RandomState.record(tensors), HostRandomState.record())
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        self.torch.restore()
+        self.host.restore()

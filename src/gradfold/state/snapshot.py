@@ -1,38 +1,59 @@
-"""A transaction: what a window found in gradients, buffers and random state, until it has something to leave there.
+"""A snapshot: what a run may change, saved, so that it can be put back.
 
-It ends in one of three ways: the new gradients join those found, everything is as it was at the opening (on any
-exception), or the window is given up, which leaves no gradient at all. On the way it can go back to the beginning, or
-to the savepoint of the last micro-batch, where nothing but random state has moved since.
+There is one, for windows as for the runs that gradfold makes to find something out (self-check, verify, "auto"):
+
+| what is put back                                    | window | probe |
+|-----------------------------------------------------|--------|-------|
+| `training` flags of modules                         | yes    | yes   |
+| `.grad` of parameters, and of tensors set aside     | yes    | yes   |
+| buffers, and frozen parameters that `loss_fn` moves | yes    | yes   |
+| torch's random state                                | yes    | yes   |
+| attributes of modules                               |        | yes   |
+| numpy's and Python's random state                   |        | yes   |
+| containers that the user's functions hold           |        | yes   |
+
+A window puts back only if it fails. Attributes, host generators and the user's objects are the user's. A probe puts
+everything back, whether or not it fails.
+
+A window can also begin again (`rewind`), or return to the savepoint of the last micro-batch, if only the random state
+has moved since; or it is discarded, which leaves no gradient at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
 from types import TracebackType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from gradfold.state.buffers import BufferKeeper
-from gradfold.state.gradients import GradientBuffer, non_finite_flags
-from gradfold.state.rng import RandomState
+from gradfold.state.attributes import ModuleAttributes
+from gradfold.state.buffers import BufferKeeper, FrozenKeeper
+from gradfold.state.external import ExternalState
+from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
+from gradfold.state.rng import HostRandomState, RandomState
 
-__all__: list[str] = []
+TRAINING, _BUFFERS, _IS_TRAINED = attrgetter("training"), attrgetter("_buffers"), attrgetter("requires_grad")
 
 
 class Snapshot:
-    """Opened and closed by a `with` block.
+    """Saves on entry to a `with` block, and puts back on any exception; that of a probe always puts back.
 
     Args:
-        model: that is trained.
-        modules: all of the model's, since to walk through them takes its time.
-        parameters: all of the model's.
-        buffers: what earlier windows have learned of them.
-        set_aside: sets gradients aside.
+        model: the model that runs.
+        modules: all of its modules, since a walk through them takes time.
+        parameters: all of its parameters.
+        buffers: knows which buffers earlier windows have changed; None: a new one.
+        frozen: likewise of the frozen parameters.
+        sums: what gradients are summed in, as for `GradientBuffer`.
+        probe: the user's functions that a probe runs; None: this is a window.
 
     Attributes:
-        modules: as given.
-        parameters: as given.
-        gradients: the `.grad` fields, with those found at the opening set aside.
+        gradients: the `.grad` fields, with those found on entry set aside.
     """
 
     def __init__(
@@ -40,33 +61,59 @@ class Snapshot:
         model: nn.Module,
         modules: Sequence[nn.Module],
         parameters: Sequence[nn.Parameter],
-        buffers: BufferKeeper,
-        set_aside: Callable[[Sequence[nn.Parameter]], GradientBuffer] = GradientBuffer,
+        buffers: BufferKeeper | None = None,
+        frozen: FrozenKeeper | None = None,
+        sums: SumDtype | None = None,
+        probe: Sequence[Any] | None = None,
     ) -> None:
         self._model = model
-        self.modules = modules
-        self.parameters = parameters
-        self._buffers = buffers
-        self._set_aside = set_aside
-        self._is_given_up = False
+        self._modules = modules
+        self._parameters = parameters
+        self._buffers = BufferKeeper() if buffers is None else buffers
+        self._has_buffers = any(map(_BUFFERS, modules))
+        self._has_frozen = not all(map(_IS_TRAINED, parameters))
+        self._frozen = FrozenKeeper(copies_all=probe is not None) if frozen is None else frozen
+        self._sums = sums
+        self._probe = probe
+        self._attributes: ModuleAttributes | None = None
+        self._host_random_state: HostRandomState | None = None
+        self._external: ExternalState | None = None
+        self._is_discarded = False
+        self._savepoint: Savepoint | None = None
 
     def __enter__(self) -> Snapshot:
-        self._random_state = self._beginning = RandomState.record(self.parameters)
-        self._buffers.open(self.modules)
-        self.gradients = self._set_aside(self.parameters)
+        self._modes = list(map(TRAINING, self._modules))
+        self._random_state = self._beginning = self._record()
+        if self._probe is not None:
+            self._attributes = ModuleAttributes(self._modules)
+            self._host_random_state = HostRandomState.record()
+            self._external = ExternalState(self._model, *self._probe)
+        if self._has_buffers:
+            self._buffers.open(self._modules)
+        if self._has_frozen:
+            self._frozen.open(self._parameters)
+        self.gradients = GradientBuffer(self._parameters, self._sums)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
+        try:
+            if error is not None or self._probe is not None:
+                self._roll_back()
+            elif not self._is_discarded:
+                self.gradients.add_back()
+        except BaseException:  # an interrupt may have come between two steps of a roll-back; every step may run twice
             self._roll_back()
-        elif not self._is_given_up:
-            self._commit()
+            raise
+        if self._has_buffers:
+            self._buffers.close()
+        if self._has_frozen:
+            self._frozen.close()
 
     def begin(self) -> None:
-        """The batch is cut and weighed, for which random numbers may have been drawn: a rewind goes back to here."""
-        self._beginning = RandomState.record(self.parameters)
+        """The batch is split and weighed, for which random numbers may have been drawn: a rewind goes back to here."""
+        self._beginning = self._record()
 
     def settle(self) -> list[Tensor]:
         """The last micro-batch is done: bring the new gradients into the form in which they are handed over.
@@ -75,57 +122,98 @@ class Snapshot:
             Flags, 0-d on the device, of which one is not 0 where a gradient is not finite.
         """
         self.gradients.settle()
-        self._buffers.learn()
-        return non_finite_flags(self.parameters)
+        if self._has_buffers:
+            self._buffers.learn()
+        if self._has_frozen:
+            self._frozen.learn()
+        return non_finite_flags(self._parameters)
 
     def rewind(self) -> None:
-        """Set everything to where it was at the beginning, with empty gradients: the window begins again."""
-        self.gradients.empty(self._model.parameters())
-        self._buffers.restore()
-        self._buffers.open(self.modules)
+        """Set buffers, gradients and random states to where they were at the beginning: the runs begin again."""
+        self.empty_gradients()
+        if self._has_buffers:
+            self._buffers.restore()
+            self._buffers.open(self._modules)
+        self._frozen.restore()
         self._beginning.restore()
+        if self._host_random_state is not None:
+            self._host_random_state.restore()
 
     def empty_gradients(self) -> None:
         """Drop the new gradients."""
-        self.gradients.empty(self._model.parameters())
+        self.gradients.empty(self._model.parameters())  # there may be more parameters by now
 
-    def give_up(self) -> None:
+    def discard(self) -> None:
         """Leave no gradient, neither a new one nor those found, and buffers as they were; random state has moved on."""
-        self.gradients.give_up(self._model.parameters())
+        self.gradients.discard(self._model.parameters())
         self._buffers.restore()
-        self._is_given_up = True
+        self._frozen.restore()
+        self._is_discarded = True
 
     def has_drawn(self) -> bool:
         """Whether torch's random state has moved since the beginning."""
         return self._beginning.has_moved()
 
-    def savepoint(self) -> Savepoint:
-        """Where a micro-batch begins."""
-        return Savepoint(self.parameters, RandomState.record(self.parameters))
+    def has_drawn_on_host(self) -> str | None:
+        """The module whose global generator has moved since the beginning, if one has; of a probe."""
+        return None if self._host_random_state is None else self._host_random_state.moved()
 
-    def go_back_to(self, savepoint: Savepoint) -> bool:
-        """Undo the micro-batch that began there; False, and nothing is undone, where it has left a trace.
+    def changed_buffers(self) -> list[str]:
+        """The names of the buffers that differ from those on entry."""
+        return self._buffers.changed(self._model)
 
-        Traces that cannot be undone alone: gradients that a backward pass has added to, and buffers that any forward
-        pass of this window has changed, since only their values at the opening are kept.
+    def set_savepoint(self) -> None:
+        """A micro-batch begins."""
+        self._savepoint = Savepoint(self._parameters, self._record())
+
+    def return_to_savepoint(self) -> bool:
+        """Undo the micro-batch that began last; False, and nothing is undone, where that is impossible.
+
+        What cannot be undone alone: gradients that a backward pass has added to, and buffers that any forward
+        pass of this window has changed, since only their values on entry are kept.
         """
-        if savepoint.is_touched() or self._buffers.have_changed():
+        savepoint, self._savepoint = self._savepoint, None
+        if savepoint is None or savepoint.is_touched() or self._buffers.have_changed() or self._frozen.moved():
             return False
         savepoint.random_state.restore()
         return True
 
-    def _commit(self) -> None:
-        try:
-            self.gradients.add_back()
-        except BaseException:
-            self._roll_back()
-            raise
-        self._buffers.close()
+    def _record(self) -> RandomState:
+        if self._parameters and self._parameters[0].is_cpu:
+            return RandomState(torch.get_rng_state(), ())
+        return RandomState.record(self._parameters)
 
     def _roll_back(self) -> None:
+        restore_each(
+            self._restore_modes,
+            self._put_gradients_back,
+            self._restore_user_state,
+            self._random_state.restore,
+            self._frozen.restore,  # last, since these may warn
+            self._buffers.restore,
+        )
+
+    def _restore_modes(self) -> None:
+        for module, mode in zip(self._modules, self._modes, strict=True):
+            if module.training is not mode:
+                module.training = mode
+
+    def _put_gradients_back(self) -> None:
         self.gradients.put_back(self._model.parameters())
-        self._random_state.restore()
-        self._buffers.restore()  # last, since it may warn
+
+    def _restore_user_state(self) -> None:
+        for one in (self._attributes, self._external, self._host_random_state):
+            if one is not None:
+                one.restore()
+
+
+def restore_each(step: Callable[[], None], *others: Callable[[], None]) -> None:
+    """Run every step, whatever happens in the others: each is in a separate `finally`."""
+    try:
+        step()
+    finally:
+        if others:
+            restore_each(*others)
 
 
 class Savepoint:
@@ -148,3 +236,17 @@ class Savepoint:
 def _mark(parameter: nn.Parameter) -> tuple[Tensor | None, int]:
     gradient = parameter.grad
     return gradient, 0 if gradient is None else gradient._version
+
+
+@contextmanager
+def restored_modules(model: nn.Module) -> Iterator[None]:
+    """Put back what forward passes change in buffers and attributes; random states and gradients move on."""
+    modules = list(model.modules())
+    # A layer that does not know its shape yet learns it here, and for good.
+    attributes = None if any(map(is_lazy, model.parameters())) else ModuleAttributes(modules)
+    buffers = BufferKeeper()  # a new one keeps them all
+    buffers.open(modules)
+    try:
+        yield
+    finally:
+        restore_each(*([] if attributes is None else [attributes.restore]), buffers.restore)

@@ -1,29 +1,39 @@
-"""Riders: statistics without a gradient (labels, masks, counts), which ride along to the loss.
+"""What is checked of a two-phase loss: statistics without a gradient in the self-check, and every window at its end.
 
-A gradient says nothing of them, so their values are compared: those of a micro-batch with those of its two parts.
+The self-check's comparison of gradients does not see labels, masks and counts, so their values are compared: those of a
+micro-batch with those of its two parts. At the end of a window the loss, its gradient and the second run of every
+micro-batch are checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import leaves_by_path
-from gradfold.errors import NotDecomposableError
-from gradfold.self_check.comparison import tolerance_of_types
-from gradfold.self_check.experiment import Observations, ObservedRun
-from gradfold.twophase.loss import Combine
+from gradfold.engine.window import Window
+from gradfold.errors import NonFiniteGradientError, NonFiniteLossError, NotDecomposableError, RecomputeError
+from gradfold.self_check.comparison import tolerance_of
+from gradfold.self_check.observations import Observations
+from gradfold.twophase.loss import Combine, has_gradient
+from gradfold.twophase.statistics import Statistics
 
-__all__: list[str] = []
+_FEW_OF_HALF_TYPES = 0.1  # the fraction of labels that rounding may change: near ties
 
-_FEW_OF_HALF_TYPES = 0.1  # the share of labels that rounding may turn into others: those of near ties
+_ROWS = (
+    "concatenated, are not those of the micro-batch. A label must be the same whichever rows run with it: not an index "
+    "within the batch (torch.arange(len(batch))), not a number of rows, not a rank or mean among them. Compute that in "
+    "loss(model, statistics)"
+)
+_SUMS = "summed, are not those of the micro-batch. Return sums over rows, not means; divide in loss(model, statistics)"
 
 
 class NonDifferentiableStatistics:
-    """Those of one accumulator.
+    """Compares labels, masks and counts in the self-check's runs of one accumulator.
 
     Args:
         combine: as of `TwoPhaseLoss`.
@@ -34,80 +44,62 @@ class NonDifferentiableStatistics:
         self._runs: Observations[dict[str, Any]] = Observations()
 
     def note(self, num_rows: int | None, output: Any) -> None:
-        """What a run of the guard gave."""
-        found = dict(leaves_by_path(output))
-        kept = {path: leaf.detach() if isinstance(leaf, Tensor) else leaf for path, leaf in found.items()}
-        self._runs.note(num_rows, {path: leaf for path, leaf in kept.items() if not _has_gradient(found[path])})
+        """The statistics of a run of the self-check."""
+        self._runs.note(num_rows, {path: leaf for path, leaf in leaves_by_path(output) if not has_gradient(leaf)})
 
-    def judge(self, is_content: bool, dtypes: Iterable[torch.dtype | None]) -> None:
-        """Hold the parts against the whole, where the guard was content; `dtypes` are those in which is computed.
+    def judge(self, passed: bool, dtypes: Iterable[torch.dtype | None]) -> None:
+        """Compare the parts with the whole, where the self-check passed; `dtypes` are those of the computation.
 
         Raises:
-            NotDecomposableError: they do not make it up.
+            NotDecomposableError: the parts, combined, are not the whole.
         """
         found = self._runs.take()
-        if found is None or not is_content:
+        if found is None or not passed:
             return
         parts = sorted(found.parts, key=lambda run: run.num_rows)
-        tolerance = tolerance_of_types(dtypes)
+        tolerance = tolerance_of(dtypes).statistic
         for path, whole in found.whole.seen.items():
             if all(path in part.seen for part in parts):
                 first, second = (part.seen[path] for part in parts)
-                said = self._differ(whole, first, second, tolerance)
-                if said and parts[0].num_rows == parts[1].num_rows:  # which of them came first nobody knows
-                    said = self._differ(whole, second, first, tolerance) and said
-                if said:
-                    raise self._refused(path, found.whole, parts, said)
+                seen = self._differ(whole, first, second, tolerance)
+                if seen and parts[0].num_rows == parts[1].num_rows:  # which of them came first is unknown
+                    seen = self._differ(whole, second, first, tolerance) and seen
+                if seen:
+                    rule = _ROWS if self._combine == "concatenate" else _SUMS
+                    raise NotDecomposableError(
+                        f"the statistic {path or 'S'} of the TwoPhaseLoss cannot be combined: those of two parts of a "
+                        f"micro-batch ({parts[0].num_rows} and {parts[1].num_rows} of {found.whole.num_rows} rows), "
+                        f"{rule}. Seen: {seen}.",
+                        "coupled",
+                        "loss",
+                    )
 
     def _differ(self, whole: Any, first: Any, second: Any, tolerance: float) -> str:
-        """In what the parts, combined, differ from the whole; nothing where they do not."""
+        """How the parts, combined, differ from the whole; an empty text where they do not."""
         if not all(isinstance(one, Tensor) for one in (whole, first, second)):
-            return self._numbers_differ(whole, first, second)
+            return self._constants_differ(whole, first, second)
         shapes = [one.shape[self._combine == "concatenate" :] for one in (whole, first, second)]
         if len({*shapes}) > 1 or len({one.dtype for one in (whole, first, second)}) > 1:
-            return ""  # which cannot be combined in a window either, and is refused there
-        together = torch.cat([first, second]) if self._combine == "concatenate" else first + second
-        if together.shape != whole.shape:
+            return ""  # a window refuses this itself
+        combined = torch.cat([first, second]) if self._combine == "concatenate" else first + second
+        if combined.shape != whole.shape:
             return f"{len(whole)} entries for the whole, {len(first)} and {len(second)} for the parts"
-        return _values_differ(whole, together, tolerance)
+        return _tensors_differ(whole, combined, tolerance)
 
-    def _numbers_differ(self, whole: Any, first: Any, second: Any) -> str:
+    def _constants_differ(self, whole: Any, first: Any, second: Any) -> str:
         if self._combine == "sum" and {type(whole), type(first), type(second)} <= {int, float}:
             is_right = abs(first + second - whole) <= 1e-6 * (abs(first) + abs(second))
         else:
             is_right = whole == first == second or whole != whole
         return "" if is_right else f"{whole!r} for the whole, {first!r} and {second!r} for the parts"
 
-    def _refused(
-        self, path: str, whole: ObservedRun[Any], parts: list[ObservedRun[Any]], seen: str
-    ) -> NotDecomposableError:
-        rule = (
-            "one below the other, are not those of both together. A label must be the same whichever rows run with it: "
-            "no index within the batch (torch.arange(len(batch))), no number of rows, no rank or mean among them. "
-            "Compute that in loss(model, statistics)"
-            if self._combine == "concatenate"
-            else "added up, are not those of both together. Return sums over rows, no means; divide in loss(model, "
-            "statistics)"
-        )
-        sizes = " and ".join(str(part.num_rows) for part in parts)
-        return NotDecomposableError(
-            f"the statistic {path or 'S'} of the TwoPhaseLoss does not go together: those of two parts of a "
-            f"micro-batch ({sizes} of {whole.num_rows} rows), {rule}. Seen: {seen}.",
-            "coupled",
-            "loss",
-        )
 
-
-def _has_gradient(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
-
-
-def _values_differ(whole: Tensor, together: Tensor, tolerance: float) -> str:
-    is_same = (whole == together) | ((whole != whole) & (together != together))
+def _tensors_differ(whole: Tensor, combined: Tensor, tolerance: float) -> str:
+    is_same = (whole == combined) | ((whole != whole) & (combined != combined))
     if bool(is_same.all()):
         return ""
     if whole.is_floating_point() or whole.is_complex():
-        difference = torch.where(is_same, torch.zeros_like(whole), together - whole)
+        difference = torch.where(is_same, torch.zeros_like(whole), combined - whole)
         size = torch.linalg.vector_norm(torch.where(whole.isfinite(), whole, torch.zeros_like(whole)))
         if float(torch.linalg.vector_norm(difference)) <= tolerance * max(float(size), torch.finfo(torch.float32).tiny):
             return ""
@@ -115,4 +107,77 @@ def _values_differ(whole: Tensor, together: Tensor, tolerance: float) -> str:
         return ""
     at = tuple(int(one) for one in (~is_same).nonzero()[0])
     where = f" at {list(at)}" if at else ""
-    return f"{whole[at].item()}{where} of the whole, {together[at].item()} of the parts"
+    return f"{whole[at].item()}{where} of the whole, {combined[at].item()} of the parts"
+
+
+def check_window(
+    window: Window,
+    statistics: Statistics,
+    losses: Mapping[str, Tensor],
+    deviations: Mapping[int, Tensor],
+    dtypes: Collection[torch.dtype | None],
+    raises: bool,
+) -> None:
+    """Raise where something is not finite, or the second run of a micro-batch did not reproduce the first.
+
+    One transfer from the device.
+
+    Args:
+        window: a window whose recompute pass is done.
+        statistics: of the window, with their cached gradients.
+        losses: the terms of the whole loss.
+        deviations: by micro-batch, how far the second run is from the first.
+        dtypes: those of the computation.
+        raises: whether a loss or gradient that is not finite is an error.
+    """
+    flags = [(~gradient.isfinite()).any() for gradient in statistics.gradients()]
+    waiting = [*losses.values(), *flags, *deviations.values()]
+    read = torch.stack([one.to(window.device, torch.float64) for one in waiting]).cpu()
+    of_losses, of_flags, of_deviations = torch.split(read, [len(losses), len(flags), len(deviations)])
+    values = dict(zip(losses, of_losses.tolist(), strict=True))
+    if raises and not all(map(math.isfinite, values.values())):
+        raise _non_finite_loss(window, statistics, values)
+    if raises and any(of_flags.tolist()):
+        raise NonFiniteGradientError(
+            "the loss is finite, its gradient with respect to the statistics is not. Look in loss(model, statistics) "
+            "for sqrt or norm at 0, division by a standard deviation of 0, or overflow.",
+            None,
+            range(window.num_samples),
+            (),
+        )
+    pairs = zip(of_deviations.tolist(), deviations, strict=True)
+    known = [(distance, index) for distance, index in pairs if not math.isnan(distance)]
+    worst, index = max(known, default=(0.0, 0))
+    if worst > tolerance_of(dtypes).statistic:
+        raise _not_reproduced(window, index, worst)
+
+
+def _non_finite_loss(window: Window, statistics: Statistics, values: Mapping[str, float]) -> NonFiniteLossError:
+    name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
+    bad = statistics.non_finite()
+    index = bad[0] if bad else 0
+    where = (
+        f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} are "
+        "not finite. Look there for overflow, a division by a norm of 0, or rows that are not finite"
+        if bad
+        else "the statistics of this rank are finite. Look in loss(model, statistics) for log(0), overflow, a "
+        "temperature near 0, or a ratio of empty sums"
+    )
+    return NonFiniteLossError(
+        f"the loss term {name!r} of the whole batch is {value}; {where}; or for a learning rate too high.",
+        index,
+        name,
+        value,
+    )
+
+
+def _not_reproduced(window: Window, index: int, deviation: float) -> RecomputeError:
+    return RecomputeError(
+        f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
+        f"differ by {deviation:.1%} in its second forward pass, from the same rows and the same random states of "
+        "torch, numpy and Python. A two-phase loss runs every micro-batch twice: look in statistic(model, micro_batch) "
+        "for a custom generator, a counter or queue outside of the model, a file that is read on, or a kernel that is "
+        "not deterministic (torch.use_deterministic_algorithms(True) names it).",
+        index,
+        deviation,
+    )

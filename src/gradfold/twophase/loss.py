@@ -1,15 +1,12 @@
 """A two-phase loss: one that compares the samples of a batch, written as a statistic of each and a loss of all of them.
 
-InfoNCE, Dice, Barlow Twins, a covariance penalty, the balance of a mixture of experts: none is a mean over samples, but
-each is a function of statistics that are much smaller than the activations behind them. So its exact gradient needs no
-more memory than one micro-batch's:
+InfoNCE, Dice, Barlow Twins, a covariance penalty, the balance of a mixture of experts: none of them averages samples.
+Each is a function Phi(S) of statistics that are much smaller than the activations behind them. dPhi/dS, computed once
+for the whole batch, is back-propagated micro-batch by micro-batch, so the exact gradient needs no more memory than one
+micro-batch's.
 
-    [1] sweep      the statistics S of every micro-batch, without a graph
-    [2] loss       Phi(S), once, for the whole batch; its backward pass gives dPhi/dS, and Phi's own parameters theirs
-    [3] replay     every micro-batch again, with the same random state; dPhi/dS is back-propagated from its statistics
-
-[1] to [3] are `phases.py`. Source: Gao, Zhang, Han and Callan 2021, "Scaling Deep Contrastive Learning Batch Size under
-Memory Limited Setup", arXiv 2101.06983, section 3 (for contrastive losses).
+The passes are in `strategy.py`. Source: GradCache, Gao, Zhang, Han and Callan 2021, "Scaling Deep Contrastive Learning
+Batch Size under Memory Limited Setup", arXiv 2101.06983, section 3 (for contrastive losses).
 """
 
 from __future__ import annotations
@@ -36,27 +33,27 @@ Statistic: TypeAlias = Callable[[Any, Any], Any]
 class TwoPhaseLoss:
     """A loss over the whole batch for `Accumulator(model, loss_fn)`, whose samples may depend on each other.
 
-    After `accumulator.backward(batch)`, `.grad` is, to rounding, what this would have left there, over the rows of all
-    ranks, whatever the split:
+    After `accumulator.backward(batch)`, `.grad` is, to rounding, that of this expression over the rows of all ranks,
+    whatever the split:
 
         loss(model, statistic(model, batch)).backward()
 
-    Called as `two_phase_loss(model, batch)` it is that expression, so that it goes where any `loss_fn` goes. In windows
-    of several micro-batches, and on several ranks, each micro-batch runs forward twice. Every forward pass must give
-    the same statistics for the same rows and random state; what does not is refused with `RecomputeError`.
+    Called as `two_phase_loss(model, batch)` it is that expression, so it can be used as any `loss_fn`. In windows of
+    several micro-batches, and on several ranks, each micro-batch runs forward twice. Every forward pass must return the
+    same statistics for the same rows and random state; else `RecomputeError` is raised.
 
     Args:
         statistic: `(model, micro_batch) -> S`: tensors in any nesting of tuples, lists, dicts and dataclasses.
-            Gradients flow through floating point ones; labels and masks may ride along. A row must not depend on
-            others here.
+            Gradients flow through floating point ones; labels and masks have none. A row must not depend on others
+            here.
         loss: `(model, S of the whole batch) -> loss` or `-> (loss, metrics)`, as of any `loss_fn`. It may use
-            parameters of the model (a temperature). Metrics belong here; one with an entry per row comes back in the
+            parameters of the model (a temperature). Metrics belong here; one with an entry per row is returned in the
             batch's own order.
-        combine: "concatenate": S has rows in dim 0, which are put one below the other (embeddings). "sum": S is a sum
-            over rows, and is added up (moments, overlaps, counts); numbers are added, too.
+        combine: "concatenate": S has rows in dim 0, which are concatenated (embeddings). "sum": S is a sum over rows,
+            and is summed (moments, overlaps, counts); so are numbers.
 
     Raises:
-        OptionError: an argument cannot work.
+        OptionError: an argument is not supported.
 
     >>> import torch, gradfold
     >>> model = torch.nn.ModuleDict({"en": torch.nn.Linear(10, 4), "de": torch.nn.Linear(12, 4)})
@@ -80,17 +77,14 @@ class TwoPhaseLoss:
             if not callable(function):
                 raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
         if self.combine not in get_args(Combine):
-            raise OptionError(
-                f'combine={self.combine!r}; expected "concatenate" (rows, one below the other) or "sum" (sums over '
-                "rows, added up)."
-            )
+            raise OptionError(f'combine={self.combine!r}; expected "concatenate" (rows) or "sum" (sums over rows).')
 
     def __call__(self, model: Any, batch: Any) -> LossOutput:
         """The loss of a whole batch, in one phase."""
         return self.loss(model, self.statistic(model, batch))
 
     def wrapped(self, wrap: Callable[[Callable[[Any, Any], Any]], Callable[[Any, Any], Any]]) -> TwoPhaseLoss:
-        """The same with something around both of its functions: autocast, a clock."""
+        """The same with a wrapper (autocast, a timer) around functions."""
         return replace(self, statistic=wrap(self.statistic), loss=wrap(self.loss))
 
 
@@ -100,19 +94,15 @@ def wrap_loss(loss_fn: LossFn, wrap: Callable[[LossFn], LossFn]) -> LossFn:
 
 
 def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | None = None) -> LossFn:
-    """A loss that is a mean over samples if, and but for coincidence only if, the statistics can be combined.
+    """A loss that is a mean over samples if (and, coincidence aside, only if) the statistics can be combined.
 
-    It weighs all statistics with fixed random numbers, the same for every row; rows also by their squares, since those
-    of centered rows add up to nothing.
-
-    Args:
-        loss_fn: whose statistics these are.
-        note: gets the number of rows of every run, and its statistics.
+    It weighs all statistics with fixed random numbers, the same for every row; rows also by their squares, since
+    centered rows sum to zero. `note` gets the number of rows of every run, and its statistics.
     """
 
     def probe(model: nn.Module, batch: Any) -> Tensor:
         statistics = loss_fn.statistic(model, batch)
-        leaves = [leaf for leaf in every_leaf(statistics) if _has_gradient(leaf)]
+        leaves = [leaf for leaf in every_leaf(statistics) if has_gradient(leaf) and leaf.is_floating_point()]
         num_rows = rows_if_any(batch)
         if note is not None:
             note(num_rows, statistics)
@@ -134,21 +124,22 @@ def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | No
 
 
 def explain(loss_fn: TwoPhaseLoss, error: NotDecomposableError) -> NotDecomposableError:
-    """What an examination of the probe found, in words about the statistics."""
+    """What the self-check found with the probe, in words about the statistics."""
     rule = (
-        "those of two parts of a micro-batch, one below the other, must be those of both together: a row must not "
-        "depend on others in statistic(model, micro_batch). What compares rows belongs in loss(model, statistics)"
+        "those of two parts of a micro-batch, concatenated, must be those of the micro-batch: a row must not depend on "
+        "others in statistic(model, micro_batch). What compares rows belongs in loss(model, statistics)"
         if loss_fn.combine == "concatenate"
-        else "those of two parts of a micro-batch, added up, must be those of both together: "
-        "statistic(model, micro_batch) must return sums over rows, no means. Divide in loss(model, statistics)"
+        else "those of two parts of a micro-batch, summed, must be those of the micro-batch: "
+        "statistic(model, micro_batch) must return sums over rows, not means. Divide in loss(model, statistics)"
     )
-    is_known = error.cause in ("batch_norm", "state")  # what else was seen is of the probe, not of the user's loss
+    is_known = error.cause in ("batch_norm", "state")  # other causes are about the probe, not about the user's loss
     return NotDecomposableError(
-        f"the statistics of the TwoPhaseLoss do not go together: {rule}." + (f" Seen: {error}" if is_known else ""),
+        f"the statistics of the TwoPhaseLoss cannot be combined: {rule}." + (f" Seen: {error}" if is_known else ""),
         error.cause if is_known else "coupled",
         error.term,
     )
 
 
-def _has_gradient(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
+def has_gradient(leaf: Any) -> bool:
+    """Whether a gradient flows through a statistic."""
+    return isinstance(leaf, Tensor) and leaf.requires_grad

@@ -1,60 +1,58 @@
-"""The phases of a two-phase loss: how a window of several micro-batches, or ranks, runs one.
+"""How a window of several micro-batches, or ranks, runs a two-phase loss: embed, loss, recompute.
 
-    [1] sweep      every micro-batch without a graph; buffers and attributes are put back, random states are noted
+    [1] embed      every micro-batch without a graph; buffers and attributes are restored, random states are recorded
     [2] loss       once, over the statistics of all ranks; each has the whole loss, the first its parameters' gradients
-    [3] replay     every micro-batch with the random state that it had; what arrived at its statistics goes on
+    [3] recompute  every micro-batch with its random state; the cached gradients of its statistics are back-propagated
 
-The sums of gradients over ranks count [2] once, and [3] for every rank's own rows. Where memory runs out on one rank
-in [3], all begin again, since with other micro-batches its statistics may be others.
+The sums of gradients over ranks count [2] once, and [3] for every rank's own rows. Where one rank is out of memory in
+[3], all begin again, since with other micro-batches its statistics may differ.
 
-The second run of a two-phase loss's micro-batches: what has arrived at their statistics goes on from there.
+Source: GradCache, Gao, Zhang, Han and Callan 2021, arXiv 2101.06983.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.engine.backward import Weighed
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import Loss, LossOutput, read_pair, read_terms
-from gradfold.engine.window import Backward, Forward, Schedule, Window
-from gradfold.errors import (
-    DoesNotFitError,
-    LossError,
-    NonFiniteGradientError,
-    NonFiniteLossError,
-    OptionError,
-    RecomputeError,
-    is_out_of_memory,
-)
-from gradfold.self_check.comparison import tolerance_of_types
-from gradfold.state.attributes import ModuleAttributes
-from gradfold.state.buffers import BufferKeeper
+from gradfold.engine.strategy import Strategy, run_in_order
+from gradfold.engine.window import Context, Window
+from gradfold.errors import DoesNotFitError, LossError, NotDecomposableError, OptionError, is_out_of_memory
 from gradfold.state.gradients import parameters_of
-from gradfold.state.rng import HostRandomState, RandomState
-from gradfold.state.snapshot import Snapshot
-from gradfold.twophase.loss import Statistic, TwoPhaseLoss
+from gradfold.state.rng import RandomStates
+from gradfold.state.snapshot import Snapshot, restored_modules
+from gradfold.twophase.checks import NonDifferentiableStatistics, check_window
+from gradfold.twophase.loss import Statistic, TwoPhaseLoss, explain, probe_of
 from gradfold.twophase.statistics import Statistics
 from gradfold.weights import WeightOption
 
-__all__: list[str] = []
+_WEIGHT = (
+    ", whose loss(model, statistics) sees the whole batch: return what is to be counted (a mask, a number of tokens) "
+    "from the statistic, and divide by it in loss."
+)
+_BATCH_NORM = '. Use GroupNorm (gradfold.convert_batch_norm(model)), or batch_norm="per_micro_batch".'
+_ON_NON_FINITE = (
+    ": one statistic that is not finite makes the whole loss so. Write "
+    'on_non_finite="skip_update", or leave such rows out of the batch.'
+)
+_TOKEN_BUDGET = (
+    ', whose loss would see rows in another order. Use micro_batch_size=, or statistics that are sums (combine="sum").'
+)
 
 
 @dataclass(frozen=True)
 class WholeLoss:
-    """What the loss of the whole batch gave: its terms, detached, and metrics.
+    """The loss of the whole batch: its terms, detached, and metrics.
 
     Attributes:
-        reaches_parameters: whether some parameter got a gradient from it by itself.
+        reaches_parameters: whether some parameter got a gradient from the loss alone.
         has_graph: whether it depends on anything that has a gradient.
     """
 
@@ -64,198 +62,129 @@ class WholeLoss:
     has_graph: bool
 
 
-@dataclass(frozen=True)
-class RandomStates:
-    """The random states of torch, numpy and Python."""
+@final
+class TwoPhase(Strategy):
+    """Embed, loss, recompute.
 
-    torch: RandomState
-    host: HostRandomState
+    Args:
+        loss_fn: the loss as it runs, with autocast around it if any.
+        weight, batch_norm, on_non_finite: as for `Accumulator`.
+        order: how micro-batches run in [3].
+        compute: the dtype of that autocast; an attribute as well.
+        raises: whether a loss that is not finite is an error.
+        keeps_order: whether micro-batches hold rows as they come.
 
-    @classmethod
-    def record(cls, parameters: Iterable[Tensor]) -> RandomStates:
-        """The states now, of the devices of some tensors."""
-        return cls(RandomState.record(parameters), HostRandomState.record())
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        self.torch.restore()
-        self.host.restore()
-
-
-class RecomputeRun:
-    """The third phase, run by any schedule of plain windows.
-
-    In its `with` block `loss_fn` of the window gives each micro-batch its part of what is known.
-
-    Attributes:
-        deviations: by micro-batch, how far its statistics are from what they were.
+    Raises:
+        OptionError: an option is not supported.
     """
+
+    probes_loss = False
 
     def __init__(
         self,
-        window: Window,
-        statistic: Statistic,
-        statistics: Statistics,
-        states: Mapping[int, RandomStates],
-        whole: WholeLoss,
-        forward: Forward,
+        loss_fn: TwoPhaseLoss,
+        weight: WeightOption,
+        batch_norm: str | None,
+        on_non_finite: str,
+        *,
+        order: Strategy,
+        compute: torch.dtype | None,
+        raises: bool,
+        keeps_order: bool,
     ) -> None:
-        self.deviations: dict[int, Tensor] = {}
-        self._window = window
-        self._statistic = statistic
-        self._statistics = statistics
-        self._states = states
-        self._whole = whole
-        self._forward = forward
-        self._reaches_parameters = whole.reaches_parameters
-        self._weighed: Weighed = []
-        self._stack = ExitStack()
-
-    def __enter__(self) -> RecomputeRun:
-        self._stack.enter_context(calling(self._window, self._run))
-        self._end = RandomStates.record(self._window.model.parameters())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end.restore()
-        self._stack.close()
-
-    def forward(self, index: int) -> Weighed:
-        """Run a micro-batch again; gives its statistics, each with the gradient that has arrived at it."""
-        self._window.check_unchanged(index)
-        self._states[index].restore()
-        self._forward(index)
-        weighed, self._weighed = self._weighed, []
-        self._reaches_parameters |= bool(weighed)
-        return weighed
-
-    def check_reach(self) -> None:
-        """Raise LossError where neither the loss nor the statistics of any micro-batch led to a parameter."""
-        if not self._reaches_parameters:
-            raise LossError(
-                "no statistic requires grad: nothing connects the loss to the model's parameters. Look for "
-                "torch.no_grad(), .detach() or an argmax in statistic(model, micro_batch), and for frozen parameters."
-            )
-
-    def _run(self, model: nn.Module, batch: Any) -> LossOutput:
-        index = self._window.current
-        output = self._statistic(model, batch)
-        self._weighed = self._statistics.weigh(index, output)
-        self.deviations[index] = self._statistics.deviation(index, output)
-        metrics = {name: self._of_rows(name, value, index) for name, value in self._whole.metrics.items()}
-        return (self._whole.loss, metrics) if metrics else self._whole.loss
-
-    def _of_rows(self, name: str, value: Any, index: int) -> Any:
-        """A metric of the whole batch, or its rows for a micro-batch."""
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
-        total = self._statistics.num_samples
-        if len(value) != total:
-            raise LossError(
-                f"the metric {name!r} has shape {tuple(value.shape)} for a batch of {total} rows; expected a 0-d "
-                "tensor or one entry per row in dim 0."
-            )
-        before = sum(len(part.rows) for part in self._window.micro_batches[:index])
-        return value.narrow(0, self._statistics.first_sample + before, len(self._window.micro_batches[index].rows))
-
-
-@contextmanager
-def calling(window: Window, loss_fn: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """The window calls another `loss_fn`."""
-    before, window.loss_fn = window.loss_fn, loss_fn
-    try:
-        yield
-    finally:
-        window.loss_fn = before
-
-
-def check_options(weight: WeightOption, batch_norm: str | None, on_non_finite: str) -> None:
-    """Raise OptionError where an option of the accumulator does not go with a two-phase loss."""
-    if weight != "samples":
-        raise OptionError(
-            "weight= does not go with a TwoPhaseLoss, whose loss(model, statistics) sees the whole batch: let the "
-            "statistic return what is to be counted (a mask, a number of tokens), and divide by it in loss."
+        refused = (
+            (weight != "samples", "weight=", _WEIGHT),
+            (batch_norm not in (None, "per_micro_batch"), f'batch_norm="{batch_norm}"', _BATCH_NORM),
+            (on_non_finite == "skip_micro_batch", 'on_non_finite="skip_micro_batch"', _ON_NON_FINITE),
+            (loss_fn.combine == "concatenate" and not keeps_order, "a TokenBudget", _TOKEN_BUDGET),
         )
-    if batch_norm not in (None, "per_micro_batch"):
-        raise OptionError(
-            f'batch_norm="{batch_norm}" does not go with a TwoPhaseLoss. Use GroupNorm '
-            '(gradfold.convert_batch_norm(model)), or batch_norm="per_micro_batch".'
-        )
-    if on_non_finite == "skip_micro_batch":
-        raise OptionError(
-            'on_non_finite="skip_micro_batch" does not go with a TwoPhaseLoss: one statistic that is not finite makes '
-            'the whole loss so. Write on_non_finite="skip_update", or leave such rows out of the batch.'
-        )
-
-
-class Phases:
-    """Runs the windows of one accumulator in two phases.
-
-    Args:
-        loss_fn: as it is run, under autocast where that is asked for.
-        compute: autocast's dtype around it; an attribute as well.
-    """
-
-    def __init__(self, loss_fn: TwoPhaseLoss, compute: torch.dtype | None) -> None:
+        for is_refused, option, text in refused:
+            if is_refused:
+                raise OptionError(f"{option} is not supported with a TwoPhaseLoss{text}")
+        self._labels = NonDifferentiableStatistics(loss_fn.combine)
+        super().__init__(probe_of(loss_fn, self._labels.note))
         self._loss_fn = loss_fn
         self.compute = compute
+        self._raises = raises
+        self._order = order
+        self._dtypes: set[torch.dtype] = set()  # of the parameters, when the self-check ran
         self._waited_for: Coordinator | None = None  # by other ranks, until all micro-batches of this one are done
-        self._differentiable: frozenset[str] | None = None  # paths of statistics with a gradient; None: not known
+        self._differentiable: frozenset[str] | None = None  # paths of statistics with a gradient; None: not yet known
 
-    def schedule(
-        self, window: Window, transaction: Snapshot, agreement: Coordinator, inner: Schedule, raises: bool
-    ) -> Schedule:
-        """How to run a window.
+    def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
+        """Run [1], [2] and [3]."""
+        coordinator = window.context.coordinator
+        window.weights.wait()
+        if self._waited_for is coordinator:
+            coordinator.exchange(None)
+        while True:
+            statistics = Statistics(self._loss_fn.combine, self._differentiable or frozenset())
+            states = self._embed(window, indices, statistics)
+            statistics.join(coordinator, window.num_samples)
+            self._waited_for = coordinator
+            whole = self._run_loss(window, statistics)
+            recompute = RecomputePass(window, self._loss_fn.statistic, statistics, states, whole)
+            recompute.run(self._order, indices, snapshot)
+            if not statistics.missed:
+                recompute.check_graph()
+            dtypes = {self.compute, statistics.lowest(), *dtypes_of(window.model)}
+            check_window(window, statistics, read_terms(whole.loss), recompute.deviations, dtypes, self._raises)
+            self._waited_for = None
+            missed = coordinator.exchange(frozenset(statistics.missed))  # None from a rank that begins again
+            self._differentiable = statistics.differentiable.union(*(one for one in missed if one))
+            if all(one is not None and not one for one in missed):
+                return
+            snapshot.rewind()
 
-        Args:
-            window: this one.
-            transaction: in which it runs.
-            agreement: with other ranks.
-            inner: how to run the replays.
-            raises: whether a loss that is not finite is an error.
-        """
+    def is_sequential(self, context: Context) -> bool:
+        """Never."""
+        return False
 
-        def run(indices: Sequence[int], forward: Forward, backward: Backward) -> None:
-            window.weights.arrive()
-            if self._waited_for is agreement:
-                agreement.share(None)
-            while True:
-                statistics = Statistics(self._loss_fn.combine, self._differentiable or frozenset())
-                states = self._sweep(window, indices, statistics)
-                statistics.join(agreement, window.num_samples)
-                self._waited_for = agreement
-                whole = self._run_loss(window, agreement, statistics)
-                with RecomputeRun(window, self._loss_fn.statistic, statistics, states, whole, forward) as replay:
-                    inner(indices, replay.forward, backward)
-                    if not statistics.missed:
-                        _check_graph(window, statistics, whole)
-                        replay.check_reach()
-                self._check(window, statistics, whole, replay.deviations, raises)
-                self._waited_for = None
-                missed = agreement.share(frozenset(statistics.missed))  # None from a rank that begins again
-                self._differentiable = statistics.differentiable.union(*(one for one in missed if one))
-                if all(one is not None and not one for one in missed):
-                    return
-                transaction.rewind()
+    def is_whole(self, window: Window) -> bool:
+        """Not where other ranks have statistics in the same loss."""
+        return len(window.micro_batches) == 1 and window.context.coordinator.num_ranks == 1
 
-        return run
+    def depends_on_split(self, context: Context) -> bool:
+        """As the order in which micro-batches run."""
+        return self._order.depends_on_split(context)
 
-    def _sweep(self, window: Window, indices: Sequence[int], statistics: Statistics) -> dict[int, RandomStates]:
-        """Collect the statistics; gives the random states with which each micro-batch began.
+    def check_shards(self) -> None:
+        """Raise OptionError: embed passes would have to be in step."""
+        raise OptionError(
+            "TwoPhaseLoss is not supported with fully_shard: its passes would have to gather parameters in step on all "
+            "ranks. Use DistributedDataParallel."
+        )
+
+    def split_dependent_layers(self, context: Context) -> Mapping[str, nn.Module] | None:
+        """As the order in which micro-batches run."""
+        self._dtypes = dtypes_of(context.model)
+        return self._order.split_dependent_layers(context)
+
+    def judge(self, is_passed: bool) -> None:
+        """Check that labels are those of rows, too."""
+        self._labels.judge(is_passed, {self.compute, *self._dtypes})
+
+    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
+        """In words about statistics, not about the probe."""
+        return explain(self._loss_fn, error)
+
+    def _embed(self, window: Window, indices: Sequence[int], statistics: Statistics) -> dict[int, RandomStates]:
+        """[1] Collect the statistics; returns the random states with which each micro-batch began.
 
         The first micro-batch of the first window has a graph, which tells the statistics that have a gradient.
         """
         states = {}
         parameters = parameters_of(list(window.model.modules()))
-        with _without_trace(window.model), calling(window, self._loss_fn.statistic), torch.no_grad():
+        with restored_modules(window.model), torch.no_grad():
             for index in indices:
                 states[index] = RandomStates.record(parameters)
                 torch.set_grad_enabled(self._differentiable is None and index == indices[0])
-                statistics.add(index, window.call(index), len(window.micro_batches[index].rows))
+                output = window.call(index, self._loss_fn.statistic)
+                statistics.add(index, output, len(window.micro_batches[index].rows))
         return states
 
-    def _run_loss(self, window: Window, agreement: Coordinator, statistics: Statistics) -> WholeLoss:
-        """The loss of the whole batch, back-propagated to the statistics and to parameters that it uses itself."""
+    def _run_loss(self, window: Window, statistics: Statistics) -> WholeLoss:
+        """[2] The loss of the whole batch, back-propagated to the statistics and to parameters that it uses itself."""
         try:
             with torch.enable_grad():
                 output = self._loss_fn.loss(window.model, statistics.for_loss())
@@ -268,102 +197,100 @@ class Phases:
             if not is_out_of_memory(error):
                 raise
             raise DoesNotFitError(
-                "memory ran out in loss(model, statistics) of the TwoPhaseLoss, over the statistics of the whole "
-                "batch, which smaller micro-batches do not make smaller. Compute it in tiles "
-                f"(gradfold.losses.info_nce(..., tile=256)), or take a smaller batch. The error was: {error}",
+                "out of memory in loss(model, statistics) of the TwoPhaseLoss, over the statistics of the whole batch, "
+                "which smaller micro-batches do not make smaller. Compute it in tiles "
+                f"(gradfold.losses.info_nce(..., tile=256)), or use a smaller batch. The error was: {error}",
                 (),
             ) from error
         parameters = list(window.model.parameters())
         reaches = any(parameter.grad is not None for parameter in parameters)
-        if isinstance(agreement, DataParallelCoordinator) and agreement.ranks.rank > 0:
+        if window.context.coordinator.rank > 0:
             for parameter in parameters:
-                parameter.grad = None  # all ranks have the same, and sums over ranks shall count it once
+                parameter.grad = None  # all ranks have the same, and sums over ranks must count it once
         detached = {name: term.detach() for name, term in terms.items()}
         return WholeLoss(loss.detach() if isinstance(loss, Tensor) else detached, metrics, reaches, has_graph)
 
-    def _check(
-        self,
-        window: Window,
-        statistics: Statistics,
-        whole: WholeLoss,
-        deviations: Mapping[int, Tensor],
-        raises: bool,
-    ) -> None:
-        """Raise where something is not finite, or a replay did not give the same; one transfer from the device."""
-        losses = read_terms(whole.loss)
-        flags = [(~gradient.isfinite()).any() for gradient in statistics.gradients()]
-        waiting = [*losses.values(), *flags, *deviations.values()]
-        read = torch.stack([one.to(window.device, torch.float64) for one in waiting]).tolist()
-        values, is_bad, apart = read[: len(losses)], any(read[len(losses) : -len(deviations)]), read[-len(deviations) :]
-        if raises and not all(map(math.isfinite, values)):
-            raise _non_finite(window, statistics, dict(zip(losses, values, strict=True)))
-        if raises and is_bad:
-            raise NonFiniteGradientError(
-                "the loss is finite, its gradient with respect to the statistics is not. Look in loss(model, "
-                "statistics) for sqrt or norm at 0, division by a standard deviation of 0, or overflow.",
-                None,
-                range(window.num_samples),
-                (),
+
+@dataclass
+class RecomputePass:
+    """[3] Runs in any plain order; cached gradients of statistics take the place of a loss.
+
+    Attributes:
+        states: by micro-batch, the random states with which it began.
+        deviations: by micro-batch, how far its statistics are from those of the embed pass.
+    """
+
+    window: Window
+    statistic: Statistic
+    statistics: Statistics
+    states: Mapping[int, RandomStates]
+    whole: WholeLoss
+    deviations: dict[int, Tensor] = field(default_factory=dict)
+    _weighed: Weighed = field(default_factory=list)
+    _reaches_parameters: bool = False
+
+    @property
+    def context(self) -> Context:
+        """What the window runs in."""
+        return self.window.context
+
+    def run(self, order: Strategy, indices: Sequence[int], snapshot: Snapshot) -> None:
+        """Run the micro-batches; random states are afterwards as they were before."""
+        end = RandomStates.record(self.window.model.parameters())
+        try:
+            if len(self.window.micro_batches) > 1:
+                order.run(self, indices, snapshot)
+            else:
+                run_in_order(self, indices)
+        finally:
+            end.restore()
+
+    def forward(self, index: int) -> Weighed:
+        """Run a micro-batch again; returns its statistics, each with its cached gradient."""
+        self.window.check_unchanged(index)
+        self.states[index].restore()
+        self.window.forward(index, self._loss_of_part)
+        weighed, self._weighed = self._weighed, []
+        self._reaches_parameters |= bool(weighed)
+        return weighed
+
+    def backward(self, weighed: Weighed) -> None:
+        """Back-propagate the cached gradients."""
+        self.window.backward(weighed)
+
+    def check_graph(self) -> None:
+        """Raise LossError where the loss has no gradient, or neither it nor any statistic led to a parameter."""
+        if self.statistics.differentiable and not self.whole.has_graph:
+            self.window.back_propagate([(term, 1.0) for term in read_terms(self.whole.loss).values()])  # raises
+        if not (self._reaches_parameters or self.whole.reaches_parameters):
+            raise LossError(
+                "no statistic requires grad: nothing connects the loss to the model's parameters. Look for "
+                "torch.no_grad(), .detach() or an argmax in statistic(model, micro_batch), and for frozen parameters."
             )
-        found = [(distance, index) for distance, index in zip(apart, deviations, strict=True) if distance == distance]
-        worst, index = max(found, default=(0.0, 0))
-        if worst > tolerance_of_types({self.compute, statistics.lowest(), *dtypes_of(window.model)}):
-            raise _not_reproduced(window, index, worst)
 
+    def _loss_of_part(self, model: nn.Module, batch: Any) -> LossOutput:
+        """Called as the `loss_fn` of the window: the whole loss, with the metrics of the micro-batch's rows."""
+        index = self.window.current
+        output = self.statistic(model, batch)
+        self._weighed = self.statistics.weigh(index, output)
+        self.deviations[index] = self.statistics.deviation(index, output)
+        metrics = {name: self._of_rows(name, value, index) for name, value in self.whole.metrics.items()}
+        return (self.whole.loss, metrics) if metrics else self.whole.loss
 
-def _check_graph(window: Window, statistics: Statistics, whole: WholeLoss) -> None:
-    """Raise LossError where there are statistics with a gradient, and the loss has none."""
-    if statistics.differentiable and not whole.has_graph:
-        window.back_propagate([(term, 1.0) for term in read_terms(whole.loss).values()])
-
-
-@contextmanager
-def _without_trace(model: nn.Module) -> Iterator[None]:
-    """Put back what forward passes change in buffers and plain attributes, so that replays change it, once."""
-    modules = list(model.modules())
-    # A layer that does not know its shape yet learns it here, and for good.
-    attributes = None if any(map(is_lazy, model.parameters())) else ModuleAttributes(modules)
-    buffers = BufferKeeper()  # a new one keeps them all: what it has not kept it could not put back
-    buffers.open(modules)
-    try:
-        yield
-    finally:
-        if attributes is not None:
-            attributes.restore()
-        buffers.restore()
+    def _of_rows(self, name: str, value: Any, index: int) -> Any:
+        """A metric of the whole batch, or its rows for a micro-batch."""
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        total = self.statistics.num_samples
+        if len(value) != total:
+            raise LossError(
+                f"the metric {name!r} has shape {tuple(value.shape)} for a batch of {total} rows; expected a 0-d "
+                "tensor or one entry per row in dim 0."
+            )
+        before = sum(len(part.rows) for part in self.window.micro_batches[:index])
+        return value.narrow(0, self.statistics.first_sample + before, len(self.window.micro_batches[index].rows))
 
 
 def dtypes_of(model: nn.Module) -> set[torch.dtype]:
-    """In which its parameters are."""
+    """The floating point dtypes of its parameters."""
     return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-
-
-def _non_finite(window: Window, statistics: Statistics, values: Mapping[str, float]) -> NonFiniteLossError:
-    name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
-    bad = statistics.non_finite()
-    index = bad[0] if bad else 0
-    where = (
-        f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} are "
-        "not finite. Look there for overflow, a division by a norm of 0, or rows that are not finite"
-        if bad
-        else "the statistics of this rank are finite. Look in loss(model, statistics) for log(0), overflow, a "
-        "temperature near 0, or a ratio of empty sums"
-    )
-    return NonFiniteLossError(
-        f"the loss term {name!r} of the whole batch is {value}; {where}; or for a learning rate too high.",
-        index,
-        name,
-        value,
-    )
-
-
-def _not_reproduced(window: Window, index: int, deviation: float) -> RecomputeError:
-    return RecomputeError(
-        f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
-        f"came out {deviation:.1%} different when it ran again, from the same rows and the same random states of "
-        "torch, numpy and Python. A two-phase loss runs every micro-batch twice: look in statistic(model, micro_batch) "
-        "for a generator of your own, a counter or queue outside of the model, a file that is read on, or a kernel "
-        "that is not deterministic (torch.use_deterministic_algorithms(True) names it).",
-        index,
-        deviation,
-    )

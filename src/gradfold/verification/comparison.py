@@ -5,48 +5,59 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import nn
 
 from gradfold.batch.split import check_size, cut_range
-from gradfold.engine.window import Unit
+from gradfold.engine.result import Unit
 from gradfold.errors import NonFiniteLossError, OptionError
+from gradfold.messages import first_line
 from gradfold.packing.token_budget import TokenBudget
+from gradfold.self_check.comparison import NOISE, perturbed, tolerance_of
 from gradfold.verification.reference import difference_norm, relative_error
-from gradfold.verification.runs import Attempt, WholeRun, run_in_parts, run_jittered, run_whole
-from gradfold.verification.setup import Setup
-from gradfold.verification.verdict import ParameterRow, SizeRow
+from gradfold.verification.runs import Attempt, WholeRun, run_in_parts, run_whole
+from gradfold.verification.setup import Setup, own_dtypes
+from gradfold.verification.verdict import Cause, ParameterRow, SizeRow, Verdict
 
-__all__: list[str] = []
-
-# The law's figures on a CPU; of half types a few roundings.
-_TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 0.005, torch.bfloat16: 0.03}
-_NOISE = 30  # how many times the effect of a rounding error in every parameter is allowed
 _LARGEST = 1e-3  # that noise may lift a tolerance to: errors of mistakes begin there
-_MOST_MICRO_BATCHES = 16  # of the sizes that nobody asked for
+_MOST_MICRO_BATCHES = 16  # of the sizes that were not asked for
 _NEGLIGIBLE = 1e-9  # of the whole gradient: what a parameter's error is relative to, at least
 
 
 @dataclass(frozen=True)
 class SizeComparison:
-    """The whole batch, and each attempt to make its gradient out of parts.
+    """The whole batch, each attempt to sum its gradient from micro-batches, and how far a second whole run was off."""
 
-    Attributes:
-        whole: the reference.
-        attempts: one per size.
-        repeat: how far a second run of the whole batch was from the first.
-    """
-
+    setup: Setup
     whole: WholeRun
     attempts: list[Attempt]
     repeat: float
 
+    @cached_property
+    def noise(self) -> NoiseFloor:
+        """What rounding explains, by the lowest precision that autograd saw; only if that is exceeded, by that of all.
+
+        A model in float64 may well compute its loss, or a metric, in float32.
+        """
+        whole = self.whole
+        if not self.attempts:
+            return NoiseFloor(self._dtype, math.nan, 0.0, is_repeatable=True)
+        strict = _noise_floor(self, whole.dtypes)
+        if self.max_error <= strict.tolerance or whole.recorded.dtypes <= whole.dtypes:
+            return strict
+        loose = _noise_floor(self, whole.recorded.dtypes | whole.dtypes)
+        return loose if self.max_error <= loose.tolerance else strict
+
+    @property
+    def holds(self) -> bool:
+        """Whether every gradient is that of the whole batch, to rounding."""
+        return self.max_error <= self.noise.tolerance
+
     @property
     def compared(self) -> list[Attempt]:
         """The attempts that say something, the one with the largest error first."""
-        found = [attempt for attempt in self.attempts if not math.isnan(attempt.error)]
-        return sorted(found, key=lambda attempt: attempt.error, reverse=True)
+        return sorted((one for one in self.attempts if not math.isnan(one.error)), key=lambda one: -one.error)
 
     @property
     def max_error(self) -> float:
@@ -58,87 +69,81 @@ class SizeComparison:
         """An operator whose random numbers could not be handed to rows."""
         return next((attempt.unknown for attempt in self.attempts if attempt.unknown is not None), None)
 
-    def sizes(self) -> tuple[SizeRow, ...]:
-        """For a verdict."""
-        return tuple(
-            SizeRow(*measure(one.size), one.num_micro_batches, one.error, _first_line(one.failure))
-            for one in self.attempts
+    def verdict(self, causes: Sequence[Cause], notes: Sequence[str]) -> Verdict:
+        """What was compared, with why it does not hold, if it does not."""
+        noise, sizes = self.noise, [(measure(one.size), one) for one in self.attempts]
+        return Verdict(
+            ok=not causes,
+            max_relative_error=self.max_error,
+            rows=self._rows(),
+            sizes=tuple(
+                SizeRow(*size, one.num_micro_batches, one.error, _described(one.failure)) for size, one in sizes
+            ),
+            tolerance=noise.tolerance,
+            noise_floor=noise.error,
+            dtype=self._dtype,
+            precision=noise.precision,
+            num_rows=self.setup.num_rows,
+            causes=tuple(causes),
+            notes=tuple(notes),
         )
 
-    def rows(self, model: nn.Module) -> tuple[ParameterRow, ...]:
-        """For a verdict: every parameter that requires a gradient, at the worst size with a gradient."""
+    @property
+    def _dtype(self) -> torch.dtype:
+        own = own_dtypes(self.setup.accumulator.model)
+        return self.setup.dtype or min(own, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def _rows(self) -> tuple[ParameterRow, ...]:
+        """Every parameter that requires a gradient, at the worst size with a gradient."""
         worst = next((attempt.differences for attempt in self.compared if attempt.differences is not None), None)
         if worst is None:
             return ()
-        expected = self.whole.gradients
-        least = _NEGLIGIBLE * sum(difference_norm(one, None) ** 2 for one in expected.values()) ** 0.5
-        rows = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                norm = difference_norm(expected.get(name), None)
-                error = worst.get(name, 0.0) / (max(norm, least) or 1.0)
-                rows.append(ParameterRow(name, tuple(parameter.shape), norm, error))
-        return tuple(rows)
+        norms = {name: difference_norm(one, None) for name, one in self.whole.gradients.items()}
+        least = _NEGLIGIBLE * math.hypot(*norms.values())
+        return tuple(
+            ParameterRow(
+                *(name, tuple(parameter.shape), norms.get(name, 0.0)),
+                error=worst.get(name, 0.0) / (max(norms.get(name, 0.0), least) or 1.0),
+            )
+            for name, parameter in self.setup.fresh_model().named_parameters()
+            if parameter.requires_grad
+        )
 
 
 @dataclass(frozen=True)
-class NoiseAllowance:
-    """What rounding explains.
+class NoiseFloor:
+    """What rounding explains."""
 
-    Attributes:
-        precision: the lowest met between parameters and loss.
-        noise_floor: how far some rounding errors in every parameter move the gradient.
-        tolerance: the largest error allowed.
-        is_repeatable: whether two runs of the whole batch differ by no more than that.
-    """
+    precision: torch.dtype  # the lowest met
+    error: float  # how far some rounding errors in every parameter move the gradient
+    tolerance: float  # the largest error allowed
+    is_repeatable: bool  # whether two runs of the whole batch differ by no more than that
 
-    precision: torch.dtype
-    noise_floor: float
-    tolerance: float
-    is_repeatable: bool
-
-    def may_be_noise(self, error: float) -> bool:
+    def may_explain(self, error: float) -> bool:
         """Whether an error could be rounding, though it is larger than what can be allowed."""
-        return error <= _NOISE * self.noise_floor
+        return error <= NOISE * self.error
 
 
-def compare(specimen: Setup, sizes: Sequence[int | TokenBudget], whole: WholeRun | None = None) -> SizeComparison:
+def compare(setup: Setup, sizes: Sequence[int | TokenBudget], whole: WholeRun | None = None) -> SizeComparison:
     """Run the whole batch, twice, and each size."""
-    whole = whole or run_whole(specimen)
-    again = run_whole(specimen)
-    attempts = [run_in_parts(specimen, size, whole) for size in sizes]
-    return SizeComparison(whole, attempts, relative_error(again.gradients, whole.gradients))
-
-
-def allowance(specimen: Setup, comparison: SizeComparison) -> NoiseAllowance:
-    """What to allow, by the lowest precision that autograd saw; only if that is exceeded, by the lowest seen at all.
-
-    A model in float64 may well compute its loss, or a metric, in float32.
-    """
-    whole = comparison.whole
-    strict = _allowance(specimen, comparison, whole.graph.dtypes)
-    if comparison.max_error <= strict.tolerance or whole.recorded.dtypes <= whole.graph.dtypes:
-        return strict
-    loose = _allowance(specimen, comparison, whole.recorded.dtypes | whole.graph.dtypes)
-    return loose if comparison.max_error <= loose.tolerance else strict
+    whole = whole or run_whole(setup)
+    again = run_whole(setup)
+    attempts = [run_in_parts(setup, size, whole) for size in sizes]
+    return SizeComparison(setup, whole, attempts, relative_error(again.gradients, whole.gradients))
 
 
 def choose_sizes(num_rows: int, own: int | TokenBudget | None, asked: list[int] | None) -> list[int | TokenBudget]:
-    """The sizes of micro-batches to try, all smaller than the batch; a token budget first.
-
-    Raises:
-        OptionError: a size is no whole number from 1 to less than the batch.
-    """
+    """The sizes of micro-batches to try, all smaller than the batch; a token budget first."""
     if asked is not None:
         for size in asked:
             check_size(size)
             if size >= num_rows:
                 raise OptionError(
-                    f"a micro-batch of {size} rows is the whole batch of {num_rows}, which proves nothing. Give sizes "
+                    f"a micro-batch of {size} rows is the whole batch of {num_rows}, which proves nothing. Pass sizes "
                     f"from 1 to {num_rows - 1}."
                 )
         if not asked:
-            raise OptionError("micro_batch_sizes is empty. Give one size at least, or None.")
+            raise OptionError("micro_batch_sizes is empty. Pass one size at least, or None.")
         return [*sorted(set(asked))]
     # Into as few parts as cannot all be of one size.
     num_ragged = next((parts for parts in range(3, num_rows) if num_rows % parts), 2)
@@ -157,21 +162,23 @@ def measure(size: int | TokenBudget) -> tuple[int, Unit]:
     return size, "rows"
 
 
-def _allowance(specimen: Setup, comparison: SizeComparison, dtypes: set[torch.dtype]) -> NoiseAllowance:
+def _noise_floor(comparison: SizeComparison, dtypes: set[torch.dtype]) -> NoiseFloor:
     precision = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    base = _TOLERANCES.get(precision, 0.0)
+    base = tolerance_of([precision]).law
     if comparison.repeat > base:
-        return NoiseAllowance(precision, math.nan, base, is_repeatable=False)
-    moved = [run_jittered(specimen, precision, seed) for seed in range(2)]
-    # Two runs may differ a little, by kernels that add up in any order.
-    noise = max(comparison.repeat, *(relative_error(one.gradients, comparison.whole.gradients) for one in moved))
-    tolerance = max(base, min(_NOISE * noise, _LARGEST))
-    return NoiseAllowance(precision, noise, tolerance, is_repeatable=True)
+        return NoiseFloor(precision, math.nan, base, is_repeatable=False)
+    error = comparison.repeat  # two runs may differ a little, by kernels that sum in any order
+    for random_seed in range(2):
+        model = comparison.setup.fresh_model()
+        with perturbed(model.parameters(), random_seed, precision):
+            moved = run_whole(comparison.setup, model)
+        error = max(error, relative_error(moved.gradients, comparison.whole.gradients))
+    return NoiseFloor(precision, error, max(base, min(NOISE * error, _LARGEST)), is_repeatable=True)
 
 
-def _first_line(failure: Exception | None) -> str | None:
+def _described(failure: Exception | None) -> str | None:
     if failure is None:
         return None
     if isinstance(failure, NonFiniteLossError):
         return f"the loss of micro-batch {failure.micro_batch} is {failure.value}"
-    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+    return first_line(failure)

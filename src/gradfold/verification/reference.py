@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__: list[str] = []
-
 
 def full_batch_gradient(
     model: nn.Module, loss_fn: Callable[[nn.Module, Any], Any], batch: Any

@@ -1,7 +1,4 @@
-"""Draws in turn: the random numbers of a batch handed to its rows where micro-batches run in lock-step.
-
-Draws in order: the random numbers of a batch handed to its rows where micro-batches run one after another.
-"""
+"""RNG order: which rows' random numbers come next, where micro-batches run in order, or in turns (exact BatchNorm)."""
 
 from __future__ import annotations
 
@@ -13,32 +10,33 @@ from torch import nn
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows
-from gradfold.batchnorm.intercept import passage
-from gradfold.engine.loss_terms import LossFn, LossOutput
-from gradfold.self_check.rng_replay import RandomOperators, SharedRandomness, SlicedRandomness, is_random
+from gradfold.batchnorm.intercept import current_forward
+from gradfold.engine.loss_terms import LossFn
+from gradfold.self_check.rng_replay import RowRandomness, is_random
+from gradfold.self_check.torch_private import TorchDispatchMode, operator_name
 from gradfold.twophase.loss import TwoPhaseLoss
 
-__all__: list[str] = []
 
+class WindowRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode around a window, with one `RowRandomness` inside for each forward pass.
 
-class RandomnessInOrder:
-    """One mode around all micro-batches, their backward passes included, which is told whose rows come next.
+    What a backward pass draws (a checkpoint that runs again) belongs to the last forward pass where micro-batches run
+    in order, and cannot be told apart where they run in turns.
 
     Args:
         make: the mode for some rows.
-        order: the rows of micro-batches, in the order in which they run.
+        order: the rows of micro-batches, in the order in which they begin.
+        in_turns: whether the forward pass of one is suspended for that of another.
     """
 
-    def __init__(self, make: Callable[[Rows], SlicedRandomness | SharedRandomness], order: Sequence[Rows]) -> None:
-        self._mode = make(order[0])
+    def __init__(self, make: Callable[[Rows], RowRandomness], order: Sequence[Rows], in_turns: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._make = make
         self._order = order
-
-    def __enter__(self) -> RandomnessInOrder:
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._in_turns = in_turns
+        self._is_forward = False
+        self._modes: list[RowRandomness] = []
+        self._drew: str | None = None
 
     def around(self, loss_fn: LossFn) -> LossFn:
         """`loss_fn` with the draws of the rows that it is called with; in two phases each micro-batch comes twice."""
@@ -46,98 +44,49 @@ class RandomnessInOrder:
             return replace(loss_fn, statistic=self._around(loss_fn.statistic, [*self._order, *self._order]))
         return self._around(loss_fn, self._order)
 
-    @property
-    def unknown(self) -> str | None:
-        """The first operator whose draws could not be handed to rows, if any."""
-        return self._mode.unknown if isinstance(self._mode, SlicedRandomness) else None
-
-    @property
-    def dims(self) -> Mapping[int, int]:
-        """By number of a draw, the dimension that holds its rows."""
-        return self._mode.dims if isinstance(self._mode, SlicedRandomness) else {}
-
-    def finish(self) -> None:
-        """Note whether some rows made other draws than the batch."""
-        if isinstance(self._mode, SlicedRandomness):
-            self._mode.finish()
-
-    def restore_generators(self) -> bool:
-        """Set the user's own generators back to where they were when first seen; whether there were any."""
-        return self._mode.restore_generators()
-
     def _around(
         self, function: Callable[[nn.Module, Batch], Any], order: Sequence[Rows]
     ) -> Callable[[nn.Module, Batch], Any]:
         ahead = iter(order)
-        next(ahead)  # the mode begins with those
-        is_first = True
 
         def call(model: nn.Module, batch: Batch) -> Any:
-            nonlocal is_first
-            if not is_first:
-                self._mode.go_on_with(next(ahead))
-            is_first = False
-            return function(model, batch)
-
-        return call
-
-
-class RandomnessInTurns(RandomOperators):  # type: ignore[no-untyped-call]
-    """A mode of its own for the forward pass of each micro-batch; what the backward pass draws, nobody foresees.
-
-    Args:
-        make: the mode for some rows.
-        order: the rows of micro-batches, in the order in which they begin.
-    """
-
-    def __init__(self, make: Callable[[Rows], SlicedRandomness | SharedRandomness], order: Sequence[Rows]) -> None:
-        super().__init__()
-        self._make = make
-        self._ahead = iter(order)
-        self._modes: list[SlicedRandomness | SharedRandomness] = []
-        self._drew: str | None = None
-
-    def around(self, loss_fn: LossFn) -> LossFn:
-        """`loss_fn` with the draws of the rows that it is called with."""
-
-        def call(model: nn.Module, batch: Batch) -> LossOutput:
-            mode = self._make(next(self._ahead))
+            mode = self._make(next(ahead))
             self._modes.append(mode)
-            with mode:
-                return loss_fn(model, batch)
+            self._is_forward = True
+            try:
+                with mode:
+                    return function(model, batch)
+            finally:
+                self._is_forward = False
 
         return call
 
     @property
     def unknown(self) -> str | None:
         """The first operator whose draws could not be handed to rows, if any."""
-        found = [mode.unknown for mode in self._modes if isinstance(mode, SlicedRandomness)]
-        return next((name for name in [self._drew, *found] if name is not None), None)
+        return next((name for name in (self._drew, *(mode.unknown for mode in self._modes)) if name is not None), None)
 
     @property
     def dims(self) -> Mapping[int, int]:
         """By number of a draw, the dimension that holds its rows."""
-        return {
-            number: dim
-            for mode in self._modes
-            if isinstance(mode, SlicedRandomness)
-            for number, dim in mode.dims.items()
-        }
+        return {number: dim for mode in self._modes for number, dim in mode.dims.items()}
 
     def finish(self) -> None:
         """Note whether some rows made other draws than the batch."""
         for mode in self._modes:
-            if isinstance(mode, SlicedRandomness):
-                mode.finish()
+            mode.finish()
 
-    def restore_generators(self) -> bool:
-        """Set the user's own generators back to where they were when first seen; whether there were any."""
-        found = [mode.restore_generators() for mode in self._modes[::-1]]  # the first to have seen it has the last word
-        return any(found)
+    def restore_generators(self) -> None:
+        """Set custom generators back to where they were when first met."""
+        for mode in reversed(self._modes):  # the first to have met one has the last word
+            mode.restore_generators()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if is_random(func) and passage.get() is None:  # a checkpoint that runs again
-            self._drew = self._drew or func._opname
+        if is_random(func):
+            if self._in_turns and current_forward.get() is None:
+                self._drew = self._drew or operator_name(func)
+            elif not self._in_turns and not self._is_forward and self._modes:
+                return self._modes[-1].__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))

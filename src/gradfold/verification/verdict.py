@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from gradfold.engine.window import Unit
+from gradfold.engine.result import Unit
 from gradfold.errors import NotDecomposableError
 
 __all__ = ["Verdict"]
@@ -31,7 +31,7 @@ class Cause:
         text: what was found, and what to write.
         term: name of the loss term ("loss" for a bare one).
         weight: the weight that fits, as Python, where one was found.
-        layers: names of the layers to blame, where there are.
+        layers: names of the layers where it happens, where known.
     """
 
     name: str
@@ -61,6 +61,13 @@ class SizeRow:
     failure: str | None = None
     num_ranks: int = 1
 
+    def cells(self) -> list[str]:
+        """For a table."""
+        size = str(self.size) if self.unit == "rows" else f"{self.size} tokens"
+        on_ranks = f" on each of {self.num_ranks} ranks" if self.num_ranks > 1 else ""
+        error = number(self.error) if self.failure is None else textwrap.shorten(self.failure, _WIDTH - 30)
+        return [size, f"{self.num_micro_batches}{on_ranks}", error]
+
 
 @dataclass(frozen=True)
 class ParameterRow:
@@ -77,6 +84,10 @@ class ParameterRow:
     shape: tuple[int, ...]
     norm: float
     error: float
+
+    def cells(self) -> list[str]:
+        """For a table."""
+        return [self.name, "x".join(map(str, self.shape)) or "scalar", f"{self.norm:.2e}", number(self.error)]
 
 
 @dataclass(frozen=True)
@@ -122,47 +133,21 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict in plain values, for JSON: None stands for a number that is not finite."""
-        return {
-            "ok": self.ok,
-            "max_relative_error": _finite(self.max_relative_error),
-            "tolerance": self.tolerance,
-            "noise_floor": _finite(self.noise_floor),
-            "dtype": name_of(self.dtype),
-            "precision": name_of(self.precision),
-            "num_rows": self.num_rows,
-            "causes": [
-                {"name": one.name, "text": one.text, "term": one.term, "weight": one.weight, "layers": list(one.layers)}
-                for one in self.causes
-            ],
-            "notes": list(self.notes),
-            "sizes": [
-                {
-                    "size": one.size,
-                    "unit": one.unit,
-                    "num_micro_batches": one.num_micro_batches,
-                    "error": _finite(one.error),
-                    "failure": one.failure,
-                    "num_ranks": one.num_ranks,
-                }
-                for one in self.sizes
-            ],
-            "parameters": [
-                {"name": one.name, "shape": list(one.shape), "norm": one.norm, "error": _finite(one.error)}
-                for one in self.rows
-            ],
-        }
+        found: dict[str, Any] = _plain(asdict(self))
+        found["parameters"] = found.pop("rows")
+        return found
 
     @property
     def headline(self) -> str:
         """The verdict in one line."""
         off = f"{number(self.max_relative_error)} off"
         if self.ok:
-            return f"RIGHT: the accumulated gradient is that of the whole batch ({off} at most)."
+            return f"EXACT: the accumulated gradient is that of the whole batch ({off} at most)."
         if math.isnan(self.max_relative_error):
-            return "NOT PROVED: nothing could be compared."
+            return "INCONCLUSIVE: nothing could be compared."
         if self.causes[0].name in ("random", "rounding", "fails"):
-            return f"NOT PROVED: whether the accumulated gradient is that of the whole batch ({off} at worst)."
-        return f"WRONG: the accumulated gradient is not that of the whole batch ({off} at worst)."
+            return f"INCONCLUSIVE: the accumulated gradient may or may not be that of the whole batch ({off} at worst)."
+        return f"NOT EXACT: the accumulated gradient is not that of the whole batch ({off} at worst)."
 
     @property
     def precision_line(self) -> str:
@@ -180,11 +165,11 @@ class Verdict:
 
     def size_cells(self) -> list[list[str]]:
         """The table of sizes: micro-batch, how many, error."""
-        return [_size_cells(row) for row in self.sizes]
+        return [row.cells() for row in self.sizes]
 
     def parameter_cells(self) -> list[list[str]]:
         """The table of the worst parameters: name, shape, norm, error."""
-        return [_parameter_cells(row) for row in self.worst]
+        return [row.cells() for row in self.worst]
 
     @property
     def num_hidden(self) -> int:
@@ -222,24 +207,6 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def listed(names: Sequence[str], limit: int = 8) -> str:
-    """Names in a sentence: "1, 2 and 3"."""
-    if len(names) > limit:
-        return f"{', '.join(names[:limit])} and {len(names) - limit} more"
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
-
-
-def _size_cells(row: SizeRow) -> list[str]:
-    failure = None if row.failure is None else textwrap.shorten(row.failure, _WIDTH - 30)
-    size = str(row.size) if row.unit == "rows" else f"{row.size} tokens"
-    on_ranks = f" on each of {row.num_ranks} ranks" if row.num_ranks > 1 else ""
-    return [size, f"{row.num_micro_batches}{on_ranks}", failure or number(row.error)]
-
-
-def _parameter_cells(row: ParameterRow) -> list[str]:
-    return [row.name, "x".join(map(str, row.shape)) or "scalar", f"{row.norm:.2e}", number(row.error)]
-
-
 def _wrapped(title: str, text: str) -> list[str]:
     """A title, and its text below with each of its lines wrapped."""
     lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, _WIDTH - 2)]
@@ -254,5 +221,11 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, torch.dtype):
+        return name_of(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

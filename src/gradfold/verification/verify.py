@@ -1,7 +1,4 @@
-"""A proof across ranks: several processes accumulate together, beside one that has the rows of all of them at once.
-
-The front door of verification: a proof in one process, or across the ranks that a model is wrapped for.
-"""
+"""Verify: the proof of the law on a user's own model, in one process or across the ranks that it is wrapped for."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,154 +18,21 @@ from gradfold.distributed.fsdp import sharded_modules
 from gradfold.distributed.process_group import ProcessGroup
 from gradfold.engine.model_checks import dropping_modules
 from gradfold.errors import DistributedError, OptionError
+from gradfold.messages import join_names
 from gradfold.packing.token_budget import TokenBudget
+from gradfold.self_check.probe_run import ProbeRun
 from gradfold.state.gradients import parameters_of
 from gradfold.verification.comparison import measure
 from gradfold.verification.proof import count_rows, prove
 from gradfold.verification.reference import relative_error
-from gradfold.verification.runs import run_whole, run_with_others
-from gradfold.verification.setup import Setup, Untouched
-from gradfold.verification.verdict import Cause, SizeRow, Verdict, listed, number
+from gradfold.verification.runs import run_on_all_ranks, run_whole
+from gradfold.verification.setup import Setup, clone_accumulator, split_size, without_side_effects
+from gradfold.verification.verdict import Cause, SizeRow, Verdict, number
 
 __all__ = ["verify"]
 
 T = TypeVar("T")
-
-
-def prove_across_ranks(
-    accumulator: Accumulator,
-    batch: Batch,
-    ranks: ProcessGroup,
-    *,
-    dtype: torch.dtype,
-    micro_batch_sizes: Sequence[int] | None,
-) -> Verdict:
-    """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all.
-
-    Raises:
-        DistributedError: another rank has failed.
-    """
-    own_rows = count_rows(accumulator, batch, least=1)  # its errors come before anybody waits
-    whole_batch = _join(ranks.exchange(batch), accumulator)
-    alone = accumulator.twin(
-        unwrapped(accumulator.model),
-        accumulator.loss_fn,
-        accumulator.cut_by,
-        collate=accumulator.collate,
-        batch_norm=accumulator.batch_norm,
-    )
-    found = _on_first(ranks, lambda: prove(alone, whole_batch, dtype=dtype, micro_batch_sizes=micro_batch_sizes))
-    if not found.ok:
-        note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
-        return replace(found, notes=(*found.notes, note))
-    frozen = list(dropping_modules(alone.model))  # no random numbers can be handed to the rows of other ranks
-
-    def run_as_one() -> dict[str, Tensor] | None:
-        with Untouched(alone) as untouched:
-            specimen = Setup(alone, whole_batch, found.num_rows, found.dtype, untouched).with_frozen(frozen)
-            whole = run_whole(specimen)
-        return None if whole.recorded.values else {name: one.cpu() for name, one in whole.gradients.items()}
-
-    expected = _on_first(ranks, run_as_one)
-    if expected is None:
-        text = "random numbers are drawn outside of modules, which cannot be handed to the rows of other ranks."
-        return replace(found, ok=False, causes=(Cause("random", text),))
-    rows = []
-    for size in _sizes(accumulator, own_rows, micro_batch_sizes):
-        with Untouched(alone) as untouched:
-            specimen = Setup(alone, batch, own_rows, found.dtype, untouched).with_frozen(frozen)
-            gradients, num_run = run_with_others(specimen, size, partial(wrapped_as, accumulator.model))
-        rows.append(_row(ranks, size, num_run, {name: one.cpu() for name, one in gradients.items()}, expected))
-    return _judge(found, ranks, rows, frozen)
-
-
-def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None) -> list[int | TokenBudget]:
-    """The accumulator's own size, or those asked for, and micro-batches of two rows."""
-    if asked is None and isinstance(accumulator.cut_by, TokenBudget):
-        return [accumulator.cut_by, 2]
-    own = [accumulator.cut_by or own_rows] if asked is None else asked
-    return [*sorted({*own, 2})]
-
-
-def _row(
-    ranks: ProcessGroup,
-    size: int | TokenBudget,
-    num_run: int,
-    gradients: dict[str, Tensor],
-    expected: dict[str, Tensor],
-) -> SizeRow:
-    told = ranks.exchange((num_run, _digest(gradients)))
-    differing = [rank for rank, (_, digest) in enumerate(told) if digest != told[0][1]]
-    failure = f"rank {differing[0]} has another gradient than rank 0" if differing else None
-    error = relative_error(gradients, expected)
-    most = max(number for number, _ in told)
-    return SizeRow(*measure(size), most, ranks.exchange(error)[0], failure, num_ranks=ranks.size)
-
-
-def _judge(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: Sequence[str]) -> Verdict:
-    worst = max(rows, key=lambda row: row.error)
-    notes = [f"the whole batch is the rows of all {ranks.size} ranks together."]
-    if frozen:
-        notes.append(
-            "on several ranks these modules ran in evaluation mode, since their random numbers cannot be handed to "
-            f"the rows of other ranks: {listed(frozen)}."
-        )
-    causes: tuple[Cause, ...] = ()
-    differing = [row.failure for row in rows if row.failure is not None]
-    if differing or not worst.error <= found.tolerance:
-        off = f"the gradient of {ranks.size} ranks is {number(worst.error)} off that of one process with their rows"
-        text = (
-            f"{differing[0] if differing else off}, though in one process micro-batches change nothing. What loss_fn "
-            "does depends on the rank, or parameters and buffers differ between ranks."
-        )
-        causes = (Cause("ranks", text),)
-    return replace(
-        found,
-        ok=not causes,
-        max_relative_error=max(found.max_relative_error, worst.error),
-        sizes=(*found.sizes, *rows),
-        causes=causes,
-        notes=(*found.notes, *notes),
-    )
-
-
-def _on_first(ranks: ProcessGroup, make: Callable[[], T]) -> T:
-    """What rank 0 makes, on all of them; what it fails with is DistributedError on the others."""
-    made: T | None = None
-    error: Exception | None = None
-    if ranks.rank == 0:
-        try:
-            made = make()
-        except Exception as failure:
-            error = failure
-    told = ranks.exchange((made, None if error is None else f"{type(error).__name__}: {error}"))[0]
-    if error is not None:
-        raise error
-    if told[1] is not None:
-        raise DistributedError(f"rank 0 failed in verify. {told[1]}")
-    return cast(T, told[0])
-
-
-def _join(batches: Sequence[Batch], accumulator: Accumulator) -> Batch:
-    """The rows of all ranks as one batch, in the order of ranks."""
-    if accumulator.collate is not None:
-        return [sample for batch in batches for sample in batch]
-    columns = zip(*map(every_leaf, batches), strict=True)
-
-    def join(leaf: Any) -> Any:
-        of_ranks = next(columns)
-        return torch.cat(of_ranks) if isinstance(leaf, Tensor) and leaf.dim() else leaf
-
-    return map_leaves(join, batches[0])
-
-
-def _digest(gradients: dict[str, Tensor]) -> str:
-    """Of every bit: whether two ranks hold the same."""
-    found = hashlib.sha256()
-    for name, gradient in sorted(gradients.items()):
-        found.update(name.encode())
-        found.update(gradient.contiguous().view(-1).view(torch.uint8).numpy(force=True).tobytes())
-    return found.hexdigest()
+Gradients: TypeAlias = dict[str, Tensor]
 
 
 def verify(
@@ -183,15 +47,15 @@ def verify(
     A copy of the model runs the batch at once in plain torch, and in micro-batches of several sizes by gradfold, each
     row with the random numbers that it had in the whole. The gradients are compared parameter by parameter. The model,
     its gradients and buffers, and torch's, numpy's and Python's random states stay as they are. The whole batch must
-    fit; a small one proves as much. A `backward=` of the accumulator's is not called.
+    fit; a small one proves as much. The accumulator's `backward=` is not called.
 
     Where the model is wrapped in DistributedDataParallel every rank calls this with rows of its own. Rank 0 proves the
-    law for the rows of all ranks in one process; then all ranks accumulate theirs together, and the gradient is held
-    against that of one process with the whole batch. Every rank gets the same verdict.
+    law for the rows of all ranks in one process; then all ranks accumulate theirs together, and the gradient is
+    compared with that of one process with the whole batch. Every rank gets the same verdict.
 
     Args:
         accumulator: as it is used for training.
-        batch: what `accumulator.backward(batch)` takes, of at least two rows; no window.
+        batch: what `accumulator.backward(batch)` takes, of at least two rows; not a window.
         dtype: the precision of the copy. In float64 rounding cannot hide a mistake; where `loss_fn` does not run in
             it, the model's own is used, and the verdict says so.
         micro_batch_sizes: the sizes to try. None: a few, uneven ones and the accumulator's own among them.
@@ -200,7 +64,7 @@ def verify(
         The verdict; print it.
 
     Raises:
-        BatchError: the batch cannot be cut by rows, has one row only, or is a window.
+        BatchError: the batch cannot be split by rows, has one row only, or is a window.
         OptionError: `dtype` or a size cannot work.
         ModelError: the model cannot be copied, or the accumulator refuses it.
         DistributedError: the model has `fully_shard` modules, or another rank has failed.
@@ -224,15 +88,137 @@ def verify(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise OptionError(f"dtype={dtype!r}; expected torch.float64, or another floating point dtype.")
     modules = list(accumulator.model.modules())
-    if accumulator.ranks != "alone" and sharded_modules(modules):
+    if accumulator.distributed is not False and sharded_modules(modules):
         raise DistributedError(
             "verify runs on a copy of the model, and shards (fully_shard) cannot be copied. Verify the model as it is "
             "before fully_shard is applied, wrapped in DistributedDataParallel or alone."
         )
-    if not parallel_modules(modules):
-        return prove(accumulator, batch, dtype=dtype, micro_batch_sizes=micro_batch_sizes)
-    device = parameters_of(modules)[0].device
-    ranks = find_process_group(modules, device, accumulator.ranks)
-    if ranks is None:  # it was said that this process trains alone
-        return prove(accumulator, batch, dtype=dtype, micro_batch_sizes=micro_batch_sizes)
-    return prove_across_ranks(accumulator, batch, ranks, dtype=dtype, micro_batch_sizes=micro_batch_sizes)
+    ranks = None  # also where it was said that this process trains alone
+    if parallel_modules(modules):
+        ranks = find_process_group(modules, parameters_of(modules)[0].device, accumulator.distributed)
+    if ranks is None:
+        return prove(accumulator, batch, dtype, micro_batch_sizes)
+    return _prove_on_all_ranks(accumulator, batch, ranks, dtype, micro_batch_sizes)
+
+
+def _prove_on_all_ranks(
+    accumulator: Accumulator,
+    batch: Batch,
+    ranks: ProcessGroup,
+    dtype: torch.dtype,
+    micro_batch_sizes: Sequence[int] | None,
+) -> Verdict:
+    """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all."""
+    own_rows = count_rows(accumulator, batch, least=1)  # its errors come before any rank waits
+    whole_batch = _join(ranks.exchange(batch), accumulator)
+    alone = clone_accumulator(accumulator, unwrapped(accumulator.model), accumulator.loss_fn, split_size(accumulator))
+    found = _on_first(ranks, lambda: prove(alone, whole_batch, dtype, micro_batch_sizes))
+    if not found.ok:
+        note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
+        return replace(found, notes=(*found.notes, note))
+    frozen = list(dropping_modules(alone.model))  # no random numbers can be handed to the rows of other ranks
+
+    def frozen_setup(rows: Batch, num_rows: int, probe: ProbeRun) -> Setup:
+        return replace(Setup.of(alone, rows, num_rows, found.dtype, probe), frozen=frozenset(frozen))
+
+    def run_as_one() -> Gradients | None:
+        with without_side_effects(alone) as probe:
+            whole = run_whole(frozen_setup(whole_batch, found.num_rows, probe))
+        return None if whole.recorded.values else {name: one.cpu() for name, one in whole.gradients.items()}
+
+    expected = _on_first(ranks, run_as_one)
+    if expected is None:
+        text = "random numbers are drawn outside of modules, which cannot be handed to the rows of other ranks."
+        return replace(found, ok=False, causes=(Cause("random", text),))
+    rows: list[SizeRow] = []
+    for size in _sizes(accumulator, own_rows, micro_batch_sizes):
+        with without_side_effects(alone) as probe:
+            setup = frozen_setup(batch, own_rows, probe)
+            gradients, num_run = run_on_all_ranks(setup, size, partial(wrapped_as, accumulator.model))
+        rows.append(_row(ranks, size, num_run, {name: one.cpu() for name, one in gradients.items()}, expected))
+    return _with_rows(found, ranks, rows, frozen)
+
+
+def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None) -> list[int | TokenBudget]:
+    """The accumulator's own size, or those asked for, and micro-batches of two rows."""
+    size = split_size(accumulator)
+    if asked is None and isinstance(size, TokenBudget):
+        return [size, 2]
+    own = [size or own_rows] if asked is None else asked
+    return [*sorted({*own, 2})]
+
+
+def _row(
+    ranks: ProcessGroup, size: int | TokenBudget, num_run: int, gradients: Gradients, expected: Gradients
+) -> SizeRow:
+    found = ranks.exchange((num_run, _digest(gradients)))
+    differing = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
+    failure = f"rank {differing[0]} has another gradient than rank 0" if differing else None
+    error = relative_error(gradients, expected)
+    most = max(number for number, _ in found)
+    return SizeRow(*measure(size), most, ranks.exchange(error)[0], failure, num_ranks=ranks.size)
+
+
+def _with_rows(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: Sequence[str]) -> Verdict:
+    worst = max(rows, key=lambda row: row.error)
+    notes = [f"the whole batch is the rows of all {ranks.size} ranks together."]
+    if frozen:
+        notes.append(
+            "on several ranks these modules ran in evaluation mode, since their random numbers cannot be handed to "
+            f"the rows of other ranks: {join_names(frozen)}."
+        )
+    causes: tuple[Cause, ...] = ()
+    differing = [row.failure for row in rows if row.failure is not None]
+    if differing or not worst.error <= found.tolerance:
+        off = f"the gradient of {ranks.size} ranks is {number(worst.error)} off that of one process with their rows"
+        text = (
+            f"{differing[0] if differing else off}, though in one process micro-batches change nothing. What loss_fn "
+            "does depends on the rank, or parameters and buffers differ between ranks."
+        )
+        causes = (Cause("ranks", text),)
+    return replace(
+        found,
+        ok=not causes,
+        max_relative_error=max(found.max_relative_error, worst.error),
+        sizes=(*found.sizes, *rows),
+        causes=causes,
+        notes=(*found.notes, *notes),
+    )
+
+
+def _on_first(ranks: ProcessGroup, make: Callable[[], T]) -> T:
+    """What rank 0 makes, on all of them; what it fails with is DistributedError on the others."""
+    if ranks.rank == 0:
+        try:
+            made = make()
+        except Exception as error:
+            ranks.exchange((None, f"{type(error).__name__}: {error}"))
+            raise
+        ranks.exchange((made, None))
+        return made
+    value, failure = cast("tuple[T, str | None]", ranks.exchange(None)[0])
+    if failure is not None:
+        raise DistributedError(f"rank 0 failed in verify. {failure}")
+    return value
+
+
+def _join(batches: Sequence[Batch], accumulator: Accumulator) -> Batch:
+    """The rows of all ranks as one batch, in the order of ranks."""
+    if accumulator.collate is not None:
+        return [sample for batch in batches for sample in batch]
+    columns = zip(*map(every_leaf, batches), strict=True)
+
+    def join(leaf: Any) -> Any:
+        of_ranks = next(columns)
+        return torch.cat(of_ranks) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+    return map_leaves(join, batches[0])
+
+
+def _digest(gradients: Gradients) -> str:
+    """Of every bit: whether two ranks hold the same."""
+    found = hashlib.sha256()
+    for name, gradient in sorted(gradients.items()):
+        found.update(name.encode())
+        found.update(gradient.contiguous().view(-1).view(torch.uint8).numpy(force=True).tobytes())
+    return found.hexdigest()

@@ -1,165 +1,29 @@
-"""A data set of labeled images: training and held-out samples, from a folder that the user names or a download.
+"""Labeled images: MNIST, CIFAR-10 and scikit-learn's digits, from a folder that the user names or a download.
 
-A CIFAR-10 binary file: records of one label byte and 3,072 pixels (the red, green and blue planes of 32 x 32).
+A file of CIFAR-10's binary version: records of one label byte and 3,072 pixels (red, green, blue plane of 32 x 32).
 
-An IDX file: the format of MNIST, one array of unsigned bytes behind a header of its sizes.
+An IDX file, the format of MNIST:
 
-00 00 08 D            magic: two zeros, the code of unsigned bytes, the number of dimensions
-D x uint32            the size of each dimension, big-endian
-one byte an element   in row-major order
-
-A mirror: where the files of a data set are published, and the SHA-256 that each must have.
+    00 00 08 D            magic: two zeros, the code of unsigned bytes, the number of dimensions
+    D x uint32            the size of each dimension, big-endian
+    one byte an element   in row-major order
 """
 
 from __future__ import annotations
 
-import gzip
 import math
 import re
 import struct
-import tempfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from gradfold.errors import DataError
-from gradfold.workloads.extras import import_extra
-
-__all__: list[str] = []
-
-NUM_CLASSES = 10
-_NUM_PIXELS = 3 * 32 * 32
-_RECORD_BYTES = 1 + _NUM_PIXELS
-
-
-def read_cifar_binary(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images (N, 3, 32, 32) as unsigned bytes, and their labels (N,).
-
-    Raises:
-        DataError: the file is missing, truncated, or something else.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: expected a CIFAR-10 file, found none that can be read: {error.strerror}") from error
-    num_records, num_left = divmod(len(content), _RECORD_BYTES)
-    if num_left or not num_records:
-        raise DataError(
-            f"{path} is truncated or foreign: expected records of {_RECORD_BYTES:,} bytes, "
-            f"found {len(content):,} bytes, which is {num_records:,} records and {num_left:,} bytes"
-        )
-    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(num_records, _RECORD_BYTES)
-    images, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
-    if labels.max() >= NUM_CLASSES:
-        raise DataError(f"{path} is foreign: expected labels from 0 to {NUM_CLASSES - 1}, found {int(labels.max())}")
-    return images, labels
-
-
-_GZIP_MAGIC = b"\x1f\x8b"
-_UNSIGNED_BYTES = b"\x00\x00\x08"
-
-
-def read_idx(path: Path) -> torch.Tensor:
-    """The array of an IDX file, which may be gzipped whatever its name says.
-
-    Raises:
-        DataError: the file is missing, truncated, corrupt, or something else.
-    """
-    content = _decompressed(path)
-    magic = content[:4]
-    if len(magic) < 4 or magic[:3] != _UNSIGNED_BYTES:
-        raise DataError(
-            f"{path}: expected an IDX file of unsigned bytes, which begins with the bytes 00 00 08, "
-            f"found {magic.hex(' ') or 'an empty file'}"
-        )
-    header = 4 + 4 * magic[3]
-    if len(content) < header:
-        raise DataError(f"{path} is truncated: expected a header of {header} bytes, found {len(content)}")
-    sizes = struct.unpack(f">{magic[3]}I", content[4:header])
-    num_elements = math.prod(sizes)
-    shape = " x ".join(str(size) for size in sizes)
-    if len(content) - header != num_elements:
-        raise DataError(
-            f"{path} is truncated or damaged: expected {num_elements:,} bytes after the header, "
-            f"which says {shape}, found {len(content) - header:,}"
-        )
-    if num_elements == 0:
-        raise DataError(f"{path}: expected at least one element, found the sizes {shape}")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sizes)
-
-
-def _decompressed(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content.startswith(_GZIP_MAGIC) else content
-    except EOFError as error:
-        raise DataError(
-            f"{path} is truncated: expected a whole gzip file, found {len(content):,} bytes of one"
-        ) from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path} is corrupt: expected a gzip file, found one that does not decompress: {error}"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: expected an IDX file, found none that can be read: {error.strerror}") from error
-
-
-@dataclass(frozen=True)
-class Mirror:
-    """The published files of a data set.
-
-    Args:
-        name: the folder of the data set in the cache.
-        url: the address that file names are appended to.
-        sha256: the hash of each file, by file name.
-    """
-
-    name: str
-    url: str
-    sha256: Mapping[str, str]
-
-    def fetch(self, cache: Path | None = None) -> Path:
-        """The folder that holds the files, downloaded if they are not there yet, and verified in any case.
-
-        Args:
-            cache: where to keep them instead of the operating system's folder for caches.
-
-        Raises:
-            DataError: a file could not be downloaded, or is not the published one.
-            WorkloadError: pooch is not installed.
-        """
-        pooch = import_extra("pooch", f"Downloading {self.name}")
-        folder = (Path(pooch.os_cache("gradfold")) if cache is None else cache) / self.name
-        for name, sha256 in self.sha256.items():
-            try:
-                pooch.retrieve(self.url + name, f"sha256:{sha256}", fname=name, path=folder)
-            except (OSError, ValueError) as error:  # pooch: no connection or no such file; another hash
-                raise DataError(
-                    f"cannot download {self.url}{name}: {error}\nDownload {', '.join(self.sha256)} by other means "
-                    "and name the folder that holds the data set: --data DIR"
-                ) from error
-        return folder
-
-
-def unpack(archive: Path) -> Path:
-    """The folder beside a verified tar archive that holds its files: all of them or none, whoever else unpacks it."""
-    folder = archive.with_name(f"{archive.name}.untar")
-    if folder.exists():
-        return folder
-    pooch = import_extra("pooch", f"Unpacking {archive.name}")
-    with tempfile.TemporaryDirectory(dir=archive.parent) as partial:
-        unpacked = Path(partial, "unpacked")
-        pooch.Untar(extract_dir=str(unpacked))(str(archive), "download", None)
-        try:
-            unpacked.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-    return folder
-
+from gradfold.workloads.data_files import Mirror, find_file, import_extra, listed, read_file, require_folder, unpack
 
 # The hashes are those of the files that Yann LeCun and Alex Krizhevsky published.
 MNIST = Mirror(
@@ -177,53 +41,42 @@ CIFAR10 = Mirror(
     url="https://www.cs.toronto.edu/~kriz/",
     sha256={"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
 )
-_CIFAR10_FOLDER = "cifar-10-batches-bin"
 
-# The held-out part of the digits: of each class, one image in five.
-_DIGITS_HELD_OUT = 5
+_NUM_CLASSES = 10
+_CIFAR10_FOLDER = "cifar-10-batches-bin"
+_CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
+_IDX_UNSIGNED_BYTES = b"\x00\x00\x08"
+_DIGITS_HELD_OUT = 5  # of each class, one image in five
+
+Part: TypeAlias = "tuple[Tensor, Tensor]"  # images (N, C, H, W), and labels (N,)
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images (N, C, H, W) in float32, normalized, and their classes (N,), to train on and held out."""
+    """Images in float32, normalized, and their classes, to train on and held out."""
 
     name: str
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    train: Part
+    test: Part
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a report says of the data."""
-        return {
-            "data": self.name,
-            "training samples": f"{len(self.train_labels):,}",
-            "held-out samples": f"{len(self.test_labels):,}",
-        }
+        """What a report says about the data."""
+        num_train, num_test = len(self.train[1]), len(self.test[1])
+        return {"data": self.name, "training samples": f"{num_train:,}", "held-out samples": f"{num_test:,}"}
 
 
 def load_mnist(data: Path | None, mirror: Mirror = MNIST, cache: Path | None = None) -> ImageData:
-    """MNIST: 28 x 28 grey digits, from the four IDX files.
-
-    Args:
-        data: the folder that holds them, gzipped or not; None downloads them.
-        mirror: where they are published.
-        cache: see `Mirror.fetch`.
+    """MNIST: 28 x 28 gray digits, from the folder with the four IDX files, gzipped or not; None downloads them.
 
     Raises:
-        DataError: a file is missing, damaged or foreign, or cannot be downloaded.
+        DataError: a file is missing, damaged or of another data set, or cannot be downloaded.
     """
-    folder = mirror.fetch(cache) if data is None else _existing(data)
-    train_images, train_labels = _read_mnist_part(folder, "train")
-    test_images, test_labels = _read_mnist_part(folder, "t10k")
-    return ImageData(
-        name="MNIST (LeCun, Cortes and Burges)",
-        train_images=_normalized(train_images, 255, (0.1307,), (0.3081,)),
-        train_labels=train_labels,
-        test_images=_normalized(test_images, 255, (0.1307,), (0.3081,)),
-        test_labels=test_labels,
+    folder = mirror.fetch(cache) if data is None else data
+    train, test = (
+        _normalized(_read_mnist_part(folder, part), 255, mean=(0.1307,), std=(0.3081,)) for part in ("train", "t10k")
     )
+    return ImageData("MNIST (LeCun, Cortes and Burges)", train, test)
 
 
 def load_cifar10(data: Path | None, mirror: Mirror = CIFAR10, cache: Path | None = None) -> ImageData:
@@ -236,100 +89,122 @@ def load_cifar10(data: Path | None, mirror: Mirror = CIFAR10, cache: Path | None
         cache: see `Mirror.fetch`.
 
     Raises:
-        DataError: a file is missing, damaged or foreign, or cannot be downloaded.
+        DataError: a file is missing, damaged or of another data set, or cannot be downloaded.
     """
     if data is None:
         (archive,) = mirror.sha256
         data = unpack(mirror.fetch(cache) / archive)
-    folder = _existing(data)
-    if (folder / _CIFAR10_FOLDER).is_dir():
-        folder = folder / _CIFAR10_FOLDER
-    parts = [read_cifar_binary(path) for path in _training_batches(folder)]
-    test_images, test_labels = read_cifar_binary(folder / "test_batch.bin")
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    return ImageData(
-        name="CIFAR-10 (Krizhevsky, 2009)",
-        train_images=_normalized(torch.cat([images for images, _ in parts]), 255, mean, std),
-        train_labels=torch.cat([labels for _, labels in parts]),
-        test_images=_normalized(test_images, 255, mean, std),
-        test_labels=test_labels,
+    inner = require_folder(data) / _CIFAR10_FOLDER
+    folder = inner if inner.is_dir() else data
+    train, test = (
+        _normalized(_read_cifar10(paths), 255, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+        for paths in (_training_batches(folder), [folder / "test_batch.bin"])
     )
+    return ImageData("CIFAR-10 (Krizhevsky, 2009)", train, test)
 
 
 def load_digits() -> ImageData:
-    """The 8 x 8 grey digits that scikit-learn brings along, with the same split everywhere."""
+    """The 8 x 8 gray digits that scikit-learn ships, with the same split everywhere."""
     bunch = import_extra("sklearn.datasets", "The data set of digits").load_digits()
-    images = _normalized(torch.from_numpy(bunch.images)[:, None], 16, (0.3053,), (0.3761,))
-    labels = torch.from_numpy(bunch.target).long()
+    every = torch.from_numpy(bunch.images)[:, None], torch.from_numpy(bunch.target).long()
+    images, labels = _normalized(every, 16, mean=(0.3053,), std=(0.3761,))
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for digit in range(10):
+    for digit in range(_NUM_CLASSES):
         held_out[(labels == digit).nonzero()[::_DIGITS_HELD_OUT]] = True
-    return ImageData(
-        name="Optical recognition of handwritten digits (Alpaydin and Kaynak), from scikit-learn",
-        train_images=images[~held_out],
-        train_labels=labels[~held_out],
-        test_images=images[held_out],
-        test_labels=labels[held_out],
-    )
+    name = "Optical recognition of handwritten digits (Alpaydin and Kaynak), from scikit-learn"
+    return ImageData(name, (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out]))
 
 
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
+def read_idx(path: Path) -> Tensor:
+    """The array of an IDX file, gzipped or not.
+
+    Raises:
+        DataError: the file is missing, truncated, corrupt, or not an IDX file.
+    """
+    content = read_file(path, "an IDX file")
+    magic = content[:4]
+    if len(magic) < 4 or magic[:3] != _IDX_UNSIGNED_BYTES:
         raise DataError(
-            f"{folder}: expected a folder with data files, found {'a file' if folder.exists() else 'nothing'}"
+            f"{path}: expected an IDX file of unsigned bytes, which begins with the bytes 00 00 08, "
+            f"found {magic.hex(' ') or 'an empty file'}"
         )
-    return folder
+    header = 4 + 4 * magic[3]
+    if len(content) < header:
+        raise DataError(f"{path} is truncated: expected a header of {header} bytes, found {len(content)}")
+    sizes = struct.unpack(f">{magic[3]}I", content[4:header])
+    num_elements = math.prod(sizes)
+    if len(content) - header != num_elements:
+        raise DataError(
+            f"{path} is truncated or damaged: expected {num_elements:,} bytes after the header, "
+            f"which says {_written(sizes)}, found {len(content) - header:,}"
+        )
+    if num_elements == 0:
+        raise DataError(f"{path}: expected at least one element, found the sizes {_written(sizes)}")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sizes)
 
 
-def _read_mnist_part(folder: Path, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images (N, 1, 28, 28) and labels (N,) of "train" or "t10k"."""
-    images_path = _plain_or_gzipped(folder, f"{part}-images-idx3-ubyte")
-    labels_path = _plain_or_gzipped(folder, f"{part}-labels-idx1-ubyte")
+def _read_mnist_part(folder: Path, part: str) -> Part:
+    """The images (N, 1, 28, 28) as unsigned bytes, and labels (N,), of "train" or "t10k"."""
+    images_path, labels_path = (
+        find_file(folder, [f"{part}-{name}.gz", f"{part}-{name}"])
+        for name in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    )
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.shape[1:] != (28, 28):
-        raise DataError(f"{images_path} is foreign: expected the sizes N x 28 x 28, found {_sizes(images)}")
+        found = _written(images.shape)
+        raise DataError(f"{images_path} is not of MNIST: expected the sizes N x 28 x 28, found {found}")
     if labels.dim() != 1:
-        raise DataError(f"{labels_path} is foreign: expected one size N, found {_sizes(labels)}")
+        raise DataError(f"{labels_path} is not of MNIST: expected one size N, found {_written(labels.shape)}")
     if len(images) != len(labels):
         raise DataError(
             f"{labels_path}: expected {len(images):,} labels, one for each image of {images_path.name}, "
             f"found {len(labels):,}"
         )
-    if labels.max() > 9:
-        raise DataError(f"{labels_path} is foreign: expected labels from 0 to 9, found {int(labels.max())}")
-    return images[:, None], labels.long()
+    return images[:, None], _checked_labels(labels_path, labels)
 
 
-def _plain_or_gzipped(folder: Path, name: str) -> Path:
-    for path in (folder / f"{name}.gz", folder / name):
-        if path.exists():
-            return path
-    raise DataError(f"{folder}: expected a file {name}.gz or {name}, found {_content(folder)}")
+def _read_cifar10(paths: Sequence[Path]) -> Part:
+    """The images (N, 3, 32, 32) as unsigned bytes, and labels (N,), of some files."""
+    images, labels = [], []
+    for path in paths:
+        content = read_file(path, "a CIFAR-10 file")
+        num_records, num_left = divmod(len(content), _CIFAR10_RECORD_BYTES)
+        if num_left or not num_records:
+            raise DataError(
+                f"{path} is truncated or not a CIFAR-10 file: expected records of {_CIFAR10_RECORD_BYTES:,} bytes, "
+                f"found {len(content):,} bytes, which is {num_records:,} records and {num_left:,} bytes"
+            )
+        records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(num_records, _CIFAR10_RECORD_BYTES)
+        images.append(records[:, 1:].reshape(-1, 3, 32, 32))
+        labels.append(_checked_labels(path, records[:, 0]))
+    return torch.cat(images), torch.cat(labels)
 
 
 def _training_batches(folder: Path) -> list[Path]:
-    """`data_batch_*.bin` in the order of their numbers, so that 10 comes after 9."""
+    """`data_batch_*.bin` in the order of their numbers: 10 comes after 9."""
     numbered = [(re.fullmatch(r"data_batch_(\d+)\.bin", path.name), path) for path in folder.iterdir()]
     paths = [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
     if not paths:
-        raise DataError(f"{folder}: expected files data_batch_1.bin, data_batch_2.bin, ..., found {_content(folder)}")
+        raise DataError(f"{folder}: expected files data_batch_1.bin, data_batch_2.bin, ..., found {listed(folder)}")
     return paths
 
 
-def _normalized(pixels: torch.Tensor, maximum: float, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Pixels (N, C, H, W) from 0 to `maximum` in float32 with mean 0 and deviation 1 in each channel."""
+def _checked_labels(path: Path, labels: Tensor) -> Tensor:
+    """Labels as int64."""
+    if labels.max() >= _NUM_CLASSES:
+        raise DataError(f"{path} is damaged: expected labels from 0 to {_NUM_CLASSES - 1}, found {int(labels.max())}")
+    return labels.long()
+
+
+def _normalized(part: Part, maximum: float, mean: Sequence[float], std: Sequence[float]) -> Part:
+    """Pixels from 0 to `maximum` in float32 with mean 0 and deviation 1 in each channel."""
+    pixels, labels = part
     images = pixels.to(torch.float32, copy=True)
     images /= maximum
     images -= torch.tensor(mean).view(-1, 1, 1)
     images /= torch.tensor(std).view(-1, 1, 1)
-    return images
+    return images, labels
 
 
-def _sizes(array: torch.Tensor) -> str:
-    return " x ".join(str(size) for size in array.shape)
-
-
-def _content(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more if names else "an empty folder"
+def _written(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))

@@ -16,53 +16,84 @@ from types import ModuleType
 from gradfold.errors import GradfoldError, WorkloadError
 from gradfold.workloads.workload import Workload
 
-__all__: list[str] = []
 
-# A name stands for what a user would write for a workload of their own. Each module has a DESCRIPTION too.
+@dataclass(frozen=True)
+class Description:
+    """A built-in workload: a line of `gradfold workloads`."""
+
+    function: str  # that builds it, in a module of this package
+    text: str  # which model it trains on what
+    data: str  # where its data come from
+
+    @property
+    def name(self) -> str:
+        """What to write on the command line."""
+        return self.function.partition(":")[2].replace("_", "-")
+
+
+_MULTI30K = "--data DIR with Multi30k"
+
 BUILT_IN = {
-    "digits": "gradfold.workloads.images:digits",
-    "linear": "gradfold.workloads.regression:linear",
-    "scalar": "gradfold.workloads.regression:scalar",
-    "mnist": "gradfold.workloads.images:mnist",
-    "cifar10": "gradfold.workloads.images:cifar10",
-    "encoder": "gradfold.workloads.language:encoder",
-    "resnet": "gradfold.workloads.images:resnet",
-    "language-model": "gradfold.workloads.language:language_model",
-    "translation": "gradfold.workloads.translation:translation",
-    "matching": "gradfold.workloads.translation:matching",
+    one.name: one
+    for one in (
+        Description(
+            "images:digits",
+            "perceptron 64-512-256-128-10 on the 8 x 8 digits of scikit-learn, cross-entropy, Adam",
+            "embedded in scikit-learn",
+        ),
+        Description(
+            "regression:linear",
+            "nn.Linear(10, 1) on synthetic data, mean squared error, SGD",
+            "synthetic",
+        ),
+        Description(
+            "regression:scalar",
+            "one weight that learns y = 2x from x = 4 and x = 2; small enough to check by hand",
+            "synthetic",
+        ),
+        Description(
+            "images:mnist",
+            "perceptron 784-512-256-128-10 on MNIST, cross-entropy, Adam",
+            "downloaded (12 MB), or --data DIR",
+        ),
+        Description(
+            "images:cifar10",
+            "LeNet (convolutions of 6 and 16 channels, linear 120-84-10) on CIFAR-10, cross-entropy, SGD",
+            "downloaded (170 MB), or --data DIR",
+        ),
+        Description(
+            "language:encoder",
+            "Transformer encoder that fills in masked words of Python's docstrings; uneven lengths, mean over tokens",
+            "in Python's standard library",
+        ),
+        Description(
+            "images:resnet",
+            "small ResNet with BatchNorm (normalized per micro-batch) on CIFAR-10, or on digits without data",
+            "embedded in scikit-learn, or --data DIR",
+        ),
+        Description(
+            "language:language_model",
+            "Transformer decoder that predicts the next word; very uneven lengths, mean over tokens",
+            "docstrings of Python's standard library, or --data DIR with WikiText-2",
+        ),
+        Description(
+            "translation:translation",
+            "Transformer encoder-decoder, German to English captions of Multi30k; two lengths a row, mean over tokens",
+            f"{_MULTI30K} (train and val, .de.gz and .en.gz)",
+        ),
+        Description(
+            "translation:matching",
+            "two Transformer encoders that match English to German captions of Multi30k by InfoNCE, a TwoPhaseLoss",
+            f"{_MULTI30K} (train and test_2016_flickr, .en.gz and .de.gz)",
+        ),
+    )
 }
 
 _HOW_TO_NAME = "Write the name of a built-in workload, module:callable or path.py:callable."
 
 
-@dataclass(frozen=True)
-class Description:
-    """A line of `gradfold workloads`.
-
-    Args:
-        name: what to write on the command line.
-        text: what it trains, on what.
-        data: where its data come from.
-    """
-
-    name: str
-    text: str
-    data: str
-
-
-def names() -> tuple[str, ...]:
-    """The names of the built-in workloads, the default first."""
-    return tuple(BUILT_IN)
-
-
-def describe() -> tuple[Description, ...]:
-    """What there is, without building any of it."""
-    modules = {name: importlib.import_module(spec.partition(":")[0]) for name, spec in BUILT_IN.items()}
-    return tuple(Description(name, module.DESCRIPTION, module.DATA) for name, module in modules.items())
-
-
 def load(spec: str, data: Path | None = None) -> Workload:
-    """Builds a workload.
+    """Build a workload: a built-in one by its name, or one of the user's own.
 
     Args:
         spec: a built-in name, or `module:callable` or `path.py:callable`, where the callable takes nothing or an
@@ -72,9 +103,10 @@ def load(spec: str, data: Path | None = None) -> Workload:
 
     Raises:
         WorkloadError: there is no such workload, or it cannot be built.
-        DataError: its data are missing, damaged or foreign, or cannot be downloaded.
+        DataError: its data are missing, damaged or of another data set, or cannot be downloaded.
     """
-    module_name, colon, attribute = BUILT_IN.get(spec, spec).rpartition(":")
+    path = f"gradfold.workloads.{BUILT_IN[spec].function}" if spec in BUILT_IN else spec
+    module_name, colon, attribute = path.rpartition(":")
     if not (colon and module_name and attribute):
         raise WorkloadError(_unknown(spec))
     module = _import(spec, module_name)

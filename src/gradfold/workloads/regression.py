@@ -1,39 +1,30 @@
-"""The workload `linear`: linear regression on synthetic data, the smallest thing that learns.
-
-The workload `scalar`: one weight and two micro-batches, small enough to check by hand.
-"""
+"""The workloads on regression: `linear`, the smallest that learns, and `scalar`, small enough to check by hand."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradfold.workloads.images import evaluating
+from gradfold.workloads.registry import BUILT_IN
+from gradfold.workloads.scoring import mean_scores
 from gradfold.workloads.workload import Workload
-
-__all__: list[str] = []
-
-DESCRIPTION = "nn.Linear(10, 1) on synthetic data, mean squared error, SGD"
-DATA = "synthetic"
 
 _NUM_TRAIN, _NUM_TEST = 1600, 400
 _NOISE = 0.1
 
 
-def squared_error(model: nn.Module, micro_batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def squared_error(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean squared error of (x, y)."""
     x, y = micro_batch
     return F.mse_loss(model(x), y)
 
 
-def held_out_error(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+def held_out_error(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """Mean squared error on held-out rows; the noise leaves 0.01 of it to the best weight."""
-    parameter = next(model.parameters())
-    with evaluating(model):
-        return {"mse": float(F.mse_loss(model(x.to(parameter)), y.to(parameter)))}
+    return {"mse": mean_scores(model, squared_error, [(x, y)], lambda batch: len(x))["loss"]}
 
 
 def linear() -> Workload:
@@ -44,7 +35,7 @@ def linear() -> Workload:
     y = x @ weight + 1.0 + _NOISE * torch.randn(len(x), 1, generator=generator)
     return Workload(
         name="linear",
-        description=DESCRIPTION,
+        description=BUILT_IN["linear"].text,
         make_model=partial(nn.Linear, 10, 1),
         loss_fn=squared_error,
         make_optimizer=partial(torch.optim.SGD, lr=0.1),
@@ -60,9 +51,6 @@ def linear() -> Workload:
     )
 
 
-DESCRIPTION_of_scalar = "one weight that learns y = 2x from x = 4 and x = 2; small enough to check by hand"
-
-
 class Scalar(nn.Module):
     """y = weight * x, with the weight at 1."""
 
@@ -70,7 +58,7 @@ class Scalar(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B,) -> (B,)
+    def forward(self, x: Tensor) -> Tensor:  # (B,) -> (B,)
         return self.weight * x
 
 
@@ -89,7 +77,7 @@ def scalar() -> Workload:
     x = torch.tensor([4.0, 2.0])
     return Workload(
         name="scalar",
-        description=DESCRIPTION_of_scalar,
+        description=BUILT_IN["scalar"].text,
         make_model=Scalar,
         loss_fn=squared_error,
         make_optimizer=partial(torch.optim.SGD, lr=0.01),

@@ -1,46 +1,46 @@
-"""A trial leaves no trace: whatever its passes change is as before, and a training with it is bitwise one without."""
+"""Probe runs have no side effects, and a training with the self-check is bitwise one without."""
 
 from __future__ import annotations
 
 import copy
 import random
 import warnings
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from run_log import RunLog
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
 from gradfold.engine.backward import BackPropagation
-from gradfold.self_check.trial import Trial, sample_gradients
+from gradfold.self_check.probe_run import ProbeRun, sample_gradients
 from gradfold.state.rng import HostRandomState
 
 
-def tried(model, loss_fn, batch, frozen=()):
-    """What one run within a trial gave."""
-    with Trial(model, loss_fn, BackPropagation(), frozen) as trial:
-        return trial.run(batch, lambda name: 1.0, nullcontext())
+def probed(model, loss_fn, batch, frozen=()):
+    """What one probe run gave."""
+    with ProbeRun(model, loss_fn, BackPropagation(), frozen) as probe:
+        return probe.run(batch, lambda name: 1.0)
 
 
 def squares(model, batch):
     return model(batch).square().mean()
 
 
-def looked_at(model, loss_fn, batch, at=None, **options):
-    """Accumulate; `at()` right after the guard has looked. True if it has."""
+def checked(model, loss_fn, batch, at=None, **options):
+    """Accumulate; what `at()` returns right after the self-check."""
     accumulator = gradfold.Accumulator(model, loss_fn, **({"micro_batch_size": 8} | options))
-    look, seen = accumulator._self_check.look, []
+    check, seen = accumulator._self_check.check, []
 
     def watched(*args, **keywords):
-        look(*args, **keywords)
+        check(*args, **keywords)
         seen.append(at() if at is not None else None)
 
-    accumulator._self_check.look = watched
+    accumulator._self_check.check = watched
     accumulator.backward(batch)
     assert seen
     return seen[0]
@@ -66,7 +66,7 @@ class Watched(nn.Module):
 
 def test_a_run_gives_gradients_and_losses_and_leaves_neither():
     model, x = nn.Linear(4, 3), torch.randn(5, 4)
-    outcome = tried(model, lambda model, batch: {"a": squares(model, batch), "b": model(batch).mean()}, x)
+    outcome = probed(model, lambda model, batch: {"a": squares(model, batch), "b": model(batch).mean()}, x)
     (squares(model, x) + model(x).mean()).backward()
     assert torch.equal(outcome.gradients[0], model.weight.grad.flatten())
     assert list(outcome.losses) == ["a", "b"]
@@ -80,8 +80,8 @@ def test_a_run_back_propagates_what_has_a_share_and_only_the_term_asked_for():
         return {"a": squares(model, batch), "b": model(batch).mean()}, {"metric": torch.ones(())}
 
     def slope(shares, only=None):
-        with Trial(model, loss_fn, BackPropagation()) as trial:
-            return trial.run(x, shares.__getitem__, nullcontext(), only).gradients[0]
+        with ProbeRun(model, loss_fn, BackPropagation()) as probe:
+            return probe.run(x, shares.__getitem__, only=only).gradients[0]
 
     both = slope({"a": 0.5, "b": 2.0})
     torch.testing.assert_close(slope({"a": 0.5, "b": 2.0}, "a") + slope({"a": 0.5, "b": 2.0}, "b"), both)
@@ -146,7 +146,7 @@ def test_grad_of_leaves_outside_of_the_model_is_as_it_was():
     def loss_fn(model, batch):
         return (critic(model(batch)) + empty(model(batch))).mean()
 
-    tried(model, loss_fn, torch.randn(5, 4))
+    probed(model, loss_fn, torch.randn(5, 4))
     assert critic.weight.grad is kept
     assert torch.equal(kept, torch.ones_like(kept))
     assert critic.bias.grad is None
@@ -156,7 +156,7 @@ def test_grad_of_leaves_outside_of_the_model_is_as_it_was():
 def test_grad_of_leaves_behind_a_checkpoint_is_as_it_was():
     model, critic = nn.Linear(4, 4), nn.Linear(4, 1)
     critic.weight.grad = kept = torch.ones_like(critic.weight)
-    tried(model, lambda m, b: checkpoint(critic, m(b), use_reentrant=False).mean(), torch.randn(5, 4))
+    probed(model, lambda m, b: checkpoint(critic, m(b), use_reentrant=False).mean(), torch.randn(5, 4))
     assert critic.weight.grad is kept
     assert torch.equal(kept, torch.ones_like(kept))
     assert critic.bias.grad is None
@@ -171,7 +171,7 @@ def test_grad_of_a_batch_that_requires_grad_is_as_it_was():
         assert x.grad is kept
         return torch.equal(kept, torch.ones_like(kept))
 
-    assert looked_at(model, squares, x, unchanged)
+    assert checked(model, squares, x, unchanged)
 
 
 # --- Buffers
@@ -186,7 +186,7 @@ def test_batch_norm_that_is_accepted_keeps_its_statistics_and_its_mode():
         assert [buffer._version for buffer in model[1].buffers()] == versions
         return all(map(torch.equal, model[1].buffers(), before.buffers()))
 
-    assert looked_at(model, squares, torch.randn(16, 4), unchanged, batch_norm="per_micro_batch")
+    assert checked(model, squares, torch.randn(16, 4), unchanged, batch_norm="per_micro_batch")
 
 
 def test_buffers_that_are_rebound_written_or_made_are_as_before():
@@ -201,7 +201,7 @@ def test_buffers_that_are_rebound_written_or_made_are_as_before():
         model.register_buffer(name, None if name == "made" else torch.ones(3))
     before = {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
     version = model.still._version
-    tried(model, squares, torch.randn(5, 4))
+    probed(model, squares, torch.randn(5, 4))
     assert dict(model.named_buffers()).keys() == before.keys()
     for name, buffer in before.items():
         assert getattr(model, name) is buffer
@@ -212,7 +212,7 @@ def test_buffers_that_are_rebound_written_or_made_are_as_before():
 def test_spectral_norm_is_as_before():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 3)))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    tried(model, squares, torch.randn(5, 4))
+    probed(model, squares, torch.randn(5, 4))
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name
 
@@ -232,22 +232,22 @@ def random_states():
 def test_random_states_are_as_before():
     model, x = nn.Linear(4, 3), torch.randn(5, 4)
     before = random_states()
-    tried(model, noisy, x)
+    probed(model, noisy, x)
     assert random_states() == before
 
 
 def test_rewind_makes_the_same_numbers_come_again():
     model, x = Watched(lambda self, x: self.moved.add_(1)), torch.randn(5, 4)
     model.register_buffer("moved", torch.zeros(3))
-    with Trial(model, noisy, BackPropagation()) as trial:
-        first = trial.run(x, lambda name: 1.0, nullcontext())
-        assert trial.changed_buffers() == ["moved"]
-        assert trial.has_drawn()
-        second = trial.run(x, lambda name: 1.0, nullcontext())
-        trial.rewind()
-        assert trial.changed_buffers() == []
-        assert not trial.has_drawn()
-        third = trial.run(x, lambda name: 1.0, nullcontext())
+    with ProbeRun(model, noisy, BackPropagation()) as probe:
+        first = probe.run(x, lambda name: 1.0)
+        assert probe.snapshot.changed_buffers() == ["moved"]
+        assert probe.snapshot.has_drawn()
+        second = probe.run(x, lambda name: 1.0)
+        probe.snapshot.rewind()
+        assert probe.snapshot.changed_buffers() == []
+        assert not probe.snapshot.has_drawn()
+        third = probe.run(x, lambda name: 1.0)
     assert not torch.equal(first.gradients[0], second.gradients[0])
     assert torch.equal(first.gradients[0], third.gradients[0])
 
@@ -260,7 +260,7 @@ def test_draws_on_the_host_are_seen(draw):
     assert before.moved() in ("random", "numpy.random")
 
 
-def test_a_generator_of_the_users_own_is_set_back():
+def test_a_custom_generator_is_set_back():
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
 
@@ -268,10 +268,10 @@ def test_a_generator_of_the_users_own_is_set_back():
         return squares(model, batch + torch.randn(batch.shape, generator=generator))
 
     x = torch.randn(16, 4)
-    assert looked_at(nn.Linear(4, 3), loss_fn, x, lambda: torch.equal(generator.get_state(), before))
+    assert checked(nn.Linear(4, 3), loss_fn, x, lambda: torch.equal(generator.get_state(), before))
 
 
-def test_a_collate_function_that_draws_leaves_the_random_states_as_without_the_guard():
+def test_a_collate_function_that_draws_leaves_the_random_states_as_without_the_self_check():
     def collate(samples):
         return torch.stack(samples) + torch.rand(()) * random.random() * np.random.rand()
 
@@ -304,7 +304,7 @@ def test_attributes_of_modules_are_as_before():
     average = torch.ones(2)
     model = Watched(change, counter=0, average=average, flag=False, once=None, name="a", pair=(1, 2))
     before = dict(vars(model))
-    tried(model, squares, torch.randn(5, 4))
+    probed(model, squares, torch.randn(5, 4))
     assert vars(model).keys() == before.keys()
     for name, value in before.items():
         assert vars(model)[name] is value, name
@@ -316,9 +316,22 @@ def test_plain_tensors_and_lists_of_modules_are_as_before():
         self.log.append(1)
 
     model = Watched(change, total=torch.zeros(()), log=[])
-    tried(model, squares, torch.randn(5, 4))
+    probed(model, squares, torch.randn(5, 4))
     assert model.total == 0
     assert model.log == []
+
+
+def test_a_list_and_a_counter_in_a_closure_are_as_before():
+    log, count = [], 0
+
+    def loss_fn(model, batch):
+        nonlocal count
+        count += 1
+        log.append(len(batch))
+        return squares(model, batch)
+
+    assert checked(nn.Linear(4, 3), loss_fn, torch.randn(16, 4), lambda: (count, [*log])) == (0, [])
+    assert (count, log) == (2, [8, 8])  # the window's own
 
 
 def test_a_module_may_keep_an_inference_tensor():
@@ -326,21 +339,21 @@ def test_a_module_may_keep_an_inference_tensor():
     with torch.inference_mode():
         table = torch.ones(3)
     model = Watched(lambda self, x: self.table.sum() * 0, table=table)
-    tried(model, squares, torch.randn(5, 4))
+    probed(model, squares, torch.randn(5, 4))
     assert model.table is table
 
 
 def test_modes_of_modules_are_as_before():
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.Sequential(nn.Dropout())).train()
     model[2].eval()
-    modes = []
+    modes = RunLog()
 
     def loss_fn(model, batch):
         modes.append([module.training for module in model.modules()])
         model.eval()
         return squares(model, batch)
 
-    tried(model, loss_fn, torch.randn(5, 4), frozen=[model[1]])
+    probed(model, loss_fn, torch.randn(5, 4), frozen=[model[1]])
     assert modes == [[True, True, False, False, False]]
     assert [module.training for module in model.modules()] == [True, True, True, False, False]
 
@@ -354,7 +367,7 @@ def test_inputs_that_a_model_changes_in_place_are_as_before():
         batch["more"][0].zero_()
         return squares(model, batch["x"])
 
-    assert looked_at(nn.Linear(4, 3), loss_fn, {"x": x, "more": [x]}, lambda: torch.equal(x, kept))
+    assert checked(nn.Linear(4, 3), loss_fn, {"x": x, "more": [x]}, lambda: torch.equal(x, kept))
 
 
 # --- Failures
@@ -403,13 +416,13 @@ def test_nothing_is_left_when_a_run_fails(error, call, in_backward):
     x = torch.randn(16, 4)
     values, gradient, before = x.clone(), model.linear.weight.grad, random_states()
     accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=8)
-    look = accumulator._self_check.look
+    check = accumulator._self_check.check
 
     def stop_after_it(*args, **keywords):
-        look(*args, **keywords)
+        check(*args, **keywords)
         raise Stop
 
-    accumulator._self_check.look = stop_after_it
+    accumulator._self_check.check = stop_after_it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a part that fails is no proof, and says so
         with pytest.raises((type(error), Stop)) as caught:
@@ -427,7 +440,7 @@ def test_nothing_is_left_when_a_run_fails(error, call, in_backward):
 
 
 class Stop(Exception):
-    """Ends a window right after the guard has looked."""
+    """Ends a window right after the self-check."""
 
 
 # --- A whole training
@@ -469,7 +482,7 @@ def training(self_check, batch_norm=None, generator_seed=None, num_updates=5):
 
 @pytest.mark.parametrize("batch_norm", [None, "per_micro_batch"])
 @pytest.mark.parametrize("generator_seed", [None, 1])
-def test_a_training_with_the_guard_is_bitwise_one_without(batch_norm, generator_seed):
+def test_a_training_with_the_self_check_is_bitwise_one_without(batch_norm, generator_seed):
     (found, hosts), (expected, other) = (training(check, batch_norm, generator_seed) for check in (True, False))
     assert len(found) == len(expected)
     for index, (value, reference) in enumerate(zip(found, expected, strict=True)):

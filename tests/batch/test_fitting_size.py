@@ -1,4 +1,4 @@
-"""The fitting size: learned from memory that ran out, remembered, tried again after a quiet period, and saved."""
+"""The fitting size: learned from out-of-memory errors, remembered, tried again after a quiet period, and saved."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 import gradfold
-from gradfold.engine import micro_batcher as fitting_size
-from gradfold.engine.micro_batcher import FittingSize
+from gradfold.batch import split
+from gradfold.batch.split import FittingSize
 
-PATIENCE = fitting_size._PATIENCE
+PATIENCE = split._PATIENCE
 
 
 def wait(size, windows, asked=None):
     """So many windows as large as they may be."""
     for _ in range(windows):
-        size.note_quiet(size.limit(asked) or 64, asked)
+        size.record_success(size.limit(asked) or 64, asked)
 
 
 def test_nothing_is_known_at_first():
@@ -107,7 +107,7 @@ def test_a_window_too_small_to_try_the_size_tells_nothing():
     size = FittingSize()
     size.shrink(8)
     wait(size, PATIENCE)
-    size.note_quiet(8, None)  # of the 16 that are tried
+    size.record_success(8, None)  # of the 16 that are tried
     size.shrink(8)
     wait(size, PATIENCE)
     assert size.limit(None) == 8, "the trial has failed"
@@ -168,7 +168,7 @@ def test_an_accumulator_remembers_what_fits():
 
 
 def test_an_accumulator_tries_more_after_a_quiet_period(monkeypatch):
-    monkeypatch.setattr(fitting_size, "_PATIENCE", 3)
+    monkeypatch.setattr(split, "_PATIENCE", 3)
     _, loss_fn, accumulator = make(4, micro_batch_size=8, self_check=False)
     recovered = []
     for _ in range(24):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfold
-from gradfold.self_check.diagnosis import name_weight
+from gradfold.self_check.weight_search import find_weight
 
 LENGTHS = torch.tensor([2, 2, 2, 7, 8, 6, 7, 8, 2, 3, 2, 2, 2, 3, 2, 2])
 
@@ -86,7 +86,7 @@ def refusal(loss_fn, batch, **options):
 
 
 def assert_it_works(text, loss_fn, batch):
-    """The text is Python for a weight; under it the guard is silent, and the gradient that of the batch."""
+    """The text is Python for a weight; under it the self-check is silent, and the gradient that of the batch."""
     weight = eval(text, {"gradfold": gradfold, "torch": torch})
     whole, parts = model(), model()
     loss_fn(whole, batch).backward()
@@ -157,7 +157,7 @@ def test_a_batch_that_is_one_tensor():
     assert_it_works(weight, loss_fn, batch)
     assert refusal(loss_fn, batch).cause == "weights"
     first, second = torch.tensor([1, 0, 0, 2]), torch.tensor([3, 1, 1, 0])
-    assert name_weight(first, second, (4, 4), 2 / 5) == "gradfold.token_count(lambda batch: batch, ignore_index=0)"
+    assert find_weight(first, second, (4, 4), 2 / 5) == "gradfold.token_count(lambda batch: batch, ignore_index=0)"
 
 
 def test_samples_come_first():
@@ -191,11 +191,11 @@ def test_of_several_terms_the_text_names_the_wrong_one():
 
 
 def test_parts_of_other_contents_name_nothing():
-    assert name_weight({"y": torch.ones(2)}, {"z": torch.ones(6)}, (2, 6), 0.5) is None
+    assert find_weight({"y": torch.ones(2)}, {"z": torch.ones(6)}, (2, 6), 0.5) is None
 
 
 @pytest.mark.parametrize("leaf", [["a", "b"], nn.utils.rnn.pack_sequence([torch.ones(2)]), object(), [1, 2]])
 def test_what_cannot_be_cut_by_rows_does_not_hide_the_labels_beside_it(leaf):
     first, second = ({"other": leaf, "y": y} for y in (labels()[:2], labels()[2:8]))
     share = float((labels()[:2] > 0).sum() / (labels()[:8] > 0).sum())
-    assert name_weight(first, second, (2, 6), share) == 'gradfold.token_count("y")'
+    assert find_weight(first, second, (2, 6), share) == 'gradfold.token_count("y")'

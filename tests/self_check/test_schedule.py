@@ -1,23 +1,24 @@
-"""A glance: what the guard runs before the window, what it leaves to the window, and that neither changes anything."""
+"""What the self-check runs before the window, in which order, and that it changes nothing in the window."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import random
 import warnings
-import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from run_log import RunLog
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
 
-PARTS = [6, 2]  # of 8 rows
+PARTS = [2, 6]  # of 8 rows
+CHECKED = [8, *PARTS]  # whole and parts
+WINDOW = [8, 8]
 
 
 def squares(model, batch):
@@ -37,8 +38,8 @@ def net(*layers):
 
 
 def runs(model, loss_fn=squares, batch=None, **options):
-    """The numbers of rows that `loss_fn` is given, in order, in a first window of two micro-batches."""
-    seen = []
+    """The numbers of rows that `loss_fn` is called with, in order, in a first window of two micro-batches."""
+    seen = RunLog()
 
     def counted(model, part):
         seen.append(len(part[0]))
@@ -51,22 +52,18 @@ def runs(model, loss_fn=squares, batch=None, **options):
 # --- What runs
 
 
-def dropped(model, batch):
-    return squares(lambda x: model(F.dropout(x)), batch)
-
-
 def recomputed(model, batch):
     return squares(lambda x: checkpoint(model, x, use_reentrant=False), batch)
 
 
-ONCE = {
-    "plain": (net, squares),
-    "dropout": (lambda: net(nn.Dropout(0.3)), squares),
-    "dropout in place": (lambda: net(nn.Dropout(0.3, inplace=True)), squares),
-    "dropout behind a checkpoint": (lambda: net(nn.Dropout(0.3)), recomputed),
-    "a model that changes what it keeps": (lambda: Counting(), squares),
-    "two terms": (net, lambda model, batch: {"a": squares(model, batch), "b": squares(model, batch) / 2}),
-}
+def in_bfloat16(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(batch[0])
+    return F.mse_loss(output.float(), batch[1])
+
+
+def names_another_term(model, batch):
+    return {"a": squares(model, batch)} | ({"b": 0 * squares(model, batch)} if len(batch[0]) == 2 else {})
 
 
 class Counting(nn.Module):
@@ -85,43 +82,60 @@ class Counting(nn.Module):
         return self.inner(x)
 
 
+ONCE = {
+    "plain": (net, squares),
+    "dropout": (lambda: net(nn.Dropout(0.3)), squares),
+    "dropout in place": (lambda: net(nn.Dropout(0.3, inplace=True)), squares),
+    "dropout behind a checkpoint": (lambda: net(nn.Dropout(0.3)), recomputed),
+    "autocast": (net, in_bfloat16),
+    "autocast and dropout": (lambda: net(nn.Dropout(0.2)), in_bfloat16),
+    "a model that changes what it keeps": (Counting, squares),
+    "two terms": (net, lambda model, batch: {"a": squares(model, batch), "b": squares(model, batch) / 2}),
+}
+
+
 @pytest.mark.parametrize("name", ONCE)
-def test_the_whole_is_the_windows_own_run(name):
+def test_whole_and_parts_run_once(name):
     make, loss_fn = ONCE[name]
-    assert runs(make(), loss_fn) == [*PARTS, 8, 8]
+    assert runs(make(), loss_fn) == [*CHECKED, *WINDOW]
 
 
-def test_what_draws_without_a_layer_that_says_so_begins_again():
-    assert runs(net(), dropped) == [6, *PARTS, 8, 8]
+def test_what_draws_without_a_layer_of_dropout_runs_again_with_its_randomness_recorded():
+    assert runs(net(), lambda model, batch: squares(lambda x: model(F.dropout(x)), batch)) == [8, *CHECKED, *WINDOW]
 
 
-def test_half_of_a_large_micro_batch_runs_in_the_trial():
-    assert runs(net(), batch=batch_of(32), micro_batch_size=16) == [*PARTS, 8, 16, 16]
-    assert runs(net(nn.Dropout()), batch=batch_of(32), micro_batch_size=16) == [*PARTS, 8, 16, 16]
+def test_parts_with_another_term_are_compared_by_those_of_the_whole():
+    assert runs(net(), names_another_term) == [*CHECKED, *WINDOW]
 
 
-def test_autocast_needs_no_second_look():
+def test_half_of_a_large_micro_batch_is_enough():
+    assert runs(net(), batch=batch_of(32), micro_batch_size=16) == [*CHECKED, 16, 16]
+    assert runs(net(nn.Dropout()), batch=batch_of(32), micro_batch_size=16) == [*CHECKED, 16, 16]
+
+
+def test_all_rows_run_where_half_of_them_fail():
     def loss_fn(model, batch):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = model(batch[0])
-        return F.mse_loss(output.float(), batch[1])
+        if len(batch[0]) in PARTS:
+            torch.rand(3)
+            raise ValueError("no")
+        return squares(model, batch)
 
-    assert runs(net(), loss_fn) == [*PARTS, 8, 8]
-    assert runs(net(nn.Dropout(0.2)), loss_fn) == [*PARTS, 8, 8]
+    seen = runs(net(), loss_fn, batch_of(32), micro_batch_size=16)
+    assert seen == [8, 2, 8, 2, 16, 5, 11, 16, 16]
 
 
-def test_a_first_micro_batch_of_one_row_leaves_nothing_to_compare():
+def test_a_first_micro_batch_of_one_row_is_passed_over():
     parts = [tuple(column[rows] for column in batch_of()) for rows in (slice(0, 1), slice(1, 9))]
     window = gradfold.windows([parts[0], parts[1]], 2)
-    assert runs(net(), batch=next(window), micro_batch_size=None) == [*PARTS, 8, 1, 8]
+    assert runs(net(), batch=next(window), micro_batch_size=None) == [*CHECKED, 1, 8]
 
 
-def test_numbers_that_collate_draws_are_none_of_the_loss():
+def test_numbers_that_collate_draws_are_not_those_of_the_loss():
     def collate(samples):
         x, y = map(torch.stack, zip(*samples, strict=True))
         return x + torch.randn_like(x), y
 
-    assert runs(net(), batch=list(zip(*batch_of(), strict=True)), collate=collate) == [*PARTS, 8, 8]
+    assert runs(net(), batch=list(zip(*batch_of(), strict=True)), collate=collate) == [*CHECKED, *WINDOW]
 
 
 def test_rows_that_draw_keep_the_padding_of_the_whole():
@@ -134,18 +148,7 @@ def test_rows_that_draw_keep_the_padding_of_the_whole():
         return F.mse_loss((model(x) * x.any(-1, keepdim=True)).sum(1), y)
 
     samples = [(torch.randn(2 + 3 * (row % 8 > 3), 4), torch.randn(3)) for row in range(16)]
-    assert runs(net(nn.Dropout(0.3)), loss_fn, samples, collate=collate) == [*PARTS, 8, 8]
-
-
-def test_a_look_at_half_the_rows_that_failed_leaves_nothing_to_the_other():
-    def loss_fn(model, batch):
-        if len(batch[0]) in PARTS:
-            torch.rand(3)
-            raise ValueError("no")
-        return squares(model, batch)
-
-    seen = runs(net(), loss_fn, batch_of(32), micro_batch_size=16)
-    assert seen == [6, 6, 8, 2, 11, 5, 16, 16, 16]
+    assert runs(net(nn.Dropout(0.3)), loss_fn, samples, collate=collate) == [*CHECKED, *WINDOW]
 
 
 def test_draws_on_the_host_are_no_reason_to_trust_what_fits():
@@ -154,36 +157,7 @@ def test_draws_on_the_host_are_no_reason_to_trust_what_fits():
         return squares(model, batch)
 
     with pytest.warns(RuntimeWarning, match="draws from random"):
-        assert runs(net(), loss_fn) == [*PARTS, 8, 8, 8]
-
-
-def names_another_term(model, batch):
-    return {"a": squares(model, batch)} | ({"b": 0 * squares(model, batch)} if len(batch[0]) == 2 else {})
-
-
-UNCLEAR = {
-    "draws": (lambda model, batch: squares(model, batch) * F.dropout(torch.ones(6)).sum(), [6]),
-    "names": (names_another_term, []),
-    "a number": (lambda model, batch: squares(model, batch) + (0.0 if len(batch[0]) != 2 else torch.nan), []),
-}
-
-
-@pytest.mark.parametrize("name", UNCLEAR)
-def test_what_is_unclear_from_the_parts_does_not_wait_for_the_window(name):
-    loss_fn, again = UNCLEAR[name]
-    seen = []
-
-    def counted(model, batch):
-        seen.append(len(batch[0]))
-        return loss_fn(model, batch)
-
-    accumulator = gradfold.Accumulator(net(), counted, micro_batch_size=8)
-    if name == "a number":
-        with pytest.raises(gradfold.NotDecomposableError):
-            accumulator.backward(batch_of())
-    else:
-        accumulator.backward(batch_of())
-    assert seen[: len(again) + 4] == [*again, *PARTS, 8, 2]
+        assert runs(net(), loss_fn) == [8, 8, *WINDOW]
 
 
 def test_wrong_losses_with_dropout_are_found():
@@ -191,33 +165,65 @@ def test_wrong_losses_with_dropout_are_found():
         runs(net(nn.Dropout(0.3)), rooted)
 
 
-def test_batch_norm_by_micro_batch_is_looked_at_in_evaluation_mode_alone():
+def test_a_part_whose_loss_is_not_a_number_is_found():
+    with pytest.raises(gradfold.NotDecomposableError):
+        runs(net(), lambda model, batch: squares(model, batch) + (0.0 if len(batch[0]) != 2 else torch.nan))
+
+
+def test_batch_norm_by_micro_batch_is_checked_in_evaluation_mode_alone():
     model = net(nn.BatchNorm1d(6))
-    assert runs(model, batch_norm="per_micro_batch") == [*PARTS, 8, 8, 8]
+    assert runs(model, batch_norm="per_micro_batch") == [*CHECKED, *WINDOW]
     assert model[1].num_batches_tracked == 1
 
 
-def test_warnings_of_parts_are_not_heard():
+def test_a_loss_that_has_passed_is_not_checked_again():
+    seen = RunLog()
+
+    def loss_fn(model, batch):
+        seen.append(len(batch[0]))
+        return squares(model, batch)
+
+    accumulator = gradfold.Accumulator(net(), loss_fn, micro_batch_size=8)
+    expected = copy.deepcopy(accumulator.model)
+    batch = batch_of()
+    for _ in range(2):
+        accumulator.backward(batch)
+    assert seen == [*CHECKED, *WINDOW, *WINDOW]
+    (2 * squares(expected, batch)).backward()
+    for parameter, reference in zip(accumulator.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad)
+
+
+# --- Warnings
+
+
+def test_warnings_of_its_runs_are_not_shown():
     def loss_fn(model, batch):
         if len(batch[0]) in PARTS:
             warnings.warn("so few", stacklevel=1)
         return squares(model, batch)
 
-    assert runs(net(), loss_fn) == [*PARTS, 8, 8]
+    assert runs(net(), loss_fn) == [*CHECKED, *WINDOW]
 
 
-def test_no_warning_of_torchs_is_used_up_by_parts():
-    always = []
+def test_warnings_that_torch_shows_once_are_left_to_the_window():
+    always = RunLog()
 
     def loss_fn(model, batch):
         always.append(torch.is_warn_always_enabled())
         return squares(model, batch)
 
     runs(net(), loss_fn)
-    assert always == [True, True, False, False]
+    assert always == [True, True, True, False, False]
 
 
-# --- As if nobody had looked
+def test_what_cannot_be_known_is_said_to_the_caller():
+    with pytest.warns(RuntimeWarning, match="another order") as caught:
+        gradfold.Accumulator(Sorted(), squares, micro_batch_size=8).backward(batch_of())
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+# --- The window is bitwise one without a self-check
 
 
 class Sorted(Counting):
@@ -263,33 +269,26 @@ def left_by(self_check, loss_fn, make_batch):
 
 
 @pytest.mark.parametrize("loss_fn", [squares, changing, popping, with_critic])
-def test_a_window_that_needed_a_close_look_is_bitwise_one_without(loss_fn):
+def test_a_window_after_a_diagnosis_is_bitwise_one_without(loss_fn):
     (found, others), (expected, reference) = (left_by(check, loss_fn, lambda: [*batch_of()]) for check in (True, False))
     for index, (value, wanted) in enumerate(zip(found, expected, strict=True)):
         assert (value is None) == (wanted is None) and (value is None or torch.equal(value, wanted)), index
     assert others == reference
-
-
-def test_the_close_look_begins_where_the_window_did():
-    assert left_by(True, squares, batch_of)[1][:2] == (2, [8, 8])
-
-
-def test_what_cannot_be_known_after_the_windows_first_run_is_said_to_the_caller():
-    with pytest.warns(RuntimeWarning, match="another order") as caught:
-        gradfold.Accumulator(Sorted(), squares, micro_batch_size=8).backward(batch_of())
-    assert [warning.filename for warning in caught] == [__file__]
+    assert others[1] == [8] * others[0]  # the log of the window alone
 
 
 class Stop(BaseException):
     """An interrupt."""
 
 
-@pytest.mark.parametrize("call", range(1, 10))
+NUM_CHECKED = 14  # of `Sorted`: fast; whole and parts; again; noise 4 + 2; with shared randomness whole and parts
+
+
+@pytest.mark.parametrize("call", range(1, NUM_CHECKED + 3))
 @pytest.mark.parametrize("error", [Stop, ValueError])
 def test_nothing_is_left_when_a_run_fails(call, error):
-    """Calls 1 to 3 are of parts, 4 is the window's own, and what follows is the close look."""
     torch.manual_seed(0)
-    model, calls = Sorted(), []
+    model, calls = Sorted(), RunLog()
     model.inner[0].weight.grad = kept = torch.ones(6, 4)
 
     def loss_fn(model, batch):
@@ -312,63 +311,25 @@ def test_nothing_is_left_when_a_run_fails(call, error):
             assert model.inner[0].weight.grad is kept
             assert torch.equal(kept, torch.ones(6, 4))
             assert model.inner[0].bias.grad is None
-            # Attributes are the user's own in the window, as without the guard.
-            assert model.calls == (1 if call == 4 else 0)
+            # Attributes are the user's own in the window, as without the self-check.
+            assert model.calls == max(0, call - NUM_CHECKED)
         else:
             assert error is ValueError  # of a part, which proves nothing
             assert model.calls == 2
 
 
-def test_a_glance_that_waits_holds_no_rows():
-    collated = []
-
-    def collate(samples):
-        batch = tuple(map(torch.stack, zip(*samples, strict=True)))
-        collated.append((len(samples), weakref.ref(batch[0])))
-        return batch
-
-    alive = []
-
-    def loss_fn(model, batch):
-        gc.collect()
-        alive.append([size for size, reference in collated if reference() is not None and size < 8])
-        return squares(model, batch)
-
-    samples = list(zip(*batch_of(), strict=True))
-    gradfold.Accumulator(net(), loss_fn, micro_batch_size=8, collate=collate).backward(samples)
-    assert alive == [[2, 6], [2, 6], [], []]
-
-
-def test_settled_by_the_window_it_is_not_looked_at_again():
-    accumulator, seen = None, []
-
-    def loss_fn(model, batch):
-        seen.append(len(batch[0]))
-        return squares(model, batch)
-
-    accumulator = gradfold.Accumulator(net(), loss_fn, micro_batch_size=8)
-    expected = copy.deepcopy(accumulator.model)
-    batch = batch_of()
-    for _ in range(2):
-        accumulator.backward(batch)
-    assert seen == [*PARTS, 8, 8, 8, 8]
-    (2 * squares(expected, batch)).backward()
-    for parameter, reference in zip(accumulator.model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, reference.grad)
-
-
 @pytest.mark.parametrize("call", range(1, 10))
 @pytest.mark.parametrize("fits", [True, False])
-def test_memory_that_runs_out_at_any_time_changes_no_gradient(call, fits):
+def test_out_of_memory_at_any_time_changes_no_gradient(call, fits):
     torch.manual_seed(0)
-    model, calls = net(), []
+    model, calls = net(), RunLog()
     expected = copy.deepcopy(model)
 
     def loss_fn(model, batch):
         calls.append(len(batch[0]))
         if len(calls) == call:
             raise torch.OutOfMemoryError("out of memory")
-        of_part = len(batch[0]) in PARTS and len(calls) < 3 and not fits  # for a close look that finds nothing
+        of_part = len(batch[0]) in PARTS and len(calls) < 4 and not fits  # for a full check that finds nothing
         return squares(model, batch) * (1.1 if of_part else 1.0)
 
     batch = batch_of()

@@ -1,0 +1,61 @@
+"""A window of micro-batches as a loader gave them: a batch that comes in pieces."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Generic, NoReturn, TypeVar, final, overload
+
+from gradfold.errors import WindowError
+
+__all__ = ["LoadedWindow"]
+
+T = TypeVar("T")
+
+
+class MicroBatchWindow(ABC, Generic[T]):
+    """The micro-batches of one update."""
+
+    @abstractmethod
+    def pieces(self) -> Sequence[T]:
+        """The micro-batches, for an accumulator.
+
+        Raises:
+            WindowError: the window belongs to a loop body.
+        """
+
+
+@final
+class LoadedWindow(MicroBatchWindow[T]):
+    """The micro-batches of one update, for `accumulator.backward(window)`."""
+
+    def __init__(self, micro_batches: Sequence[T]) -> None:
+        self._micro_batches = tuple(micro_batches)
+
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._micro_batches)
+
+    def pieces(self) -> Sequence[T]:
+        """The micro-batches, for an accumulator."""
+        return self._micro_batches
+
+    def backward(self, loss: object) -> NoReturn:
+        """Only windows of `windows(..., model=model)` have their own backward.
+
+        Raises:
+            WindowError: always; says how to get one.
+        """
+        raise WindowError(
+            "this window does not know the model: write gradfold.windows(loader, n, model=model) for "
+            "window.backward(loss), or pass the window to accumulator.backward(window)."
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> LoadedWindow[T]: ...
+    def __getitem__(self, index: int | slice) -> T | LoadedWindow[T]:
+        return LoadedWindow(self._micro_batches[index]) if isinstance(index, slice) else self._micro_batches[index]

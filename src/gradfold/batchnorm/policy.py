@@ -1,0 +1,66 @@
+"""The option batch_norm=, the layers that it is about, and the refusal where it was not given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from gradfold.batchnorm.torch_private import BatchNorm
+from gradfold.errors import BatchNormError, OptionError
+from gradfold.messages import join_names
+
+BatchNormOption: TypeAlias = Literal["per_micro_batch", "exact"] | None
+
+
+SHARDS_REFUSED = (
+    "batch_norm= is not supported with fully_shard: no-op steps of ranks with fewer micro-batches would move the "
+    "statistics. Use DistributedDataParallel."
+)
+
+
+def check_batch_norm(batch_norm: str | None) -> None:
+    """Raise OptionError unless the option is known."""
+    if batch_norm not in (None, "per_micro_batch", "exact"):
+        raise OptionError(f'batch_norm={batch_norm!r}; expected None, "exact" or "per_micro_batch".')
+
+
+def batch_statistics_layers(model: nn.Module) -> dict[str, BatchNorm]:
+    """The BatchNorm layers that normalize by the statistics of their input, by name.
+
+    SyncBatchNorm and subclasses are included; layers in evaluation mode are not, unless they keep no statistics.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm)
+        and (module.training or (module.running_mean is None and module.running_var is None))
+    }
+
+
+def refuse_batch_statistics(layers: Mapping[str, nn.Module], num_micro_batches: int, num_rows: int) -> None:
+    """Raise BatchNormError that names these layers, which would normalize by micro-batch without permission."""
+    if not layers:
+        return
+    noun = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+    seen = f"{-(-num_rows // num_micro_batches)} rows at a time, not the {num_rows} of the batch"
+    raise BatchNormError(
+        f"BatchNorm in {noun} ({layer_names(layers)}) would see "
+        f"{seen if num_rows else 'one micro-batch at a time, not the batch'}, so the gradient would not be that of the "
+        'batch. Write batch_norm="exact" to normalize by the whole batch, batch_norm="per_micro_batch" to accept '
+        "statistics per micro-batch, put the layers into evaluation mode (layer.eval()) to use their running "
+        "statistics, or replace them by GroupNorm: gradfold.convert_batch_norm(model).",
+        tuple(layers),
+    )
+
+
+def layer_names(names: Iterable[str]) -> str:
+    """At most three layers, for a message; a layer that is itself the model has no name."""
+    return join_names([name or "the model itself" for name in names], 3)
+
+
+def counter_version(layer: BatchNorm) -> int:
+    """A number that grows with every batch that a layer counts, with or without its hooks."""
+    tracked = layer.num_batches_tracked
+    return 0 if tracked is None else tracked._version

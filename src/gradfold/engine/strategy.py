@@ -1,0 +1,150 @@
+"""A strategy: in which order the forward and backward passes of a window run.
+
+The plain order is `Sequential`. Losses and layers that couple the samples of a batch need another one, and implement
+`Strategy`: `batchnorm/` and `twophase/`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, final
+
+from torch import nn
+
+from gradfold.engine.backward import Weighed
+from gradfold.engine.loss_terms import LossFn
+from gradfold.engine.window import Context, Window
+from gradfold.errors import NotDecomposableError
+from gradfold.state.snapshot import Snapshot
+
+
+class Passes(Protocol):
+    """The passes of a window: its own, or other ones in their place."""
+
+    @property
+    def context(self) -> Context:
+        """What the window runs in."""
+
+    def forward(self, index: int) -> Weighed:
+        """Run the forward pass of a micro-batch."""
+
+    def backward(self, weighed: Weighed) -> None:
+        """Back-propagate what it gave."""
+
+
+class Strategy(ABC):
+    """How the windows of one accumulator run. Abstract; its subclasses are final.
+
+    Attributes:
+        probe_loss: what the self-check runs on parts of a micro-batch.
+        probes_loss: whether `probe_loss` is the loss itself, with its terms.
+        runs_zero_weight: whether micro-batches of weight 0 run like the others, which depend on their rows.
+        has_own_gradients: whether each micro-batch has a separate gradient, which can be inspected.
+    """
+
+    probes_loss = True
+    runs_zero_weight = False
+    has_own_gradients = True
+
+    def __init__(self, probe_loss: LossFn) -> None:
+        self.probe_loss = probe_loss
+
+    @abstractmethod
+    def run(self, window: Any, indices: Sequence[int], snapshot: Snapshot) -> None:
+        """Run forward and backward passes of these micro-batches.
+
+        Args:
+            window: a `Window`, or where the order is plain any `Passes`.
+            indices: of the micro-batches.
+            snapshot: what to go back to where the window has to begin again.
+        """
+
+    @abstractmethod
+    def is_sequential(self, context: Context) -> bool:
+        """Whether micro-batches run one after another, each as if it were alone."""
+
+    def is_whole(self, window: Window) -> bool:
+        """Whether all that depends on each other is in one micro-batch, which then runs as in plain torch."""
+        return len(window.micro_batches) == 1
+
+    def depends_on_split(self, context: Context) -> bool:
+        """Whether layers normalize by micro-batch, so that a halved one has other statistics."""
+        return False
+
+    def check_shards(self) -> None:
+        """Raise OptionError where processes cannot hold a part of the model each."""
+
+    def find_offender(self, window: Window) -> int | None:
+        """The micro-batch that made the losses of others not finite as well; None where each stands for itself."""
+        return None
+
+    # What the self-check asks.
+
+    def split_dependent_layers(self, context: Context) -> Mapping[str, nn.Module] | None:
+        """Layers that are known to depend on the split, by name, which a probe freezes; None: they cannot be frozen."""
+        return {}
+
+    def judge(self, is_passed: bool) -> None:
+        """Look at what the self-check's runs showed besides gradients.
+
+        Args:
+            is_passed: whether the self-check has found that parts fit the whole.
+
+        Raises:
+            GradfoldError: the window is not supported.
+        """
+
+    def explain(self, error: NotDecomposableError) -> NotDecomposableError:
+        """What the self-check has found, in the user's words."""
+        return error
+
+
+def run_in_order(window: Passes, indices: Sequence[int]) -> None:
+    """One micro-batch after another, as if each were alone."""
+    for index in indices:
+        window.backward(window.forward(index))
+
+
+@final
+class Sequential(Strategy):
+    """One micro-batch after another: the activations of one are alive at a time."""
+
+    def run(self, window: Passes, indices: Sequence[int], snapshot: Snapshot) -> None:
+        """Run the micro-batches in order."""
+        run_in_order(window, indices)
+
+    def is_sequential(self, context: Context) -> bool:
+        """Always."""
+        return True
+
+
+class WrappedStrategy(Strategy):
+    """A strategy around another one. Abstract; `run` is to be written.
+
+    Args:
+        strategy: the other one.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        super().__init__(strategy.probe_loss)
+        self.strategy = strategy
+        self.probes_loss = strategy.probes_loss
+        self.runs_zero_weight = strategy.runs_zero_weight
+        self.has_own_gradients = strategy.has_own_gradients
+
+    def is_sequential(self, context: Context) -> bool:
+        """As the other one."""
+        return self.strategy.is_sequential(context)
+
+    def is_whole(self, window: Window) -> bool:
+        """As the other one."""
+        return self.strategy.is_whole(window)
+
+    def depends_on_split(self, context: Context) -> bool:
+        """As the other one."""
+        return self.strategy.depends_on_split(context)
+
+    def find_offender(self, window: Window) -> int | None:
+        """As the other one."""
+        return self.strategy.find_offender(window)

@@ -1,0 +1,129 @@
+"""A probe run: forward and backward passes without side effects, inside a `Snapshot` that puts everything back.
+
+Leaves outside the model are found in the graph, but for those behind a reentrant checkpoint, which hides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gradfold.batch.nesting import Batch, in_own_containers, map_leaves, map_tensors
+from gradfold.engine.backward import BackPropagation
+from gradfold.engine.graph import graph_leaves
+from gradfold.engine.loss_terms import LossFn, loss_terms_of
+from gradfold.state.gradients import parameters_of
+from gradfold.state.snapshot import Snapshot
+
+_MAX_ELEMENTS = 2**17  # of all gradients together that are compared
+
+Shares: TypeAlias = Callable[[str], float]
+"""From the name of a loss term to the normalized weight with which it is back-propagated."""
+
+
+class ProbeResult(NamedTuple):
+    """What one run gave: a bounded sample of the gradient, per parameter, and the loss terms by name."""
+
+    gradients: list[Tensor | None]
+    losses: Mapping[str, Tensor]
+
+
+class ProbeRun:
+    """Runs batches on a model, with some modules frozen (in evaluation mode); the `with` block undoes all changes."""
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, back_propagate: BackPropagation, frozen: Iterable[nn.Module] = ()
+    ) -> None:
+        self.model = model
+        self.modules = list(model.modules())
+        self.parameters = parameters_of(self.modules)
+        self.snapshot = Snapshot(model, self.modules, self.parameters, probe=(loss_fn,))
+        self._loss_fn = loss_fn
+        self._back_propagate = back_propagate
+        self._frozen = frozen
+        self._own = set(map(id, self.parameters))
+        self._changes_inputs = False
+
+    def __enter__(self) -> ProbeRun:
+        self.snapshot.__enter__()
+        for module in self._frozen:
+            module.training = False
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.snapshot.__exit__(*error)
+
+    def run(
+        self,
+        batch: Batch,
+        shares: Shares,
+        mode: AbstractContextManager[Any] | None = None,
+        only: str | None = None,
+    ) -> ProbeResult:
+        """One forward and backward pass.
+
+        Args:
+            batch: what `loss_fn` takes, on the device.
+            shares: by loss term; a term whose share is 0 is not back-propagated.
+            mode: entered around both passes.
+            only: back-propagate this term alone.
+        """
+        batch = map_tensors(torch.clone, batch)  # a model may change its input in place
+        before = _versions(batch)
+        with mode or nullcontext():
+            terms = self._forward(batch)
+            weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
+            leaves = graph_leaves(term for term, _ in weighted)
+            self.snapshot.gradients.set_aside(leaf for leaf in leaves if id(leaf) not in self._own)
+            self._back_propagate(weighted)
+        self._changes_inputs |= _versions(batch) != before
+        gradients = sample_gradients(self.parameters)
+        self.drop_gradient()
+        return ProbeResult(gradients, {name: term.detach() for name, term in terms.items()})
+
+    def step(self, batch: Batch, shares: Shares) -> None:
+        """One forward and backward pass as fast as the engine's, after a `run`; the gradient stays until the end."""
+        if self._changes_inputs:
+            batch = map_tensors(torch.clone, batch)
+        terms = self._forward(in_own_containers(batch))
+        self._back_propagate([(term, shares(name)) for name, term in terms.items()])
+
+    def drop_gradient(self) -> None:
+        """Begin another window, after steps."""
+        self.snapshot.empty_gradients()
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        return loss_terms_of(self._loss_fn(self.model, batch))
+
+
+def sample_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Evenly spaced elements of each gradient, at most 2^17 in all, in float32 at least.
+
+    Of a sparse gradient its sum over the rows: like the elements, a linear map of the gradient.
+    """
+    quota = max(1, _MAX_ELEMENTS // max(1, len(parameters)))
+    return [_sample(parameter.grad, quota) for parameter in parameters]
+
+
+def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
+    if gradient is not None and hasattr(gradient, "to_local"):  # of a shard
+        gradient = gradient.to_local()
+    if gradient is None or not gradient.numel():
+        return None
+    if gradient.is_sparse:
+        gradient = torch.sparse.sum(gradient.detach(), 0).to_dense()
+    values = gradient.detach().reshape(-1)
+    values = values[:: -(-len(values) // quota)]
+    values = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
+    return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+
+
+def _versions(batch: Batch) -> list[tuple[int, int]]:
+    """The leaves of a batch and their version counters, which a change in place moves."""
+    found: list[tuple[int, int]] = []
+    map_leaves(lambda leaf: found.append((id(leaf), leaf._version if isinstance(leaf, Tensor) else 0)), batch)
+    return found

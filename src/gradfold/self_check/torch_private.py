@@ -1,0 +1,57 @@
+"""Private names of torch that the self-check and verification use. All were seen on torch 2.13.0 (CPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Without it custom generators are not found: what they alone draw looks as if runs could not be repeated.
+from torch.overrides import TorchFunctionMode as TorchFunctionMode
+
+# Without it random numbers can be neither recorded nor handed to rows: models that draw cannot be checked.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+# Without it: nested tuples, lists and dicts walked by hand.
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+# Without it: a loop over the tensors, slower for many small parameters.
+foreach_norm = torch._foreach_norm
+
+
+def is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether one is of `torch.compile(module)` (`_orig_mod`) or of `module.compile()` (`_compiled_call_impl`).
+
+    Under a mode it would be compiled again, as it is without these names.
+    """
+    return any(getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in modules)
+
+
+def operator_name(func: Any) -> str:
+    """Name of an operator, without namespace and overload. Without `_opname`: `func.name()`, split at "::" and "."."""
+    name: str = func._opname
+    return name
+
+
+def input_dtypes(node: Any) -> set[torch.dtype]:
+    """The floating point dtypes of the gradients that arrive at a node of the autograd graph.
+
+    Without `_input_metadata` the precision met is taken to be that of the parameters.
+    """
+    return {one.dtype for one in node._input_metadata if one.dtype.is_floating_point}
+
+
+def replace_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Put `function(tensor)` in the place of every parameter and buffer. Without `_apply`: a loop."""
+    module._apply(function)  # type: ignore[no-untyped-call]
+
+
+def unchanged_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Writes in this block do not count in the version counters. Without it: frozen parameters count as moved."""
+    preserving: AbstractContextManager[None] = torch.autograd._unsafe_preserve_version_counter(  # type: ignore[attr-defined]
+        tuple(tensors)
+    )
+    return preserving

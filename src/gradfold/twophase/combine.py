@@ -1,0 +1,161 @@
+"""How statistics are combined over micro-batches and over ranks.
+
+Ranks describe their statistics to each other before tensors are sent, so that what cannot be combined is an error on
+all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfold.distributed.coordinators import DataParallelCoordinator
+from gradfold.errors import LossError
+from gradfold.twophase.loss import Combine
+
+
+@dataclass(frozen=True)
+class LeafDescription:
+    """What other ranks are told of one statistic."""
+
+    path: str
+    shape: tuple[int, ...] | None = None  # of tensors
+    dtype: torch.dtype | None = None
+    value: Any = None  # of numbers and text
+
+    @classmethod
+    def of(cls, path: str, leaf: Any) -> LeafDescription:
+        """That of a leaf at a place in the nesting."""
+        return cls(path, tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else cls(path, value=leaf)
+
+    @property
+    def num_rows(self) -> int:
+        """Its rows, where it is to be concatenated."""
+        return self.shape[0] if self.shape else 0
+
+
+@dataclass(frozen=True)
+class LocalStatistics:
+    """What other ranks are told of the statistics of one rank."""
+
+    leaves: list[LeafDescription]
+    num_samples: int
+    differentiable: frozenset[str]  # paths of those that are known to have a gradient
+
+    def form(self, combine: Combine) -> list[tuple[Any, ...]]:
+        """What must be the same on all ranks: paths, shapes without the rows, dtypes."""
+        first = 1 if combine == "concatenate" else 0
+        return [(leaf.path, leaf.shape and leaf.shape[first:], leaf.dtype) for leaf in self.leaves]
+
+
+def check_leaf(path: str, leaf: Any, combine: Combine) -> None:
+    """Raise LossError where a statistic cannot be combined at all."""
+    name = path or "S"
+    if isinstance(leaf, Tensor):
+        if leaf.layout is not torch.strided:
+            raise LossError(f"the statistic {name} is a {leaf.layout} tensor; expected a dense one.")
+        if combine == "concatenate" and leaf.dim() == 0:
+            raise LossError(
+                f"the statistic {name} is a 0-d tensor, which has no rows to concatenate. Return one entry per row, or "
+                'sums over rows with TwoPhaseLoss(..., combine="sum").'
+            )
+        if combine == "sum" and leaf.dtype == torch.bool:
+            raise LossError(f"the statistic {name} is a bool tensor, which cannot be summed: write .long() for it.")
+    elif leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+        raise LossError(f"the statistic {name} is a {type(leaf).__name__}; expected a tensor, a number or text.")
+
+
+def concatenate(column: Sequence[Any], path: str, indices: Iterable[int]) -> Any:
+    """The rows of all micro-batches; LossError where they do not fit."""
+    if not any(isinstance(leaf, Tensor) for leaf in column):
+        return _same(column, path)
+    for index, leaf in zip(indices, column, strict=True):
+        if not isinstance(leaf, Tensor) or leaf.dtype != column[0].dtype or leaf.shape[1:] != column[0].shape[1:]:
+            raise LossError(
+                f"the statistic {path or 'S'} is {_shape(leaf)} in micro-batch {index}, and {_shape(column[0])} in "
+                "another; expected the same but for the number of rows. Pad to one length, or take a mean over it."
+            )
+    return torch.cat(list(column))
+
+
+def check_alike(of_all: Sequence[LocalStatistics], combine: Combine) -> None:
+    """Raise LossError, on all ranks, where their statistics cannot be combined."""
+    forms = [one.form(combine) for one in of_all]
+    for rank, form in enumerate(forms):
+        if form != forms[0]:
+            raise LossError(
+                f"the statistics of rank {rank} ({_forms(form)}) cannot be combined with those of rank 0 "
+                f"({_forms(forms[0])})."
+            )
+
+
+def _forms(leaves: Sequence[tuple[Any, ...]]) -> str:
+    return ", ".join(f"{path or 'a tensor'}: {shape} {dtype}" for path, shape, dtype in leaves) or "nothing"
+
+
+def gather(coordinator: DataParallelCoordinator, own: Sequence[Any], of_all: Sequence[LocalStatistics]) -> list[Any]:
+    """The rows of all ranks."""
+    rank, whole, counts = coordinator.group.rank, list(own), []
+    for number, leaf in enumerate(own):
+        of_leaf = [one.leaves[number] for one in of_all]
+        counts.append([one.num_rows for one in of_leaf])
+        if isinstance(leaf, Tensor):
+            whole[number] = leaf.new_empty((sum(counts[number]), *leaf.shape[1:]))
+            whole[number].narrow(0, sum(counts[number][:rank]), len(leaf)).copy_(leaf)
+        else:
+            whole[number] = _same([leaf, *(one.value for one in of_leaf)], of_leaf[0].path)
+    coordinator.exchange(None)  # all have the memory; from here on the others wait
+    for leaf, of_ranks in zip(whole, counts, strict=True):
+        if isinstance(leaf, Tensor):
+            coordinator.group.broadcast_rows(leaf, of_ranks)
+    return whole
+
+
+def sum_over_ranks(
+    coordinator: DataParallelCoordinator, own: Sequence[Any], of_all: Sequence[LocalStatistics]
+) -> list[Any]:
+    """The sums over all ranks."""
+    whole = list(own)
+    for number, leaf in enumerate(own):
+        if isinstance(leaf, Tensor):
+            coordinator.group.all_reduce(leaf)
+        else:
+            of_leaf = [one.leaves[number] for one in of_all]
+            whole[number] = reduce(lambda total, one: plus(total, one.value, one.path), of_leaf[1:], of_leaf[0].value)
+    return whole
+
+
+def plus(total: Any, leaf: Any, path: str) -> Any:
+    """The sum of two statistics, in the memory of the first; LossError where they cannot be summed."""
+    if isinstance(total, Tensor) and isinstance(leaf, Tensor):
+        if total.shape != leaf.shape:
+            raise LossError(
+                f"the statistic {path or 'S'} has shape {tuple(leaf.shape)} in one micro-batch and "
+                f'{tuple(total.shape)} in another, which cannot be summed. For rows, write combine="concatenate".'
+            )
+        return total.add_(leaf)
+    if isinstance(total, (int, float)) and isinstance(leaf, (int, float)) and not isinstance(total, bool):
+        return total + leaf
+    return _same([total, leaf], path)
+
+
+def _same(values: Sequence[Any], path: str) -> Any:
+    """The one value of something that cannot be combined; LossError where there are several."""
+    first = values[0]
+    for other in values[1:]:
+        if isinstance(first, Tensor) or isinstance(other, Tensor) or first != other:
+            shown = ["a tensor" if isinstance(one, Tensor) else repr(one) for one in (first, other)]
+            raise LossError(
+                f"the statistic {path or 'S'} is {shown[0]} in one micro-batch and {shown[1]} in another; only tensors "
+                "are combined."
+            )
+    return first
+
+
+def _shape(leaf: Any) -> str:
+    return f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)

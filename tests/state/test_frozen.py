@@ -1,0 +1,114 @@
+"""Frozen parameters that the user's loss moves: a teacher that follows its student by a moving average."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gradfold
+from gradfold.state.buffers import FrozenKeeper
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.student = nn.Linear(3, 2).double()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        with torch.no_grad():
+            self.teacher.weight.add_(0.1)
+
+
+def follow(model):
+    with torch.no_grad():
+        for slow, fast in zip(model.teacher.parameters(), model.student.parameters(), strict=True):
+            slow.lerp_(fast, 0.1)
+
+
+def loss_fn(model, batch):
+    loss = (model.student(batch) - model.teacher(batch).detach()).square().mean()
+    follow(model)
+    return loss
+
+
+class Faulty:
+    """Fails in one call."""
+
+    failing: int | None = None
+    num_calls = 0
+
+    def __call__(self, model, batch):
+        loss = loss_fn(model, batch)
+        Faulty.num_calls += 1
+        if Faulty.num_calls == Faulty.failing:
+            raise self.error
+        return loss
+
+    def __init__(self, error):
+        self.error = error
+        Faulty.num_calls, Faulty.failing = 0, None
+
+
+def moved_by_hand(model, times):
+    model = copy.deepcopy(model)
+    for _ in range(times):
+        follow(model)
+    return model.teacher.weight
+
+
+def test_the_self_check_does_not_move_them():
+    def loss_fn(model, batch):
+        loss = model.student(batch).square().mean()
+        follow(model)  # into the loss it does not go: rows of later micro-batches would see another teacher
+        return loss
+
+    model, batch = Pair(), torch.randn(20, 3).double()
+    expected = moved_by_hand(model, 4)
+    result = gradfold.Accumulator(model, loss_fn, micro_batch_size=5).backward(batch)
+    assert result.num_micro_batches == 4
+    torch.testing.assert_close(model.teacher.weight, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("failing", [1, 3, 4])
+def test_once_they_were_seen_to_move_a_failed_window_puts_them_back(failing):
+    model, batch, loss = Pair(), torch.randn(20, 3).double(), Faulty(ValueError("a fault"))
+    accumulator = gradfold.Accumulator(model, loss, micro_batch_size=5, self_check=False)
+    accumulator.backward(batch)
+    before = model.teacher.weight.clone()
+    Faulty.num_calls, Faulty.failing = 0, failing
+    with pytest.raises(ValueError, match="a fault"):
+        accumulator.backward(batch)
+    assert torch.equal(model.teacher.weight, before)
+
+
+def test_where_nothing_was_known_a_failed_window_says_that_they_keep_their_values():
+    model, batch, loss = Pair(), torch.randn(20, 3).double(), Faulty(ValueError("a fault"))
+    accumulator = gradfold.Accumulator(model, loss, micro_batch_size=5, self_check=False)
+    Faulty.failing = 2
+    with pytest.warns(RuntimeWarning, match=r"moved frozen parameters.*\(2, 3\)"), pytest.raises(ValueError):
+        accumulator.backward(batch)
+
+
+def test_a_window_that_begins_again_begins_with_their_values():
+    model, batch, loss = Pair(), torch.randn(16, 3).double(), Faulty(MemoryError())
+    accumulator = gradfold.Accumulator(model, loss, micro_batch_size=8, self_check=False)
+    accumulator.backward(batch)
+    expected = moved_by_hand(model, 4)
+    Faulty.num_calls, Faulty.failing = 0, 2
+    assert accumulator.backward(batch).num_micro_batches == 4
+    torch.testing.assert_close(model.teacher.weight, expected, rtol=1e-12, atol=0)
+
+
+def test_only_what_moves_is_copied():
+    model = Pair()
+    keeper = FrozenKeeper()
+    keeper.open(model.parameters())
+    assert not keeper.moved() and not keeper._copies
+    follow(model)
+    assert [id(one) for one in keeper.moved()] == [id(one) for one in model.teacher.parameters()]
+    keeper.learn()
+    model.student.requires_grad_(False)
+    keeper.open(model.parameters())
+    assert set(keeper._copies) == {id(one) for one in model.teacher.parameters()}
