@@ -65,9 +65,10 @@ def test_the_self_check_does_not_move_them():
         return loss
 
     model, batch = Pair(), torch.randn(20, 3).double()
-    expected = moved_by_hand(model, 4)
+    expected, version = moved_by_hand(model, 4), model.teacher.weight._version
     result = gradfold.Accumulator(model, loss_fn, micro_batch_size=5).backward(batch)
     assert result.num_micro_batches == 4
+    assert model.teacher.weight._version - version == 4  # by the window: it must not take the check for a movement
     torch.testing.assert_close(model.teacher.weight, expected, rtol=1e-12, atol=0)
 
 
@@ -91,13 +92,26 @@ def test_where_nothing_was_known_a_failed_window_says_that_they_keep_their_value
         accumulator.backward(batch)
 
 
-def test_a_window_that_begins_again_begins_with_their_values():
+@pytest.mark.parametrize("num_rows", [16, 8])  # with 8, only micro-batches of 4 rows are known to fit
+def test_a_window_that_begins_again_begins_with_their_values(num_rows):
     model, batch, loss = Pair(), torch.randn(16, 3).double(), Faulty(MemoryError())
     accumulator = gradfold.Accumulator(model, loss, micro_batch_size=8, self_check=False)
-    accumulator.backward(batch)
+    accumulator.backward(batch[: num_rows // 2])
     expected = moved_by_hand(model, 4)
     Faulty.num_calls, Faulty.failing = 0, 2
     assert accumulator.backward(batch).num_micro_batches == 4
+    torch.testing.assert_close(model.teacher.weight, expected, rtol=1e-12, atol=0)
+
+
+def test_what_is_trained_by_now_is_not_put_back():
+    model, batch, loss = Pair(), torch.randn(16, 3).double(), Faulty(MemoryError())
+    accumulator = gradfold.Accumulator(model, loss, micro_batch_size=8, self_check=False)
+    accumulator.backward(batch)
+    accumulator.backward(batch)
+    model.teacher.requires_grad_(True)
+    expected = moved_by_hand(model, 5)  # nothing is kept of what is not frozen: the first call has moved it, too
+    Faulty.num_calls, Faulty.failing = 0, 1
+    accumulator.backward(batch)
     torch.testing.assert_close(model.teacher.weight, expected, rtol=1e-12, atol=0)
 
 
