@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import gradfold
+from gradfold.state import buffers
 from gradfold.state.buffers import FrozenKeeper
 
 
@@ -115,14 +116,25 @@ def test_what_is_trained_by_now_is_not_put_back():
     torch.testing.assert_close(model.teacher.weight, expected, rtol=1e-12, atol=0)
 
 
+def test_a_frozen_backbone_is_not_copied_for_a_check(monkeypatch):
+    """What is frozen may be nearly all of a model, and twice of it may not fit."""
+    monkeypatch.setattr(buffers, "_MAX_FROZEN_BYTES", 100)
+    backbone, head = nn.Linear(5, 5), nn.Linear(5, 2)
+    backbone.requires_grad_(False)  # 120 bytes, of which no parameter alone is more than 100; the head has 48
+    for parameters, num_copies in (([*backbone.parameters(), *head.parameters()], 0), (list(Pair().parameters()), 2)):
+        keeper = FrozenKeeper(copies_all=True)
+        keeper.open(parameters)
+        assert len(keeper._copies) == num_copies
+
+
 def test_only_what_moves_is_copied():
     model = Pair()
     keeper = FrozenKeeper()
-    keeper.open(model.parameters())
+    keeper.open(list(model.parameters()))
     assert not keeper.moved() and not keeper._copies
     follow(model)
     assert [id(one) for one in keeper.moved()] == [id(one) for one in model.teacher.parameters()]
     keeper.learn()
     model.student.requires_grad_(False)
-    keeper.open(model.parameters())
+    keeper.open(list(model.parameters()))
     assert set(keeper._copies) == {id(one) for one in model.teacher.parameters()}

@@ -21,7 +21,7 @@ from gradfold.messages import warn
 from gradfold.torch_private import NormBase, set_versions
 
 _VERSION = attrgetter("_version")
-_MAX_FROZEN_BYTES = 2**26  # of one parameter, to copy before it is known to move
+_MAX_FROZEN_BYTES = 2**26  # of all frozen parameters, to copy before one is known to move
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,9 @@ class FrozenKeeper:
     Their version counters show it. They may be large, so one is copied once it has been seen to move.
 
     Args:
-        copies_all: copy all, up to some size, for runs before which none has been seen to move.
+        copies_all: copy all, for runs before which none has been seen to move; but not where they are many and larger
+            than what is trained. A teacher is as large as its student. A frozen backbone does not move, and a copy of
+            it may not fit.
     """
 
     def __init__(self, copies_all: bool = False) -> None:
@@ -140,15 +142,17 @@ class FrozenKeeper:
         self._versions: list[int] = []
         self._copies: dict[int, Tensor] = {}
 
-    def open(self, parameters: Iterable[nn.Parameter]) -> None:
+    def open(self, parameters: Sequence[nn.Parameter]) -> None:
         """Note the versions of the frozen ones of these parameters, and copy those that may move."""
         self._frozen = [one for one in parameters if not one.requires_grad and not one.is_inference()]
         self._versions = list(map(_VERSION, self._frozen))
         self._copies.clear()
         if self._moving or self._copies_all:
-            for parameter in self._frozen:
-                is_small = self._copies_all and not is_lazy(parameter) and parameter.nbytes <= _MAX_FROZEN_BYTES
-                if is_small or id(parameter) in self._moving:
+            known = [one for one in self._frozen if not is_lazy(one)]
+            trained = (one for one in parameters if one.requires_grad)
+            copies_all = self._copies_all and _num_bytes(known) <= max(_MAX_FROZEN_BYTES, _num_bytes(trained))
+            for parameter in known:
+                if copies_all or id(parameter) in self._moving:
                     self._copies[id(parameter)] = parameter.detach().clone()
 
     def learn(self) -> None:
@@ -180,9 +184,13 @@ class FrozenKeeper:
         self._versions = list(map(_VERSION, self._frozen))
         if lost:
             warn(
-                f"a failed window moved frozen parameters that no window had moved before, of shapes {lost}. They keep "
-                "their new values; everything else was restored."
+                f"loss_fn moved frozen parameters of which no copy was kept, of shapes {lost}, in a window that failed "
+                "or in a check. They keep their new values; everything else was restored."
             )
+
+
+def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(one.nbytes for one in parameters if not is_lazy(one))
 
 
 def _places(modules: Iterable[nn.Module]) -> list[_BufferLocation]:
