@@ -6,7 +6,7 @@ A counter, a loss that a layer stores, a list that is appended to, a tensor that
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ class ModuleAttributes:
             if name not in _OF_EVERY_MODULE and _may_change_inside(value)
         ]
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Bind every attribute to what it was bound to, with the contents that it had."""
         for module, attributes in self._kept:
@@ -51,15 +50,26 @@ def _copy(value: Any) -> Any:
     return (value._version, value.detach().clone()) if isinstance(value, Tensor) else value.copy()
 
 
+def put_back_container(container: Any, saved: Any) -> None:
+    """Give a list, deque, set or dict the contents of its copy, unless it holds the same objects.
+
+    By identity: tensors have no truth value, and what compares equal may be another object.
+    """
+    now, before = ([*one, *one.values()] if isinstance(one, Mapping) else [*one] for one in (container, saved))
+    if list(map(id, now)) != list(map(id, before)):
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
+
+
+def put_back_tensor(tensor: Tensor, version: int, content: Tensor) -> None:
+    """Give a tensor its contents of some version, unless it still has them."""
+    if tensor._version != version:
+        with torch.no_grad():
+            tensor.copy_(content)
+
+
 def _put_back(value: Any, copy: Any) -> None:
     if isinstance(value, Tensor):
-        version, content = copy
-        if value._version != version:
-            value.copy_(content)
-    elif isinstance(value, (dict, set)):
-        if value != copy or isinstance(value, dict):
-            value.clear()
-            value.update(copy)
+        put_back_tensor(value, *copy)
     else:
-        value.clear()
-        value.extend(copy)
+        put_back_container(value, copy)

@@ -16,6 +16,7 @@ import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradfold.state.attributes import ModuleAttributes
+from gradfold.state.attributes import ModuleAttributes, put_back_container, put_back_tensor
 from gradfold.state.buffers import BufferKeeper
 from gradfold.state.rng import RandomStates
 
@@ -58,9 +59,10 @@ class ExternalState:
         self.restore()
 
     def restore(self) -> None:
-        """Put back what has changed."""
-        for step in self._steps:
-            step()
+        """Put back what has changed; a step that fails keeps none of the others from running."""
+        with ExitStack() as stack:
+            for step in reversed(self._steps):
+                stack.callback(step)
 
 
 def reach(*roots: Any) -> Iterator[Any]:
@@ -103,7 +105,7 @@ def _undo(one: Any) -> Iterator[Callable[[], object]]:
     """What puts an object back into its present state."""
     numpy = sys.modules.get("numpy")
     if type(one) in _CONTAINERS:
-        yield partial(_put_back, one, one.copy())
+        yield partial(put_back_container, one, one.copy())
     elif isinstance(one, types.CellType):
         yield partial(_put_back_cell, one, _contents(one))
     elif isinstance(one, types.FunctionType) and _is_users(one):
@@ -111,7 +113,7 @@ def _undo(one: Any) -> Iterator[Callable[[], object]]:
     elif isinstance(one, Tensor):
         is_writable = one.layout is torch.strided and not one.is_inference() and 0 not in one.stride()
         if is_writable and one.nbytes <= _MAX_BYTES:
-            yield partial(_put_back_tensor, one, one._version, one.detach().clone())
+            yield partial(put_back_tensor, one, one._version, one.detach().clone())
     elif isinstance(one, functools._lru_cache_wrapper):
         yield partial(_clear_if_grown, one, one.cache_info().misses)
     elif isinstance(one, torch.Generator) or (numpy is not None and isinstance(one, numpy.random.RandomState)):
@@ -161,13 +163,6 @@ def _is_users(one: types.ModuleType | types.FunctionType | type) -> bool:
     return not is_ours and "site-packages" not in file and "dist-packages" not in file
 
 
-def _put_back(container: Any, saved: Any) -> None:
-    now, before = ([*one, *one.values()] if isinstance(one, Mapping) else [*one] for one in (container, saved))
-    if list(map(id, now)) != list(map(id, before)):
-        container.clear()
-        (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
-
-
 def _put_back_name(namespace: dict[str, Any], name: str, value: Any) -> None:
     if value is _MISSING:
         namespace.pop(name, None)
@@ -180,12 +175,6 @@ def _put_back_cell(cell: types.CellType, found: list[Any]) -> None:
         cell.cell_contents = found[0]
     elif _contents(cell):
         del cell.cell_contents
-
-
-def _put_back_tensor(tensor: Tensor, version: int, content: Tensor) -> None:
-    if tensor._version != version:
-        with torch.no_grad():
-            tensor.copy_(content)
 
 
 def _clear_if_grown(cached: functools._lru_cache_wrapper[Any], misses: int) -> None:

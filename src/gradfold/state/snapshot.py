@@ -187,7 +187,7 @@ class Snapshot:
         restore_each(
             self._restore_modes,
             self._put_gradients_back,
-            self._restore_user_state,
+            *(one.restore for one in (self._attributes, self._external, self._host_random_state) if one is not None),
             self._random_state.restore,
             self._frozen.restore,  # last, since these may warn
             self._buffers.restore,
@@ -200,11 +200,6 @@ class Snapshot:
 
     def _put_gradients_back(self) -> None:
         self.gradients.put_back(self._model.parameters())
-
-    def _restore_user_state(self) -> None:
-        for one in (self._attributes, self._external, self._host_random_state):
-            if one is not None:
-                one.restore()
 
 
 def restore_each(step: Callable[[], None], *others: Callable[[], None]) -> None:
