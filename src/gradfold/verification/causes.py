@@ -9,10 +9,12 @@ from torch import nn
 
 from gradfold.batch.split import cut_range
 from gradfold.engine.backward import BackPropagation
+from gradfold.engine.window import Context, PassListener, Window
 from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError, PaddingError
 from gradfold.messages import join_names
-from gradfold.packing.padding_check import PaddingCheck
+from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
+from gradfold.self_check.comparison import NOISE
 from gradfold.self_check.diagnosis import name_term
 from gradfold.self_check.experiment import CannotKnowError, Split, UndecidedError
 from gradfold.self_check.probe_run import ProbeRun
@@ -27,125 +29,94 @@ from gradfold.verification.verdict import Cause, number
 
 _PLAIN = (bool, int, float, str, list, dict, tuple, set)
 
-# By what was found: the name of the cause, and what to write.
-_TEXTS = {
-    "non_finite": (
-        "non_finite",
-        "the {what} of the whole batch is not finite, with no accumulation at all. Look for means over nothing, "
-        "log(0), overflow, or a row of the data that is not finite.",
-    ),
-    "uses_another_model": (
-        "other_model",
-        "loss_fn uses another model than the one passed to it: write loss_fn(model, batch) and use that model.",
-    ),
-    "reaches_no_parameter": (
-        "other_model",
-        "the loss reaches no parameter of the model that is passed to loss_fn, though it has a gradient. Pass the "
-        "module that loss_fn trains as the accumulator's model, and use it: loss_fn(model, batch).",
-    ),
-    "collate_draws": (
-        "random",
-        "collate draws random numbers, other ones for the whole batch than for its parts, so the result is "
-        "inconclusive. Draw them in the data set, or verify with a collate that draws none.",
-    ),
-    "host_draws": (
-        "random",
-        "loss_fn draws from {generator}, whose numbers cannot be handed to rows, so the result is inconclusive. Draw "
-        "with torch, or in the loader.",
-    ),
-    "not_repeatable": (
-        "random",
-        "two runs of the whole batch, from the same weights, buffers and random state, differ by {repeat}: loss_fn "
-        "keeps state (a counter, a list) or draws random numbers from elsewhere, so the result is inconclusive.",
-    ),
-    "unknown_draws": (
-        "random",
-        "the random numbers of {operator} cannot be handed to rows, so the result is inconclusive. Draw them in the "
-        "loader, one per row; or verify with a model that draws none (model.eval()).",
-    ),
-    "rounding": (
-        "rounding",
-        "a few rounding errors in every parameter move the gradient by {noise}, so the result is inconclusive. Verify "
-        "in float64, or with other weights and data.",
-    ),
-    "batch_norm": (
-        "batch_norm",
-        "{layers_normalize} by the mean and variance of the micro-batch, not of the batch: {names}. {how} Write "
-        'batch_norm="exact" to normalize by the whole batch, gradfold.convert_batch_norm(model) for GroupNorm, or '
-        "layer.eval() to use the running statistics.",
-    ),
-    "fails": ("fails", "loss_fn takes the whole batch, but not micro-batches of {size}: {failure}"),
-    "empty": (
-        "empty",
-        "with micro-batches of {size}, {failure} The whole batch's loss is finite, so this is a mean over nothing: "
-        "pass as weight= the number of things that it averages; then a part without any is left out.",
-    ),
-    "state": (
-        "state",
-        "the model keeps state outside of its buffers that forward passes change{where}, so a part sees another state "
-        "than the whole. Change it once per update, outside of the forward pass.",
-    ),
-    "unknown": (
-        "unknown",
-        "the parts do not make up the whole, and no experiment tells why. Look for what depends on how many rows "
-        "there are, or on the order in which parts are run.{reason}",
-    ),
-}
-
-
-def _cause(key: str, *, term: str = "loss", layers: tuple[str, ...] = (), **values: object) -> Cause:
-    name, text = _TEXTS[key]
-    return Cause(name, text.format(**values), term=term, layers=layers)
-
 
 def before_comparing(setup: Setup, whole: WholeRun) -> Cause | None:
     """What makes any comparison pointless."""
-    if not math.isfinite(whole.loss):
-        return _cause("non_finite", what="loss")
-    if not all(bool(one.isfinite().all()) for one in whole.gradients.values()):
-        return _cause("non_finite", what="gradient")
-    users = set(map(id, setup.accumulator.model.parameters()))
+    is_finite = all(bool(one.isfinite().all()) for one in whole.gradients.values())
+    if not math.isfinite(whole.loss) or not is_finite:
+        return Cause(
+            "non_finite",
+            f"the {'gradient' if math.isfinite(whole.loss) else 'loss'} of the whole batch is not finite, with no "
+            "accumulation at all. Look for means over nothing, log(0), overflow, or a row of the data that is not "
+            "finite.",
+        )
+    users = set(map(id, setup.probe.parameters))
     if any(id(leaf) in users for leaf in whole.leaves):
-        return _cause("uses_another_model")
+        return Cause(
+            "other_model",
+            "loss_fn uses another model than the one passed to it: write loss_fn(model, batch) and use that model.",
+        )
     if not whole.gradients:
-        return _cause("reaches_no_parameter")
+        return Cause(
+            "other_model",
+            "the loss reaches no parameter of the model that is passed to loss_fn, though it has a gradient. Pass the "
+            "module that loss_fn trains as the accumulator's model, and use it: loss_fn(model, batch).",
+        )
+    if whole.drew == "collate":
+        return Cause(
+            "random",
+            "collate draws random numbers, other ones for the whole batch than for its parts, so the result is "
+            "inconclusive. Draw them in the data set, or verify with a collate that draws none.",
+        )
     if whole.drew is not None:
-        return _cause("collate_draws" if whole.drew == "collate" else "host_draws", generator=whole.drew)
+        return Cause(
+            "random",
+            f"loss_fn draws from {whole.drew}, whose numbers cannot be handed to rows, so the result is inconclusive. "
+            "Draw with torch, or in the loader.",
+        )
     return None
 
 
 def after_comparing(comparison: SizeComparison) -> Cause:
     """Why the comparison failed."""
     noise = comparison.noise
-    if not noise.is_repeatable:
-        return _cause("not_repeatable", repeat=number(comparison.repeat))
+    if not comparison.is_repeatable:
+        return Cause(
+            "random",
+            "two runs of the whole batch, from the same weights, buffers and random state, differ by "
+            f"{number(comparison.repeat)}: loss_fn keeps state (a counter, a list) or draws random numbers from "
+            "elsewhere, so the result is inconclusive.",
+        )
     if comparison.unknown is not None:
-        return _cause("unknown_draws", operator=comparison.unknown)
+        return Cause(
+            "random",
+            f"the random numbers of {comparison.unknown} cannot be handed to rows, so the result is inconclusive. "
+            "Draw them in the loader, one per row; or verify with a model that draws none (model.eval()).",
+        )
     if not comparison.compared:
         return failing(comparison.attempts[-1])
     worst = comparison.compared[0]
-    if noise.may_explain(worst.error):
-        return _cause("rounding", noise=number(noise.error))
+    if worst.error <= NOISE * noise.error:
+        return Cause(
+            "rounding",
+            f"a few rounding errors in every parameter move the gradient by {number(noise.error)}, so the result is "
+            "inconclusive. Verify in float64, or with other weights and data.",
+        )
     return _split_in_two(comparison.setup, worst)
 
 
 def batch_norm(layers: tuple[str, ...], is_accepted: bool) -> Cause:
     """BatchNorm modules that normalize by the statistics of a micro-batch."""
-    return _cause(
-        "batch_norm",
-        layers=layers,
-        layers_normalize="1 layer normalizes" if len(layers) == 1 else f"{len(layers)} layers normalize",
-        names=join_names(list(map(repr, layers))),
-        how='You accepted that with batch_norm="per_micro_batch", and the errors below show how far it goes.'
+    how = (
+        'You accepted that with batch_norm="per_micro_batch", and the errors below show how far it goes.'
         if is_accepted
-        else 'The errors below are what batch_norm="per_micro_batch" would accept.',
+        else 'The errors below are what batch_norm="per_micro_batch" would accept.'
+    )
+    return Cause(
+        "batch_norm",
+        f"{'1 layer normalizes' if len(layers) == 1 else f'{len(layers)} layers normalize'} by the mean and variance "
+        f"of the micro-batch, not of the batch: {join_names(list(map(repr, layers)))}. {how} Write "
+        'batch_norm="exact" to normalize by the whole batch, gradfold.convert_batch_norm(model) for GroupNorm, or '
+        "layer.eval() to use the running statistics.",
+        layers=layers,
     )
 
 
 def failing(attempt: Attempt) -> Cause:
     """The user's own functions fail on micro-batches of this size."""
+    size, unit = measure(attempt.size)
     failure = f"{type(attempt.failure).__name__}: {attempt.failure}"
-    return _cause("fails", size=" ".join(map(str, measure(attempt.size))), failure=failure)
+    return Cause("fails", f"loss_fn takes the whole batch, but not micro-batches of {size} {unit}: {failure}")
 
 
 def _split_in_two(setup: Setup, worst: Attempt) -> Cause:
@@ -166,25 +137,38 @@ def _split_in_two(setup: Setup, worst: Attempt) -> Cause:
             reason = reason or error
     failure = worst.failure
     if isinstance(failure, NonFiniteLossError):
-        return _cause("empty", term=failure.term, size=measure(worst.size)[0], failure=failure)
+        return Cause(
+            "empty",
+            f"with micro-batches of {measure(worst.size)[0]}, {failure} The whole batch's loss is finite, so this is a "
+            "mean over nothing: pass as weight= the number of things that it averages; then a part without any is left "
+            "out.",
+            failure.term,
+        )
     moved = _find_hidden_state(setup)
     if moved is not None:
-        return _cause("state", where=moved)
-    return _cause("unknown", reason="" if reason is None else f" One experiment failed: {reason}.")
+        return Cause(
+            "state",
+            f"the model keeps state outside of its buffers that forward passes change{moved}, so a part sees another "
+            "state than the whole. Change it once per update, outside of the forward pass.",
+        )
+    return Cause(
+        "unknown",
+        "the parts do not make up the whole, and no experiment tells why. Look for what depends on how many rows there "
+        "are, or on the order in which parts are run." + (f" One experiment failed: {reason}." if reason else ""),
+    )
 
 
 def _padding(setup: Setup, budget: TokenBudget) -> Cause | None:
     """Whether rows have another gradient with the padding of the whole batch."""
-    rows = setup.padded_rows(budget)
-    if rows is None:
-        return None
-    model, weight = setup.fresh_model(), setup.weight
-    device = next(model.parameters()).device
+    batcher, context = TokenBatcher(budget, setup.collate), Context(setup.fresh_model())
+    weight, back_propagate = setup.accumulator.weight, BackPropagation()
     try:
         with without_warnings(), setup.running():
-            PaddingCheck(model, setup.loss_fn, weight, BackPropagation(), rows, budget.padding_side, device).run()
+            parts = batcher.split(setup.batch())
+            window = Window(context, setup.loss_fn, parts, weight, back_propagate, PassListener())
+            batcher.check_padding(window, setup.loss_fn, can_check=True)
     except (PaddingError, BatchError) as error:
-        layer: str | None = getattr(error, "layer", None)
+        layer = getattr(error, "layer", None)
         return Cause("padding", str(error), layers=() if layer is None else (layer,))
     return None
 
@@ -201,8 +185,10 @@ def _check_split_at(setup: Setup, first: int, recollate: bool) -> None:
     model = setup.fresh_model()
     rows = range(first), range(first, setup.num_rows)
     with without_warnings(), setup.running():
-        device, recollated = next(model.parameters()).device, setup.recollated(rows) if recollate else None
-        split = Split.of(setup.whole_batch(), rows, setup.weight, device, recollated=recollated)
+        whole = setup.whole_batch()
+        recollated = list(map(setup.collated, rows)) if recollate and setup.collate else None
+        device = next(model.parameters()).device
+        split = Split.of(whole, rows, setup.accumulator.weight, device, recollated=recollated)
         with ProbeRun(model, setup.checked_loss_fn, BackPropagation()) as probe:
             check_split(probe, split)
 
@@ -220,10 +206,9 @@ def _cause_of(setup: Setup, first: int, error: NotDecomposableError) -> Cause:
                 "the model and in the loss, or pad every sample to one length."
             )
         else:
-            coupling = find_first_coupled_layer(setup)
-            if coupling is not None:
-                text = f"{text.rstrip('.')}.\n{coupling.text}"
-                layers = () if coupling.layer is None else (coupling.layer,)
+            where, layer = find_first_coupled_layer(setup)
+            text = f"{text.rstrip('.')}.\n{where}" if where else text
+            layers = () if layer is None else (layer,)
     return Cause(error.cause, text, error.term, error.weight, layers)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.comparison import NOISE, perturbed, tolerance_of
 from gradfold.verification.reference import difference_norm, relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_in_parts, run_whole
-from gradfold.verification.setup import Setup, own_dtypes
+from gradfold.verification.setup import Setup, Size
 from gradfold.verification.verdict import Cause, ParameterRow, SizeRow, Verdict
 
 _LARGEST = 1e-3  # that noise may lift a tolerance to: errors of mistakes begin there
@@ -42,7 +43,7 @@ class SizeComparison:
         """
         whole = self.whole
         if not self.attempts:
-            return NoiseFloor(self._dtype, math.nan, 0.0, is_repeatable=True)
+            return NoiseFloor(self._dtype, math.nan, 0.0)
         strict = _noise_floor(self, whole.dtypes)
         if self.max_error <= strict.tolerance or whole.recorded.dtypes <= whole.dtypes:
             return strict
@@ -50,9 +51,14 @@ class SizeComparison:
         return loose if self.max_error <= loose.tolerance else strict
 
     @property
+    def is_repeatable(self) -> bool:
+        """Whether two runs of the whole batch differ by no more than rounding."""
+        return not math.isnan(self.noise.error)
+
+    @property
     def holds(self) -> bool:
-        """Whether every gradient is that of the whole batch, to rounding."""
-        return self.max_error <= self.noise.tolerance
+        """Whether every gradient was seen to be that of the whole batch, to rounding."""
+        return self.is_repeatable and self.max_error <= self.noise.tolerance
 
     @property
     def compared(self) -> list[Attempt]:
@@ -71,13 +77,14 @@ class SizeComparison:
 
     def verdict(self, causes: Sequence[Cause], notes: Sequence[str]) -> Verdict:
         """What was compared, with why it does not hold, if it does not."""
-        noise, sizes = self.noise, [(measure(one.size), one) for one in self.attempts]
+        noise = self.noise
         return Verdict(
             ok=not causes,
             max_relative_error=self.max_error,
             rows=self._rows(),
             sizes=tuple(
-                SizeRow(*size, one.num_micro_batches, one.error, _described(one.failure)) for size, one in sizes
+                SizeRow(*measure(one.size), one.num_micro_batches, one.error, _described(one.failure))
+                for one in self.attempts
             ),
             tolerance=noise.tolerance,
             noise_floor=noise.error,
@@ -90,8 +97,7 @@ class SizeComparison:
 
     @property
     def _dtype(self) -> torch.dtype:
-        own = own_dtypes(self.setup.accumulator.model)
-        return self.setup.dtype or min(own, key=lambda dtype: torch.finfo(dtype).eps)
+        return self.setup.dtype or min(self.setup.own_dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _rows(self) -> tuple[ParameterRow, ...]:
         """Every parameter that requires a gradient, at the worst size with a gradient."""
@@ -110,21 +116,15 @@ class SizeComparison:
         )
 
 
-@dataclass(frozen=True)
-class NoiseFloor:
+class NoiseFloor(NamedTuple):
     """What rounding explains."""
 
     precision: torch.dtype  # the lowest met
-    error: float  # how far some rounding errors in every parameter move the gradient
+    error: float  # how far some rounding errors in every parameter move the gradient; NaN where runs cannot be repeated
     tolerance: float  # the largest error allowed
-    is_repeatable: bool  # whether two runs of the whole batch differ by no more than that
-
-    def may_explain(self, error: float) -> bool:
-        """Whether an error could be rounding, though it is larger than what can be allowed."""
-        return error <= NOISE * self.error
 
 
-def compare(setup: Setup, sizes: Sequence[int | TokenBudget], whole: WholeRun | None = None) -> SizeComparison:
+def compare(setup: Setup, sizes: Sequence[Size], whole: WholeRun | None = None) -> SizeComparison:
     """Run the whole batch, twice, and each size."""
     whole = whole or run_whole(setup)
     again = run_whole(setup)
@@ -132,7 +132,7 @@ def compare(setup: Setup, sizes: Sequence[int | TokenBudget], whole: WholeRun | 
     return SizeComparison(setup, whole, attempts, relative_error(again.gradients, whole.gradients))
 
 
-def choose_sizes(num_rows: int, own: int | TokenBudget | None, asked: list[int] | None) -> list[int | TokenBudget]:
+def choose_sizes(num_rows: int, own: Size | None, asked: Sequence[int] | None) -> list[Size]:
     """The sizes of micro-batches to try, all smaller than the batch; a token budget first."""
     if asked is not None:
         for size in asked:
@@ -149,12 +149,13 @@ def choose_sizes(num_rows: int, own: int | TokenBudget | None, asked: list[int] 
     num_ragged = next((parts for parts in range(3, num_rows) if num_rows % parts), 2)
     likely = {1, 2, 3, -(-num_rows // 7), -(-num_rows // num_ragged), num_rows // 2}
     sizes = {size for size in likely if len(cut_range(num_rows, size)) <= _MOST_MICRO_BATCHES}
-    if isinstance(own, TokenBudget):
-        return [own, *sorted(size for size in sizes if size < num_rows)]
-    return [*sorted(size for size in sizes | ({own} if own else set()) if size < num_rows)]
+    if isinstance(own, int):
+        sizes.add(own)
+    found = sorted(size for size in sizes if size < num_rows)
+    return [own, *found] if isinstance(own, TokenBudget) else [*found]
 
 
-def measure(size: int | TokenBudget) -> tuple[int, Unit]:
+def measure(size: Size) -> tuple[int, Unit]:
     """A size as a number of something."""
     if isinstance(size, TokenBudget):
         assert isinstance(size.max_tokens, int)
@@ -166,14 +167,14 @@ def _noise_floor(comparison: SizeComparison, dtypes: set[torch.dtype]) -> NoiseF
     precision = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     base = tolerance_of([precision]).law
     if comparison.repeat > base:
-        return NoiseFloor(precision, math.nan, base, is_repeatable=False)
+        return NoiseFloor(precision, math.nan, base)
     error = comparison.repeat  # two runs may differ a little, by kernels that sum in any order
     for random_seed in range(2):
         model = comparison.setup.fresh_model()
         with perturbed(model.parameters(), random_seed, precision):
             moved = run_whole(comparison.setup, model)
         error = max(error, relative_error(moved.gradients, comparison.whole.gradients))
-    return NoiseFloor(precision, error, max(base, min(NOISE * error, _LARGEST)), is_repeatable=True)
+    return NoiseFloor(precision, error, max(base, min(NOISE * error, _LARGEST)))
 
 
 def _described(failure: Exception | None) -> str | None:

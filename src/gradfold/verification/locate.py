@@ -1,14 +1,12 @@
 """The first coupled layer: where in a model the rows of a batch first depend on each other.
 
-One row is changed, and the batch runs again with the same random numbers. The first module whose inputs or outputs
-changed in other rows is where it happens, or just behind.
+The first module whose inputs or outputs change in other rows when one row is changed is where, or just behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,17 +18,11 @@ from gradfold.self_check.layers import LayerCall, changed, copied, traced_layers
 from gradfold.self_check.torch_private import tree_leaves
 from gradfold.verification.setup import Setup
 
-
-@dataclass(frozen=True)
-class CoupledLayer:
-    """Where it first happens."""
-
-    text: str  # a sentence
-    layer: str | None  # its name, where it is a layer
+_KEPT_APART = "All layers keep the rows apart, so it is what loss_fn does with their outputs."
 
 
-def find_first_coupled_layer(setup: Setup) -> CoupledLayer | None:
-    """Look for the place where one row first changes others; None where that cannot be seen."""
+def find_first_coupled_layer(setup: Setup) -> tuple[str, str | None]:
+    """Where one row first changes others, as a sentence, and the layer's name; an empty one where that is not seen."""
     try:
         before = _trace(setup)
         for row in dict.fromkeys([0, setup.num_rows - 1, setup.num_rows // 2]):
@@ -39,15 +31,13 @@ def find_first_coupled_layer(setup: Setup) -> CoupledLayer | None:
             if found is not None:
                 return _describe(before, found)
     except Exception:  # a model that cannot be traced: the verdict stands without the place
-        return None
-    backwards = None
+        return "", None
     with suppress(Exception):
-        backwards = _find_backwards(setup)
-    text = "All layers keep the rows apart, so it is what loss_fn does with their outputs."
-    return backwards or CoupledLayer(text, None)
+        return _find_backwards(setup), None
+    return _KEPT_APART, None
 
 
-def _find_backwards(setup: Setup) -> CoupledLayer | None:
+def _find_backwards(setup: Setup) -> str:
     """Rows that depend on each other in the backward pass only, by a custom `autograd.Function` or a hook.
 
     A gradient that starts in one row of what the last layer gave, and arrives in others.
@@ -63,8 +53,8 @@ def _find_backwards(setup: Setup) -> CoupledLayer | None:
         if gradient is None or not _reaches_others(gradient, torch.zeros_like(gradient), 0, setup.num_rows):
             continue
         text = f"It happens in the backward pass only, between {one} and {following}: look for a custom "
-        return CoupledLayer(f"{text}autograd.Function or a hook.", None)
-    return None
+        return f"{text}autograd.Function or a hook."
+    return _KEPT_APART
 
 
 def _trace(
@@ -121,15 +111,15 @@ def _reaches_others(a: Tensor, b: Tensor, row: int, num_rows: int) -> bool:
     return bool(reaches) and all(reaches)
 
 
-def _describe(calls: list[LayerCall], index: int) -> CoupledLayer:
+def _describe(calls: list[LayerCall], index: int) -> tuple[str, str | None]:
     here, last = calls[index], calls[index - 1] if index else None
     if not here.is_output:
         caller = "loss_fn" if here.caller is None else _forward_of(calls, here.caller)
-        return CoupledLayer(f"It first happens in {caller}, before {here} is called.", None)
+        return f"It first happens in {caller}, before {here} is called.", None
     if last is not None and not last.is_output and last.name == here.name:
-        return CoupledLayer(f"It first happens in the layer {here}.", here.name)
+        return f"It first happens in the layer {here}.", here.name
     after = "" if last is None else f", after {last}"
-    return CoupledLayer(f"It first happens in {_forward_of(calls, here.name)}{after}.", here.name)
+    return f"It first happens in {_forward_of(calls, here.name)}{after}.", here.name
 
 
 def _forward_of(calls: list[LayerCall], name: str) -> str:

@@ -17,30 +17,24 @@ from gradfold.batchnorm.policy import batch_statistics_layers
 from gradfold.engine.model_checks import dropping_modules, parameters_with_hooks
 from gradfold.errors import BatchError, BatchNormError
 from gradfold.messages import first_line, join_names
-from gradfold.packing.token_budget import TokenBudget
-from gradfold.self_check.probe_run import ProbeRun
 from gradfold.verification import causes
 from gradfold.verification.comparison import SizeComparison, choose_sizes, compare, measure
 from gradfold.verification.runs import WholeRun, run_whole
-from gradfold.verification.setup import Setup, own_dtypes, split_size, without_side_effects
+from gradfold.verification.setup import Setup, Size, without_side_effects
 from gradfold.verification.verdict import Cause, Verdict, name_of
 from gradfold.windows import LoadedWindow, LoopWindow
 
 
 def prove(
-    accumulator: Accumulator,
-    batch: Batch,
-    dtype: torch.dtype,
-    micro_batch_sizes: Sequence[int] | None,
+    accumulator: Accumulator, batch: Batch, dtype: torch.dtype, micro_batch_sizes: Sequence[int] | None
 ) -> Verdict:
     """What `gradfold.verify` says of a model that trains in this process alone."""
     total = count_rows(accumulator, batch)
-    asked = None if micro_batch_sizes is None else list(micro_batch_sizes)
-    own = split_size(accumulator)
-    sizes = choose_sizes(total, own, asked)
+    own = accumulator.token_budget or accumulator.micro_batch_size
+    sizes = choose_sizes(total, own, micro_batch_sizes)
     with without_side_effects(accumulator) as probe:
-        setup, whole, notes = _first_run(accumulator, batch, total, dtype, probe)
-        hooked = parameters_with_hooks(accumulator.model, list(accumulator.model.parameters()))
+        setup, whole, notes = _first_run(Setup(accumulator, probe, batch, total, None, accumulator.batch_norm), dtype)
+        hooked = parameters_with_hooks(probe.model, probe.parameters)
         if hooked:  # which are not copied
             notes.append(f"hooks on gradients of {join_names(hooked)} did not run: they see those of micro-batches.")
         cause = causes.before_comparing(setup, whole)
@@ -55,7 +49,7 @@ def prove(
                 comparison = compare(per_micro_batch, sizes, comparison.whole)
             found += _apart_from(layers, comparison.setup, sizes, notes)
         else:
-            found = _causes(comparison, [own] if asked is None else asked, notes)
+            found = _causes(comparison, [own] if micro_batch_sizes is None else micro_batch_sizes, notes)
         if not any(bool(one.any()) for one in comparison.whole.gradients.values()):
             notes.append("the gradient of this batch is zero, which proves little.")
         return comparison.verdict(found, notes)
@@ -74,25 +68,20 @@ def count_rows(accumulator: Accumulator, batch: Batch, least: int = 2) -> int:
     return total
 
 
-def _first_run(
-    accumulator: Accumulator, batch: Batch, total: int, dtype: torch.dtype, probe: ProbeRun
-) -> tuple[Setup, WholeRun, list[str]]:
-    """The whole batch in the precision asked for, or else in the model's own."""
-    setup = Setup.of(accumulator, batch, total, dtype, probe)
-    own = own_dtypes(accumulator.model)
+def _first_run(setup: Setup, dtype: torch.dtype) -> tuple[Setup, WholeRun, list[str]]:
+    """The whole batch in this precision, or else in the model's own."""
+    converted = replace(setup, dtype=dtype)
     try:
-        return setup, run_whole(setup), []
+        return converted, run_whole(converted), []
     except Exception as error:
-        if own == {dtype}:
+        if setup.own_dtypes == {dtype}:
             raise
-        failure = first_line(error)
-    setup = Setup.of(accumulator, batch, total, None, probe)
-    names = join_names(sorted(map(name_of, own)))
-    note = f"run in the model's own precision ({names}), since it fails in {name_of(dtype)} ({failure})."
+        own, failure = join_names(sorted(map(name_of, setup.own_dtypes))), first_line(error)
+    note = f"run in the model's own precision ({own}), since it fails in {name_of(dtype)} ({failure})."
     return setup, run_whole(setup), [note]
 
 
-def _compare(setup: Setup, sizes: Sequence[int | TokenBudget], whole: WholeRun, notes: list[str]) -> SizeComparison:
+def _compare(setup: Setup, sizes: Sequence[Size], whole: WholeRun, notes: list[str]) -> SizeComparison:
     """Compare; with dropout frozen where its random numbers cannot be handed to rows."""
     comparison = compare(setup, sizes, whole)
     recorded = comparison.whole.recorded
@@ -126,9 +115,7 @@ def _batch_norm_layers(comparison: SizeComparison) -> dict[str, nn.Module]:
     return {}
 
 
-def _apart_from(
-    layers: dict[str, nn.Module], setup: Setup, sizes: Sequence[int | TokenBudget], notes: list[str]
-) -> list[Cause]:
+def _apart_from(layers: dict[str, nn.Module], setup: Setup, sizes: Sequence[Size], notes: list[str]) -> list[Cause]:
     """What else is wrong when these BatchNorm layers use their running statistics."""
     if any(getattr(layer, "running_mean", None) is None for layer in layers.values()):
         return []
@@ -140,9 +127,9 @@ def _apart_from(
     return []
 
 
-def _causes(comparison: SizeComparison, needed: Sequence[int | TokenBudget | None], notes: list[str]) -> list[Cause]:
+def _causes(comparison: SizeComparison, needed: Sequence[Size | None], notes: list[str]) -> list[Cause]:
     """Why the law does not hold, if it does not; sizes that are not needed may fail."""
-    if not (comparison.holds and comparison.noise.is_repeatable):
+    if not comparison.holds:
         return [causes.after_comparing(comparison)]
     failed = [attempt for attempt in comparison.attempts if math.isnan(attempt.error)]
     for attempt in failed:

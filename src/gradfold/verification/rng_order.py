@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,7 @@ class WindowRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, make: Callable[[Rows], RowRandomness], order: Sequence[Rows], in_turns: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._make = make
-        self._order = order
+        self._ahead = cycle(order)
         self._in_turns = in_turns
         self._is_forward = False
         self._modes: list[RowRandomness] = []
@@ -41,16 +42,12 @@ class WindowRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def around(self, loss_fn: LossFn) -> LossFn:
         """`loss_fn` with the draws of the rows that it is called with; in two phases each micro-batch comes twice."""
         if isinstance(loss_fn, TwoPhaseLoss):
-            return replace(loss_fn, statistic=self._around(loss_fn.statistic, [*self._order, *self._order]))
-        return self._around(loss_fn, self._order)
+            return replace(loss_fn, statistic=self._around(loss_fn.statistic))
+        return self._around(loss_fn)
 
-    def _around(
-        self, function: Callable[[nn.Module, Batch], Any], order: Sequence[Rows]
-    ) -> Callable[[nn.Module, Batch], Any]:
-        ahead = iter(order)
-
+    def _around(self, function: Callable[[nn.Module, Batch], Any]) -> Callable[[nn.Module, Batch], Any]:
         def call(model: nn.Module, batch: Batch) -> Any:
-            mode = self._make(next(ahead))
+            mode = self._make(next(self._ahead))
             self._modes.append(mode)
             self._is_forward = True
             try:

@@ -19,14 +19,13 @@ from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_nodes, leaf_of
 from gradfold.engine.loss_terms import LossOutput, loss_terms_of
 from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
-from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.rng_replay import RecordedRandomness
 from gradfold.self_check.self_check import without_warnings
 from gradfold.self_check.torch_private import input_dtypes
 from gradfold.state.rng import HostRandomState, RandomState
 from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
 from gradfold.verification.rng_order import WindowRandomness
-from gradfold.verification.setup import Setup, clone_accumulator
+from gradfold.verification.setup import Setup, Size
 from gradfold.weights import weigh
 
 
@@ -46,7 +45,7 @@ class WholeRun:
 class Attempt:
     """The batch in micro-batches, by gradfold."""
 
-    size: int | TokenBudget  # in rows, or padded tokens
+    size: Size
     num_micro_batches: int
     differences: dict[str, float] | None  # of gradients from those of the whole, by parameter; None where it failed
     error: float  # relative, over all parameters; NaN where it failed, infinite where a loss is not finite
@@ -85,16 +84,16 @@ def run_whole(setup: Setup, model: nn.Module | None = None) -> WholeRun:
     return WholeRun(found, loss, recorded, leaves, set().union(*map(input_dtypes, nodes)), drew)
 
 
-def run_in_parts(setup: Setup, size: int | TokenBudget, whole: WholeRun) -> Attempt:
+def run_in_parts(setup: Setup, size: Size, whole: WholeRun) -> Attempt:
     """The batch in micro-batches of at most this size, each row with the random numbers that it had in the whole."""
     model, is_joint = setup.fresh_model(), setup.batch_norm == "exact"
     with without_warnings():
-        order = _order(setup, size)
+        order = _order(setup, model, size)
         randomness = WindowRandomness(partial(setup.randomness_of, whole.recorded), order, in_turns=is_joint)
-        accumulator = clone_accumulator(setup, model, randomness.around(setup.loss_fn), size)
+        accumulator = setup.clone(model, randomness.around(setup.loss_fn), size)
         try:
             with setup.running(), randomness:
-                accumulator.backward(setup.batch_for_accumulator())
+                accumulator.backward(setup.batch())
         except Exception as error:
             is_found = isinstance(error, NonFiniteLossError if is_joint else (NonFiniteLossError, BatchNormError))
             if isinstance(error, GradfoldError) and not is_found:
@@ -112,22 +111,20 @@ def run_in_parts(setup: Setup, size: int | TokenBudget, whole: WholeRun) -> Atte
     return Attempt(size, len(order), differences, distance, None, randomness.unknown, randomness.dims)
 
 
-def run_on_all_ranks(
-    setup: Setup, size: int | TokenBudget | None, wrap: Callable[[nn.Module], nn.Module]
-) -> tuple[dict[str, Tensor], int]:
+def run_on_all_ranks(setup: Setup, size: Size, wrap: Callable[[nn.Module], nn.Module]) -> tuple[dict[str, Tensor], int]:
     """The gradient of the rows of all ranks, by a wrapped copy, and how many micro-batches it took on this one."""
     model = setup.fresh_model()
     with without_warnings():
-        accumulator = clone_accumulator(setup, wrap(model), setup.loss_fn, size, distributed=None)
+        accumulator = setup.clone(wrap(model), setup.loss_fn, size, distributed=None)
         with setup.running():
-            result = accumulator.backward(setup.batch_for_accumulator())
+            result = accumulator.backward(setup.batch())
     return gradients(unwrapped(model)), result.num_micro_batches
 
 
-def _order(setup: Setup, size: int | TokenBudget) -> list[Rows]:
+def _order(setup: Setup, model: nn.Module, size: Size) -> list[Rows]:
     """The rows of micro-batches in the order in which they are run: those of zero weight last, if at all."""
     with setup.running():
-        parts = setup.micro_batches(size)
+        parts = setup.clone(model, setup.loss_fn, size)._micro_batcher.split(setup.batch())
         idle = weigh(setup.accumulator.weight, parts).zero_weight
     order = [index for index in range(len(parts)) if index not in idle] + sorted(idle)
     return [parts[index].rows for index in order]

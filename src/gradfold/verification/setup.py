@@ -1,7 +1,4 @@
-"""The set-up: a frozen copy of a user's model, loss and batch, for experiments without side effects.
-
-Every run starts from the same weights, buffers, attributes and random state, since it gets a model of its own.
-"""
+"""The set-up of experiments without side effects: each runs a new copy of the user's model, as it was at the start."""
 
 from __future__ import annotations
 
@@ -9,41 +6,42 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch, every_leaf, map_leaves, map_tensors
 from gradfold.batch.rows import Rows
-from gradfold.batch.split import Collate, MicroBatch, split_rows, split_samples
+from gradfold.batch.split import Collate, MicroBatch
 from gradfold.batchnorm.checks import with_frozen_statistics
 from gradfold.batchnorm.policy import BatchNormOption
-from gradfold.distributed.ddp import DistributedOption
+from gradfold.distributed.ddp import DistributedOption, unwrapped
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn
+from gradfold.engine.model_checks import refuse_lazy
 from gradfold.engine.prefetch import prefetch
 from gradfold.engine.window import Context
 from gradfold.errors import ModelError
 from gradfold.messages import first_line
-from gradfold.packing.padding_check import PaddingProbe
-from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.rng_replay import RecordedRandomness, RowRandomness
 from gradfold.self_check.torch_private import replace_tensors
 from gradfold.twophase.loss import TwoPhaseLoss, probe_of, wrap_loss
-from gradfold.weights import WeightOption
+
+Size: TypeAlias = int | TokenBudget
+"""Of micro-batches: in rows, or in padded tokens."""
 
 
 @contextmanager
 def without_side_effects(accumulator: Accumulator) -> Iterator[ProbeRun]:
     """The user's model, and all else that a loss reaches, is unchanged when the block ends."""
-    probe = ProbeRun(accumulator.model, accumulator.loss_fn, BackPropagation())
+    probe = ProbeRun(unwrapped(accumulator.model), accumulator.loss_fn, BackPropagation())
     with probe, torch.enable_grad():
         yield probe
 
@@ -53,85 +51,65 @@ class Setup:
     """A set-up of a user's accumulator in one precision.
 
     Attributes:
-        batch: the whole batch as an accumulator takes it, in this precision.
+        accumulator: the user's.
+        probe: of the user's model, alone.
+        given: the whole batch as the user passed it.
         dtype: of model and batch; None: their own.
+        batch_norm: the option.
         frozen: names of the modules that run in evaluation mode.
         shared_randomness: the random numbers of one row, for all rows, and the dimensions that hold rows; None: each
             row has its own.
     """
 
     accumulator: Accumulator
-    batch: Batch
+    probe: ProbeRun
+    given: Batch
     num_rows: int
     dtype: torch.dtype | None
-    frozen: frozenset[str]
     batch_norm: BatchNormOption
-    shared_randomness: tuple[RecordedRandomness, Mapping[int, int]] | None
-    _model: nn.Module
-    _probe: ProbeRun
+    frozen: frozenset[str] = frozenset()
+    shared_randomness: tuple[RecordedRandomness, Mapping[int, int]] | None = None
 
-    @classmethod
-    def of(
-        cls, accumulator: Accumulator, batch: Batch, num_rows: int, dtype: torch.dtype | None, probe: ProbeRun
-    ) -> Setup:
-        """Copy the user's model and batch; raises ModelError where the model cannot be copied."""
-        if dtype is not None and accumulator.collate is None:
-            batch = _batch_in(dtype, batch)
-        model = _copy_of(accumulator.model, dtype)
-        return cls(accumulator, batch, num_rows, dtype, frozenset(), accumulator.batch_norm, None, model, probe)
+    @cached_property
+    def _model(self) -> nn.Module:
+        return _copy_of(self.probe.model, self.dtype)
 
     def fresh_model(self) -> nn.Module:
-        """Another copy of the model."""
+        """Another copy of the model; raises ModelError where it cannot be copied."""
         model = copy.deepcopy(self._model)
         for name in self.frozen:
             model.get_submodule(name).training = False
         return model
 
     @property
-    def weight(self) -> WeightOption:
-        """The user's."""
-        return self.accumulator.weight
+    def own_dtypes(self) -> set[torch.dtype]:
+        """The floating point dtypes of the user's parameters."""
+        return {parameter.dtype for parameter in self.probe.parameters if parameter.is_floating_point()}
 
     # The batch
 
     @property
     def collate(self) -> Collate | None:
         """The user's, whose batches are brought into this precision."""
-        collate, dtype = self.accumulator.collate, self.dtype
-        if collate is None or dtype is None:
-            return collate
-        return lambda samples: _batch_in(dtype, collate(samples))
+        collate = self.accumulator.collate
+        return None if collate is None else lambda samples: _batch_in(self.dtype, collate(samples))
+
+    def batch(self) -> Batch:
+        """The whole batch as an accumulator takes it; a copy, since a model may change its input in place."""
+        return map_tensors(torch.clone, _batch_in(self.dtype, self.given)) if self.collate is None else self.given
 
     def whole_batch(self) -> Batch:
         """The whole batch as `loss_fn` takes it, on the device."""
-        return self._on_device(self.batch if self.collate is None else self.collate(list(self.batch)))
+        return self._on_device(self.batch()) if self.collate is None else self.collated(range(self.num_rows))
 
-    def recollated(self, rows: tuple[range, range]) -> list[Batch] | None:
-        """Two parts of the samples, collated by themselves; None without `collate`."""
-        collate = self.collate
-        return collate and [self._on_device(collate(list(self.batch[own.start : own.stop]))) for own in rows]
-
-    def micro_batches(self, size: int | TokenBudget) -> list[MicroBatch]:
-        """The batch as gradfold splits it."""
-        if isinstance(size, TokenBudget):
-            return TokenBatcher(size, self.collate).split(self.batch)
-        if self.collate is None:
-            return split_rows(self.batch, size)
-        return split_samples(self.batch, size, self.collate)
-
-    def padded_rows(self, budget: TokenBudget) -> PaddingProbe | None:
-        """Rows with the padding of the whole batch, and without."""
-        batcher = TokenBatcher(budget, self.collate)
-        batcher.split(self.batch)
-        return batcher.padding_probe()
-
-    def batch_for_accumulator(self) -> Batch:
-        """The batch for an accumulator; copied, since a model may change its input in place."""
-        return map_tensors(torch.clone, self.batch) if self.collate is None else self.batch
+    def collated(self, rows: range) -> Batch:
+        """Some samples, collated by themselves, as `loss_fn` takes them."""
+        assert self.collate is not None
+        return map_tensors(torch.clone, self._on_device(self.collate(list(self.given[rows.start : rows.stop]))))
 
     def _on_device(self, batch: Batch) -> Batch:
-        device = next(self.accumulator.model.parameters()).device
-        return map_tensors(torch.clone, prefetch([MicroBatch(batch, range(self.num_rows))], device)(0))
+        device = next(self.probe.model.parameters()).device
+        return prefetch([MicroBatch(batch, range(self.num_rows))], device)(0)
 
     # The loss
 
@@ -156,7 +134,7 @@ class Setup:
             output = function(model, argument)
             own = set(map(id, model.parameters()))
             leaves = graph_leaves(leaf for leaf in every_leaf(output) if isinstance(leaf, Tensor))
-            self._probe.snapshot.gradients.set_aside(leaf for leaf in leaves if id(leaf) not in own)
+            self.probe.snapshot.gradients.set_aside(leaf for leaf in leaves if id(leaf) not in own)
             return output
 
         return run
@@ -166,7 +144,7 @@ class Setup:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Random states from the beginning; what the user's functions make without a dtype has that of the copy."""
-        self._probe.snapshot.rewind()
+        self.probe.snapshot.rewind()
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64 if self.dtype == torch.float64 else default)
         try:
@@ -176,49 +154,31 @@ class Setup:
 
     def randomness_of(self, recorded: RecordedRandomness, rows: Rows) -> RowRandomness:
         """Runs these rows with the random numbers that they had in the whole batch."""
-        if self.shared_randomness is not None:
-            recorded, dims = self.shared_randomness
-            return RowRandomness(recorded, self.num_rows, rows, dims)
-        return RowRandomness(recorded, self.num_rows, rows)
+        recorded, dims = self.shared_randomness or (recorded, None)
+        return RowRandomness(recorded, self.num_rows, rows, dims)
 
-
-def clone_accumulator(
-    user: Accumulator | Setup,
-    model: nn.Module,
-    loss_fn: LossFn,
-    size: int | TokenBudget | None,
-    distributed: DistributedOption = False,
-) -> Accumulator:
-    """An accumulator for another model, with the same weights; it checks nothing, since gradients are compared."""
-    clone = Accumulator(
-        model,
-        loss_fn,
-        micro_batch_size=None if isinstance(size, TokenBudget) else size,
-        batching=size if isinstance(size, TokenBudget) else None,
-        weight=user.weight,
-        collate=user.collate,
-        batch_norm=user.batch_norm,
-        distributed=distributed,
-        self_check=False,
-    )
-    clone._micro_batcher.trust_padding()
-    return clone
-
-
-def split_size(accumulator: Accumulator) -> int | TokenBudget | None:
-    """How much the accumulator runs at once: rows, or a budget of padded tokens."""
-    return accumulator.token_budget or accumulator.micro_batch_size
-
-
-def own_dtypes(model: nn.Module) -> set[torch.dtype]:
-    """The floating point dtypes of a model's parameters."""
-    return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    def clone(
+        self, model: nn.Module, loss_fn: LossFn, size: Size | None, distributed: DistributedOption = False
+    ) -> Accumulator:
+        """An accumulator with the user's weights; it checks nothing, since gradients are compared."""
+        clone = Accumulator(
+            model,
+            loss_fn,
+            micro_batch_size=None if isinstance(size, TokenBudget) else size,
+            batching=size if isinstance(size, TokenBudget) else None,
+            weight=self.accumulator.weight,
+            collate=self.collate,
+            batch_norm=self.batch_norm,
+            distributed=distributed,
+            self_check=False,
+        )
+        clone._micro_batcher.trust_padding()
+        return clone
 
 
 def _copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     Context(model).check_trainable()
-    if any(map(is_lazy, model.parameters())):
-        raise ModelError("the model has lazy layers that have not run yet: run one forward pass, then verify.")
+    refuse_lazy(model, "verify")
     # Results of an earlier forward pass (weight_norm keeps one) cannot be deep-copied.
     results = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in results if not value.is_leaf}
@@ -234,8 +194,10 @@ def _copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return other
 
 
-def _batch_in(dtype: torch.dtype, batch: Batch) -> Batch:
+def _batch_in(dtype: torch.dtype | None, batch: Batch) -> Batch:
     """A batch whose real numbers have this precision; complex ones, twice of it."""
+    if dtype is None:
+        return batch
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

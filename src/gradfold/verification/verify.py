@@ -19,14 +19,13 @@ from gradfold.distributed.process_group import ProcessGroup
 from gradfold.engine.model_checks import dropping_modules
 from gradfold.errors import DistributedError, OptionError
 from gradfold.messages import join_names
-from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.state.gradients import parameters_of
 from gradfold.verification.comparison import measure
 from gradfold.verification.proof import count_rows, prove
 from gradfold.verification.reference import relative_error
 from gradfold.verification.runs import run_on_all_ranks, run_whole
-from gradfold.verification.setup import Setup, clone_accumulator, split_size, without_side_effects
+from gradfold.verification.setup import Setup, Size, without_side_effects
 from gradfold.verification.verdict import Cause, SizeRow, Verdict, number
 
 __all__ = ["verify"]
@@ -111,19 +110,18 @@ def _prove_on_all_ranks(
     """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all."""
     own_rows = count_rows(accumulator, batch, least=1)  # its errors come before any rank waits
     whole_batch = _join(ranks.exchange(batch), accumulator)
-    alone = clone_accumulator(accumulator, unwrapped(accumulator.model), accumulator.loss_fn, split_size(accumulator))
-    found = _on_first(ranks, lambda: prove(alone, whole_batch, dtype, micro_batch_sizes))
+    found = _on_first(ranks, lambda: prove(accumulator, whole_batch, dtype, micro_batch_sizes))
     if not found.ok:
         note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
         return replace(found, notes=(*found.notes, note))
-    frozen = list(dropping_modules(alone.model))  # no random numbers can be handed to the rows of other ranks
+    frozen = list(dropping_modules(unwrapped(accumulator.model)))  # no random numbers for the rows of other ranks
 
-    def frozen_setup(rows: Batch, num_rows: int, probe: ProbeRun) -> Setup:
-        return replace(Setup.of(alone, rows, num_rows, found.dtype, probe), frozen=frozenset(frozen))
+    def setup_of(rows: Batch, num_rows: int, probe: ProbeRun) -> Setup:
+        return Setup(accumulator, probe, rows, num_rows, found.dtype, accumulator.batch_norm, frozenset(frozen))
 
     def run_as_one() -> Gradients | None:
-        with without_side_effects(alone) as probe:
-            whole = run_whole(frozen_setup(whole_batch, found.num_rows, probe))
+        with without_side_effects(accumulator) as probe:
+            whole = run_whole(setup_of(whole_batch, found.num_rows, probe))
         return None if whole.recorded.values else {name: one.cpu() for name, one in whole.gradients.items()}
 
     expected = _on_first(ranks, run_as_one)
@@ -132,56 +130,50 @@ def _prove_on_all_ranks(
         return replace(found, ok=False, causes=(Cause("random", text),))
     rows: list[SizeRow] = []
     for size in _sizes(accumulator, own_rows, micro_batch_sizes):
-        with without_side_effects(alone) as probe:
-            setup = frozen_setup(batch, own_rows, probe)
+        with without_side_effects(accumulator) as probe:
+            setup = setup_of(batch, own_rows, probe)
             gradients, num_run = run_on_all_ranks(setup, size, partial(wrapped_as, accumulator.model))
         rows.append(_row(ranks, size, num_run, {name: one.cpu() for name, one in gradients.items()}, expected))
     return _with_rows(found, ranks, rows, frozen)
 
 
-def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None) -> list[int | TokenBudget]:
+def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None) -> list[Size]:
     """The accumulator's own size, or those asked for, and micro-batches of two rows."""
-    size = split_size(accumulator)
-    if asked is None and isinstance(size, TokenBudget):
-        return [size, 2]
-    own = [size or own_rows] if asked is None else asked
+    if asked is None and accumulator.token_budget is not None:
+        return [accumulator.token_budget, 2]
+    own = [accumulator.micro_batch_size or own_rows] if asked is None else asked
     return [*sorted({*own, 2})]
 
 
-def _row(
-    ranks: ProcessGroup, size: int | TokenBudget, num_run: int, gradients: Gradients, expected: Gradients
-) -> SizeRow:
-    found = ranks.exchange((num_run, _digest(gradients)))
-    differing = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
+def _row(ranks: ProcessGroup, size: Size, num_run: int, gradients: Gradients, expected: Gradients) -> SizeRow:
+    found = ranks.exchange((num_run, _digest(gradients), relative_error(gradients, expected)))
+    differing = [rank for rank, (_, digest, _) in enumerate(found) if digest != found[0][1]]
     failure = f"rank {differing[0]} has another gradient than rank 0" if differing else None
-    error = relative_error(gradients, expected)
-    most = max(number for number, _ in found)
-    return SizeRow(*measure(size), most, ranks.exchange(error)[0], failure, num_ranks=ranks.size)
+    return SizeRow(*measure(size), max(number for number, _, _ in found), found[0][2], failure, ranks.size)
 
 
 def _with_rows(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: Sequence[str]) -> Verdict:
-    worst = max(rows, key=lambda row: row.error)
+    error = max(row.error for row in rows)
     notes = [f"the whole batch is the rows of all {ranks.size} ranks together."]
     if frozen:
         notes.append(
             "on several ranks these modules ran in evaluation mode, since their random numbers cannot be handed to "
             f"the rows of other ranks: {join_names(frozen)}."
         )
-    causes: tuple[Cause, ...] = ()
-    differing = [row.failure for row in rows if row.failure is not None]
-    if differing or not worst.error <= found.tolerance:
-        off = f"the gradient of {ranks.size} ranks is {number(worst.error)} off that of one process with their rows"
-        text = (
-            f"{differing[0] if differing else off}, though in one process micro-batches change nothing. What loss_fn "
-            "does depends on the rank, or parameters and buffers differ between ranks."
-        )
-        causes = (Cause("ranks", text),)
+    failure = next((row.failure for row in rows if row.failure is not None), None)
+    if failure is None and not error <= found.tolerance:
+        failure = f"the gradient of {ranks.size} ranks is {number(error)} off that of one process with their rows"
+    cause = Cause(
+        "ranks",
+        f"{failure}, though in one process micro-batches change nothing. What loss_fn does depends on the rank, or "
+        "parameters and buffers differ between ranks.",
+    )
     return replace(
         found,
-        ok=not causes,
-        max_relative_error=max(found.max_relative_error, worst.error),
+        ok=failure is None,
+        max_relative_error=max(found.max_relative_error, error),
         sizes=(*found.sizes, *rows),
-        causes=causes,
+        causes=() if failure is None else (cause,),
         notes=(*found.notes, *notes),
     )
 
