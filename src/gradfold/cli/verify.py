@@ -159,10 +159,12 @@ def _print(workload: Workload, verdict: Verdict) -> None:
     for note in verdict.notes:
         console.print(Padding(Text(f"Note: {note}"), (1, 0, 0, 0)))
     if verdict.sizes:
-        print_words(console, "\nBy size", ["micro-batch", "how many", "error"], verdict.size_cells())
+        print_words(console, "\nBy size", ["micro-batch", "how many", "error"], [row.cells() for row in verdict.sizes])
     if not math.isnan(verdict.noise_floor):
         console.print(Text(f"\n{verdict.precision_line}", style="dim"))
     if verdict.rows:
-        print_words(console, "\nBy parameter", ["name", "shape", "norm", "error"], verdict.parameter_cells())
+        print_words(
+            console, "\nBy parameter", ["name", "shape", "norm", "error"], [row.cells() for row in verdict.worst]
+        )
         if verdict.num_hidden:
             console.print(Text(f"and {verdict.num_hidden} more with smaller errors", style="dim"))

@@ -12,11 +12,11 @@ import torch
 
 from gradfold.batch.split import check_size, cut_range
 from gradfold.engine.result import Unit
-from gradfold.errors import NonFiniteLossError, OptionError
+from gradfold.errors import OptionError
 from gradfold.messages import first_line
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.comparison import NOISE, perturbed, tolerance_of
-from gradfold.verification.reference import difference_norm, relative_error
+from gradfold.verification.reference import differences, relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_in_parts, run_whole
 from gradfold.verification.setup import Setup, Size
 from gradfold.verification.verdict import Cause, ParameterRow, SizeRow, Verdict
@@ -83,7 +83,10 @@ class SizeComparison:
             max_relative_error=self.max_error,
             rows=self._rows(),
             sizes=tuple(
-                SizeRow(*measure(one.size), one.num_micro_batches, one.error, _described(one.failure))
+                SizeRow(
+                    *(*measure(one.size), one.num_micro_batches, one.error),
+                    failure=None if one.failure is None else first_line(one.failure),
+                )
                 for one in self.attempts
             ),
             tolerance=noise.tolerance,
@@ -101,10 +104,10 @@ class SizeComparison:
 
     def _rows(self) -> tuple[ParameterRow, ...]:
         """Every parameter that requires a gradient, at the worst size with a gradient."""
-        worst = next((attempt.differences for attempt in self.compared if attempt.differences is not None), None)
+        worst = next((attempt.differences for attempt in self.compared if attempt.differences), None)
         if worst is None:
             return ()
-        norms = {name: difference_norm(one, None) for name, one in self.whole.gradients.items()}
+        norms = differences({}, self.whole.gradients)
         least = _NEGLIGIBLE * math.hypot(*norms.values())
         return tuple(
             ParameterRow(
@@ -175,11 +178,3 @@ def _noise_floor(comparison: SizeComparison, dtypes: set[torch.dtype]) -> NoiseF
             moved = run_whole(comparison.setup, model)
         error = max(error, relative_error(moved.gradients, comparison.whole.gradients))
     return NoiseFloor(precision, error, max(base, min(NOISE * error, _LARGEST)))
-
-
-def _described(failure: Exception | None) -> str | None:
-    if failure is None:
-        return None
-    if isinstance(failure, NonFiniteLossError):
-        return f"the loss of micro-batch {failure.micro_batch} is {failure.value}"
-    return first_line(failure)

@@ -26,8 +26,7 @@ def find_first_coupled_layer(setup: Setup) -> tuple[str, str | None]:
     try:
         before = _trace(setup)
         for row in dict.fromkeys([0, setup.num_rows - 1, setup.num_rows // 2]):
-            change = _with_row_changed(row, setup.num_rows)
-            found = _first_coupled(before, _trace(setup, change), row, setup.num_rows)
+            found = _first_coupled(before, _trace(setup, row), row, setup.num_rows)
             if found is not None:
                 return _describe(before, found)
     except Exception:  # a model that cannot be traced: the verdict stands without the place
@@ -58,12 +57,13 @@ def _find_backwards(setup: Setup) -> str:
 
 
 def _trace(
-    setup: Setup, change: Callable[[Batch], Batch] = lambda batch: batch, keep: Callable[[Any], list[Tensor]] = copied
+    setup: Setup, changed_row: int | None = None, keep: Callable[[Any], list[Tensor]] = copied
 ) -> list[LayerCall]:
     """Every module's inputs and outputs, in order; `keep` takes the tensors from them."""
     model = setup.fresh_model()
     with setup.running(), traced_layers(model, keep) as calls:
-        setup.checked_loss_fn(model, change(setup.whole_batch()))
+        batch = setup.whole_batch()
+        setup.checked_loss_fn(model, batch if changed_row is None else _changed_in(batch, changed_row, setup.num_rows))
     return calls
 
 
@@ -71,8 +71,8 @@ def _with_graph(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def _with_row_changed(row: int, num_rows: int) -> Callable[[Batch], Batch]:
-    """A function that changes this row of a batch: noise on real numbers, another row's values for the others."""
+def _changed_in(batch: Batch, row: int, num_rows: int) -> Batch:
+    """A batch that differs in this row: noise on real numbers, another row's values for the others."""
     generator = torch.Generator().manual_seed(0)
 
     def change(tensor: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _with_row_changed(row: int, num_rows: int) -> Callable[[Batch], Batch]:
             tensor[row] = tensor[row - (num_rows + 1) // 2]
         return tensor
 
-    return lambda batch: map_tensors(change, batch)
+    return map_tensors(change, batch)
 
 
 def _first_coupled(before: list[LayerCall], after: list[LayerCall], row: int, num_rows: int) -> int | None:

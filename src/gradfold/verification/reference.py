@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,23 +36,19 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def relative_error(gradient: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """||gradient - expected|| / ||expected|| over all parameters, where a missing gradient is zero.
-
-    Absolute where all that is expected is zero.
-    """
-    squares = [difference_norm(gradient.get(name), expected.get(name)) ** 2 for name in {**expected, **gradient}]
-    norm = sum(difference_norm(value, None) ** 2 for value in expected.values()) ** 0.5
-    difference = float(sum(squares) ** 0.5)
+    """||gradient - expected|| / ||expected|| over all parameters; absolute where all that is expected is zero."""
+    difference, norm = (
+        math.sqrt(sum(one**2 for one in differences(found, expected).values())) for found in (gradient, {})
+    )
     return difference / norm if norm else difference
 
 
-def difference_norm(gradient: Tensor | None, expected: Tensor | None) -> float:
-    """||gradient - expected||, where None is zero."""
-    if gradient is None or expected is None:
-        found = gradient if gradient is not None else expected
-        return 0.0 if found is None else float(_wide(found).norm())
-    return float((_wide(gradient) - _wide(expected)).norm())
+def differences(gradient: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """||gradient - expected|| of each parameter, in float64; a missing gradient is zero."""
 
+    def difference(name: str) -> float:
+        both = [found[name] for found in (gradient, expected) if name in found]
+        one, *other = (values.to(torch.promote_types(values.dtype, torch.float64)) for values in both)
+        return float((one - other[0] if other else one).norm())
 
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+    return {name: difference(name) for name in {**expected, **gradient}}

@@ -22,8 +22,7 @@ from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
 from gradfold.self_check.rng_replay import RecordedRandomness
 from gradfold.self_check.self_check import without_warnings
 from gradfold.self_check.torch_private import input_dtypes
-from gradfold.state.rng import HostRandomState, RandomState
-from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
+from gradfold.verification.reference import differences, full_batch_gradient, gradients, relative_error
 from gradfold.verification.rng_order import WindowRandomness
 from gradfold.verification.setup import Setup, Size
 from gradfold.weights import weigh
@@ -47,8 +46,8 @@ class Attempt:
 
     size: Size
     num_micro_batches: int
-    differences: dict[str, float] | None  # of gradients from those of the whole, by parameter; None where it failed
     error: float  # relative, over all parameters; NaN where it failed, infinite where a loss is not finite
+    differences: Mapping[str, float] = field(default_factory=dict)  # from the whole, by parameter; where it ran
     failure: Exception | None = None  # of the user's own functions, or a loss that is not finite, or BatchNorm
     unknown: str | None = None  # an operator whose random numbers could not be handed to rows
     dims: Mapping[int, int] = field(default_factory=dict)  # by number of a draw, the dimension taken for its rows
@@ -71,15 +70,14 @@ def run_whole(setup: Setup, model: nn.Module | None = None) -> WholeRun:
     recorded = RecordedRandomness() if shared is None else shared[0]
     mode = recorded if shared is None else setup.randomness_of(recorded, range(setup.num_rows))
     with setup.running():
-        torch_state, host_state = RandomState.record(model.parameters()), HostRandomState.record()
-        batch = setup.whole_batch()
-        collate_drew = torch_state.has_moved() or host_state.moved() is not None
+        batch, snapshot = setup.whole_batch(), setup.probe.snapshot
+        drew = "collate" if snapshot.has_drawn() or snapshot.has_drawn_on_host() else None
         try:
             with mode, counter_based_dropout(model, update=0, num_rows=setup.num_rows):  # as in a first window
                 found, loss = full_batch_gradient(model, loss_fn, batch)
         finally:
             mode.restore_generators()
-        drew = "collate" if collate_drew else host_state.moved()
+        drew = drew or snapshot.has_drawn_on_host()
     leaves = [leaf for leaf in map(leaf_of, nodes) if leaf is not None]
     return WholeRun(found, loss, recorded, leaves, set().union(*map(input_dtypes, nodes)), drew)
 
@@ -99,16 +97,17 @@ def run_in_parts(setup: Setup, size: Size, whole: WholeRun) -> Attempt:
             if isinstance(error, GradfoldError) and not is_found:
                 raise  # what the accumulator itself tells the user
             off = math.inf if isinstance(error, NonFiniteLossError) else math.nan
-            return Attempt(size, len(order), None, off, error)
+            return Attempt(size, len(order), off, failure=error)
         finally:
             randomness.restore_generators()
     randomness.finish()
     found = gradients(model)  # not kept: there may be many sizes
-    names = {**whole.gradients, **found}
-    differences = {name: difference_norm(found.get(name), whole.gradients.get(name)) for name in names}
     distance = relative_error(found, whole.gradients)
-    distance = math.inf if math.isnan(distance) else distance
-    return Attempt(size, len(order), differences, distance, None, randomness.unknown, randomness.dims)
+    return Attempt(
+        *(size, len(order), math.inf if math.isnan(distance) else distance, differences(found, whole.gradients)),
+        unknown=randomness.unknown,
+        dims=randomness.dims,
+    )
 
 
 def run_on_all_ranks(setup: Setup, size: Size, wrap: Callable[[nn.Module], nn.Module]) -> tuple[dict[str, Tensor], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict in plain values, for JSON: None stands for a number that is not finite."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found = asdict(self, dict_factory=_plain)
         found["parameters"] = found.pop("rows")
         return found
 
@@ -163,14 +163,6 @@ class Verdict:
         """The parameters with the largest errors, at most 10, the worst first."""
         return tuple(sorted(self.rows, key=lambda row: row.error, reverse=True)[:_MOST_ROWS])
 
-    def size_cells(self) -> list[list[str]]:
-        """The table of sizes: micro-batch, how many, error."""
-        return [row.cells() for row in self.sizes]
-
-    def parameter_cells(self) -> list[list[str]]:
-        """The table of the worst parameters: name, shape, norm, error."""
-        return [row.cells() for row in self.worst]
-
     @property
     def num_hidden(self) -> int:
         """How many parameters are not among the worst."""
@@ -183,11 +175,11 @@ class Verdict:
         for note in self.notes:
             lines += ["", *_wrapped("Note", note)]
         if self.sizes:
-            lines += ["", *_table(["micro-batch", "how many", "error"], self.size_cells())]
+            lines += ["", *_table(["micro-batch", "how many", "error"], self.sizes)]
         if not math.isnan(self.noise_floor):
             lines += ["", *textwrap.wrap(self.precision_line, _WIDTH)]
         if self.rows:
-            lines += ["", *_table(["parameter", "shape", "norm", "error"], self.parameter_cells())]
+            lines += ["", *_table(["parameter", "shape", "norm", "error"], self.worst)]
             if self.num_hidden:
                 lines.append(f"  and {self.num_hidden} more with smaller errors")
         return "\n".join(lines)
@@ -213,19 +205,20 @@ def _wrapped(title: str, text: str) -> list[str]:
     return [title, *(f"  {line}" for line in lines)]
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    every = [headings, *rows]
+def _table(headings: list[str], rows: Iterable[SizeRow | ParameterRow]) -> list[str]:
+    every = [headings, *(row.cells() for row in rows)]
     widths = [max(len(row[column]) for row in every) for column in range(len(headings))]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in every
     ]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, torch.dtype):
-        return name_of(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _plain(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a dataclass as JSON has them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return name_of(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: plain(value) for name, value in fields}
