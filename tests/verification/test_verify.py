@@ -692,6 +692,19 @@ class TestExactBatchNorm:
         verdict = verify(model, loss_fn, torch.randn(16, 4), {"batch_norm": "exact"})
         assert verdict.ok and "ran in evaluation mode" in verdict.notes[0]
 
+    def test_with_a_generator_of_the_users_own_that_all_draw_from_in_turns(self):
+        generator = torch.Generator().manual_seed(1)
+
+        def noisy(x):
+            return x + torch.randn(x.shape, generator=generator).to(x)
+
+        def loss_fn(model, batch):
+            return noisy(noisy(model(noisy(batch)))).tanh().square().mean()
+
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+        verdict = verify(model, loss_fn, torch.randn(16, 4), {"batch_norm": "exact"})
+        assert verdict.ok and not verdict.notes
+
     def test_what_is_wrong_besides(self):
         def total(model, batch):
             return model(batch).tanh().square().sum()

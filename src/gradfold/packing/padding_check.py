@@ -189,7 +189,6 @@ class PaddingCheck:
         try:
             return self._probe.run(self._take(number), shares, generators).gradients
         finally:
-            generators.restore_generators()
             self._dtypes |= generators.dtypes
 
     def _cannot_know(self, reason: str) -> bool:

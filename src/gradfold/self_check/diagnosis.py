@@ -14,17 +14,17 @@ from torch import Tensor
 from gradfold.engine.model_checks import parameters_with_hooks
 from gradfold.errors import LossError, NotDecomposableError
 from gradfold.self_check.comparison import NOISE, PROOF, GradientComparison
-from gradfold.self_check.experiment import CannotKnowError, Split, SplitExperiment, SplitResult, UndecidedError
+from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, SplitResult, UndecidedError
 from gradfold.self_check.probe_run import ProbeResult
 from gradfold.self_check.weight_search import find_weight
 
 
-def refuse_empty_part(split: Split, result: SplitResult) -> None:
+def refuse_empty_part(experiment: SplitExperiment, result: SplitResult) -> None:
     """Raise NotDecomposableError where a part is a mean over nothing, though the whole is finite."""
     for index, part in enumerate(result.parts):
         for term, loss in part.losses.items():
-            if split.shares_in_window(index)(term) and not math.isfinite(float(loss)):
-                raise _empty(split, term, index, float(loss))
+            if experiment.shares_in_window(index)(term) and not math.isfinite(float(loss)):
+                raise _empty(experiment, term, index, float(loss))
 
 
 def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposableError:
@@ -47,20 +47,20 @@ def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposabl
     if not bool((comparison.errors > NOISE * _noise(experiment, comparison))[suspicious].any()):
         raise UndecidedError
     if experiment.recorded.values:
-        shared = experiment.run_with_shared_randomness(comparison.tolerance)
+        shared = experiment.run_with_shared_randomness()
         if not shared.error > PROOF * shared.tolerance:
             raise CannotKnowError("random numbers are drawn for rows in another order than they came")
-    _check_weights(experiment.split, result.whole)
+    _check_weights(experiment, result.whole)
     terms = list(result.whole.losses)
     for term in terms if len(terms) > 1 else ():
         try:
             whole = experiment.record_whole(only=term)
-            of_term = experiment.compare(whole, experiment.run_parts(whole, only=term), comparison.tolerance, term)
+            of_term = experiment.compare(whole, experiment.run_parts(whole, only=term), term)
         except (LossError, UndecidedError):  # a term without a gradient
             continue
         if of_term.is_proof:
             return _find_cause(experiment, of_term, term)
-    return _find_cause(experiment, comparison, experiment.split.seen_or_first(terms))
+    return _find_cause(experiment, comparison, experiment.seen_or_first(terms))
 
 
 def _noise(experiment: SplitExperiment, comparison: GradientComparison) -> Tensor:
@@ -72,10 +72,10 @@ def _noise(experiment: SplitExperiment, comparison: GradientComparison) -> Tenso
     return torch.stack(list(map(comparison.differences, runs))).amax(0)
 
 
-def _check_weights(split: Split, whole: ProbeResult) -> None:
+def _check_weights(experiment: SplitExperiment, whole: ProbeResult) -> None:
     """Raise CannotKnowError where the weights of the parts do not sum to that of the whole."""
     for name in whole.losses:
-        declared, parts = split.whole_weights.of_term(name).total, split.part_weights.of_term(name).total
+        declared, parts = experiment.whole_weights.of_term(name).total, experiment.part_weights.of_term(name).total
         if not math.isclose(declared, parts, rel_tol=1e-6):
             raise CannotKnowError(
                 f"weight= returns {declared:g} for a micro-batch and {parts:g} for its two parts together, so it does "
@@ -86,31 +86,31 @@ def _check_weights(split: Split, whole: ProbeResult) -> None:
 def _find_cause(experiment: SplitExperiment, comparison: GradientComparison, term: str) -> NotDecomposableError:
     relation, fitting = comparison.explain()
     if fitting is not None:
-        return _other_weights(experiment.split, term, comparison.share, fitting)
+        return _other_weights(experiment, term, comparison.share, fitting)
     cause: str = relation
     buffers: list[str] = []
     if cause == "coupled":
         if experiment.recorded.uses_batch_norm:
             cause = "batch_norm"
-        elif buffers := _buffers_that_explain(experiment, comparison.tolerance, term):
+        elif buffers := _buffers_that_explain(experiment, term):
             cause = "state"
     text = _TEXTS[cause].format(off=f"{comparison.error:.1%} off", buffers=", ".join(buffers[:3]))
     return NotDecomposableError(f"{name_term(term)} {text}", cause, term)
 
 
-def _buffers_that_explain(experiment: SplitExperiment, tolerance: float, term: str) -> list[str]:
+def _buffers_that_explain(experiment: SplitExperiment, term: str) -> list[str]:
     """The buffers that forward passes change, if the parts fit where both begin with the same values."""
     whole = experiment.record_whole()
     buffers = experiment.probe.snapshot.changed_buffers()
     if not buffers:
         return []
-    rewound = experiment.compare(whole, experiment.run_parts(whole, rewind_between=True), tolerance, term)
+    rewound = experiment.compare(whole, experiment.run_parts(whole, rewind_between=True), term)
     return buffers if rewound.fits else []
 
 
 # What is wrong, how far it is off, and what to write; after "the loss" or "the loss term 'name'".
 _TEXTS = {
-    "sum": "is a sum over the rows, not a mean, so its size depends on how the batch is split. Return the mean: "
+    "sum": "is a sum over the rows, not a mean, so its size depends on how the batch is experiment. Return the mean: "
     "reduction='mean', or divide by the number of things summed and pass that number as weight=.",
     "grad_output": "has a backward pass that ignores its incoming gradient (grad_output), which carries the weight of "
     "the micro-batch. Multiply by grad_output in its backward().",
@@ -127,9 +127,9 @@ _TEXTS = {
 }
 
 
-def _other_weights(split: Split, term: str, declared: float, fitting: float) -> NotDecomposableError:
+def _other_weights(experiment: SplitExperiment, term: str, declared: float, fitting: float) -> NotDecomposableError:
     """The first part makes up `fitting` of the gradient, where its weight says `declared`."""
-    weight = _weight_for(split, fitting)
+    weight = _weight_for(experiment, fitting)
     fix = (
         "Pass as weight= the denominator of the mean, as a function of the micro-batch: mask.sum(), "
         "class_weights[labels].sum(), or the like. If the loss compares rows (a maximum, logsumexp, a scale that it "
@@ -137,28 +137,29 @@ def _other_weights(split: Split, term: str, declared: float, fitting: float) -> 
         "(micro_batch_size=None)."
     )
     if weight is not None:
-        named = f"{{..., {term!r}: {weight}}}" if isinstance(split.weight, Mapping) else weight
+        named = f"{{..., {term!r}: {weight}}}" if isinstance(experiment.weight, Mapping) else weight
         fix = f"Write weight={named}."
     return NotDecomposableError(
-        f"{name_term(term)} is a mean over something else than weight= says: {split.name_part(0)} of a micro-batch of "
-        f"{split.num_rows} make up {fitting:.2%} of its gradient, and {declared:.2%} by their weight. {fix}",
+        f"{name_term(term)} is a mean over something else than weight= says: {experiment.name_part(0)} of a "
+        f"micro-batch of {experiment.num_rows} make up {fitting:.2%} of its gradient, and {declared:.2%} by their "
+        f"weight. {fix}",
         *("weights", term, weight),
     )
 
 
-def _empty(split: Split, term: str, index: int, loss: float) -> NotDecomposableError:
-    weight = _weight_for(split, float(index))
+def _empty(experiment: SplitExperiment, term: str, index: int, loss: float) -> NotDecomposableError:
+    weight = _weight_for(experiment, float(index))
     return NotDecomposableError(
-        f"{name_term(term)} of {split.name_part(index)} of a micro-batch is {loss}, though that of the whole is "
+        f"{name_term(term)} of {experiment.name_part(index)} of a micro-batch is {loss}, though that of the whole is "
         "finite: a mean over nothing. Pass as weight= the number of things that it averages; then a part without any "
         f"is left out: weight={weight or '...'}.",
         *("empty", term, weight),
     )
 
 
-def _weight_for(split: Split, share: float) -> str | None:
-    first, second = split.rows
-    return find_weight(split.parts[0], split.parts[1], (len(first), len(second)), share)
+def _weight_for(experiment: SplitExperiment, share: float) -> str | None:
+    first, second = experiment.rows
+    return find_weight(experiment.parts[0], experiment.parts[1], (len(first), len(second)), share)
 
 
 def name_term(term: str) -> str:

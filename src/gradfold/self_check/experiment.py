@@ -1,16 +1,10 @@
-"""The split experiment: one micro-batch, whole and in two parts of unequal size, each row with its own random numbers.
-
-whole       forward, backward                                     -> gradients, draws
-parts       forward, backward; with the draws of their rows       -> gradients
-compare     is the whole the weighted mean of the parts?
-"""
+"""The split experiment: a micro-batch whole and in two unequal parts. Is its gradient the weighted mean of theirs?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,7 +20,7 @@ from gradfold.self_check.comparison import GradientComparison, perturbed, tolera
 from gradfold.self_check.probe_run import ProbeResult, ProbeRun, Shares
 from gradfold.self_check.rng_replay import CustomGenerators, GeneratorMode, RecordedRandomness, RowRandomness
 from gradfold.self_check.torch_private import is_compiled
-from gradfold.weights import WeightOption, WindowWeights, weigh
+from gradfold.weights import WeightOption, weigh
 
 
 class CannotKnowError(Exception):
@@ -37,35 +31,40 @@ class UndecidedError(Exception):
     """These rows do not tell; others may. Internal."""
 
 
-@dataclass(frozen=True)
-class Split:
-    """A micro-batch and its two parts, on the device, with their weights.
+class SplitResult(NamedTuple):
+    """What the runs gave, and the comparison of their gradients."""
 
-    `recollated` are the parts as a collate function makes them, with a padding of their own. They run where no random
-    numbers are drawn, which could not be handed to rows of another length.
+    whole: ProbeResult
+    parts: list[ProbeResult]
+    comparison: GradientComparison
+
+
+class SplitExperiment:
+    """Runs a micro-batch whole and in two parts, also in variants that tell why these do not make up the whole.
+
+    Args:
+        probe: what runs it.
+        whole: the micro-batch.
+        rows: of each part, counted from the start of the micro-batch.
+        weight: as the user passed it.
+        recollated: the parts as a collate function makes them, with a padding of their own. They run where no random
+            numbers are drawn, which could not be handed to rows of another length.
+        share: by loss term, the normalized weight of the micro-batch in its window.
+
+    Raises:
+        BatchError: the micro-batch cannot be split.
+        CannotKnowError: its parts have no weight.
     """
 
-    whole: Batch
-    parts: Sequence[Batch]
-    recollated: Sequence[Batch] | None
-    rows: tuple[range, range]  # of each part, counted from the start of the micro-batch
-    share: Shares  # the normalized weight of the micro-batch in its window
-    whole_weights: WindowWeights  # of the micro-batch by itself
-    part_weights: WindowWeights  # of the parts in it
-    weight: WeightOption  # as the user passed it
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
+        probe: ProbeRun,
         whole: Batch,
         rows: tuple[range, range],
         weight: WeightOption,
-        device: torch.device,
-        *,
         recollated: Sequence[Batch] | None = None,
         share: Shares = lambda name: 1.0,
-    ) -> Split:
-        """Split a batch; raises BatchError where it cannot be split, CannotKnowError where its parts have no weight."""
+    ) -> None:
         try:
             num_rows(whole)
             first, second = cut_rows(whole, [len(own) for own in rows])
@@ -73,19 +72,23 @@ class Split:
             if recollated is None:
                 raise
             first, second = recollated
+        self.num_rows = rows[1].stop
         try:
-            whole_weights = weigh(weight, [MicroBatch(whole, range(rows[1].stop))])
-            part_weights = weigh(weight, [MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
+            self.whole_weights = weigh(weight, [MicroBatch(whole, range(self.num_rows))])
+            self.part_weights = weigh(weight, [MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
         except Exception as error:
             raise CannotKnowError(f"weight= fails on a part of a micro-batch ({first_line(error)})") from error
-        pieces = [MicroBatch(data, range(0)) for data in (whole, first, second, *(recollated or ()))]
-        whole, first, second, *others = map(prefetch(pieces, device), range(len(pieces)))
-        return cls(whole, (first, second), others or None, rows, share, whole_weights, part_weights, weight)
-
-    @property
-    def num_rows(self) -> int:
-        """Of the whole."""
-        return self.rows[1].stop
+        batches = [MicroBatch(data, range(0)) for data in (whole, first, second, *(recollated or ()))]
+        self._whole, *parts = map(prefetch(batches, probe.parameters[0].device), range(len(batches)))
+        self.parts, self._recollated = parts[:2], parts[2:] or parts[:2]
+        self._running = self.parts  # these or the recollated ones
+        self.probe = probe
+        self.rows = rows
+        self.weight = weight
+        self.recorded = RecordedRandomness()  # of the last run of the whole
+        self._share = share
+        self._tolerance = 0.0  # of the last comparison in its own precision
+        self._dims: dict[int, int] = {}  # by number of a draw, the dimension that holds its rows
 
     def share_of_part(self, index: int, name: str) -> float:
         """The normalized weight of a part in the micro-batch."""
@@ -93,7 +96,7 @@ class Split:
 
     def shares_in_window(self, index: int) -> Shares:
         """The normalized weights of a part in the window, by loss term."""
-        return lambda name: self.share(name) * self.share_of_part(index, name)
+        return lambda name: self._share(name) * self.share_of_part(index, name)
 
     def name_part(self, index: int) -> str:
         """The rows of a part, for a message."""
@@ -108,33 +111,13 @@ class Split:
         """A loss term that has a weight in both parts, if there is one."""
         return next(iter(self.seen(names) or names))
 
-
-class SplitResult(NamedTuple):
-    """What the runs gave, and the comparison of their gradients."""
-
-    whole: ProbeResult
-    parts: list[ProbeResult]
-    comparison: GradientComparison
-
-
-class SplitExperiment:
-    """Runs a split micro-batch, also in variants that tell why parts do not make up the whole."""
-
-    def __init__(self, probe: ProbeRun, split: Split) -> None:
-        self.probe = probe
-        self.split = split
-        self.recorded = RecordedRandomness()  # of the last run of the whole
-        self.dims: dict[int, int] = {}  # by number of a draw, the dimension that holds its rows
-        self._parts = split.parts
-
     def run_fast(self) -> SplitResult | None:
         """Without a look at every operator; None where more is needed, as where random numbers are drawn."""
-        probe = self.probe
+        probe, generators = self.probe, CustomGenerators()
         if dropping_modules(probe.model):
             return None
-        generators = CustomGenerators()
         mode = None if is_compiled(probe.modules) else generators
-        self._parts = self.split.recollated or self.split.parts
+        self._running = self._recollated
         try:
             whole = self._run_whole(mode)
             if probe.snapshot.has_drawn():
@@ -144,7 +127,7 @@ class SplitExperiment:
             if is_out_of_memory(error):
                 raise
             return None  # `run` meets it again, unless it is of the mode
-        if generators.restore_generators() or probe.snapshot.has_drawn() or probe.snapshot.has_drawn_on_host():
+        if generators.states or probe.snapshot.has_drawn() or probe.snapshot.has_drawn_on_host():
             return None
         return self._result(whole, parts, {parameter.dtype for parameter in probe.parameters} | generators.dtypes)
 
@@ -156,15 +139,14 @@ class SplitExperiment:
             CannotKnowError: its random numbers cannot be handed to rows, or a part fails.
         """
         whole = self.record_whole()
-        self._parts = self.split.parts if self.recorded.values else self.split.recollated or self.split.parts
+        self._running = self.parts if self.recorded.values else self._recollated
         return self._result(whole, self.run_parts(whole), self.recorded.dtypes)
 
-    def compare(
-        self, whole: ProbeResult, parts: list[ProbeResult], tolerance: float, term: str | None = None
-    ) -> GradientComparison:
+    def compare(self, whole: ProbeResult, parts: list[ProbeResult], term: str | None = None) -> GradientComparison:
         """Compare gradients by the weights of this loss term; None: of one that has a weight in both parts."""
-        share = self.split.share_of_part(0, term or self.split.seen_or_first(whole.losses))
-        comparison = GradientComparison.of(whole.gradients, parts[0].gradients, parts[1].gradients, share, tolerance)
+        share = self.share_of_part(0, term or self.seen_or_first(whole.losses))
+        first, second = parts
+        comparison = GradientComparison.of(whole.gradients, first.gradients, second.gradients, share, self._tolerance)
         if comparison is None:
             raise UndecidedError
         return comparison
@@ -178,36 +160,34 @@ class SplitExperiment:
 
     def run_parts(self, whole: ProbeResult, only: str | None = None, rewind_between: bool = False) -> list[ProbeResult]:
         """Both parts with the random numbers that their rows had in the whole."""
-        modes = [RowRandomness(self.recorded, self.split.num_rows, rows) for rows in self.split.rows]
+        modes = [RowRandomness(self.recorded, self.num_rows, rows) for rows in self.rows]
         results = self._run_parts(whole, modes, only, rewind_between)
         for index, mode in enumerate(modes):
-            if any(map(self.split.shares_in_window(index), whole.losses)):
+            if any(map(self.shares_in_window(index), whole.losses)):
                 mode.finish()
             if mode.unknown is not None:
                 raise CannotKnowError(f"the random numbers of {mode.unknown} cannot be handed to rows")
-            self.dims |= mode.dims
+            self._dims |= mode.dims
         return results
 
-    def run_with_shared_randomness(self, tolerance: float) -> GradientComparison:
+    def run_with_shared_randomness(self) -> GradientComparison:
         """Whole and parts with the same random numbers for every row."""
-        rows = self.split.rows
-        *modes, mode = (RowRandomness(self.recorded, len(own), own, self.dims) for own in (*rows, range(rows[1].stop)))
+        every = range(self.num_rows), *self.rows
+        mode, *modes = (RowRandomness(self.recorded, len(rows), rows, self._dims) for rows in every)
         whole = self._run_whole(mode)
-        return self.compare(whole, self._run_parts(whole, modes), tolerance)
+        return self.compare(whole, self._run_parts(whole, modes))
 
     def _run_whole(
         self, mode: GeneratorMode | None, only: str | None = None, factor: float = 1.0, random_seed: int | None = None
     ) -> ProbeResult:
-        split = self.split
         self.probe.snapshot.rewind()
         # After the rewind, which would put back frozen parameters that were moved.
-        moved = nullcontext() if random_seed is None else perturbed(self.probe.parameters, random_seed)
-        with moved:
-            result = self._run(split.whole, lambda name: factor * split.share(name), mode, only)
+        with nullcontext() if random_seed is None else perturbed(self.probe.parameters, random_seed):
+            result = self.probe.run(self._whole, lambda name: factor * self._share(name), mode, only)
         host = self.probe.snapshot.has_drawn_on_host()
         if host is not None:
             raise CannotKnowError(f"loss_fn draws from {host}, whose numbers cannot be handed to rows")
-        has_weight = any(split.share_of_part(index, name) for name in result.losses for index in (0, 1))
+        has_weight = any(self.share_of_part(index, name) for name in result.losses for index in (0, 1))
         if not has_weight or not all(math.isfinite(float(loss)) for loss in result.losses.values()):
             raise UndecidedError  # nothing to see, or something that the window itself will say
         return result
@@ -220,30 +200,24 @@ class SplitExperiment:
         rewind_between: bool = False,
     ) -> list[ProbeResult]:
         results = []
-        for index, (part, mode) in enumerate(zip(self._parts, modes, strict=True)):
+        for index, (part, mode) in enumerate(zip(self._running, modes, strict=True)):
             if index == 0 or rewind_between:
                 self.probe.snapshot.rewind()
-            shares = self.split.shares_in_window(index)
+            shares = self.shares_in_window(index)
             if not any(map(shares, whole.losses)):  # the engine would not run it either
                 results.append(ProbeResult([None] * len(whole.gradients), {}))
                 continue
             try:
-                results.append(self._run(part, shares, mode, only))
+                results.append(self.probe.run(part, shares, mode, only))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 raise CannotKnowError(
-                    f"loss_fn fails on {self.split.name_part(index)} of a micro-batch that it takes as a whole "
+                    f"loss_fn fails on {self.name_part(index)} of a micro-batch that it takes as a whole "
                     f"({first_line(error)})"
                 ) from error
         return results
 
-    def _run(self, batch: Batch, shares: Shares, mode: GeneratorMode | None, only: str | None) -> ProbeResult:
-        try:
-            return self.probe.run(batch, shares, mode, only)
-        finally:
-            if mode is not None:
-                mode.restore_generators()
-
     def _result(self, whole: ProbeResult, parts: list[ProbeResult], dtypes: set[torch.dtype]) -> SplitResult:
-        return SplitResult(whole, parts, self.compare(whole, parts, tolerance_of(dtypes).gradient))
+        self._tolerance = tolerance_of(dtypes).gradient
+        return SplitResult(whole, parts, self.compare(whole, parts))

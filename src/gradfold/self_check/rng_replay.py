@@ -30,21 +30,26 @@ _KEYED = frozenset(
 
 
 class _GeneratorStates:
-    """A mode that keeps the states of the custom generators that it meets (`generator=`)."""
+    """A mode that sets the custom generators that it meets (`generator=`) back, on exit if it is not told otherwise."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._states: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self.restores_on_exit = True
+        self.states: dict[int, tuple[torch.Generator, Tensor]] = {}  # when first met
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[misc]
+        if self.restores_on_exit:
+            self.restore_generators()
 
     def keep(self, generator: torch.Generator) -> None:
         """Record its state, the first time."""
-        self._states.setdefault(id(generator), (generator, generator.get_state()))
+        self.states.setdefault(id(generator), (generator, generator.get_state()))
 
-    def restore_generators(self) -> bool:
-        """Set the generators back to where they were when first met; whether there were any."""
-        for generator, state in self._states.values():
+    def restore_generators(self) -> None:
+        """Set the generators back to where they were when first met."""
+        for generator, state in self.states.values():
             generator.set_state(state)
-        return bool(self._states)
 
 
 class CustomGenerators(_GeneratorStates, TorchFunctionMode):

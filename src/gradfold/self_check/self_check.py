@@ -25,7 +25,7 @@ from gradfold.engine.window import Window
 from gradfold.errors import BatchError, NotDecomposableError, is_out_of_memory
 from gradfold.messages import warn
 from gradfold.self_check.diagnosis import diagnose, refuse_empty_part
-from gradfold.self_check.experiment import CannotKnowError, Split, SplitExperiment, UndecidedError
+from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, UndecidedError
 from gradfold.self_check.probe_run import ProbeRun
 
 _ENOUGH_ROWS = 8  # half of as many would miss losses that few rows decide (hard-example mining)
@@ -132,17 +132,19 @@ def _check(probe: ProbeRun, window: Window, index: int, collate_rows: CollateRow
     part = window.micro_batches[index]
     if len(part.rows) >= 2 * _ENOUGH_ROWS:
         try:
-            return check_split(probe, _split(_first_half(part, collate_rows), window, index, collate_rows))
+            return check_split(_split(probe, _first_half(part, collate_rows), window, index, collate_rows))
         except (NotDecomposableError, UndecidedError):
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # A loss for batches of one size, groups of rows that belong together, ...: then all rows.
-    return check_split(probe, _split(part, window, index, collate_rows))
+    return check_split(_split(probe, part, window, index, collate_rows))
 
 
-def _split(part: MicroBatch, window: Window, index: int, collate_rows: CollateRows | None) -> Split:
+def _split(
+    probe: ProbeRun, part: MicroBatch, window: Window, index: int, collate_rows: CollateRows | None
+) -> SplitExperiment:
     """About 30 and 70 %: equal parts would hide weights that are wrong."""
     size = len(part.rows)
     first = max(1, round(0.3 * size))
@@ -152,10 +154,10 @@ def _split(part: MicroBatch, window: Window, index: int, collate_rows: CollateRo
     def share(name: str) -> float:
         return window.weights.of_term(name).normalized[index]
 
-    return Split.of(part.data, rows, window.weight, window.device, recollated=recollated, share=share)
+    return SplitExperiment(probe, part.data, rows, window.weight, recollated, share)
 
 
-def check_split(probe: ProbeRun, split: Split) -> tuple[str, ...]:
+def check_split(experiment: SplitExperiment) -> tuple[str, ...]:
     """The loss terms that could be seen, where the parts make up the whole.
 
     Raises:
@@ -163,17 +165,16 @@ def check_split(probe: ProbeRun, split: Split) -> tuple[str, ...]:
         UndecidedError: these rows do not tell.
         CannotKnowError: no rows will tell.
     """
-    experiment = SplitExperiment(probe, split)
     with without_warnings():
         result = experiment.run_fast()
         if result is None or not result.comparison.fits:
             result = experiment.run()
-        refuse_empty_part(split, result)
+        refuse_empty_part(experiment, result)
         if result.comparison.is_proof:
             raise diagnose(experiment, result)
     if not result.comparison.fits or not result.comparison.is_informative:
         raise UndecidedError
-    return split.seen(result.whole.losses)
+    return experiment.seen(result.whole.losses)
 
 
 def _first_half(part: MicroBatch, collate_rows: CollateRows | None) -> MicroBatch:

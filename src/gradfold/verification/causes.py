@@ -16,7 +16,7 @@ from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.comparison import NOISE
 from gradfold.self_check.diagnosis import name_term
-from gradfold.self_check.experiment import CannotKnowError, Split, UndecidedError
+from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, UndecidedError
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.self_check import check_split, without_warnings
 from gradfold.twophase.loss import TwoPhaseLoss, explain
@@ -187,10 +187,8 @@ def _check_split_at(setup: Setup, first: int, recollate: bool) -> None:
     with without_warnings(), setup.running():
         whole = setup.whole_batch()
         recollated = list(map(setup.collated, rows)) if recollate and setup.collate else None
-        device = next(model.parameters()).device
-        split = Split.of(whole, rows, setup.accumulator.weight, device, recollated=recollated)
         with ProbeRun(model, setup.checked_loss_fn, BackPropagation()) as probe:
-            check_split(probe, split)
+            check_split(SplitExperiment(probe, whole, rows, setup.accumulator.weight, recollated))
 
 
 def _cause_of(setup: Setup, first: int, error: NotDecomposableError) -> Cause:

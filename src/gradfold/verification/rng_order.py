@@ -48,6 +48,7 @@ class WindowRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _around(self, function: Callable[[nn.Module, Batch], Any]) -> Callable[[nn.Module, Batch], Any]:
         def call(model: nn.Module, batch: Batch) -> Any:
             mode = self._make(next(self._ahead))
+            mode.restores_on_exit = False  # other forward passes may draw from the same generators
             self._modes.append(mode)
             self._is_forward = True
             try:
@@ -68,14 +69,10 @@ class WindowRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """By number of a draw, the dimension that holds its rows."""
         return {number: dim for mode in self._modes for number, dim in mode.dims.items()}
 
-    def finish(self) -> None:
-        """Note whether some rows made other draws than the batch."""
-        for mode in self._modes:
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for mode in reversed(self._modes):  # the first to have met a generator has the last word
             mode.finish()
-
-    def restore_generators(self) -> None:
-        """Set custom generators back to where they were when first met."""
-        for mode in reversed(self._modes):  # the first to have met one has the last word
             mode.restore_generators()
 
     def __torch_dispatch__(

@@ -72,11 +72,8 @@ def run_whole(setup: Setup, model: nn.Module | None = None) -> WholeRun:
     with setup.running():
         batch, snapshot = setup.whole_batch(), setup.probe.snapshot
         drew = "collate" if snapshot.has_drawn() or snapshot.has_drawn_on_host() else None
-        try:
-            with mode, counter_based_dropout(model, update=0, num_rows=setup.num_rows):  # as in a first window
-                found, loss = full_batch_gradient(model, loss_fn, batch)
-        finally:
-            mode.restore_generators()
+        with mode, counter_based_dropout(model, update=0, num_rows=setup.num_rows):  # as in a first window
+            found, loss = full_batch_gradient(model, loss_fn, batch)
         drew = drew or snapshot.has_drawn_on_host()
     leaves = [leaf for leaf in map(leaf_of, nodes) if leaf is not None]
     return WholeRun(found, loss, recorded, leaves, set().union(*map(input_dtypes, nodes)), drew)
@@ -98,9 +95,6 @@ def run_in_parts(setup: Setup, size: Size, whole: WholeRun) -> Attempt:
                 raise  # what the accumulator itself tells the user
             off = math.inf if isinstance(error, NonFiniteLossError) else math.nan
             return Attempt(size, len(order), off, failure=error)
-        finally:
-            randomness.restore_generators()
-    randomness.finish()
     found = gradients(model)  # not kept: there may be many sizes
     distance = relative_error(found, whole.gradients)
     return Attempt(
