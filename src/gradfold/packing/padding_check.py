@@ -1,9 +1,7 @@
 """A padding check: whether the gradient of some rows depends on how far they are padded.
 
-Under a token budget rows are padded less than in the whole batch. That changes nothing where a model masks its padding
-and a loss leaves it out, and is silently wrong where they do not. So some short rows run once with the padding of the
-batch and once without, in a side-effect-free run, dropout switched off. Where the gradients differ by more than
-rounding, the first layer is named whose output does.
+Under a token budget rows are padded less than in the whole batch, which is silently wrong where a model does not mask
+its padding or a loss counts it. So some short rows run with the padding of the batch and without, dropout switched off.
 """
 
 from __future__ import annotations
@@ -15,23 +13,23 @@ from operator import lt
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradfold.batch.rows import Rows
 from gradfold.batch.split import Collate, MicroBatch
-from gradfold.engine.backward import BackPropagation
 from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.model_checks import dropping_modules
 from gradfold.engine.prefetch import prefetch
+from gradfold.engine.window import Window
 from gradfold.errors import BatchError, PaddingError, is_out_of_memory
 from gradfold.messages import first_line, warn
 from gradfold.packing.packer import width_of
 from gradfold.packing.padding import PaddedBatch, tokens
 from gradfold.self_check.comparison import NOISE, GradientComparison, perturbed, tolerance_of
 from gradfold.self_check.layers import LayerCall, changed, traced_layers
-from gradfold.self_check.probe_run import ProbeRun, Shares
+from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.rng_replay import CustomGenerators
-from gradfold.weights import WeightOption, weigh
+from gradfold.weights import weigh
 
 _MOST_PADDED_ROWS = 8  # that are run with more padding than they need
 
@@ -97,25 +95,15 @@ def _half_as_long(
 
 
 class PaddingCheck:
-    """Checks some rows of one batch, on an accumulator's model, for padding on this side."""
+    """Checks some rows of the batch of a window, for padding on this side; `loss_fn` is what must not depend on it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        weight: WeightOption,
-        back_propagate: BackPropagation,
-        rows: PaddingProbe,
-        side: str,
-        device: torch.device,
-    ) -> None:
-        self._model = model
+    def __init__(self, window: Window, loss_fn: LossFn, rows: PaddingProbe, side: str) -> None:
         self._loss_fn = loss_fn
-        self._weights = weigh(weight, [rows.whole]), weigh(weight, rows.parts)
+        self._weights = weigh(window.weight, [rows.whole]), weigh(window.weight, rows.parts)
         self._rows = rows
         self._side = side
-        self._probe = ProbeRun(model, loss_fn, back_propagate, dropping_modules(model).values())
-        self._take = prefetch([MicroBatch(part.data, range(0)) for part in (rows.whole, *rows.parts)], device)
+        self._probe = ProbeRun(window.model, loss_fn, window.back_propagate, dropping_modules(window.model).values())
+        self._take = prefetch([MicroBatch(part.data, range(0)) for part in (rows.whole, *rows.parts)], window.device)
         self._dtypes = {parameter.dtype for parameter in self._probe.parameters}
 
     def run(self) -> bool:
@@ -142,39 +130,17 @@ class PaddingCheck:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                return self._cannot_know("out of memory on rows with the padding of the batch")
+                return _cannot_know("out of memory on rows with the padding of the batch")
 
     def _compare(self) -> bool:
         try:
-            whole = self._run_whole()
+            whole = self._run(0)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            return self._cannot_know(f"loss_fn fails on rows with the padding of the batch ({first_line(error)})")
-        first, *others = (self._run_part(number) for number in range(len(self._rows.parts)))
-        second = others[0] if others else [None] * len(first)
-        comparison = GradientComparison.of(whole, first, second, 0.5, tolerance_of(self._dtypes).gradient)
-        if comparison is None or comparison.fits:
-            return comparison is not None
-        if not comparison.is_proof:
-            return False
-        noise = [comparison.differences(self._run_whole(random_seed)).max() for random_seed in range(2)]
-        if comparison.error <= NOISE * float(max(noise)):
-            return False
-        if self._probe.snapshot.has_drawn():
-            return self._cannot_know("loss_fn draws random numbers, other ones where there is less padding")
-        raise self._error(comparison.error)
-
-    def _run_whole(self, random_seed: int | None = None) -> list[Tensor | None]:
-        """The gradients with all of the padding; with parameters `perturbed` where a seed is given."""
-        self._probe.snapshot.rewind()
-        with nullcontext() if random_seed is None else perturbed(self._probe.parameters, random_seed):
-            return self._run(0, lambda name: 1.0)
-
-    def _run_part(self, number: int) -> list[Tensor | None]:
-        self._probe.snapshot.rewind()
+            return _cannot_know(f"loss_fn fails on rows with the padding of the batch ({first_line(error)})")
         try:
-            return self._run(number + 1, lambda name: self._weights[1].of_term(name).normalized[number])
+            first, *others = (self._run(1 + number) for number in range(len(self._rows.parts)))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -183,20 +149,32 @@ class PaddingCheck:
                 "a tensor of the batch has one entry per token and was not trimmed, name it: "
                 'TokenBudget(..., trim=("position_ids",)).'
             ) from error
+        second = others[0] if others else [None] * len(first)
+        comparison = GradientComparison.of(whole, first, second, 0.5, tolerance_of(self._dtypes).gradient)
+        if comparison is None or comparison.fits:
+            return comparison is not None
+        if not comparison.is_proof:
+            return False
+        noise = [comparison.differences(self._run(0, random_seed)).max() for random_seed in range(2)]
+        if comparison.error <= NOISE * float(max(noise)):
+            return False
+        if self._probe.snapshot.has_drawn():
+            return _cannot_know("loss_fn draws random numbers, other ones where there is less padding")
+        raise self._error(comparison.error)
 
-    def _run(self, number: int, shares: Shares) -> list[Tensor | None]:
+    def _run(self, number: int, random_seed: int | None = None) -> list[Tensor | None]:
+        """The gradients of the whole (0) or of a part; with parameters `perturbed` where a seed is given."""
+
+        def share(name: str) -> float:
+            return self._weights[1].of_term(name).normalized[number - 1] if number else 1.0
+
         generators = CustomGenerators()
+        self._probe.snapshot.rewind()
         try:
-            return self._probe.run(self._take(number), shares, generators).gradients
+            with nullcontext() if random_seed is None else perturbed(self._probe.parameters, random_seed):
+                return self._probe.run(self._take(number), share, generators).gradients
         finally:
             self._dtypes |= generators.dtypes
-
-    def _cannot_know(self, reason: str) -> bool:
-        warn(
-            f"it could not be checked whether the gradient depends on how far the rows are padded: {reason}. If the "
-            "model masks its padding and the loss leaves it out, the gradient is exact: pass self_check=False."
-        )
-        return True
 
     def _error(self, error: float) -> PaddingError:
         try:
@@ -225,8 +203,8 @@ class PaddingCheck:
 
     def _trace(self, number: int) -> list[LayerCall]:
         self._probe.snapshot.rewind()
-        with traced_layers(self._model) as calls, torch.no_grad():
-            self._loss_fn(self._model, self._take(number))
+        with traced_layers(self._probe.model) as calls, torch.no_grad():
+            self._loss_fn(self._probe.model, self._take(number))
         return calls
 
     def _differ(self, padded: Tensor, trimmed: Tensor) -> bool:
@@ -240,15 +218,18 @@ class PaddingCheck:
             from_end = dim > 0 and self._side == "left"
             padded = padded.narrow(dim, padded.shape[dim] - size if from_end else 0, size)
         found = changed(padded, trimmed)
-        if trimmed.dim() > 1:
-            found = found.flatten(2).any(2) if trimmed.dim() > 2 else found
-            is_token = self._is_token(found.shape[1], found.device)
-            found = found & is_token if is_token is not None else found
+        if found.dim() > 1:
+            found = found.unsqueeze(2).flatten(2).any(2)
+            size = found.shape[1]
+            lengths = next((one for one in self._rows.lengths.values() if 0 <= size - int(one.max()) <= 1), None)
+            if lengths is not None:  # this dimension is that of the tokens
+                found &= tokens(size, lengths, self._side).to(found.device)
         return bool(found.any())
 
-    def _is_token(self, size: int, device: torch.device) -> Tensor | None:
-        """Where the first part has tokens, if a dimension of this size is that of its tokens."""
-        for lengths in self._rows.lengths.values():
-            if 0 <= size - int(lengths.max()) <= 1:
-                return tokens(size, lengths, self._side).to(device)
-        return None
+
+def _cannot_know(reason: str) -> bool:
+    warn(
+        f"it could not be checked whether the gradient depends on how far the rows are padded: {reason}. If the model "
+        "masks its padding and the loss leaves it out, the gradient is exact: pass self_check=False."
+    )
+    return True

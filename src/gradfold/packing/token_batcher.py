@@ -204,8 +204,7 @@ class TokenBatcher(MicroBatcher):
         rows = self.padding_probe()
         if rows is not None:
             window.weights.wait()  # another rank may have failed, which is not for the check to see
-            accumulator = window.model, probe_loss, window.weight, window.back_propagate
-            self.is_checked = PaddingCheck(*accumulator, rows, self._budget.padding_side, window.device).run()
+            self.is_checked = PaddingCheck(window, probe_loss, rows, self._budget.padding_side).run()
         return self.is_checked
 
     def trust_padding(self) -> None:

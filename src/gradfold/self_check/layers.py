@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,31 +38,22 @@ def copied(values: Any) -> list[Tensor]:
 
 @contextmanager
 def traced_layers(model: nn.Module, keep: Callable[[Any], list[Tensor]] = copied) -> Iterator[list[LayerCall]]:
-    """A list that grows by the inputs and outputs of every module that runs within the block, in order.
-
-    `keep` takes the tensors from inputs (positional and by keyword) and outputs.
-    """
+    """A list that grows by the inputs and outputs of every module in the block, in order; `keep` takes the tensors."""
     calls: list[LayerCall] = []
-    running: list[str] = []
+    running: list[str | None] = [None]
 
-    def note(name: str, module: nn.Module, is_output: bool, values: Any) -> None:
-        if is_output:
-            running.pop()
-        calls.append(LayerCall(name, module, is_output, running[-1] if running else None, keep(values)))
-        if not is_output:
-            running.append(name)
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(LayerCall(name, module, False, running[-1], keep((args, kwargs))))
+        running.append(name)
+
+    def leave(name: str, module: nn.Module, args: Any, outputs: Any) -> None:
+        running.pop()
+        calls.append(LayerCall(name, module, True, running[-1], keep(outputs)))
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-
-            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                note(name, module, False, (args, kwargs))
-
-            def leave(module: nn.Module, args: Any, outputs: Any, name: str = name) -> None:
-                note(name, module, True, outputs)
-
-            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+            hooks.enter_context(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(leave, name)))
         yield calls
 
 

@@ -1,15 +1,13 @@
 """The self-check: tries once, in the first window, whether this loss can be accumulated at all.
 
-The first micro-batch runs whole and in two parts of unequal size, in the model's own mode, with the weights of the
-engine, each row with the random numbers that it had in the whole; of 16 rows or more half are enough. The check raises
-only on proof. Where it cannot know it warns once, and where these rows do not tell it is repeated at windows 2, 4, 8
-and 16. It costs about two micro-steps, once per structure of batches and loss terms, and has no side effects.
+It raises only on proof. Where it cannot know it warns once; where these rows do not tell it is repeated in windows 2,
+4, 8 and 16. It costs about two micro-steps, once per structure of batches and loss terms, and has no side effects.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,19 +39,12 @@ class SelfCheck:
         self._num_windows: dict[str, int] = {}  # of those not settled
         self._settled: dict[str, tuple[str, ...] | None] = {}  # the loss terms that were seen; None: cannot know
         self._current = ""
-        self._last_settled: tuple[Hashable, list[bool]] | None = None  # of the last window, if it was settled before
 
     def is_due(self, window: Window) -> bool:
         """Whether to check this window."""
-        modes = [module.training for module in window.context.modules]
-        current = (structure(window.micro_batches[0].data), modes)
-        if current == self._last_settled:
-            return False  # the usual case, without the text
-        self._current = repr(current)
+        self._current = repr((structure(window.micro_batches[0].data), window.context.modes))
         if self._current in self._settled:
-            self._last_settled = current
             return False
-        self._last_settled = None
         count = self._num_windows[self._current] = self._num_windows.get(self._current, 0) + 1
         return count in _RETRIES
 
@@ -71,22 +62,15 @@ class SelfCheck:
         """The window was refused: check the next one like it, which would be as wrong."""
         self._settled.pop(self._current, None)
         self._num_windows[self._current] -= 1
-        self._last_settled = None
 
     def note_terms(self, names: Collection[str]) -> None:
         """Check again if this window had loss terms that were not seen yet."""
         seen = self._settled.get(self._current)
         if seen is not None and not set(names) <= set(seen):
             del self._settled[self._current]
-            self._last_settled = None
 
     def check(self, window: Window, collate_rows: CollateRows | None = None, frozen: Iterable[nn.Module] = ()) -> None:
-        """Check the first micro-batch of a window that has two rows and a weight.
-
-        Args:
-            window: before it runs.
-            collate_rows: where samples are collated.
-            frozen: modules that run in evaluation mode meanwhile, since they are known to depend on the split.
+        """Check the first micro-batch of a window that has two rows and a weight, with `frozen` modules in eval mode.
 
         Raises:
             NotDecomposableError: the parts do not make up the whole.
@@ -125,36 +109,30 @@ class SelfCheck:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._settled, self._num_windows = dict(state["settled"]), dict(state["num_windows"])
-        self._last_settled = None
 
 
 def _check(probe: ProbeRun, window: Window, index: int, collate_rows: CollateRows | None) -> tuple[str, ...]:
+    def check(part: MicroBatch) -> tuple[str, ...]:
+        size = len(part.rows)
+        first = max(1, round(0.3 * size))  # equal parts would hide weights that are wrong
+        rows = range(first), range(first, size)
+        recollated = None if collate_rows is None else _recollate(part, rows, collate_rows)
+        return check_split(SplitExperiment(probe, part.data, rows, window.weight, recollated, share))
+
+    def share(name: str) -> float:
+        return window.weights.of_term(name).normalized[index]
+
     part = window.micro_batches[index]
     if len(part.rows) >= 2 * _ENOUGH_ROWS:
         try:
-            return check_split(_split(probe, _first_half(part, collate_rows), window, index, collate_rows))
+            return check(_first_half(part, collate_rows))
         except (NotDecomposableError, UndecidedError):
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # A loss for batches of one size, groups of rows that belong together, ...: then all rows.
-    return check_split(_split(probe, part, window, index, collate_rows))
-
-
-def _split(
-    probe: ProbeRun, part: MicroBatch, window: Window, index: int, collate_rows: CollateRows | None
-) -> SplitExperiment:
-    """About 30 and 70 %: equal parts would hide weights that are wrong."""
-    size = len(part.rows)
-    first = max(1, round(0.3 * size))
-    rows = range(first), range(first, size)
-    recollated = None if collate_rows is None else _recollate(part, rows, collate_rows)
-
-    def share(name: str) -> float:
-        return window.weights.of_term(name).normalized[index]
-
-    return SplitExperiment(probe, part.data, rows, window.weight, recollated, share)
+    return check(part)
 
 
 def check_split(experiment: SplitExperiment) -> tuple[str, ...]:
@@ -182,11 +160,12 @@ def _first_half(part: MicroBatch, collate_rows: CollateRows | None) -> MicroBatc
     half = len(part.rows) // 2
     num_rows(part.data)
     if collate_rows is None:
-        return MicroBatch(cut_rows(part.data, [half, len(part.rows) - half])[0], part.rows[:half])
-    recollated = _recollate(part, [range(half)], collate_rows)
-    if recollated is None:
+        data = cut_rows(part.data, [half, len(part.rows) - half])
+    else:
+        data = _recollate(part, [range(half)], collate_rows) or []
+    if not data:
         raise CannotKnowError("collate does not return the same twice")
-    return MicroBatch(recollated[0], part.rows[:half])
+    return MicroBatch(data[0], part.rows[:half])
 
 
 def _recollate(part: MicroBatch, parts: Sequence[range], collate_rows: CollateRows) -> list[Batch] | None:
