@@ -1,7 +1,6 @@
-"""The comparison of gradients: those of a whole batch with those of its parts, and what rounding explains.
+"""The comparison of the gradients of a whole batch with those of its two parts, and what rounding explains.
 
-For a loss that is a mean, whole = share * first + (1 - share) * second, with the shares that the weights give. Where
-that fails, another relation often holds, and says what is wrong.
+For a mean, whole = share * first + (1 - share) * second. Where that fails another relation may hold, and says why.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ class Tolerance(NamedTuple):
 
     law: float  # of the gradient over all parameters, on a CPU (of half types, a few roundings)
     gradient: float  # of the gradient of each parameter
-    statistic: (
-        float  # of values computed twice, by other kernels; another dropout mask moves them by a percent and more
-    )
+    statistic: float  # of values computed twice, by other kernels; another dropout mask moves them by 1 % and more
 
 
 _TOLERANCES = {
@@ -59,10 +56,8 @@ def perturbed(
 ) -> Iterator[None]:
     """Move floating point parameters by a random number of rounding errors each; what that changes is noise.
 
-    Args:
-        parameters: those to move.
-        random_seed: each moves them in another way. One alone may move nothing that counts, by luck.
-        precision: whose rounding errors; None: those of each parameter's own dtype.
+    Of several seeds, since one may move nothing that counts, by luck; `precision`: whose rounding errors, if not their
+    own dtype's.
     """
     moved = [parameter for parameter in parameters if parameter.is_floating_point()]
     values = [parameter.detach().clone() for parameter in moved]
@@ -83,12 +78,9 @@ def perturbed(
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """Gradients of a whole and of its two parts, as back-propagated from grad_outputs of 1, `share` and `1 - share`.
+    """Gradients of a whole and of its two parts, as back-propagated from grad_outputs of 1, `share` and `1 - share`."""
 
-    They are on the host, in float64: squares of small float32 numbers vanish.
-    """
-
-    whole: Tensor  # (elements of all parameters,), as the next two
+    whole: Tensor  # (elements of all parameters,), as the next two; on the host, in float64, since squares may vanish
     first: Tensor
     second: Tensor
     lengths: list[int]  # of each parameter that any of the three has a gradient for
@@ -100,18 +92,15 @@ class GradientComparison:
         cls, whole: Gradients, first: Gradients, second: Gradients, share: float, tolerance: float
     ) -> GradientComparison | None:
         """From one gradient per parameter, zero where it is missing; None where all are."""
-        found = [three for three in zip(whole, first, second, strict=True) if any(one is not None for one in three)]
-        if not found:
+        rows: list[list[Tensor]] = []
+        for three in zip(whole, first, second, strict=True):
+            present = next((one for one in three if one is not None), None)
+            if present is not None:
+                rows.append([torch.zeros_like(present) if one is None else one for one in three])
+        if not rows:
             return None
-        present = [next(one for one in three if one is not None) for three in found]
-        lengths = [one.numel() for one in present]
-
-        def flat(gradients: Gradients) -> Tensor:
-            pairs = zip(gradients, present, strict=True)
-            return _on_host([torch.zeros_like(other) if one is None else one for one, other in pairs])
-
-        columns = [flat(column) for column in zip(*found, strict=True)]
-        return cls(columns[0], columns[1], columns[2], lengths, share, tolerance)
+        of_whole, of_first, of_second = map(_on_host, zip(*rows, strict=True))
+        return cls(of_whole, of_first, of_second, [len(row[0]) for row in rows], share, tolerance)
 
     @cached_property
     def errors(self) -> Tensor:
@@ -142,8 +131,7 @@ class GradientComparison:
         """How different the means over the two parts are: where they are equal, weights cannot be told from others."""
         if not 0 < self.share < 1:
             return 0.0
-        difference = self.first / self.share - self.second / (1 - self.share)
-        return float((self._sizes_of(difference) / self._sizes).max())
+        return float((self._sizes_of(self.first / self.share - self.second / (1 - self.share)) / self._sizes).max())
 
     def differences(self, other: Gradients) -> Tensor:
         """How far another run of the whole is from this one, on the scale of `errors`."""

@@ -18,7 +18,7 @@ class ObservedRun(Generic[T]):
 
 @dataclass(frozen=True)
 class ObservedSplit(Generic[T]):
-    """Three runs over the same rows, with the same random numbers for each."""
+    """Three runs over the same rows."""
 
     whole: ObservedRun[T]
     parts: tuple[ObservedRun[T], ObservedRun[T]]

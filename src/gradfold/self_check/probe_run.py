@@ -1,7 +1,4 @@
-"""A probe run: forward and backward passes without side effects, inside a `Snapshot` that puts everything back.
-
-Leaves outside the model are found in the graph, but for those behind a reentrant checkpoint, which hides them.
-"""
+"""A probe run: forward and backward passes without side effects, inside a `Snapshot` that puts everything back."""
 
 from __future__ import annotations
 
@@ -58,26 +55,15 @@ class ProbeRun:
         self.snapshot.__exit__(*error)
 
     def run(
-        self,
-        batch: Batch,
-        shares: Shares,
-        mode: AbstractContextManager[Any] | None = None,
-        only: str | None = None,
+        self, batch: Batch, shares: Shares, mode: AbstractContextManager[Any] | None = None, only: str | None = None
     ) -> ProbeResult:
-        """One forward and backward pass.
-
-        Args:
-            batch: what `loss_fn` takes, on the device.
-            shares: by loss term; a term whose share is 0 is not back-propagated.
-            mode: entered around both passes.
-            only: back-propagate this term alone.
-        """
+        """One forward and backward pass under `mode`, of the loss terms that have a share, or `only` this one."""
         batch = map_tensors(torch.clone, batch)  # a model may change its input in place
         before = _versions(batch)
         with mode or nullcontext():
             terms = self._forward(batch)
             weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
-            leaves = graph_leaves(term for term, _ in weighted)
+            leaves = graph_leaves(term for term, _ in weighted)  # all but those behind a reentrant checkpoint
             self.snapshot.gradients.set_aside(leaf for leaf in leaves if id(leaf) not in self._own)
             self._back_propagate(weighted)
         self._changes_inputs |= _versions(batch) != before

@@ -1,10 +1,7 @@
-"""RNG replay: the random numbers of a batch, given again to its rows when they run in parts.
+"""RNG replay: the random numbers of a batch (dropout masks), given again to its rows when they run in parts.
 
-Dropout makes a batch and its parts incomparable: other masks, other gradients. Here every draw of the whole batch is
-recorded, and a part of it gets those rows of each draw that are its own. A draw is known by the state of its generator,
-so activation checkpointing, which sets generators back and draws again, finds the same numbers.
-
-Source: the tag `torch.Tag.nondeterministic_seeded` of operators.
+A draw is known by the state of its generator, so activation checkpointing, which sets generators back and draws again,
+finds the same numbers.
 """
 
 from __future__ import annotations
@@ -95,8 +92,7 @@ class _RandomnessMode(_GeneratorStates, TorchDispatchMode):  # type: ignore[no-u
         result = func(*args, **kwargs)
         if _digest(generator) == before:  # a dropout of 0, for example
             return result
-        number = self._numbers.setdefault((id(generator), before), len(self._numbers))
-        return self._draw(number, func, args, result)
+        return self._draw(self._numbers.setdefault((id(generator), before), len(self._numbers)), func, args, result)
 
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         pass
@@ -133,15 +129,10 @@ class RecordedRandomness(_RandomnessMode):  # type: ignore[no-untyped-call]
 
 
 class RowRandomness(_RandomnessMode):  # type: ignore[no-untyped-call]
-    """Runs some rows of a batch with the numbers that they had in the whole.
+    """Runs some `rows` of a batch of `num_rows` with the numbers that they had in the whole.
 
-    Args:
-        recorded: of the whole batch.
-        num_rows: of the whole batch.
-        rows: those that run.
-        shared: by number of a draw, the dimension that holds its rows; None: they are found. Where they are known,
-            every row gets the numbers of the first: a model that sorts its rows, or folds them into a longer
-            dimension, draws for them in another order than they came, and here that makes no difference.
+    With `shared`, by number of a draw the dimension that holds its rows, every row gets the numbers of the first: a
+    model that sorts its rows, or folds them into a longer dimension, draws for them in another order than they came.
     """
 
     def __init__(
@@ -193,7 +184,7 @@ class RowRandomness(_RandomnessMode):  # type: ignore[no-untyped-call]
 
 @cache
 def is_random(func: Any) -> bool:
-    """Whether an operator may take numbers from a generator."""
+    """Whether an operator may take numbers from a generator, by its tag."""
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
