@@ -23,43 +23,29 @@ _WIDTH = 100
 class Cause:
     """Why the law does not hold.
 
-    Attributes:
-        name: those of `NotDecomposableError`, or "random" (numbers that cannot be handed to rows, or two runs that
-            differ), "ranks" (right in one process, and not on several), "other_model" (`loss_fn` uses another model),
-            "non_finite" (the whole batch's loss is NaN or infinite), "fails" (micro-batches raise an error), "padding"
-            (a token budget pads less), "rounding" (it hides the answer), "unknown".
-        text: what was found, and what to write.
-        term: name of the loss term ("loss" for a bare one).
-        weight: the weight that fits, as Python, where one was found.
-        layers: names of the layers where it happens, where known.
+    The names are those of `NotDecomposableError`, and "random" (numbers that cannot be handed to rows, or two runs that
+    differ), "ranks" (right in one process, and not on several), "other_model" (`loss_fn` uses another model),
+    "non_finite" (the whole batch's loss is NaN or infinite), "fails" (micro-batches raise an error), "padding" (a token
+    budget pads less), "rounding" (it hides the answer), "unknown".
     """
 
     name: str
-    text: str
-    term: str = "loss"
-    weight: str | None = None
-    layers: tuple[str, ...] = ()
+    text: str  # what was found, and what to write
+    term: str = "loss"  # name of the loss term ("loss" for a bare one)
+    weight: str | None = None  # that fits, as Python, where one was found
+    layers: tuple[str, ...] = ()  # names of those where it happens, where known
 
 
 @dataclass(frozen=True)
 class SizeRow:
-    """The gradient with micro-batches of one size.
+    """The gradient with micro-batches of one size."""
 
-    Attributes:
-        size: rows of a micro-batch, or with a `TokenBudget` its padded tokens, at most.
-        unit: which.
-        num_micro_batches: how many there were.
-        error: relative error over all parameters; NaN where there is none.
-        failure: what was raised instead, or what else is wrong.
-        num_ranks: how many processes ran them together.
-    """
-
-    size: int
+    size: int  # rows of a micro-batch, or with a `TokenBudget` its padded tokens, at most
     unit: Unit
     num_micro_batches: int
-    error: float
-    failure: str | None = None
-    num_ranks: int = 1
+    error: float  # relative, over all parameters; NaN where there is none
+    failure: str | None = None  # what was raised instead, or what else is wrong
+    num_ranks: int = 1  # that ran them together
 
     def cells(self) -> list[str]:
         """For a table."""
@@ -71,19 +57,12 @@ class SizeRow:
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """The gradient of one parameter, at the size of micro-batches with the largest error.
-
-    Attributes:
-        name: in the model.
-        shape: of the parameter.
-        norm: of the whole batch's gradient; 0 where it has none.
-        error: relative to that norm, or to a billionth of the norm over all parameters where that is larger.
-    """
+    """The gradient of one parameter, at the size of micro-batches with the largest error."""
 
     name: str
     shape: tuple[int, ...]
-    norm: float
-    error: float
+    norm: float  # of the whole batch's gradient; 0 where it has none
+    error: float  # relative to that norm, or to a billionth of the norm over all parameters where that is larger
 
     def cells(self) -> list[str]:
         """For a table."""
@@ -189,7 +168,7 @@ def number(value: float) -> str:
     """An error as people read it: 2.1e-16, or 23.4 %."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "infinitely"
-    if value == 0.0 or value < 1e-3:
+    if value < 1e-3:
         return f"{value:.1e}" if value else "0"
     return f"{value:.1%}".replace("%", " %") if value < 10 else f"{value:.3g} times"
 
