@@ -20,7 +20,7 @@ from gradfold.messages import first_line, join_names
 from gradfold.verification import causes
 from gradfold.verification.comparison import SizeComparison, choose_sizes, compare, measure
 from gradfold.verification.runs import WholeRun, run_whole
-from gradfold.verification.setup import Setup, Size, without_side_effects
+from gradfold.verification.setup import Setup, Size, set_up
 from gradfold.verification.verdict import Cause, Verdict, name_of
 from gradfold.windows import LoadedWindow, LoopWindow
 
@@ -32,9 +32,9 @@ def prove(
     total = count_rows(accumulator, batch)
     own = accumulator.token_budget or accumulator.micro_batch_size
     sizes = choose_sizes(total, own, micro_batch_sizes)
-    with without_side_effects(accumulator) as probe:
-        setup, whole, notes = _first_run(Setup(accumulator, probe, batch, total, None, accumulator.batch_norm), dtype)
-        hooked = parameters_with_hooks(probe.model, probe.parameters)
+    with set_up(accumulator, batch, total) as own_precision:
+        setup, whole, notes = _first_run(own_precision, dtype)
+        hooked = parameters_with_hooks(setup.probe.model, setup.probe.parameters)
         if hooked:  # which are not copied
             notes.append(f"hooks on gradients of {join_names(hooked)} did not run: they see those of micro-batches.")
         cause = causes.before_comparing(setup, whole)

@@ -38,14 +38,6 @@ Size: TypeAlias = int | TokenBudget
 """Of micro-batches: in rows, or in padded tokens."""
 
 
-@contextmanager
-def without_side_effects(accumulator: Accumulator) -> Iterator[ProbeRun]:
-    """The user's model, and all else that a loss reaches, is unchanged when the block ends."""
-    probe = ProbeRun(unwrapped(accumulator.model), accumulator.loss_fn, BackPropagation())
-    with probe, torch.enable_grad():
-        yield probe
-
-
 @dataclass(frozen=True)
 class Setup:
     """A set-up of a user's accumulator in one precision.
@@ -174,6 +166,20 @@ class Setup:
         )
         clone._micro_batcher.trust_padding()
         return clone
+
+
+@contextmanager
+def set_up(
+    accumulator: Accumulator,
+    batch: Batch,
+    num_rows: int,
+    dtype: torch.dtype | None = None,
+    frozen: frozenset[str] = frozenset(),
+) -> Iterator[Setup]:
+    """A set-up; the user's model, and all else that a loss reaches, is unchanged when the block ends."""
+    probe = ProbeRun(unwrapped(accumulator.model), accumulator.loss_fn, BackPropagation())
+    with probe, torch.enable_grad():
+        yield Setup(accumulator, probe, batch, num_rows, dtype, accumulator.batch_norm, frozen)
 
 
 def _copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

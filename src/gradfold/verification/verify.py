@@ -19,13 +19,12 @@ from gradfold.distributed.process_group import ProcessGroup
 from gradfold.engine.model_checks import dropping_modules
 from gradfold.errors import DistributedError, OptionError
 from gradfold.messages import join_names
-from gradfold.self_check.probe_run import ProbeRun
 from gradfold.state.gradients import parameters_of
 from gradfold.verification.comparison import measure
 from gradfold.verification.proof import count_rows, prove
 from gradfold.verification.reference import relative_error
 from gradfold.verification.runs import run_on_all_ranks, run_whole
-from gradfold.verification.setup import Setup, Size, without_side_effects
+from gradfold.verification.setup import Size, set_up
 from gradfold.verification.verdict import Cause, SizeRow, Verdict, number
 
 __all__ = ["verify"]
@@ -114,14 +113,11 @@ def _prove_on_all_ranks(
     if not found.ok:
         note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
         return replace(found, notes=(*found.notes, note))
-    frozen = list(dropping_modules(unwrapped(accumulator.model)))  # no random numbers for the rows of other ranks
-
-    def setup_of(rows: Batch, num_rows: int, probe: ProbeRun) -> Setup:
-        return Setup(accumulator, probe, rows, num_rows, found.dtype, accumulator.batch_norm, frozenset(frozen))
+    frozen = frozenset(dropping_modules(unwrapped(accumulator.model)))  # no random numbers for rows of other ranks
 
     def run_as_one() -> Gradients | None:
-        with without_side_effects(accumulator) as probe:
-            whole = run_whole(setup_of(whole_batch, found.num_rows, probe))
+        with set_up(accumulator, whole_batch, found.num_rows, found.dtype, frozen) as setup:
+            whole = run_whole(setup)
         return None if whole.recorded.values else {name: one.cpu() for name, one in whole.gradients.items()}
 
     expected = _on_first(ranks, run_as_one)
@@ -130,8 +126,7 @@ def _prove_on_all_ranks(
         return replace(found, ok=False, causes=(Cause("random", text),))
     rows: list[SizeRow] = []
     for size in _sizes(accumulator, own_rows, micro_batch_sizes):
-        with without_side_effects(accumulator) as probe:
-            setup = setup_of(batch, own_rows, probe)
+        with set_up(accumulator, batch, own_rows, found.dtype, frozen) as setup:
             gradients, num_run = run_on_all_ranks(setup, size, partial(wrapped_as, accumulator.model))
         rows.append(_row(ranks, size, num_run, {name: one.cpu() for name, one in gradients.items()}, expected))
     return _with_rows(found, ranks, rows, frozen)
@@ -152,13 +147,13 @@ def _row(ranks: ProcessGroup, size: Size, num_run: int, gradients: Gradients, ex
     return SizeRow(*measure(size), max(number for number, _, _ in found), found[0][2], failure, ranks.size)
 
 
-def _with_rows(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: Sequence[str]) -> Verdict:
+def _with_rows(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: frozenset[str]) -> Verdict:
     error = max(row.error for row in rows)
     notes = [f"the whole batch is the rows of all {ranks.size} ranks together."]
     if frozen:
         notes.append(
             "on several ranks these modules ran in evaluation mode, since their random numbers cannot be handed to "
-            f"the rows of other ranks: {join_names(frozen)}."
+            f"the rows of other ranks: {join_names(sorted(frozen))}."
         )
     failure = next((row.failure for row in rows if row.failure is not None), None)
     if failure is None and not error <= found.tolerance:
@@ -180,15 +175,12 @@ def _with_rows(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], fro
 
 def _on_first(ranks: ProcessGroup, make: Callable[[], T]) -> T:
     """What rank 0 makes, on all of them; what it fails with is DistributedError on the others."""
-    if ranks.rank == 0:
-        try:
-            made = make()
-        except Exception as error:
-            ranks.exchange((None, f"{type(error).__name__}: {error}"))
-            raise
-        ranks.exchange((made, None))
-        return made
-    value, failure = cast("tuple[T, str | None]", ranks.exchange(None)[0])
+    try:
+        made = make() if ranks.rank == 0 else None
+    except Exception as error:
+        ranks.exchange((None, f"{type(error).__name__}: {error}"))
+        raise
+    value, failure = cast("tuple[T, str | None]", ranks.exchange((made, None))[0])
     if failure is not None:
         raise DistributedError(f"rank 0 failed in verify. {failure}")
     return value
