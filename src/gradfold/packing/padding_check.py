@@ -82,15 +82,14 @@ def _half_as_long(
 
     Of several inputs all are shorter, if there are such rows. At the next look others, since these may weigh nothing.
     """
+
+    def is_shorter_in_all(rows: Rows) -> bool:
+        return all(int(width[torch.tensor(rows)].max()) < padded[name] for name, width in widths.items())
+
     total = sum(padded.values())
     shorter = [rows for rows in groups if width_of(widths, rows) < total]
     half = [rows for rows in shorter if 2 * width_of(widths, rows) <= total]
-    in_all = [
-        rows
-        for rows in half or shorter
-        if all(int(width[torch.tensor(rows)].max()) < padded[name] for name, width in widths.items())
-    ]
-    found = in_all or half or shorter[-1:]
+    found = list(filter(is_shorter_in_all, half or shorter)) or half or shorter[-1:]
     return found[look % len(found)] if found else None
 
 

@@ -42,25 +42,17 @@ class SplitResult(NamedTuple):
 class SplitExperiment:
     """Runs a micro-batch whole and in two parts, also in variants that tell why these do not make up the whole.
 
-    Args:
-        probe: what runs it.
-        whole: the micro-batch.
-        rows: of each part, counted from the start of the micro-batch.
-        weight: as the user passed it.
-        recollated: the parts as a collate function makes them, with a padding of their own. They run where no random
-            numbers are drawn, which could not be handed to rows of another length.
-        share: by loss term, the normalized weight of the micro-batch in its window.
-
-    Raises:
-        BatchError: the micro-batch cannot be split.
-        CannotKnowError: its parts have no weight.
+    `recollated` are the parts as a collate function makes them, with a padding of their own. They run where no random
+    numbers are drawn, which could not be handed to rows of another length. `share` is the normalized weight of the
+    micro-batch in its window. Raises BatchError where it cannot be split, CannotKnowError where its parts have no
+    weight.
     """
 
     def __init__(
         self,
         probe: ProbeRun,
         whole: Batch,
-        rows: tuple[range, range],
+        rows: tuple[range, range],  # of each part, from the start of the micro-batch
         weight: WeightOption,
         recollated: Sequence[Batch] | None = None,
         share: Shares = lambda name: 1.0,
@@ -178,7 +170,7 @@ class SplitExperiment:
         return self.compare(whole, self._run_parts(whole, modes))
 
     def _run_whole(
-        self, mode: GeneratorMode | None, only: str | None = None, factor: float = 1.0, random_seed: int | None = None
+        self, mode: GeneratorMode, only: str | None = None, factor: float = 1.0, random_seed: int | None = None
     ) -> ProbeResult:
         self.probe.snapshot.rewind()
         # After the rewind, which would put back frozen parameters that were moved.
@@ -193,11 +185,7 @@ class SplitExperiment:
         return result
 
     def _run_parts(
-        self,
-        whole: ProbeResult,
-        modes: Sequence[GeneratorMode | None],
-        only: str | None = None,
-        rewind_between: bool = False,
+        self, whole: ProbeResult, modes: Sequence[GeneratorMode], only: str | None = None, rewind_between: bool = False
     ) -> list[ProbeResult]:
         results = []
         for index, (part, mode) in enumerate(zip(self._running, modes, strict=True)):

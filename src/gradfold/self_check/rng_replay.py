@@ -101,7 +101,7 @@ class _RandomnessMode(_GeneratorStates, TorchDispatchMode):  # type: ignore[no-u
         raise NotImplementedError
 
 
-GeneratorMode: TypeAlias = CustomGenerators | _RandomnessMode
+GeneratorMode: TypeAlias = CustomGenerators | _RandomnessMode | None
 
 
 class RecordedRandomness(_RandomnessMode):  # type: ignore[no-untyped-call]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from torch import nn
-
 from gradfold.batch.split import cut_range
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.window import Context, PassListener, Window
@@ -70,7 +68,7 @@ def before_comparing(setup: Setup, whole: WholeRun) -> Cause | None:
 def after_comparing(comparison: SizeComparison) -> Cause:
     """Why the comparison failed."""
     noise = comparison.noise
-    if not comparison.is_repeatable:
+    if math.isnan(noise.error):
         return Cause(
             "random",
             "two runs of the whole batch, from the same weights, buffers and random state, differ by "
@@ -195,7 +193,7 @@ def _cause_of(setup: Setup, first: int, error: NotDecomposableError) -> Cause:
     if isinstance(setup.accumulator.loss_fn, TwoPhaseLoss):
         error = explain(setup.accumulator.loss_fn, error)
     text = str(error).replace("of a micro-batch", "of the batch")  # the whole batch was checked as one
-    layers: tuple[str, ...] = ()
+    layer: str | None = None
     if error.cause in ("coupled", "batch_norm"):
         if setup.accumulator.collate is not None and _fits(setup, first):
             text = (
@@ -206,8 +204,7 @@ def _cause_of(setup: Setup, first: int, error: NotDecomposableError) -> Cause:
         else:
             where, layer = find_first_coupled_layer(setup)
             text = f"{text.rstrip('.')}.\n{where}" if where else text
-            layers = () if layer is None else (layer,)
-    return Cause(error.cause, text, error.term, error.weight, layers)
+    return Cause(error.cause, text, error.term, error.weight, layers=() if layer is None else (layer,))
 
 
 def _fits(setup: Setup, first: int) -> bool:
@@ -221,19 +218,14 @@ def _fits(setup: Setup, first: int) -> bool:
 
 def _find_hidden_state(setup: Setup) -> str | None:
     """The attributes that a run changes, as " (module.name)", if a second run of the same copy has another gradient."""
-    model = setup.fresh_model()
+    model, before = setup.fresh_model(), dict(setup.fresh_model().named_modules())
     first, second = run_whole(setup, model), run_whole(setup, model)
     if relative_error(second.gradients, first.gradients) < 1e-9:
         return None
-    names = _changed(setup.fresh_model(), model)
-    return f" ({join_names(names)})" if names else ""
-
-
-def _changed(before: nn.Module, after: nn.Module) -> list[str]:
-    modules = dict(before.named_modules())
-    return [
+    names = [
         f"{path}.{name}" if path else name
-        for path, module in after.named_modules()
+        for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if isinstance(value, _PLAIN) and not name.startswith("_") and repr(vars(modules[path]).get(name)) != repr(value)
+        if isinstance(value, _PLAIN) and not name.startswith("_") and repr(vars(before[path]).get(name)) != repr(value)
     ]
+    return f" ({join_names(names)})" if names else ""

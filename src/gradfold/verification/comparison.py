@@ -28,20 +28,17 @@ _NEGLIGIBLE = 1e-9  # of the whole gradient: what a parameter's error is relativ
 
 @dataclass(frozen=True)
 class SizeComparison:
-    """The whole batch, each attempt to sum its gradient from micro-batches, and how far a second whole run was off."""
+    """The whole batch, and each attempt to sum its gradient from micro-batches."""
 
     setup: Setup
     whole: WholeRun
     attempts: list[Attempt]
-    repeat: float
+    repeat: float  # how far a second whole run was off
 
     @cached_property
     def noise(self) -> NoiseFloor:
-        """What rounding explains, by the lowest precision that autograd saw; only if that is exceeded, by that of all.
-
-        A model in float64 may well compute its loss, or a metric, in float32.
-        """
-        whole = self.whole
+        """What rounding explains, by the lowest precision that autograd saw; if that is exceeded, by that of all."""
+        whole = self.whole  # a model in float64 may well compute its loss, or a metric, in float32
         if not self.attempts:
             return NoiseFloor(self._dtype, math.nan, 0.0)
         strict = _noise_floor(self, whole.dtypes)
@@ -51,14 +48,9 @@ class SizeComparison:
         return loose if self.max_error <= loose.tolerance else strict
 
     @property
-    def is_repeatable(self) -> bool:
-        """Whether two runs of the whole batch differ by no more than rounding."""
-        return not math.isnan(self.noise.error)
-
-    @property
     def holds(self) -> bool:
         """Whether every gradient was seen to be that of the whole batch, to rounding."""
-        return self.is_repeatable and self.max_error <= self.noise.tolerance
+        return not math.isnan(self.noise.error) and self.max_error <= self.noise.tolerance
 
     @property
     def compared(self) -> list[Attempt]:

@@ -32,7 +32,7 @@ def prove(
     total = count_rows(accumulator, batch)
     own = accumulator.token_budget or accumulator.micro_batch_size
     sizes = choose_sizes(total, own, micro_batch_sizes)
-    with set_up(accumulator, batch, total) as own_precision:
+    with set_up(accumulator, batch, total, dtype=None) as own_precision:
         setup, whole, notes = _first_run(own_precision, dtype)
         hooked = parameters_with_hooks(setup.probe.model, setup.probe.parameters)
         if hooked:  # which are not copied
@@ -107,12 +107,10 @@ def _compare(setup: Setup, sizes: Sequence[Size], whole: WholeRun, notes: list[s
 
 def _batch_norm_layers(comparison: SizeComparison) -> dict[str, nn.Module]:
     """The layers that see micro-batches instead of the batch, refused or accepted."""
-    if comparison.setup.batch_norm == "exact":
+    is_refused = any(isinstance(attempt.failure, BatchNormError) for attempt in comparison.attempts)
+    if not is_refused and comparison.setup.batch_norm != "per_micro_batch":
         return {}
-    refused = any(isinstance(attempt.failure, BatchNormError) for attempt in comparison.attempts)
-    if refused or comparison.setup.batch_norm is not None:
-        return dict(batch_statistics_layers(comparison.setup.fresh_model()))
-    return {}
+    return dict(batch_statistics_layers(comparison.setup.fresh_model()))
 
 
 def _apart_from(layers: dict[str, nn.Module], setup: Setup, sizes: Sequence[Size], notes: list[str]) -> list[Cause]:

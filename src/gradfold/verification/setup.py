@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,26 +40,16 @@ Size: TypeAlias = int | TokenBudget
 
 @dataclass(frozen=True)
 class Setup:
-    """A set-up of a user's accumulator in one precision.
+    """A set-up of a user's accumulator in one precision."""
 
-    Attributes:
-        accumulator: the user's.
-        probe: of the user's model, alone.
-        given: the whole batch as the user passed it.
-        dtype: of model and batch; None: their own.
-        batch_norm: the option.
-        frozen: names of the modules that run in evaluation mode.
-        shared_randomness: the random numbers of one row, for all rows, and the dimensions that hold rows; None: each
-            row has its own.
-    """
-
-    accumulator: Accumulator
-    probe: ProbeRun
-    given: Batch
+    accumulator: Accumulator  # the user's
+    probe: ProbeRun  # of the user's model, unwrapped
+    given: Batch  # as the user passed it
     num_rows: int
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # of model and batch; None: their own
     batch_norm: BatchNormOption
-    frozen: frozenset[str] = frozenset()
+    frozen: frozenset[str]  # names of the modules that run in evaluation mode
+    # The random numbers of one row, for all rows, and the dimensions that hold rows; None: each row has its own.
     shared_randomness: tuple[RecordedRandomness, Mapping[int, int]] | None = None
 
     @cached_property
@@ -170,16 +160,12 @@ class Setup:
 
 @contextmanager
 def set_up(
-    accumulator: Accumulator,
-    batch: Batch,
-    num_rows: int,
-    dtype: torch.dtype | None = None,
-    frozen: frozenset[str] = frozenset(),
+    accumulator: Accumulator, batch: Batch, num_rows: int, dtype: torch.dtype | None, frozen: Iterable[str] = ()
 ) -> Iterator[Setup]:
     """A set-up; the user's model, and all else that a loss reaches, is unchanged when the block ends."""
     probe = ProbeRun(unwrapped(accumulator.model), accumulator.loss_fn, BackPropagation())
     with probe, torch.enable_grad():
-        yield Setup(accumulator, probe, batch, num_rows, dtype, accumulator.batch_norm, frozen)
+        yield Setup(accumulator, probe, batch, num_rows, dtype, accumulator.batch_norm, frozenset(frozen))
 
 
 def _copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

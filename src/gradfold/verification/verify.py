@@ -100,20 +100,16 @@ def verify(
 
 
 def _prove_on_all_ranks(
-    accumulator: Accumulator,
-    batch: Batch,
-    ranks: ProcessGroup,
-    dtype: torch.dtype,
-    micro_batch_sizes: Sequence[int] | None,
+    accumulator: Accumulator, batch: Batch, ranks: ProcessGroup, dtype: torch.dtype, asked: Sequence[int] | None
 ) -> Verdict:
     """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all."""
     own_rows = count_rows(accumulator, batch, least=1)  # its errors come before any rank waits
     whole_batch = _join(ranks.exchange(batch), accumulator)
-    found = _on_first(ranks, lambda: prove(accumulator, whole_batch, dtype, micro_batch_sizes))
+    found = _on_first(ranks, lambda: prove(accumulator, whole_batch, dtype, asked))
     if not found.ok:
         note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
         return replace(found, notes=(*found.notes, note))
-    frozen = frozenset(dropping_modules(unwrapped(accumulator.model)))  # no random numbers for rows of other ranks
+    frozen = list(dropping_modules(unwrapped(accumulator.model)))  # no random numbers for the rows of other ranks
 
     def run_as_one() -> Gradients | None:
         with set_up(accumulator, whole_batch, found.num_rows, found.dtype, frozen) as setup:
@@ -125,7 +121,7 @@ def _prove_on_all_ranks(
         text = "random numbers are drawn outside of modules, which cannot be handed to the rows of other ranks."
         return replace(found, ok=False, causes=(Cause("random", text),))
     rows: list[SizeRow] = []
-    for size in _sizes(accumulator, own_rows, micro_batch_sizes):
+    for size in _sizes(accumulator, own_rows, asked):
         with set_up(accumulator, batch, own_rows, found.dtype, frozen) as setup:
             gradients, num_run = run_on_all_ranks(setup, size, partial(wrapped_as, accumulator.model))
         rows.append(_row(ranks, size, num_run, {name: one.cpu() for name, one in gradients.items()}, expected))
@@ -147,13 +143,13 @@ def _row(ranks: ProcessGroup, size: Size, num_run: int, gradients: Gradients, ex
     return SizeRow(*measure(size), max(number for number, _, _ in found), found[0][2], failure, ranks.size)
 
 
-def _with_rows(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: frozenset[str]) -> Verdict:
+def _with_rows(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: list[str]) -> Verdict:
     error = max(row.error for row in rows)
     notes = [f"the whole batch is the rows of all {ranks.size} ranks together."]
     if frozen:
         notes.append(
             "on several ranks these modules ran in evaluation mode, since their random numbers cannot be handed to "
-            f"the rows of other ranks: {join_names(sorted(frozen))}."
+            f"the rows of other ranks: {join_names(frozen)}."
         )
     failure = next((row.failure for row in rows if row.failure is not None), None)
     if failure is None and not error <= found.tolerance:
