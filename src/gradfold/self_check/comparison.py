@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ _STEPS = 4.0  # of a perturbation, at most, in units of the last place
 _NEGLIGIBLE = 1e-3  # times the largest gradient: what is smaller counts as zero, since it is rounding
 
 Gradients: TypeAlias = Sequence[Tensor | None]
-Cause: TypeAlias = Literal["weights", "sum", "grad_output", "coupled"]
 
 
 class Tolerance(NamedTuple):
@@ -140,8 +139,8 @@ class GradientComparison:
             return torch.full((len(self.lengths),), torch.inf)
         return self._sizes_of(self.whole - _on_host(present)) / self._sizes
 
-    def explain(self) -> tuple[Cause, float | None]:
-        """The relation that holds instead; for "weights" with the share of the first part that fits."""
+    def explain(self) -> tuple[str, float | None]:
+        """What holds instead: "sum", "grad_output", "weights" (with the first part's share that fits) or "coupled"."""
         share, rest, tolerance = self.share, 1 - self.share, self.tolerance
         lengths = torch.tensor(self.lengths)
         scale = (self._sizes * lengths.double().sqrt()).repeat_interleave(lengths)
@@ -152,8 +151,9 @@ class GradientComparison:
             return "sum", None
         if float((whole - share * first - rest * second).norm()) < bound:
             return "grad_output", None
-        fitting = _fitting_share(whole, a, b)
-        if fitting is not None and len(whole) > 2:
+        gap = a - b
+        fitting = float((whole - b).dot(gap) / gap.dot(gap))  # brings the mean closest; NaN where there is no gap
+        if -1e-3 <= fitting <= 1 + 1e-3 and len(whole) > 2:
             left = float((whole - fitting * a - (1 - fitting) * b).norm())
             # It must explain nearly all, since losses that couple samples weakly are almost a weighted mean, too.
             if left < tolerance * float(a.norm() + b.norm()) and left < 0.02 * float((whole - first - second).norm()):
@@ -176,10 +176,3 @@ def _on_host(gradients: Sequence[Tensor]) -> Tensor:
     if len({gradient.device for gradient in gradients}) > 1:
         gradients = [gradient.cpu() for gradient in gradients]
     return torch.cat(tuple(gradients)).cpu().double()
-
-
-def _fitting_share(whole: Tensor, a: Tensor, b: Tensor) -> float | None:
-    """The x that brings x * a + (1 - x) * b closest to the whole, where it is a share."""
-    gap = a - b
-    fitting = float((whole - b).dot(gap) / gap.dot(gap))  # NaN where there is no gap
-    return fitting if -1e-3 <= fitting <= 1 + 1e-3 else None

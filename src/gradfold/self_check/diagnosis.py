@@ -1,7 +1,4 @@
-"""The diagnosis: why the parts of a micro-batch do not make up the whole, as the error that says what to write.
-
-Before anything is raised, all that would explain the difference without a fault of the loss is ruled out by experiment.
-"""
+"""The diagnosis: why the parts of a micro-batch do not make up the whole, as the error that says what to write."""
 
 from __future__ import annotations
 
@@ -23,12 +20,19 @@ def refuse_empty_part(experiment: SplitExperiment, result: SplitResult) -> None:
     """Raise NotDecomposableError where a part is a mean over nothing, though the whole is finite."""
     for index, part in enumerate(result.parts):
         for term, loss in part.losses.items():
-            if experiment.shares_in_window(index)(term) and not math.isfinite(float(loss)):
-                raise _empty(experiment, term, index, float(loss))
+            if not experiment.shares_in_window(index)(term) or math.isfinite(float(loss)):
+                continue
+            weight = _weight_for(experiment, float(index))
+            raise NotDecomposableError(
+                f"{name_term(term)} of {experiment.name_part(index)} of a micro-batch is {float(loss)}, though that of "
+                "the whole is finite: a mean over nothing. Pass as weight= the number of things that it averages; then "
+                f"a part without any is left out: weight={weight or '...'}.",
+                *("empty", term, weight),
+            )
 
 
 def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposableError:
-    """Why parts differ from the whole by more than `PROOF` tolerances.
+    """Why parts differ from the whole by more than `PROOF` tolerances, once nothing but the loss explains that.
 
     Raises:
         UndecidedError: hooks or rounding may explain it.
@@ -84,10 +88,9 @@ def _check_weights(experiment: SplitExperiment, whole: ProbeResult) -> None:
 
 
 def _find_cause(experiment: SplitExperiment, comparison: GradientComparison, term: str) -> NotDecomposableError:
-    relation, fitting = comparison.explain()
+    cause, fitting = comparison.explain()
     if fitting is not None:
         return _other_weights(experiment, term, comparison.share, fitting)
-    cause: str = relation
     buffers: list[str] = []
     if cause == "coupled":
         if experiment.recorded.uses_batch_norm:
@@ -110,7 +113,7 @@ def _buffers_that_explain(experiment: SplitExperiment, term: str) -> list[str]:
 
 # What is wrong, how far it is off, and what to write; after "the loss" or "the loss term 'name'".
 _TEXTS = {
-    "sum": "is a sum over the rows, not a mean, so its size depends on how the batch is experiment. Return the mean: "
+    "sum": "is a sum over the rows, not a mean, so its size depends on how the batch is split. Return the mean: "
     "reduction='mean', or divide by the number of things summed and pass that number as weight=.",
     "grad_output": "has a backward pass that ignores its incoming gradient (grad_output), which carries the weight of "
     "the micro-batch. Multiply by grad_output in its backward().",
@@ -144,16 +147,6 @@ def _other_weights(experiment: SplitExperiment, term: str, declared: float, fitt
         f"micro-batch of {experiment.num_rows} make up {fitting:.2%} of its gradient, and {declared:.2%} by their "
         f"weight. {fix}",
         *("weights", term, weight),
-    )
-
-
-def _empty(experiment: SplitExperiment, term: str, index: int, loss: float) -> NotDecomposableError:
-    weight = _weight_for(experiment, float(index))
-    return NotDecomposableError(
-        f"{name_term(term)} of {experiment.name_part(index)} of a micro-batch is {loss}, though that of the whole is "
-        "finite: a mean over nothing. Pass as weight= the number of things that it averages; then a part without any "
-        f"is left out: weight={weight or '...'}.",
-        *("empty", term, weight),
     )
 
 

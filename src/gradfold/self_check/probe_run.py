@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradfold.batch.nesting import Batch, in_own_containers, map_leaves, map_tensors
+from gradfold.batch.nesting import Batch, in_own_containers, map_tensors
+from gradfold.batch.split import MicroBatch, versions
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, loss_terms_of
@@ -59,14 +60,14 @@ class ProbeRun:
     ) -> ProbeResult:
         """One forward and backward pass under `mode`, of the loss terms that have a share, or `only` this one."""
         batch = map_tensors(torch.clone, batch)  # a model may change its input in place
-        before = _versions(batch)
+        before = versions(MicroBatch(batch, ()))
         with mode or nullcontext():
             terms = self._forward(batch)
             weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
             leaves = graph_leaves(term for term, _ in weighted)  # all but those behind a reentrant checkpoint
             self.snapshot.gradients.set_aside(leaf for leaf in leaves if id(leaf) not in self._own)
             self._back_propagate(weighted)
-        self._changes_inputs |= _versions(batch) != before
+        self._changes_inputs |= versions(MicroBatch(batch, ())) != before
         gradients = sample_gradients(self.parameters)
         self.drop_gradient()
         return ProbeResult(gradients, {name: term.detach() for name, term in terms.items()})
@@ -106,10 +107,3 @@ def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
     values = values[:: -(-len(values) // quota)]
     values = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
     return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
-
-
-def _versions(batch: Batch) -> list[tuple[int, int]]:
-    """The leaves of a batch and their version counters, which a change in place moves."""
-    found: list[tuple[int, int]] = []
-    map_leaves(lambda leaf: found.append((id(leaf), leaf._version if isinstance(leaf, Tensor) else 0)), batch)
-    return found

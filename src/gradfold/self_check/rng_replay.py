@@ -16,6 +16,8 @@ from torch import Tensor
 from gradfold.batch.rows import Rows
 from gradfold.self_check.torch_private import TorchDispatchMode, TorchFunctionMode, operator_name
 
+_DROPOUT = "native_dropout"
+
 # Operators whose results are nothing but random numbers, or depend on their inputs row by row.
 _KEYED = frozenset(
     {
@@ -81,7 +83,7 @@ class _RandomnessMode(_GeneratorStates, TorchDispatchMode):  # type: ignore[no-u
         kwargs = kwargs or {}
         if not is_random(func):
             result = func(*args, **kwargs)
-            self._see(func, args, result)
+            self._see(operator_name(func), args, result)
             return result
         generator = kwargs.get("generator")
         if generator is None:
@@ -92,12 +94,13 @@ class _RandomnessMode(_GeneratorStates, TorchDispatchMode):  # type: ignore[no-u
         result = func(*args, **kwargs)
         if _digest(generator) == before:  # a dropout of 0, for example
             return result
-        return self._draw(self._numbers.setdefault((id(generator), before), len(self._numbers)), func, args, result)
+        number = self._numbers.setdefault((id(generator), before), len(self._numbers))
+        return self._draw(number, operator_name(func), args, result)
 
-    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+    def _see(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         pass
 
-    def _draw(self, number: int, func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    def _draw(self, number: int, name: str, args: tuple[Any, ...], result: Any) -> Any:
         raise NotImplementedError
 
 
@@ -114,17 +117,21 @@ class RecordedRandomness(_RandomnessMode):  # type: ignore[no-untyped-call]
         self.dtypes: set[torch.dtype] = set()  # of all floating point results: the precision of the whole computation
         self.uses_batch_norm = False  # whether some operator normalized by the statistics of the batch
 
-    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+    def _see(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         if isinstance(result, Tensor) and result.is_floating_point():
             self.dtypes.add(result.dtype)
-        if "batch_norm" in operator_name(func) and "backward" not in operator_name(func):
+        if "batch_norm" in name and "backward" not in name:
             # InstanceNorm runs as the normalization of a batch of one row with many channels.
             self.uses_batch_norm |= any(arg is True for arg in args) and args[0].shape[0] > 1
 
-    def _draw(self, number: int, func: Any, args: tuple[Any, ...], result: Any) -> Any:
-        if number == len(self.values):  # else it is drawn again, by a checkpoint
-            self.values.append(_recorded(func, result))
-            self.names.append(operator_name(func))
+    def _draw(self, number: int, name: str, args: tuple[Any, ...], result: Any) -> Any:
+        if number < len(self.values):  # drawn again, by a checkpoint
+            return result
+        is_known = name == _DROPOUT or (name.rstrip("_") in _KEYED and isinstance(result, Tensor))
+        # A copy, since dropout scales its mask in place; masks as bytes.
+        value = _drawn(name, result).clone() if is_known else None
+        self.values.append(value.bool() if value is not None and name.rstrip("_") == "bernoulli" else value)
+        self.names.append(name)
         return result
 
 
@@ -152,14 +159,14 @@ class RowRandomness(_RandomnessMode):  # type: ignore[no-untyped-call]
             names = self._recorded.names or ["random numbers"]
             self.unknown = self.unknown or names[min(len(self._numbers), len(names) - 1)]
 
-    def _draw(self, number: int, func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    def _draw(self, number: int, name: str, args: tuple[Any, ...], result: Any) -> Any:
         values, names = self._recorded.values, self._recorded.names
-        whole = values[number] if number < len(values) and names[number] == operator_name(func) else None
-        own = None if whole is None else self._of_rows(number, whole, _drawn(result).shape)
+        whole = values[number] if number < len(values) and names[number] == name else None
+        own = None if whole is None else self._of_rows(number, whole, _drawn(name, result).shape)
         if own is None:
-            self.unknown = self.unknown or operator_name(func)
+            self.unknown = self.unknown or name
             return result
-        if not _is_dropout(func):
+        if name != _DROPOUT:
             return result.copy_(own)
         probability = args[1]
         return args[0] * own * (0.0 if probability == 1.0 else 1.0 / (1.0 - probability)), own.clone()
@@ -188,24 +195,10 @@ def is_random(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
-def _is_dropout(func: Any) -> bool:
-    return operator_name(func) == "native_dropout"
-
-
-def _drawn(result: Any) -> Tensor:
+def _drawn(name: str, result: Any) -> Tensor:
     """The random numbers in a result; of a dropout its mask."""
-    drawn: Tensor = result[1] if isinstance(result, tuple) else result
+    drawn: Tensor = result[1] if name == _DROPOUT else result
     return drawn
-
-
-def _recorded(func: Any, result: Any) -> Tensor | None:
-    """A copy of the draw, since dropout scales its mask in place; masks as bytes."""
-    if _is_dropout(func):
-        return _drawn(result).clone()
-    name = operator_name(func).rstrip("_")
-    if name not in _KEYED or not isinstance(result, Tensor):
-        return None
-    return result.to(torch.bool) if name == "bernoulli" else result.clone()
 
 
 def _default_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
