@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
 
 from gradfold.batch.split import cut_range
+from gradfold.batchnorm.policy import batch_statistics_layers
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.window import Context, PassListener, Window
-from gradfold.errors import BatchError, NonFiniteLossError, NotDecomposableError, PaddingError
+from gradfold.errors import BatchError, BatchNormError, NonFiniteLossError, NotDecomposableError, PaddingError
 from gradfold.messages import join_names
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
@@ -18,11 +22,11 @@ from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, Und
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.self_check import check_split, without_warnings
 from gradfold.twophase.loss import TwoPhaseLoss, explain
-from gradfold.verification.comparison import SizeComparison, measure
+from gradfold.verification.comparison import SizeComparison, compare, measure
 from gradfold.verification.locate import find_first_coupled_layer
 from gradfold.verification.reference import relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_whole
-from gradfold.verification.setup import Setup
+from gradfold.verification.setup import Setup, Size
 from gradfold.verification.verdict import Cause, number
 
 _PLAIN = (bool, int, float, str, list, dict, tuple, set)
@@ -65,6 +69,20 @@ def before_comparing(setup: Setup, whole: WholeRun) -> Cause | None:
     return None
 
 
+def find_causes(comparison: SizeComparison, needed: Sequence[Size | None], notes: list[str]) -> list[Cause]:
+    """Why the law does not hold, if it does not; sizes that are not needed may fail."""
+    if not comparison.holds:
+        return [after_comparing(comparison)]
+    failed = [attempt for attempt in comparison.attempts if math.isnan(attempt.error)]
+    for attempt in failed:
+        if attempt.size in needed:
+            return [failing(attempt)]
+    if failed:
+        sizes = join_names([str(measure(attempt.size)[0]) for attempt in failed])
+        notes.append(f"micro-batches of {sizes} do not run; the others say nothing about them.")
+    return []
+
+
 def after_comparing(comparison: SizeComparison) -> Cause:
     """Why the comparison failed."""
     noise = comparison.noise
@@ -93,6 +111,14 @@ def after_comparing(comparison: SizeComparison) -> Cause:
     return _split_in_two(comparison.setup, worst)
 
 
+def batch_norm_layers(comparison: SizeComparison) -> dict[str, nn.Module]:
+    """The layers that see micro-batches instead of the batch, refused or accepted."""
+    is_refused = any(isinstance(attempt.failure, BatchNormError) for attempt in comparison.attempts)
+    if not is_refused and comparison.setup.batch_norm != "per_micro_batch":
+        return {}
+    return dict(batch_statistics_layers(comparison.setup.fresh_model()))
+
+
 def batch_norm(layers: tuple[str, ...], is_accepted: bool) -> Cause:
     """BatchNorm modules that normalize by the statistics of a micro-batch."""
     how = (
@@ -108,6 +134,20 @@ def batch_norm(layers: tuple[str, ...], is_accepted: bool) -> Cause:
         "layer.eval() to use the running statistics.",
         layers=layers,
     )
+
+
+def besides_batch_norm(
+    layers: dict[str, nn.Module], setup: Setup, sizes: Sequence[Size], notes: list[str]
+) -> list[Cause]:
+    """What else is wrong when these BatchNorm layers use their running statistics."""
+    if any(getattr(layer, "running_mean", None) is None for layer in layers.values()):
+        return []
+    # Of the sizes those with the fewest micro-batches: this is but a note.
+    comparison = compare(replace(setup, frozen=setup.frozen | layers.keys()), sizes[-2:])
+    if not comparison.holds:
+        return [after_comparing(comparison)]
+    notes.append("with those layers in evaluation mode the law holds, so nothing else is wrong.")
+    return []
 
 
 def failing(attempt: Attempt) -> Cause:

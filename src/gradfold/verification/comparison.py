@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from gradfold.batch.split import check_size, cut_range
+from gradfold.engine.model_checks import dropping_modules
 from gradfold.engine.result import Unit
 from gradfold.errors import OptionError
-from gradfold.messages import first_line
+from gradfold.messages import first_line, join_names
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.comparison import NOISE, perturbed, tolerance_of
 from gradfold.verification.reference import differences, relative_error
@@ -125,6 +126,30 @@ def compare(setup: Setup, sizes: Sequence[Size], whole: WholeRun | None = None) 
     again = run_whole(setup)
     attempts = [run_in_parts(setup, size, whole) for size in sizes]
     return SizeComparison(setup, whole, attempts, relative_error(again.gradients, whole.gradients))
+
+
+def compare_with_fallbacks(setup: Setup, sizes: Sequence[Size], whole: WholeRun, notes: list[str]) -> SizeComparison:
+    """Compare; with dropout frozen where its random numbers cannot be handed to rows."""
+    comparison = compare(setup, sizes, whole)
+    recorded = comparison.whole.recorded
+    if (comparison.unknown is None and not recorded.values) or comparison.holds:
+        return comparison
+    if comparison.unknown is None:
+        # It cannot matter which row has which random numbers if all have the same: a model may have sorted its rows.
+        dims = {number: dim for attempt in comparison.attempts for number, dim in attempt.dims.items()}
+        shared = compare(replace(setup, shared_randomness=(recorded, dims)), sizes)
+        if not shared.holds:
+            return comparison
+        notes.append("all rows had the same random numbers, since it cannot be seen which row drew which.")
+        return shared
+    names = list(dropping_modules(setup.fresh_model()))
+    if not names:
+        return comparison
+    notes.append(
+        "these modules ran in evaluation mode, since their random numbers cannot be handed to rows: "
+        f"{join_names([name or 'the model itself' for name in names])}."
+    )
+    return compare(replace(setup, frozen=setup.frozen | set(names)), sizes)
 
 
 def choose_sizes(num_rows: int, own: Size | None, asked: Sequence[int] | None) -> list[Size]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,19 +14,22 @@ from torch import Tensor
 
 from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch, every_leaf, map_leaves
+from gradfold.batch.rows import num_rows
+from gradfold.batch.split import split_samples
 from gradfold.distributed.ddp import find_process_group, parallel_modules, unwrapped, wrapped_as
 from gradfold.distributed.fsdp import sharded_modules
 from gradfold.distributed.process_group import ProcessGroup
-from gradfold.engine.model_checks import dropping_modules
-from gradfold.errors import DistributedError, OptionError
-from gradfold.messages import join_names
+from gradfold.engine.model_checks import dropping_modules, parameters_with_hooks
+from gradfold.errors import BatchError, DistributedError, OptionError
+from gradfold.messages import first_line, join_names
 from gradfold.state.gradients import parameters_of
-from gradfold.verification.comparison import measure
-from gradfold.verification.proof import count_rows, prove
+from gradfold.verification import causes
+from gradfold.verification.comparison import SizeComparison, choose_sizes, compare, compare_with_fallbacks, measure
 from gradfold.verification.reference import relative_error
-from gradfold.verification.runs import run_on_all_ranks, run_whole
-from gradfold.verification.setup import Size, set_up
-from gradfold.verification.verdict import Cause, SizeRow, Verdict, number
+from gradfold.verification.runs import WholeRun, run_on_all_ranks, run_whole
+from gradfold.verification.setup import Setup, Size, set_up
+from gradfold.verification.verdict import Cause, SizeRow, Verdict, name_of, number
+from gradfold.windows import LoadedWindow, LoopWindow
 
 __all__ = ["verify"]
 
@@ -95,17 +99,73 @@ def verify(
     if parallel_modules(modules):
         ranks = find_process_group(modules, parameters_of(modules)[0].device, accumulator.distributed)
     if ranks is None:
-        return prove(accumulator, batch, dtype, micro_batch_sizes)
+        return _prove(accumulator, batch, dtype, micro_batch_sizes)
     return _prove_on_all_ranks(accumulator, batch, ranks, dtype, micro_batch_sizes)
+
+
+def _prove(
+    accumulator: Accumulator, batch: Batch, dtype: torch.dtype, micro_batch_sizes: Sequence[int] | None
+) -> Verdict:
+    """What `gradfold.verify` says of a model that trains in this process alone."""
+    total = _count_rows(accumulator, batch)
+    own = accumulator.token_budget or accumulator.micro_batch_size
+    sizes = choose_sizes(total, own, micro_batch_sizes)
+    with set_up(accumulator, batch, total, dtype=None) as own_precision:
+        setup, whole, notes = _first_run(own_precision, dtype)
+        hooked = parameters_with_hooks(setup.probe.model, setup.probe.parameters)
+        if hooked:  # which are not copied
+            notes.append(f"hooks on gradients of {join_names(hooked)} did not run: they see those of micro-batches.")
+        cause = causes.before_comparing(setup, whole)
+        if cause is not None:
+            return SizeComparison(setup, whole, attempts=[], repeat=math.nan).verdict([cause], notes)
+        comparison = compare_with_fallbacks(setup, sizes, whole, notes)
+        layers = causes.batch_norm_layers(comparison)
+        if layers:
+            found = [causes.batch_norm(tuple(layers), is_accepted=setup.batch_norm is not None)]
+            if setup.batch_norm is None:
+                per_micro_batch = replace(comparison.setup, batch_norm="per_micro_batch")
+                comparison = compare(per_micro_batch, sizes, comparison.whole)
+            found += causes.besides_batch_norm(layers, comparison.setup, sizes, notes)
+        else:
+            found = causes.find_causes(comparison, [own] if micro_batch_sizes is None else micro_batch_sizes, notes)
+        if not any(bool(one.any()) for one in comparison.whole.gradients.values()):
+            notes.append("the gradient of this batch is zero, which proves little.")
+        return comparison.verdict(found, notes)
+
+
+def _count_rows(accumulator: Accumulator, batch: Batch, least: int = 2) -> int:
+    """The rows of a batch; raises BatchError where it cannot be split."""
+    if isinstance(batch, (LoadedWindow, LoopWindow)):
+        raise BatchError(
+            "verify got a window. Pass a batch, as without accumulation: tensors with rows, or with collate= a list "
+            "of samples."
+        )
+    total = num_rows(batch) if accumulator.collate is None else len(split_samples(batch, None, list)[0].rows)
+    if total < least:
+        raise BatchError("the batch has one row only, which cannot be split. Pass at least two; 8 to 64 prove most.")
+    return total
+
+
+def _first_run(setup: Setup, dtype: torch.dtype) -> tuple[Setup, WholeRun, list[str]]:
+    """The whole batch in this precision, or else in the model's own."""
+    converted = replace(setup, dtype=dtype)
+    try:
+        return converted, run_whole(converted), []
+    except Exception as error:
+        if setup.own_dtypes == {dtype}:
+            raise
+        own, failure = join_names(sorted(map(name_of, setup.own_dtypes))), first_line(error)
+    note = f"run in the model's own precision ({own}), since it fails in {name_of(dtype)} ({failure})."
+    return setup, run_whole(setup), [note]
 
 
 def _prove_on_all_ranks(
     accumulator: Accumulator, batch: Batch, ranks: ProcessGroup, dtype: torch.dtype, asked: Sequence[int] | None
 ) -> Verdict:
     """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all."""
-    own_rows = count_rows(accumulator, batch, least=1)  # its errors come before any rank waits
+    own_rows = _count_rows(accumulator, batch, least=1)  # its errors come before any rank waits
     whole_batch = _join(ranks.exchange(batch), accumulator)
-    found = _on_first(ranks, lambda: prove(accumulator, whole_batch, dtype, asked))
+    found = _on_first(ranks, lambda: _prove(accumulator, whole_batch, dtype, asked))
     if not found.ok:
         note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
         return replace(found, notes=(*found.notes, note))
