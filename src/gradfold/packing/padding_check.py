@@ -26,7 +26,7 @@ from gradfold.messages import first_line, warn
 from gradfold.packing.packer import width_of
 from gradfold.packing.padding import PaddedBatch, tokens
 from gradfold.self_check.comparison import NOISE, GradientComparison, perturbed, tolerance_of
-from gradfold.self_check.layers import LayerCall, changed, traced_layers
+from gradfold.self_check.layers import LayerCall, changed, first_difference, traced_layers
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.rng_replay import CustomGenerators
 from gradfold.weights import weigh
@@ -50,12 +50,8 @@ def find_in_tensors(
     if group is None:
         return None
     rows = group[: max(1, min(_MOST_PADDED_ROWS, max_tokens // batch.full_width))]
-    numbers = range(len(rows))
-    return PaddingProbe(
-        MicroBatch(batch.untrimmed(rows), numbers),
-        (MicroBatch(batch.of_rows(rows), numbers),),
-        {name: length[torch.tensor(rows)] for name, length in lengths.items()},
-    )
+    whole, part = (MicroBatch(data, range(len(rows))) for data in (batch.untrimmed(rows), batch.of_rows(rows)))
+    return PaddingProbe(whole, (part,), {name: length[torch.tensor(rows)] for name, length in lengths.items()})
 
 
 def find_in_samples(
@@ -78,9 +74,9 @@ def find_in_samples(
 def _half_as_long(
     groups: Sequence[Rows], widths: Mapping[str, Tensor], padded: Mapping[str, int], look: int
 ) -> Rows | None:
-    """The longest rows that are half as long at most, which have tokens and are much padded; else the shortest.
+    """The longest rows half as long at most, which have tokens and are much padded, in all inputs; else the shortest.
 
-    Of several inputs all are shorter, if there are such rows. At the next look others, since these may weigh nothing.
+    At the next look others, since these may weigh nothing.
     """
 
     def is_shorter_in_all(rows: Rows) -> bool:
@@ -102,7 +98,7 @@ class PaddingCheck:
         self._rows = rows
         self._side = side
         self._probe = ProbeRun(window.model, loss_fn, window.back_propagate, dropping_modules(window.model).values())
-        self._take = prefetch([MicroBatch(part.data, range(0)) for part in (rows.whole, *rows.parts)], window.device)
+        self._take = prefetch([rows.whole, *rows.parts], window.device)
         self._dtypes = {parameter.dtype for parameter in self._probe.parameters}
 
     def run(self) -> bool:
@@ -191,14 +187,14 @@ class PaddingCheck:
 
     def _find_layer(self) -> tuple[str, str | None]:
         """What first differs at a token, in words, and the name of the layer where it is one."""
-        for padded, trimmed in zip(self._trace(0), self._trace(1), strict=False):
-            if (padded.name, padded.is_output) != (trimmed.name, trimmed.is_output):
-                break
-            if any(map(self._differ, padded.tensors, trimmed.tensors)):
-                if padded.is_output:
-                    return f"the output of {padded}", padded.name or None
-                return f"the input of {padded}", None
-        return "the loss itself, in what loss_fn does with the model's outputs,", None
+        padded = self._trace(0)
+        number = first_difference(padded, self._trace(1), self._differ)
+        if number is None:
+            return "the loss itself, in what loss_fn does with the model's outputs,", None
+        found = padded[number]
+        if found.is_output:
+            return f"the output of {found}", found.name or None
+        return f"the input of {found}", None
 
     def _trace(self, number: int) -> list[LayerCall]:
         self._probe.snapshot.rewind()

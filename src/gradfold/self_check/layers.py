@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +55,18 @@ def traced_layers(model: nn.Module, keep: Callable[[Any], list[Tensor]] = copied
             hooks.enter_context(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(partial(leave, name)))
         yield calls
+
+
+def first_difference(
+    before: Iterable[LayerCall], after: Iterable[LayerCall], differ: Callable[[Tensor, Tensor], bool]
+) -> int | None:
+    """The number of the first call whose tensors differ in two traces; None where there is none before they part."""
+    for number, (one, other) in enumerate(zip(before, after, strict=False)):
+        if (one.name, one.is_output) != (other.name, other.is_output):
+            return None
+        if any(map(differ, one.tensors, other.tensors)):
+            return number
+    return None
 
 
 def changed(values: Tensor, reference: Tensor) -> Tensor:

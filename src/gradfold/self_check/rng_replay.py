@@ -19,13 +19,11 @@ from gradfold.self_check.torch_private import TorchDispatchMode, TorchFunctionMo
 _DROPOUT = "native_dropout"
 
 # Operators whose results are nothing but random numbers, or depend on their inputs row by row.
-_KEYED = frozenset(
-    {
-        *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "random", "bernoulli", "uniform"),
-        *("normal", "normal_functional", "exponential", "geometric", "cauchy", "log_normal", "poisson", "binomial"),
-        "_standard_gamma",
-    }
-)
+_KEYED = {
+    *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "random", "bernoulli", "uniform"),
+    *("normal", "normal_functional", "exponential", "geometric", "cauchy", "log_normal", "poisson", "binomial"),
+    "_standard_gamma",
+}
 
 
 class _GeneratorStates:
@@ -35,6 +33,7 @@ class _GeneratorStates:
         super().__init__()
         self.restores_on_exit = True
         self.states: dict[int, tuple[torch.Generator, Tensor]] = {}  # when first met
+        self.dtypes: set[torch.dtype] = set()  # of floating point results
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[misc]
@@ -45,6 +44,11 @@ class _GeneratorStates:
         """Record its state, the first time."""
         self.states.setdefault(id(generator), (generator, generator.get_state()))
 
+    def note_dtype(self, result: Any) -> None:
+        """Record the precision of a result."""
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.dtypes.add(result.dtype)
+
     def restore_generators(self) -> None:
         """Set the generators back to where they were when first met."""
         for generator, state in self.states.values():
@@ -54,10 +58,6 @@ class _GeneratorStates:
 class CustomGenerators(_GeneratorStates, TorchFunctionMode):
     """Meets the custom generators of what runs under it, at less cost than a look at every operator."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()  # of the floating point results of torch's functions
-
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -65,8 +65,7 @@ class CustomGenerators(_GeneratorStates, TorchFunctionMode):
         if generator is not None:
             self.keep(generator)
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.dtypes.add(result.dtype)
+        self.note_dtype(result)
         return result
 
 
@@ -114,12 +113,10 @@ class RecordedRandomness(_RandomnessMode):  # type: ignore[no-untyped-call]
         super().__init__()
         self.values: list[Tensor | None] = []  # the draws in order; None where they cannot be handed to rows
         self.names: list[str] = []  # their operators
-        self.dtypes: set[torch.dtype] = set()  # of all floating point results: the precision of the whole computation
         self.uses_batch_norm = False  # whether some operator normalized by the statistics of the batch
 
     def _see(self, name: str, args: tuple[Any, ...], result: Any) -> None:
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.dtypes.add(result.dtype)
+        self.note_dtype(result)
         if "batch_norm" in name and "backward" not in name:
             # InstanceNorm runs as the normalization of a batch of one row with many channels.
             self.uses_batch_norm |= any(arg is True for arg in args) and args[0].shape[0] > 1
@@ -202,8 +199,7 @@ def _drawn(name: str, result: Any) -> Tensor:
 
 
 def _default_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
-    device = kwargs.get("device") or next((arg.device for arg in args if isinstance(arg, Tensor)), None)
-    device = torch.device(device or "cpu")
+    device = torch.device(kwargs.get("device") or next((one.device for one in args if isinstance(one, Tensor)), "cpu"))
     if device.type != "cuda":
         return torch.default_generator
     index = torch.cuda.current_device() if device.index is None else device.index

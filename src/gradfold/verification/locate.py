@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch, map_tensors
-from gradfold.self_check.layers import LayerCall, changed, copied, traced_layers
+from gradfold.self_check.layers import LayerCall, changed, copied, first_difference, traced_layers
 from gradfold.self_check.torch_private import tree_leaves
 from gradfold.verification.setup import Setup
 
@@ -26,7 +27,8 @@ def find_first_coupled_layer(setup: Setup) -> tuple[str, str | None]:
     try:
         before = _trace(setup)
         for row in dict.fromkeys([0, setup.num_rows - 1, setup.num_rows // 2]):
-            found = _first_coupled(before, _trace(setup, row), row, setup.num_rows)
+            differ = partial(_reaches_others, row=row, num_rows=setup.num_rows)
+            found = first_difference(before, _trace(setup, row), differ)
             if found is not None:
                 return _describe(before, found)
     except Exception:  # a model that cannot be traced: the verdict stands without the place
@@ -89,17 +91,10 @@ def _changed_in(batch: Batch, row: int, num_rows: int) -> Batch:
     return map_tensors(change, batch)
 
 
-def _first_coupled(before: list[LayerCall], after: list[LayerCall], row: int, num_rows: int) -> int | None:
-    for index, (one, other) in enumerate(zip(before, after, strict=False)):
-        if one.name != other.name or [a.shape for a in one.tensors] != [b.shape for b in other.tensors]:
-            return None
-        if any(_reaches_others(a, b, row, num_rows) for a, b in zip(one.tensors, other.tensors, strict=True)):
-            return index
-    return None
-
-
 def _reaches_others(a: Tensor, b: Tensor, row: int, num_rows: int) -> bool:
     """Whether values of other rows differ, in whatever dimension the rows are; False where there is none."""
+    if a.shape != b.shape:
+        raise ValueError(f"the shapes {a.shape} and {b.shape} depend on the values of a row")
     found = changed(b, a)
     if not bool(found.any()):
         return False
