@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfold
-from gradfold.self_check.weight_search import find_weight
+from gradfold.self_check.diagnosis import find_weight
 
 LENGTHS = torch.tensor([2, 2, 2, 7, 8, 6, 7, 8, 2, 3, 2, 2, 2, 3, 2, 2])
 

@@ -104,9 +104,7 @@ class PaddingCheck:
     def run(self) -> bool:
         """Whether these rows are enough to tell; False where others may be.
 
-        Raises:
-            PaddingError: the gradient depends on the padding, which is proved.
-            BatchError: `loss_fn` takes the rows with their padding, but not without.
+        Raises PaddingError on proof, BatchError where `loss_fn` takes the rows with their padding, but not without.
         """
         whole, parts = self._weights
         for of_whole, of_parts in zip(whole.own_totals(), parts.own_totals(), strict=True):

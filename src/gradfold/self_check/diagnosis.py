@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from gradfold.batch.nesting import Batch, leaves_by_path
 from gradfold.engine.model_checks import parameters_with_hooks
 from gradfold.errors import LossError, NotDecomposableError
 from gradfold.self_check.comparison import NOISE, PROOF, GradientComparison
 from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, SplitResult, UndecidedError
 from gradfold.self_check.probe_run import ProbeResult
-from gradfold.self_check.weight_search import find_weight
+
+_IGNORED = (-100, -1, 0, 255)  # labels that are commonly ignored; -100 is torch's own
+_LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_CLOSE = 2e-3  # of shares
 
 
 def refuse_empty_part(experiment: SplitExperiment, result: SplitResult) -> None:
@@ -34,9 +39,7 @@ def refuse_empty_part(experiment: SplitExperiment, result: SplitResult) -> None:
 def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposableError:
     """Why parts differ from the whole by more than `PROOF` tolerances, once nothing but the loss explains that.
 
-    Raises:
-        UndecidedError: hooks or rounding may explain it.
-        CannotKnowError: randomness, hidden state or the weights explain it.
+    Raises UndecidedError where hooks or rounding may explain it, CannotKnowError where randomness, state or weights do.
     """
     comparison = result.comparison
     if parameters_with_hooks(experiment.probe.model, experiment.probe.parameters):
@@ -158,3 +161,45 @@ def _weight_for(experiment: SplitExperiment, share: float) -> str | None:
 def name_term(term: str) -> str:
     """A loss term, for a message."""
     return "the loss" if term == "loss" else f"the loss term {term!r}"
+
+
+def find_weight(first: Batch, second: Batch, rows: tuple[int, int], share: float) -> str | None:
+    """The `weight=` under which `first` makes up `share` of both parts together, as Python; None if nothing fits."""
+    if abs(rows[0] / sum(rows) - share) < _CLOSE:
+        return '"samples"'
+    others = dict(_candidates(second))
+    for text, count in _candidates(first):
+        total = float(count()) + float(others[text]()) if text in others else 0.0
+        if total and abs(float(count()) / total - share) < _CLOSE:
+            return text
+    return None
+
+
+def _candidates(batch: Batch) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The likeliest first: labels, then masks and other numbers per row."""
+    leaves = [
+        (path, leaf)
+        for path, leaf in leaves_by_path(batch)
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.layout is torch.strided and not leaf.is_complex()
+    ]
+    labels = [(path, leaf) for path, leaf in leaves if leaf.dtype in _LABEL_TYPES]
+    shifted = [(path, leaf[..., 1:]) for path, leaf in labels if leaf.dim() > 1]
+    for ignored in _IGNORED:
+        of_index = "" if ignored == -100 else f", ignore_index={ignored}"
+        for shift, counted in (("", labels), (", shift=True", shifted)):
+            for path, leaf in counted:
+                yield f"gradfold.token_count({_where(path)}{of_index}{shift})", leaf.ne(ignored).sum
+    for path, leaf in leaves:
+        yield f"lambda batch: batch{path}.sum()", leaf.sum
+        yield f"lambda batch: (batch{path} > 0).sum()", leaf.gt(0).sum
+
+
+def _where(path: str) -> str:
+    """A key or index as the user would write it, where the path is no more than that."""
+    try:
+        key = ast.literal_eval(path[1:-1]) if path.startswith("[") and path.endswith("]") else None
+    except (ValueError, SyntaxError):
+        key = None
+    if isinstance(key, str):
+        return repr(key) if '"' in key or "\\" in key else f'"{key}"'
+    return str(key) if isinstance(key, int) else f"lambda batch: batch{path}"

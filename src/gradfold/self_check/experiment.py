@@ -44,8 +44,7 @@ class SplitExperiment:
 
     `recollated` are the parts as a collate function makes them, with a padding of their own. They run where no random
     numbers are drawn, which could not be handed to rows of another length. `share` is the normalized weight of the
-    micro-batch in its window. Raises BatchError where it cannot be split, CannotKnowError where its parts have no
-    weight.
+    micro-batch in its window. Raises BatchError where it cannot be split, CannotKnowError where weight= fails.
     """
 
     def __init__(
@@ -126,9 +125,8 @@ class SplitExperiment:
     def run(self) -> SplitResult:
         """With the random numbers of the whole recorded, and sliced for the parts.
 
-        Raises:
-            UndecidedError: the whole has no weight, no finite loss or no gradient.
-            CannotKnowError: its random numbers cannot be handed to rows, or a part fails.
+        Raises UndecidedError where the whole has no weight, no finite loss or no gradient, CannotKnowError where its
+        random numbers cannot be handed to rows or a part fails.
         """
         whole = self.record_whole()
         self._running = self.parts if self.recorded.values else self._recollated

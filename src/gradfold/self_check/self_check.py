@@ -70,16 +70,10 @@ class SelfCheck:
             del self._settled[self._current]
 
     def check(self, window: Window, collate_rows: CollateRows | None = None, frozen: Iterable[nn.Module] = ()) -> None:
-        """Check the first micro-batch of a window that has two rows and a weight, with `frozen` modules in eval mode.
-
-        Raises:
-            NotDecomposableError: the parts do not make up the whole.
-        """
+        """Check the first micro-batch of a window with two rows and a weight; `frozen` modules run in eval mode."""
         window.weights.wait()  # another rank may have failed, which is not for the self-check to see
-        sizes = [
-            0 if index in window.zero_weight else len(part.rows) for index, part in enumerate(window.micro_batches)
-        ]
-        index = next((index for index, size in enumerate(sizes) if size > 1), None)
+        parts, idle = window.micro_batches, window.zero_weight
+        index = next((one for one, part in enumerate(parts) if one not in idle and len(part.rows) > 1), None)
         probe = ProbeRun(window.model, self._loss_fn, window.back_propagate, frozen)
         if index is None or any(map(is_lazy, probe.parameters)):  # the first window makes lazy layers
             return
@@ -138,10 +132,7 @@ def _check(probe: ProbeRun, window: Window, index: int, collate_rows: CollateRow
 def check_split(experiment: SplitExperiment) -> tuple[str, ...]:
     """The loss terms that could be seen, where the parts make up the whole.
 
-    Raises:
-        NotDecomposableError: they do not, which is proved.
-        UndecidedError: these rows do not tell.
-        CannotKnowError: no rows will tell.
+    Raises NotDecomposableError on proof, UndecidedError where these rows do not tell, CannotKnowError where none will.
     """
     with without_warnings():
         result = experiment.run_fast()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -42,11 +42,6 @@ def input_dtypes(node: Any) -> set[torch.dtype]:
     Without `_input_metadata` the precision met is taken to be that of the parameters.
     """
     return {one.dtype for one in node._input_metadata if one.dtype.is_floating_point}
-
-
-def replace_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-    """Put `function(tensor)` in the place of every parameter and buffer. Without `_apply`: a loop."""
-    module._apply(function)  # type: ignore[no-untyped-call]
 
 
 def unchanged_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:

@@ -55,18 +55,18 @@ def before_comparing(setup: Setup, whole: WholeRun) -> Cause | None:
             "module that loss_fn trains as the accumulator's model, and use it: loss_fn(model, batch).",
         )
     if whole.drew == "collate":
-        return Cause(
-            "random",
-            "collate draws random numbers, other ones for the whole batch than for its parts, so the result is "
-            "inconclusive. Draw them in the data set, or verify with a collate that draws none.",
+        return _inconclusive(
+            "collate draws random numbers, other ones for the whole batch than for its parts",
+            "Draw them in the data set, or verify with a collate that draws none.",
         )
     if whole.drew is not None:
-        return Cause(
-            "random",
-            f"loss_fn draws from {whole.drew}, whose numbers cannot be handed to rows, so the result is inconclusive. "
-            "Draw with torch, or in the loader.",
-        )
+        found = f"loss_fn draws from {whole.drew}, whose numbers cannot be handed to rows"
+        return _inconclusive(found, "Draw with torch, or in the loader.")
     return None
+
+
+def _inconclusive(found: str, advice: str, name: str = "random") -> Cause:
+    return Cause(name, f"{found}, so the result is inconclusive. {advice}")
 
 
 def find_causes(comparison: SizeComparison, needed: Sequence[Size | None], notes: list[str]) -> list[Cause]:
@@ -94,20 +94,16 @@ def after_comparing(comparison: SizeComparison) -> Cause:
             "elsewhere, so the result is inconclusive.",
         )
     if comparison.unknown is not None:
-        return Cause(
-            "random",
-            f"the random numbers of {comparison.unknown} cannot be handed to rows, so the result is inconclusive. "
+        return _inconclusive(
+            f"the random numbers of {comparison.unknown} cannot be handed to rows",
             "Draw them in the loader, one per row; or verify with a model that draws none (model.eval()).",
         )
     if not comparison.compared:
         return failing(comparison.attempts[-1])
     worst = comparison.compared[0]
     if worst.error <= NOISE * noise.error:
-        return Cause(
-            "rounding",
-            f"a few rounding errors in every parameter move the gradient by {number(noise.error)}, so the result is "
-            "inconclusive. Verify in float64, or with other weights and data.",
-        )
+        found = f"a few rounding errors in every parameter move the gradient by {number(noise.error)}"
+        return _inconclusive(found, "Verify in float64, or with other weights and data.", "rounding")
     return _split_in_two(comparison.setup, worst)
 
 

@@ -43,8 +43,8 @@ def _find_backwards(setup: Setup) -> str:
 
     A gradient that starts in one row of what the last layer gave, and arrives in others.
     """
-    outputs = [one for one in _trace(setup, keep=_with_graph) if one.is_output]
-    outputs = [one for one in outputs if one.tensors and setup.num_rows in one.tensors[0].shape]
+    calls = [one for one in _trace(setup, keep=_with_graph) if one.is_output and one.tensors]
+    outputs = [one for one in calls if setup.num_rows in one.tensors[0].shape]
     last = outputs[-1].tensors[0]
     grad_output = torch.zeros_like(last)
     row = grad_output.select(last.shape.index(setup.num_rows), 0)

@@ -121,8 +121,7 @@ def _order(setup: Setup, model: nn.Module, size: Size) -> list[Rows]:
     with setup.running():
         parts = setup.clone(model, setup.loss_fn, size)._micro_batcher.split(setup.batch())
         idle = weigh(setup.accumulator.weight, parts).zero_weight
-    order = [index for index in range(len(parts)) if index not in idle] + sorted(idle)
-    return [parts[index].rows for index in order]
+    return [parts[index].rows for index in sorted(range(len(parts)), key=idle.__contains__)]
 
 
 class WindowRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +32,6 @@ from gradfold.messages import first_line
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.rng_replay import RecordedRandomness, RowRandomness
-from gradfold.self_check.torch_private import replace_tensors
 from gradfold.twophase.loss import TwoPhaseLoss, probe_of, wrap_loss
 
 Size: TypeAlias = int | TokenBudget
@@ -181,8 +181,9 @@ def _copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({first_line(error)}), and verify runs on a copy. Make "
             "copy.deepcopy(model) work: look for locks, files, generators and tensors with a graph in attributes."
         ) from error
-    if dtype is not None:  # not .to(dtype), which makes complex parameters real
-        replace_tensors(other, lambda tensor: _in_dtype(tensor, dtype))
+    if dtype is not None:
+        for tensor in chain(other.parameters(), other.buffers()):
+            tensor.data = _in_dtype(tensor.data, dtype)  # not .to(dtype), which makes complex parameters real
     return other
 
 
