@@ -58,7 +58,7 @@ def perturbed(
     Of several seeds, since one may move nothing that counts, by luck; `precision`: whose rounding errors, if not their
     own dtype's.
     """
-    moved = [parameter for parameter in parameters if parameter.is_floating_point()]
+    moved = tuple(parameter for parameter in parameters if parameter.is_floating_point())
     values = [parameter.detach().clone() for parameter in moved]
     # Version counters stay: else a frozen parameter would seem to have been moved by the user.
     with torch.no_grad(), unchanged_versions(moved):

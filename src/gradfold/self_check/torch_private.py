@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # Without it custom generators are not found: what they alone draw looks as if runs could not be repeated.
 from torch.overrides import TorchFunctionMode as TorchFunctionMode
@@ -20,6 +19,9 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 
 # Without it: a loop over the tensors, slower for many small parameters.
 foreach_norm = torch._foreach_norm
+
+# Writes to a tuple of tensors in its block do not count in their versions. Without it: frozen parameters seem moved.
+unchanged_versions: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
@@ -42,11 +44,3 @@ def input_dtypes(node: Any) -> set[torch.dtype]:
     Without `_input_metadata` the precision met is taken to be that of the parameters.
     """
     return {one.dtype for one in node._input_metadata if one.dtype.is_floating_point}
-
-
-def unchanged_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Writes in this block do not count in the version counters. Without it: frozen parameters count as moved."""
-    preserving: AbstractContextManager[None] = torch.autograd._unsafe_preserve_version_counter(  # type: ignore[attr-defined]
-        tuple(tensors)
-    )
-    return preserving

@@ -231,7 +231,7 @@ def _cause_of(setup: Setup, first: int, error: NotDecomposableError) -> Cause:
     text = str(error).replace("of a micro-batch", "of the batch")  # the whole batch was checked as one
     layer: str | None = None
     if error.cause in ("coupled", "batch_norm"):
-        if setup.accumulator.collate is not None and _fits(setup, first):
+        if setup.collate is not None and _fits(setup, first):
             text = (
                 f"{name_term(error.term)} depends on the padding of the batch: split after padding, the parts make up "
                 "the whole, but collate pads a micro-batch to another length than the batch. Mask the padding in "
