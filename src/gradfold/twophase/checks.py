@@ -154,12 +154,12 @@ def check_window(
 
 def _non_finite_loss(window: Window, statistics: Statistics, values: Mapping[str, float]) -> NonFiniteLossError:
     name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
-    bad = statistics.non_finite()
-    index = bad[0] if bad else 0
+    bad = statistics.first_non_finite()
+    index = bad or 0
     where = (
         f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} are "
         "not finite. Look there for overflow, a division by a norm of 0, or rows that are not finite"
-        if bad
+        if bad is not None
         else "the statistics of this rank are finite. Look in loss(model, statistics) for log(0), overflow, a "
         "temperature near 0, or a ratio of empty sums"
     )

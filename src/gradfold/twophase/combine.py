@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,37 +20,26 @@ from gradfold.twophase.loss import Combine
 
 
 @dataclass(frozen=True)
-class LeafDescription:
-    """What other ranks are told of one statistic."""
-
-    path: str
-    shape: tuple[int, ...] | None = None  # of tensors
-    dtype: torch.dtype | None = None
-    value: Any = None  # of numbers and text
-
-    @classmethod
-    def of(cls, path: str, leaf: Any) -> LeafDescription:
-        """That of a leaf at a place in the nesting."""
-        return cls(path, tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else cls(path, value=leaf)
-
-    @property
-    def num_rows(self) -> int:
-        """Its rows, where it is to be concatenated."""
-        return self.shape[0] if self.shape else 0
-
-
-@dataclass(frozen=True)
 class LocalStatistics:
     """What other ranks are told of the statistics of one rank."""
 
-    leaves: list[LeafDescription]
+    paths: list[str]
+    leaves: list[Any]  # tensors on the meta device: shape and dtype alone
     num_samples: int
     differentiable: frozenset[str]  # paths of those that are known to have a gradient
 
     def form(self, combine: Combine) -> list[tuple[Any, ...]]:
         """What must be the same on all ranks: paths, shapes without the rows, dtypes."""
         first = 1 if combine == "concatenate" else 0
-        return [(leaf.path, leaf.shape and leaf.shape[first:], leaf.dtype) for leaf in self.leaves]
+        return [
+            (path, tuple(leaf.shape[first:]), leaf.dtype) if isinstance(leaf, Tensor) else (path, None, None)
+            for path, leaf in zip(self.paths, self.leaves, strict=True)
+        ]
+
+    def num_rows(self, number: int) -> int:
+        """The rows of a leaf that is to be concatenated."""
+        leaf = self.leaves[number]
+        return len(leaf) if isinstance(leaf, Tensor) else 0
 
 
 def check_leaf(path: str, leaf: Any, combine: Combine) -> None:
@@ -102,13 +91,12 @@ def gather(coordinator: DataParallelCoordinator, own: Sequence[Any], of_all: Seq
     """The rows of all ranks."""
     rank, whole, counts = coordinator.group.rank, list(own), []
     for number, leaf in enumerate(own):
-        of_leaf = [one.leaves[number] for one in of_all]
-        counts.append([one.num_rows for one in of_leaf])
+        counts.append([one.num_rows(number) for one in of_all])
         if isinstance(leaf, Tensor):
             whole[number] = leaf.new_empty((sum(counts[number]), *leaf.shape[1:]))
             whole[number].narrow(0, sum(counts[number][:rank]), len(leaf)).copy_(leaf)
         else:
-            whole[number] = _same([leaf, *(one.value for one in of_leaf)], of_leaf[0].path)
+            whole[number] = _same([leaf, *(one.leaves[number] for one in of_all)], of_all[0].paths[number])
     coordinator.exchange(None)  # all have the memory; from here on the others wait
     for leaf, of_ranks in zip(whole, counts, strict=True):
         if isinstance(leaf, Tensor):
@@ -125,8 +113,8 @@ def sum_over_ranks(
         if isinstance(leaf, Tensor):
             coordinator.group.all_reduce(leaf)
         else:
-            of_leaf = [one.leaves[number] for one in of_all]
-            whole[number] = reduce(lambda total, one: plus(total, one.value, one.path), of_leaf[1:], of_leaf[0].value)
+            path = of_all[0].paths[number]
+            whole[number] = reduce(partial(plus, path=path), [one.leaves[number] for one in of_all])
     return whole
 
 

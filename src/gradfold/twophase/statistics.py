@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.batch.nesting import Batch, every_leaf, leaves_by_path, map_leaves
+from gradfold.batch.nesting import Batch, every_leaf, leaves_by_path, map_leaves, map_tensors
 from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.engine.backward import Weighed
 from gradfold.engine.coordinator import Coordinator
@@ -53,14 +53,11 @@ class Statistics:
         self.first_sample = 0
 
     def add(self, index: int, output: Batch, num_rows: int) -> None:
-        """Add those of a micro-batch.
-
-        Raises:
-            LossError: it cannot be combined.
-        """
-        paths = [path for path, _ in leaves_by_path(output)]
-        self.differentiable |= {path for path, leaf in leaves_by_path(output) if has_gradient(leaf)}
-        leaves = [_own(leaf) for leaf in every_leaf(output)]
+        """Add those of a micro-batch; LossError where they cannot be combined."""
+        found = leaves_by_path(output)
+        paths = [path for path, _ in found]
+        self.differentiable |= {path for path, leaf in found if has_gradient(leaf)}
+        leaves = [_own(leaf) if isinstance(leaf, Tensor) else leaf for _, leaf in found]
         if not self._parts:
             self._template, self._paths = map_leaves(lambda leaf: None, output), paths
             for path, leaf in zip(paths, leaves, strict=True):
@@ -74,16 +71,16 @@ class Statistics:
             _warn_of_counts(leaves, paths, num_rows)
             self._parts[index] = leaves
             return
-        self._parts[index] = [_sample(leaf) for leaf in leaves]
+        self._parts[index] = map_tensors(_sample, leaves)
         self._dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
-        wide = [_widened(leaf) for leaf in leaves]
+        wide = map_tensors(_widened, leaves)
         self._sums = [*map(rules.plus, self._sums, wide, paths)] if self._sums else wide
 
     def join(self, coordinator: Coordinator, num_samples: int) -> None:
         """Combine, over all ranks in their order; every rank must take part."""
         own = self._concatenated() if self._combine == "concatenate" else self._sums
-        leaves = [rules.LeafDescription.of(path, leaf) for path, leaf in zip(self._paths, own, strict=True)]
-        of_all = coordinator.exchange(rules.LocalStatistics(leaves, num_samples, self.differentiable))
+        described = map_tensors(lambda leaf: leaf.to("meta"), list(own))
+        of_all = coordinator.exchange(rules.LocalStatistics(self._paths, described, num_samples, self.differentiable))
         rules.check_alike(of_all, self._combine)
         self.differentiable = self.differentiable.union(*(one.differentiable for one in of_all))
         rank = coordinator.rank
@@ -94,7 +91,7 @@ class Statistics:
         self.num_samples = sum(one.num_samples for one in of_all)
         self.first_sample = sum(one.num_samples for one in of_all[:rank])
         if self._combine == "concatenate":
-            self._place([sum(one.leaves[number].num_rows for one in of_all[:rank]) for number in range(len(own))])
+            self._place([sum(one.num_rows(number) for one in of_all[:rank]) for number in range(len(own))])
         else:
             pairs = zip(own, self._dtypes, strict=True)
             own = [leaf if dtype is None else leaf.to(dtype) for leaf, dtype in pairs]
@@ -105,7 +102,7 @@ class Statistics:
 
     def for_loss(self) -> Batch:
         """The statistics of the whole batch, as `statistic` returned them; a loss may write to its labels."""
-        leaves = iter([_own_copy(leaf) for leaf in self._leaves])
+        leaves = iter(map_tensors(lambda leaf: leaf if leaf.requires_grad else leaf.clone(), self._leaves))
         return map_leaves(lambda leaf: next(leaves), self._template)
 
     def gradients(self) -> list[Tensor]:
@@ -149,19 +146,17 @@ class Statistics:
         # Each by itself: a small statistic that has changed would not be seen among large ones.
         return torch.stack([one.to(found[0].device) for one in found]).max()
 
-    def non_finite(self) -> list[int]:
-        """The micro-batches of this rank whose statistics are not all finite."""
+    def first_non_finite(self) -> int | None:
+        """The first micro-batch of this rank whose statistics are not all finite."""
         tensors = [number for number, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        are_finite = {
-            index: all(bool(self._before(index, number).isfinite().all()) for number in tensors)
-            for index in self._rows or self._parts
-        }
-        return [index for index, is_finite in are_finite.items() if not is_finite]
+        for index in self._rows or self._parts:
+            if not all(bool(self._before(index, number).isfinite().all()) for number in tensors):
+                return index
+        return None
 
-    def lowest(self) -> torch.dtype | None:
-        """The dtype of the fewest digits among them, if any is floating point."""
-        dtypes = {leaf.dtype for leaf in self._leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps) if dtypes else None
+    def dtypes(self) -> set[torch.dtype]:
+        """Those of tensors."""
+        return {leaf.dtype for leaf in self._leaves if isinstance(leaf, Tensor)}
 
     def _before(self, index: int, number: int) -> Tensor:
         """What the embed pass gave for a micro-batch; of sums, a sample."""
@@ -193,10 +188,8 @@ def _paths(paths: Sequence[str]) -> str:
     return ", ".join(path or "a tensor" for path in paths) or "nothing"
 
 
-def _own(leaf: Any) -> Any:
+def _own(leaf: Tensor) -> Tensor:
     """A statistic without its graph, and without the larger tensor of which it may be a view."""
-    if not isinstance(leaf, Tensor):
-        return leaf
     leaf = leaf.detach()
     is_view = leaf.layout is torch.strided and leaf.untyped_storage().nbytes() > leaf.numel() * leaf.itemsize
     return leaf.clone() if is_view else leaf
@@ -213,20 +206,12 @@ def _warn_of_counts(leaves: Sequence[Any], paths: Sequence[str], num_rows: int) 
             )
 
 
-def _sample(leaf: Any) -> Any:
+def _sample(leaf: Tensor) -> Tensor:
     """Some elements, evenly spaced."""
-    if not isinstance(leaf, Tensor):
-        return leaf
     values = leaf.detach().reshape(-1)
     return values[:: max(1, -(-len(values) // _MAX_SAMPLE))].clone()
 
 
-def _widened(leaf: Any) -> Any:
+def _widened(leaf: Tensor) -> Tensor:
     """A copy in the dtype of sums: float32 at least, to be rounded once."""
-    if not isinstance(leaf, Tensor):
-        return leaf
     return leaf.to(torch.float32) if leaf.is_floating_point() and leaf.itemsize < 4 else leaf.clone()
-
-
-def _own_copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf

@@ -103,7 +103,7 @@ class TwoPhase(Strategy):
             self._waited_for = coordinator
             passes.run_loss()
             passes.recompute(self._order, indices, snapshot)
-            passes.check({self._compute, *_dtypes_of(window.model), passes.statistics.lowest()}, self._raises)
+            passes.check({self._compute, *_dtypes_of(window.model), *passes.statistics.dtypes()}, self._raises)
             self._waited_for = None
             missed = coordinator.exchange(frozenset(passes.statistics.missed))  # None from a rank that begins again
             self._differentiable = passes.statistics.differentiable.union(*(one for one in missed if one))
