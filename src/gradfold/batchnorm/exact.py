@@ -91,6 +91,8 @@ class ExactBatchNorm(Strategy):
 
     runs_zero_weight = True  # their rows are in the statistics
     has_own_gradients = False
+    joins_ranks = True
+    shards_refused = SHARDS_REFUSED
 
     def __init__(self, loss_fn: LossFn, on_non_finite: str, keeps_order: bool, is_collated: bool) -> None:
         if on_non_finite == "skip_micro_batch":
@@ -126,18 +128,6 @@ class ExactBatchNorm(Strategy):
             if not group.synchronizes_backward or not is_out_of_memory(error):
                 raise
             raise _out_of_memory_among_ranks(window, error) from error
-
-    def is_sequential(self, context: Context) -> bool:
-        """Never."""
-        return False
-
-    def is_whole(self, window: Window) -> bool:
-        """Not where other ranks have rows in the same statistics."""
-        return len(window.micro_batches) == 1 and window.context.coordinator.num_ranks == 1
-
-    def check_shards(self) -> None:
-        """Raise OptionError: no-op steps of a rank would be in the statistics."""
-        raise OptionError(SHARDS_REFUSED)
 
     def find_offender(self, window: Window) -> int | None:
         """The first micro-batch whose loss is not finite with frozen statistics: a single NaN is in those of all."""

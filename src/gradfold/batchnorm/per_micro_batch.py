@@ -22,7 +22,7 @@ from gradfold.batchnorm.policy import SHARDS_REFUSED, batch_statistics_layers, c
 from gradfold.batchnorm.torch_private import BatchNorm
 from gradfold.engine.strategy import Passes, Strategy, run_in_order
 from gradfold.engine.window import Context
-from gradfold.errors import BatchNormError, OptionError
+from gradfold.errors import BatchNormError
 from gradfold.state.snapshot import Snapshot
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,6 +31,8 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 @final
 class PerMicroBatchNorm(Strategy):
     """One micro-batch after another, with running statistics advanced once, by those of the whole window."""
+
+    shards_refused = SHARDS_REFUSED
 
     def run(self, window: Passes, indices: Sequence[int], snapshot: Snapshot) -> None:
         """Run the micro-batches in order."""
@@ -53,10 +55,6 @@ class PerMicroBatchNorm(Strategy):
     def depends_on_split(self, context: Context) -> bool:
         """Where a layer normalizes by micro-batch."""
         return bool(batch_statistics_layers(context.model))
-
-    def check_shards(self) -> None:
-        """Raise OptionError: no-op steps of a rank would move the statistics."""
-        raise OptionError(SHARDS_REFUSED)
 
     def split_dependent_layers(self, context: Context) -> Mapping[str, nn.Module] | None:
         """The layers that normalize by micro-batch; None where one has no running statistics to normalize by."""

@@ -58,6 +58,11 @@ class TwoPhase(Strategy):
     """
 
     probes_loss = False
+    joins_ranks = True
+    shards_refused = (
+        "TwoPhaseLoss is not supported with fully_shard: its passes would have to gather parameters in step on all "
+        "ranks. Use DistributedDataParallel."
+    )
 
     def __init__(
         self,
@@ -111,24 +116,9 @@ class TwoPhase(Strategy):
                 return
             snapshot.rewind()
 
-    def is_sequential(self, context: Context) -> bool:
-        """Never."""
-        return False
-
-    def is_whole(self, window: Window) -> bool:
-        """Not where other ranks have statistics in the same loss."""
-        return len(window.micro_batches) == 1 and window.context.coordinator.num_ranks == 1
-
     def depends_on_split(self, context: Context) -> bool:
         """As the order in which micro-batches run."""
         return self._order.depends_on_split(context)
-
-    def check_shards(self) -> None:
-        """Raise OptionError: embed passes would have to be in step."""
-        raise OptionError(
-            "TwoPhaseLoss is not supported with fully_shard: its passes would have to gather parameters in step on all "
-            "ranks. Use DistributedDataParallel."
-        )
 
     def split_dependent_layers(self, context: Context) -> Mapping[str, nn.Module] | None:
         """As the order in which micro-batches run."""
