@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from gradfold.batch.nesting import every_leaf, rows_if_any
+from gradfold.batch.nesting import every_leaf, leaves_by_path, rows_if_any
 from gradfold.engine.loss_terms import LossFn, LossOutput
 from gradfold.errors import NotDecomposableError, OptionError
 from gradfold.self_check.experiment import CannotKnowError, UndecidedError
@@ -93,11 +93,11 @@ def wrap_loss(loss_fn: LossFn, wrap: Callable[[LossFn], LossFn]) -> LossFn:
     return loss_fn.wrapped(wrap) if isinstance(loss_fn, TwoPhaseLoss) else wrap(loss_fn)
 
 
-def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | None = None) -> LossFn:
+def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, dict[str, Any]], None] | None = None) -> LossFn:
     """A loss that is a mean over samples if (and, coincidence aside, only if) the statistics can be combined.
 
     It weighs all statistics with fixed random numbers, the same for every row; rows also by their squares, since
-    centered rows sum to zero. `note` gets the number of rows of every run, and its statistics.
+    centered rows sum to zero. `note` gets the number of rows of every run, and its statistics without a gradient.
     """
 
     def probe(model: nn.Module, batch: Any) -> Tensor:
@@ -105,7 +105,7 @@ def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | No
         leaves = [leaf for leaf in every_leaf(statistics) if has_gradient(leaf) and leaf.is_floating_point()]
         num_rows = rows_if_any(batch)
         if note is not None:
-            note(num_rows, statistics)
+            note(num_rows, {path: leaf for path, leaf in leaves_by_path(statistics) if not has_gradient(leaf)})
         if not leaves:
             raise UndecidedError  # all of it may be frozen, and the loss trained alone
         if num_rows is None:

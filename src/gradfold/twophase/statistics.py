@@ -1,7 +1,6 @@
 """The statistics of a window: what `statistic(model, micro_batch)` returned, over all micro-batches and ranks.
 
-They are the inputs of the loss, whose gradient with respect to them is cached in their `.grad`; the recompute pass
-reads each micro-batch's part of it. How they are combined is `combine.py`.
+The loss caches its gradient in their `.grad`, and the recompute pass reads each micro-batch's part of it.
 """
 
 from __future__ import annotations
@@ -25,23 +24,12 @@ _MAX_SAMPLE = 4096  # elements of a sum that are kept of each micro-batch, to se
 
 
 class Statistics:
-    """Filled micro-batch by micro-batch, then joined with those of other ranks.
-
-    Args:
-        combine: as of `TwoPhaseLoss`.
-        differentiable: paths of those that are known to have a gradient.
-
-    Attributes:
-        num_samples: of all ranks, once joined.
-        first_sample: the first one of this rank.
-        differentiable: with those found since; on all ranks once joined.
-        missed: paths of those that have a gradient in the recompute pass, but were not known to.
-    """
+    """Filled micro-batch by micro-batch, then joined with those of other ranks."""
 
     def __init__(self, combine: Combine, differentiable: frozenset[str] = frozenset()) -> None:
         self._combine = combine
-        self.differentiable = differentiable
-        self.missed: set[str] = set()
+        self.differentiable = differentiable  # paths of those known to have a gradient, on all ranks once joined
+        self.missed: set[str] = set()  # paths of those found to have one in the recompute pass only
         self._template: Batch = None
         self._paths: list[str] = []
         self._parts: dict[int, list[Any]] = {}  # by micro-batch; of sums, samples of their elements
@@ -49,8 +37,8 @@ class Statistics:
         self._dtypes: list[torch.dtype | None] = []  # of sums
         self._leaves: list[Any] = []  # of the whole batch
         self._rows: dict[int, list[slice]] = {}  # by micro-batch, where its rows are in each leaf; none of sums
-        self.num_samples = 0
-        self.first_sample = 0
+        self.num_samples = 0  # of all ranks
+        self.first_sample = 0  # of this rank, among them
 
     def add(self, index: int, output: Batch, num_rows: int) -> None:
         """Add those of a micro-batch; LossError where they cannot be combined."""
@@ -160,10 +148,8 @@ class Statistics:
 
     def _before(self, index: int, number: int) -> Tensor:
         """What the embed pass gave for a micro-batch; of sums, a sample."""
-        kept: Tensor = (
-            self._part(index, number, self._leaves[number].detach()) if self._rows else self._parts[index][number]
-        )
-        return kept
+        kept: Tensor = self._leaves[number].detach() if self._rows else self._parts[index][number]
+        return self._part(index, number, kept)
 
     def _part(self, index: int, number: int, whole: Tensor) -> Tensor:
         """A micro-batch's part of a leaf: its rows, or all of a sum."""

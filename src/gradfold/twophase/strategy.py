@@ -6,8 +6,6 @@
 
 The sums of gradients over ranks count [2] once, and [3] for every rank's own rows. Where one rank is out of memory in
 [3], all begin again, since with other micro-batches its statistics may differ.
-
-Source: GradCache, Gao, Zhang, Han and Callan 2021, arXiv 2101.06983.
 """
 
 from __future__ import annotations
@@ -24,10 +22,11 @@ from gradfold.engine.loss_terms import Loss, LossOutput, read_pair, read_terms
 from gradfold.engine.strategy import Strategy, run_in_order
 from gradfold.engine.window import Context, Window
 from gradfold.errors import DoesNotFitError, LossError, NotDecomposableError, OptionError, is_out_of_memory
+from gradfold.self_check.observations import Observations
 from gradfold.state.gradients import parameters_of
 from gradfold.state.rng import RandomStates
 from gradfold.state.snapshot import Snapshot, restored_modules
-from gradfold.twophase.checks import NonDifferentiableStatistics, check_window
+from gradfold.twophase.checks import check_constants, check_window
 from gradfold.twophase.loss import TwoPhaseLoss, explain, probe_of
 from gradfold.twophase.statistics import Statistics
 from gradfold.weights import WeightOption
@@ -85,8 +84,8 @@ class TwoPhase(Strategy):
         for is_refused, option, text in refused:
             if is_refused:
                 raise OptionError(f"{option} is not supported with a TwoPhaseLoss{text}")
-        self._labels = NonDifferentiableStatistics(loss_fn.combine)
-        super().__init__(probe_of(loss_fn, self._labels.note))
+        self._runs: Observations[dict[str, Any]] = Observations()  # statistics without a gradient, by path
+        super().__init__(probe_of(loss_fn, self._runs.note))
         self._loss_fn = loss_fn
         self._compute = compute
         self._raises = raises
@@ -127,7 +126,9 @@ class TwoPhase(Strategy):
 
     def judge(self, is_passed: bool) -> None:
         """Check that labels are those of rows, too."""
-        self._labels.judge(is_passed, {self._compute, *self._dtypes})
+        found = self._runs.take()
+        if is_passed and found is not None:
+            check_constants(found, self._loss_fn.combine, {self._compute, *self._dtypes})
 
     def explain(self, error: NotDecomposableError) -> NotDecomposableError:
         """In words about statistics, not about the probe."""
