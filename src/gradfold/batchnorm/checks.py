@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gradfold.batch.nesting import Batch, rows_if_any, structure
 from gradfold.batch.split import MicroBatch
-from gradfold.batchnorm.intercept import FUNCTIONAL, BatchNormCall, BatchNormMode
+from gradfold.batchnorm.intercept import BatchNormCall, BatchNormMode
 from gradfold.batchnorm.moments import Moments
 from gradfold.engine.loss_terms import LossFn, LossOutput
 from gradfold.errors import BatchNormError
@@ -32,30 +32,6 @@ from gradfold.self_check.observations import Observations
 
 Key: TypeAlias = "tuple[Hashable, int, str]"
 """A call of batch_norm: the structure of the batch, its number in the forward pass, and the name of its layer."""
-
-
-class FrozenStatistics(BatchNormMode):
-    """BatchNorm with fixed statistics, so everything else in a loss can be tried on parts of a batch.
-
-    Args:
-        names: of layers in evaluation mode that a window would normalize by the batch, by the id of their running mean.
-
-    Attributes:
-        counts: layer and values per channel of each call that a window would normalize by the batch.
-    """
-
-    def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
-        self._names = names
-        self.counts: list[tuple[str, int]] = []
-
-    def result_of(self, call: BatchNormCall) -> Tensor | None:
-        """By running statistics, in training mode, too."""
-        name = self._names.get(id(call.running_mean))
-        if name is None and not call.training:
-            return None
-        self.counts.append((name or FUNCTIONAL, call.num_values))
-        return call.with_frozen_statistics()
 
 
 class InputDependence:
@@ -181,17 +157,30 @@ def _are_same(parts: Sequence[Moments]) -> bool:
 
 
 def with_frozen_statistics(loss_fn: LossFn, inputs: InputDependence | None = None) -> LossFn:
-    """`loss_fn` with fixed statistics; `inputs` is told what each BatchNorm normalizes."""
+    """`loss_fn` with fixed statistics, so all but BatchNorm can be tried on parts of a batch.
+
+    `inputs` is told the values per channel of each call that a window would normalize by the batch.
+    """
 
     def run(model: nn.Module, batch: Any) -> LossOutput:
-        mode = FrozenStatistics({} if inputs is None else inputs.names)
+        names = {} if inputs is None else inputs.names
+        counts: list[tuple[str, int]] = []
+
+        def normalized(call: BatchNormCall, layer: str) -> Tensor | None:
+            name = names.get(id(call.running_mean))
+            if name is None and not call.training:
+                return None
+            counts.append((name or layer, call.num_values))
+            return call.with_frozen_statistics()
+
+        mode = BatchNormMode(normalized)
         try:
             with eagerly(), mode:
                 output = loss_fn(model, batch)
         finally:
             mode.uncount()
         if inputs is not None:
-            inputs.note(batch, mode.counts)
+            inputs.note(batch, counts)
         return output
 
     return run

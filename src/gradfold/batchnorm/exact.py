@@ -56,25 +56,6 @@ class _Request:
         return self.layer, values.shape[1], values.dtype, self.call.eps, self.has_grad
 
 
-class _JoinCalls(intercept.BatchNormMode):
-    """In the thread of a micro-batch: its part in every joint call."""
-
-    def __init__(self, coroutine: Coroutine, is_first: bool) -> None:
-        super().__init__(is_counting=is_first)
-        self._coroutine = coroutine
-
-    def result_of(self, call: intercept.BatchNormCall) -> Tensor | None:
-        """The micro-batch, normalized by the statistics of all."""
-        if not call.training:
-            return None
-        self.is_intercepted = True
-        if is_in_checkpoint():
-            raise intercept.checkpoint_error(self.layer)
-        request = _Request(call, self.layer, Moments.of(call.input), torch.is_grad_enabled())
-        normalized: Tensor = Normalize.apply(*self._coroutine.wait_for(request))  # type: ignore[no-untyped-call]
-        return normalized
-
-
 @final
 class ExactBatchNorm(Strategy):
     """Every BatchNorm normalizes by the whole window, of all ranks.
@@ -171,7 +152,7 @@ class JointRun:
     def run(self) -> None:
         """Run all forward passes, and one backward pass."""
         window, indices = self._window, self._indices
-        functions = [partial(self._run_forward, index, index == indices[0]) for index in indices]
+        functions = [partial(self._run_forward, index) for index in indices]
         with intercept.LayerTracker(self._layers) as tracker, eagerly():
             with coroutines(functions, window.device, GlobalState(window.model.parameters())) as running:
                 terms = self._run_to_end(running)
@@ -181,9 +162,19 @@ class JointRun:
                 self._run_backward(terms)
             self._group.end_backward()
 
-    def _run_forward(self, index: int, is_first: bool, coroutine: Coroutine) -> Weighed:
-        """[1] In a thread of its own: one forward pass."""
-        mode = _JoinCalls(coroutine, is_first)
+    def _run_forward(self, index: int, coroutine: Coroutine) -> Weighed:
+        """[1] In a thread of its own: one forward pass, with its part in every joint call."""
+
+        def normalized(call: intercept.BatchNormCall, layer: str) -> Tensor | None:
+            if not call.training:
+                return None
+            if is_in_checkpoint():
+                raise intercept.checkpoint_error(layer)
+            request = _Request(call, layer, Moments.of(call.input), torch.is_grad_enabled())
+            result: Tensor = Normalize.apply(*coroutine.wait_for(request))  # type: ignore[no-untyped-call]
+            return result
+
+        mode = intercept.BatchNormMode(normalized, is_counting=index == self._indices[0])
         intercept.current_forward.set(mode)
         with mode, self._offloading():
             return self._window.forward(index)

@@ -16,8 +16,7 @@ Source: `torch.overrides.TorchFunctionMode`.
 from __future__ import annotations
 
 import sys
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
@@ -92,21 +91,19 @@ class BatchNormMode(TorchFunctionMode):
     """Replaces the results of calls of batch_norm.
 
     Args:
+        result_of: what a call returns in a layer of this name; None: what torch makes of it.
         is_counting: whether layers count a batch, in this model or outside of it.
 
     Attributes:
         layer: the one that the forward pass is in, and whether a call was intercepted there.
     """
 
-    def __init__(self, is_counting: bool = True) -> None:
+    def __init__(self, result_of: Callable[[BatchNormCall, str], Tensor | None], is_counting: bool = True) -> None:
         super().__init__()
+        self._result_of = result_of
         self._is_counting = is_counting
         self.layer, self.is_intercepted = FUNCTIONAL, False
         self._counted: list[Tensor] = []
-
-    @abstractmethod
-    def result_of(self, call: BatchNormCall) -> Tensor | None:
-        """What a call returns; None: what torch makes of it."""
 
     @torch.no_grad()
     def uncount(self) -> None:
@@ -120,8 +117,9 @@ class BatchNormMode(TorchFunctionMode):
         kwargs = kwargs or {}
         call = _read_call(func, args, kwargs)
         if call is not None:
-            result = self.result_of(call)
+            result = self._result_of(call, self.layer)
             if result is not None:
+                self.is_intercepted = True
                 return result
         elif func in _UNSUPPORTED:
             raise BatchNormError(
