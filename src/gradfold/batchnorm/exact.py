@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from gradfold.batch.nesting import structure
 from gradfold.batchnorm import intercept
 from gradfold.batchnorm.checks import InputDependence, eagerly, with_frozen_statistics
-from gradfold.batchnorm.coordinator import LocalStatisticsGroup, StatisticsGroup, SynchronizedCoordinator
+from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.coroutines import Coroutine, coroutines
 from gradfold.batchnorm.global_state import GlobalState
 from gradfold.batchnorm.joint_call import Gather, JointCall, Normalize, Synchronize
@@ -98,15 +98,10 @@ class ExactBatchNorm(Strategy):
         """
         window.weights.wait()
         intercept.refuse_scripted(window.model)
-        coordinator = window.context.coordinator
-        group: StatisticsGroup = LocalStatisticsGroup()
-        if coordinator.num_ranks > 1:
-            assert isinstance(coordinator, SynchronizedCoordinator)
-            group = coordinator
         try:
-            JointRun(window, indices, group, self._inputs).run()
+            JointRun(window, indices, self._inputs).run()
         except Exception as error:
-            if not group.synchronizes_backward or not is_out_of_memory(error):
+            if window.context.coordinator.num_ranks == 1 or not is_out_of_memory(error):
                 raise
             raise _out_of_memory_among_ranks(window, error) from error
 
@@ -136,11 +131,12 @@ class ExactBatchNorm(Strategy):
 class JointRun:
     """One window, run by forward passes in turns and one backward pass."""
 
-    def __init__(self, window: Window, indices: Sequence[int], group: StatisticsGroup, inputs: InputDependence) -> None:
+    def __init__(self, window: Window, indices: Sequence[int], inputs: InputDependence) -> None:
         self._window = window
         self._indices = indices
         self._layers = batch_statistics_layers(window.model)
-        self._group = group
+        coordinator = window.context.coordinator
+        self._group = coordinator if isinstance(coordinator, SynchronizedCoordinator) else None
         self._inputs = inputs
         self._structure = structure(window.micro_batches[0].data)
         self._offload: Offload | None = None
@@ -157,10 +153,12 @@ class JointRun:
             with coroutines(functions, window.device, GlobalState(window.model.parameters())) as running:
                 terms = self._run_to_end(running)
             tracker.check()
-            self._group.end_forward()
+            if self._group is not None:
+                self._group.end_forward()
             if self._calls:
                 self._run_backward(terms)
-            self._group.end_backward()
+            if self._group is not None:
+                self._group.end_backward()
 
     def _run_forward(self, index: int, coroutine: Coroutine) -> Weighed:
         """[1] In a thread of its own: one forward pass, with its part in every joint call."""
@@ -215,11 +213,11 @@ class JointRun:
         first = requests[0]
         call = first.call
         moments = self._merge([request.moments for request in requests], first)
-        joint = JointCall(first.layer, moments, call, self._group.sum)
+        joint = JointCall(first.layer, moments, call, self._group)
         self._calls.append(joint)
         with torch.set_grad_enabled(first.has_grad):
             if self._token is None:  # where ranks wait in the backward pass, every call is in the graph by its token
-                token = torch.zeros((), device=call.input.device, requires_grad=self._group.synchronizes_backward)
+                token = torch.zeros((), device=call.input.device, requires_grad=self._group is not None)
             else:
                 token = self._token.to(call.input.device)
             with self._offloading():
@@ -236,7 +234,9 @@ class JointRun:
         """Those of all values; the running ones advance by them."""
         key = self._structure, len(self._calls), first.layer
         is_shared = self._inputs.is_shared(key, parts, self._window.micro_batches)
-        moments = self._group.merge(merge(parts))
+        moments = merge(parts)
+        if self._group is not None:
+            moments = self._group.merge(moments)
         in_whole = replace(moments, count=parts[0].count) if is_shared else moments
         if in_whole.count < 2:  # as torch says it
             raise ValueError(
@@ -250,7 +250,7 @@ class JointRun:
         """[3] The backward pass of all."""
         for call in self._calls:
             call.is_backward_allowed = True
-        if self._group.synchronizes_backward and self._token is not None and self._token.requires_grad:
+        if self._group is not None and self._token is not None and self._token.requires_grad:
             terms = [*terms, (self._token, 1.0)]  # so that joint calls which do not reach the loss run on all ranks
         self._token = None
         self._window.backward(terms)
