@@ -134,7 +134,7 @@ class JointRun:
     def __init__(self, window: Window, indices: Sequence[int], inputs: InputDependence) -> None:
         self._window = window
         self._indices = indices
-        self._layers = batch_statistics_layers(window.model)
+        self._tracker = intercept.LayerTracker(batch_statistics_layers(window.model))
         coordinator = window.context.coordinator
         self._group = coordinator if isinstance(coordinator, SynchronizedCoordinator) else None
         self._inputs = inputs
@@ -149,10 +149,10 @@ class JointRun:
         """Run all forward passes, and one backward pass."""
         window, indices = self._window, self._indices
         functions = [partial(self._run_forward, index) for index in indices]
-        with intercept.LayerTracker(self._layers) as tracker, eagerly():
+        with self._tracker, eagerly():
             with coroutines(functions, window.device, GlobalState(window.model.parameters())) as running:
                 terms = self._run_to_end(running)
-            tracker.check()
+            self._tracker.check()
             if self._group is not None:
                 self._group.end_forward()
             if self._calls:
@@ -189,13 +189,12 @@ class JointRun:
         """
         window, indices = self._window, self._indices
         mutations = ModuleMutations(window.model) if len(indices) > 1 else None
-        counters = intercept.BatchCounters(self._layers.values())
         largest = max(indices, key=lambda index: len(window.micro_batches[index].rows), default=0)
         while True:
             for number, (index, coroutine) in enumerate(zip(indices, running, strict=True)):
                 window.resume(index)
                 coroutine.advance()
-                counters.set(is_first=number == 0)
+                self._tracker.count_once(is_first=number == 0)
                 if mutations is not None and not coroutine.is_done:
                     mutations.refuse(number, coroutine.request.layer)
                 if running[0].is_done and coroutine.is_done and not self._calls:

@@ -1,34 +1,24 @@
 """Intercepted calls of batch_norm, and the check that no BatchNorm of a window escapes.
 
-[1] `BatchNormMode` sees every call of batch_norm that Python makes, in a module or a function. Under a function mode
-`F.batch_norm` arrives as itself and then runs with the mode off, so that `torch.batch_norm` alone would never be seen.
-What C++ calls by itself, as TorchScript does, is not seen at all.
-
-[2] `LayerTracker` listens to the layers of the model and raises where one has normalized without an intercepted call.
-
-[3] `BatchCounters` keeps `num_batches_tracked`, which counts a batch once however many micro-batches it has. Under [1]
-torch's own layers count in the first micro-batch alone. A layer whose forward is the user's may count in any way
-(`self.num_batches_tracked = self.num_batches_tracked + 1`), so its counter is restored.
-
-Source: `torch.overrides.TorchFunctionMode`.
+`BatchNormMode` sees the calls that Python makes, and lets torch's own layers count in the first micro-batch alone.
+`LayerTracker` sees the layers: calls that C++ makes (TorchScript) do not reach the mode, and a custom forward may count
+in any way (`self.num_batches_tracked = self.num_batches_tracked + 1`).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from gradfold.batchnorm.moments import Moments
-from gradfold.batchnorm.policy import counter_version
+from gradfold.batchnorm.policy import LayerHooks
 from gradfold.batchnorm.torch_private import BATCH_NORM_FORWARDS, BatchNorm, TorchFunctionMode
 from gradfold.errors import BatchNormError
 
@@ -81,6 +71,7 @@ _OF_TORCH = ("input", "weight", "bias", "running_mean", "running_var", "training
 
 
 def _read_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchNormCall | None:
+    # F.batch_norm arrives as itself and then runs with the mode off, so torch.batch_norm alone would not be enough.
     if func is torch.batch_norm:
         func, args, kwargs = F.batch_norm, (), dict(zip(_OF_TORCH, args, strict=False)) | kwargs
         kwargs.pop("cudnn_enabled", None)
@@ -136,66 +127,48 @@ current_forward: ContextVar[BatchNormMode | None] = ContextVar("current_forward"
 """The mode of the micro-batch that runs; None outside of a window's forward passes."""
 
 
-class LayerTracker:
-    """Knows which layer a forward pass is in, for the length of a `with` block, and whether it was intercepted."""
+class LayerTracker(LayerHooks):
+    """Knows which layer a forward pass is in, and whether it was intercepted; counts a batch once."""
 
     def __init__(self, layers: Mapping[str, BatchNorm]) -> None:
-        self._names: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
-        self._versions = {layer: counter_version(layer) for layer in layers.values()}
-        self._handles: list[RemovableHandle] = []
+        super().__init__(layers, self._before, self._after)
         self._seen: set[nn.Module] = set()
-
-    def __enter__(self) -> LayerTracker:
-        for layer in self._versions:
-            self._handles.append(layer.register_forward_pre_hook(self._before))
-            self._handles.append(layer.register_forward_hook(self._after))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._kept: list[tuple[BatchNorm, Tensor, Tensor]] = []
 
     def check(self) -> None:
         """Raise BatchNormError where a layer has run without its hooks; one that has not run at all is fine."""
-        for layer, version in self._versions.items():
-            if layer not in self._seen and counter_version(layer) != version:
-                raise _not_intercepted(self._names[layer])
+        for name in self.run_without(self._seen):
+            raise _not_intercepted(name)
 
-    def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    @torch.no_grad()
+    def count_once(self, is_first: bool) -> None:
+        """Where a layer's forward is the user's, keep its counter in the first micro-batch, and restore it in others.
+
+        Called whenever a micro-batch has run up to a BatchNorm, or to its end.
+        """
+        if is_first:
+            custom = [layer for layer in self.names if type(layer).forward not in BATCH_NORM_FORWARDS]
+            found = [(layer, layer._buffers.get("num_batches_tracked")) for layer in custom]
+            self._kept = [(layer, counter, counter.clone()) for layer, counter in found if counter is not None]
+            return
+        for layer, counter, value in self._kept:
+            layer._buffers["num_batches_tracked"] = counter
+            counter.copy_(value)
+
+    def _before(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = current_forward.get()
         self._seen.add(layer)
         if forward is None:  # the backward pass runs it
-            raise checkpoint_error(self._names[layer])
-        forward.layer, forward.is_intercepted = self._names[layer], False
+            raise checkpoint_error(self.names[layer])
+        forward.layer, forward.is_intercepted = self.names[layer], False
 
-    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward = current_forward.get()
         if forward is None:
             return
         if not forward.is_intercepted and layer.training and isinstance(output, Tensor):
             raise _not_intercepted(forward.layer)
         forward.layer = FUNCTIONAL
-
-
-class BatchCounters:
-    """The counters of layers whose forward is the user's."""
-
-    def __init__(self, layers: Iterable[BatchNorm]) -> None:
-        self._layers = [layer for layer in layers if type(layer).forward not in BATCH_NORM_FORWARDS]
-        self._kept: list[tuple[BatchNorm, Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def set(self, is_first: bool) -> None:
-        """A micro-batch has run up to a BatchNorm, or to its end: the first counts, the others have counted, too."""
-        if is_first:
-            found = [(layer, layer._buffers.get("num_batches_tracked")) for layer in self._layers]
-            self._kept = [(layer, counter, counter.clone()) for layer, counter in found if counter is not None]
-            return
-        for layer, counter, value in self._kept:
-            layer._buffers["num_batches_tracked"] = counter
-            counter.copy_(value)
 
 
 def checkpoint_error(name: str) -> BatchNormError:

@@ -1,24 +1,19 @@
-"""BatchNorm by micro-batch: each micro-batch has its own statistics, and running statistics are those of the window.
+"""BatchNorm by micro-batch: each has its own statistics, as in ghost batch norm (Hoffer et al. 2017, arXiv 1705.08741).
 
-In training mode BatchNorm normalizes by the mean and variance of its input, so a micro-batch of 16 rows is not
-normalized as those rows are in a batch of 256, and the gradient differs. `"per_micro_batch"` accepts that (as "ghost
-batch norm" does on purpose: Hoffer et al. 2017, arXiv 1705.08741). The running statistics advance once per window, by
-the window's own mean and unbiased variance, as they would with the whole batch.
+The running statistics advance once per window, by the window's own mean and unbiased variance, as with a whole batch.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gradfold.batchnorm.moments import Moments, merge
-from gradfold.batchnorm.policy import SHARDS_REFUSED, batch_statistics_layers, counter_version, layer_names
+from gradfold.batchnorm.policy import SHARDS_REFUSED, LayerHooks, batch_statistics_layers, layer_names
 from gradfold.batchnorm.torch_private import BatchNorm
 from gradfold.engine.strategy import Passes, Strategy, run_in_order
 from gradfold.engine.window import Context
@@ -40,7 +35,8 @@ class PerMicroBatchNorm(Strategy):
         if not layers:
             run_in_order(window, indices)
             return
-        with WindowStatistics(layers) as statistics:
+        statistics = WindowStatistics(layers)
+        with statistics:
             for index in indices:
                 statistics.listen()
                 weighed = window.forward(index)
@@ -62,7 +58,7 @@ class PerMicroBatchNorm(Strategy):
         return layers if all(getattr(one, "running_mean", None) is not None for one in layers.values()) else None
 
 
-class WindowStatistics:
+class WindowStatistics(LayerHooks):
     """Collects each layer's batch moments during a window and commits them to its running statistics once.
 
     With momentum 1 a layer's running statistics *are* the mean and unbiased variance of its last batch, computed by
@@ -71,26 +67,16 @@ class WindowStatistics:
     """
 
     def __init__(self, layers: Mapping[str, BatchNorm]) -> None:
-        self._names = {layer: name for name, layer in layers.items() if layer.track_running_stats}
+        tracking = {name: layer for name, layer in layers.items() if layer.track_running_stats}
+        super().__init__(tracking, self._before, self._after)
         self._records: dict[BatchNorm, _LayerStatistics] = {}
-        self._handles: list[RemovableHandle] = []
         self._is_listening = False
 
-    def __enter__(self) -> WindowStatistics:
-        self._versions = {layer: counter_version(layer) for layer in self._names}
-        for layer in self._names:
-            self._handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(self._after, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         for record in self._records.values():
             record.layer.momentum = record.momentum
-            if error is not None:
+            if any(error):
                 record.restore()
 
     def listen(self) -> None:
@@ -104,14 +90,8 @@ class WindowStatistics:
         self._is_listening = False
 
     def commit(self) -> None:
-        """Advance the running statistics by the window's moments.
-
-        Raises:
-            BatchNormError: a layer ran where hooks are not called (a graph compiled or scripted before).
-        """
-        silent = [layer for layer in self._names if layer not in self._records]
-        unseen = [self._names[layer] for layer in silent if counter_version(layer) != self._versions[layer]]
-        if unseen:
+        """Advance the running statistics by the window's moments; BatchNormError where hooks have missed a layer."""
+        if unseen := self.run_without(self._records):
             raise BatchNormError(
                 f"BatchNorm in {layer_names(unseen)} ran without calling its hooks (a compiled or scripted graph), "
                 "so its statistics cannot be collected. Do not compile these layers, or put them into evaluation mode.",
@@ -120,11 +100,11 @@ class WindowStatistics:
         for record in self._records.values():
             record.advance()
 
-    def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Here rather than on entry, since a lazy layer has no statistics before its first call.
         values = _input(args, kwargs)
         if values.dim() > 1 and values.numel() == values.shape[1]:
-            name = self._names[layer]
+            name = self.names[layer]
             raise BatchNormError(
                 f"BatchNorm in {name} got one value per channel (input {tuple(values.shape)}), which has no variance: "
                 "a micro-batch of one row. Choose a micro_batch_size that leaves no part with a single row (3 splits 5 "
@@ -135,7 +115,7 @@ class WindowStatistics:
             self._records[layer] = _LayerStatistics(layer)
             layer.momentum = 1.0
 
-    def _after(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._is_listening:
             self._records[layer].collect(_input(args, kwargs))
 
