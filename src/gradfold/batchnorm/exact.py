@@ -61,13 +61,8 @@ class ExactBatchNorm(Strategy):
     """Every BatchNorm normalizes by the whole window, of all ranks.
 
     Args:
-        loss_fn: the loss as it runs.
-        on_non_finite: as for `Accumulator`.
         keeps_order: whether micro-batches hold rows as they come, with the padding that they have.
         is_collated: whether micro-batches are collated one by one.
-
-    Raises:
-        OptionError: an option is not supported.
     """
 
     runs_zero_weight = True  # their rows are in the statistics
@@ -90,12 +85,7 @@ class ExactBatchNorm(Strategy):
         super().__init__(with_frozen_statistics(loss_fn, self._inputs))
 
     def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
-        """Run all forward passes in turns, and one backward pass.
-
-        Raises:
-            BatchNormError: a module is scripted, so its BatchNorm could not be intercepted.
-            DoesNotFitError: out of memory while other ranks wait for this one.
-        """
+        """Run all forward passes in turns, and one backward pass."""
         window.weights.wait()
         intercept.refuse_scripted(window.model)
         try:
@@ -103,7 +93,15 @@ class ExactBatchNorm(Strategy):
         except Exception as error:
             if window.context.coordinator.num_ranks == 1 or not is_out_of_memory(error):
                 raise
-            raise _out_of_memory_among_ranks(window, error) from error
+            failed = window.micro_batches[window.current]
+            size = len(failed.rows)
+            fix = f"Write a smaller micro_batch_size on all of them ({size // 2} or less), which changes no gradient. "
+            raise DoesNotFitError(
+                f'out of memory with {size} row{"s" * (size > 1)} at once{failed.where}. With batch_norm="exact" ranks '
+                "wait for each other at every BatchNorm, so a single one cannot begin again with fewer rows. "
+                f"{fix if size > 1 else ''}The error was: {error}",
+                (size,),
+            ) from error
 
     def find_offender(self, window: Window) -> int | None:
         """The first micro-batch whose loss is not finite with frozen statistics: a single NaN is in those of all."""
@@ -139,11 +137,11 @@ class JointRun:
         self._group = coordinator if isinstance(coordinator, SynchronizedCoordinator) else None
         self._inputs = inputs
         self._structure = structure(window.micro_batches[0].data)
-        self._offload: Offload | None = None
-        if has_own_memory(window.device):
-            self._offload = Offload([*window.model.parameters(), *window.model.buffers()])
+        stays = [*window.model.parameters(), *window.model.buffers()]
+        self._offload = Offload(stays) if has_own_memory(window.device) else None
         self._calls: list[JointCall] = []
-        self._token: Tensor | None = None
+        # Where ranks wait in the backward pass, every joint call is in the graph by its token.
+        self._token = torch.zeros((), device=window.device, requires_grad=self._group is not None)
 
     def run(self) -> None:
         """Run all forward passes, and one backward pass."""
@@ -215,14 +213,10 @@ class JointRun:
         joint = JointCall(first.layer, moments, call, self._group)
         self._calls.append(joint)
         with torch.set_grad_enabled(first.has_grad):
-            if self._token is None:  # where ranks wait in the backward pass, every call is in the graph by its token
-                token = torch.zeros((), device=call.input.device, requires_grad=self._group is not None)
-            else:
-                token = self._token.to(call.input.device)
             with self._offloading():
                 gathered = [Gather.apply(one.call.input, joint) for one in requests]  # type: ignore[no-untyped-call]
             token, *synchronized = Synchronize.apply(  # type: ignore[no-untyped-call]
-                joint, token, call.weight, call.bias, *gathered
+                joint, self._token.to(call.input.device), call.weight, call.bias, *gathered
             )
         if first.has_grad:  # else the chain of those that have would end here
             self._token = token
@@ -249,9 +243,8 @@ class JointRun:
         """[3] The backward pass of all."""
         for call in self._calls:
             call.is_backward_allowed = True
-        if self._group is not None and self._token is not None and self._token.requires_grad:
+        if self._group is not None and self._token.grad_fn is not None:
             terms = [*terms, (self._token, 1.0)]  # so that joint calls which do not reach the loss run on all ranks
-        self._token = None
         self._window.backward(terms)
         self._calls.clear()
 
@@ -280,15 +273,3 @@ class JointRun:
 def has_own_memory(device: torch.device) -> bool:
     """Whether a device has another memory than the host's."""
     return device.type != "cpu"
-
-
-def _out_of_memory_among_ranks(window: Window, error: Exception) -> DoesNotFitError:
-    failed = window.micro_batches[window.current]
-    size = len(failed.rows)
-    fewer = f"Write a smaller micro_batch_size on all of them ({size // 2} or less), which changes no gradient. "
-    return DoesNotFitError(
-        f'out of memory with {size} row{"s" * (size > 1)} at once{failed.where}. With batch_norm="exact" ranks wait '
-        "for each other at every BatchNorm, so a single one cannot begin again with fewer rows. "
-        f"{fewer if size > 1 else ''}The error was: {error}",
-        (size,),
-    )

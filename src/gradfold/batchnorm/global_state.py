@@ -1,19 +1,14 @@
 """Process-wide state per coroutine: random numbers, default dtype, determinism, back ends of attention.
 
-`torch.random.fork_rng`, `sdpa_kernel` and the like change it at their beginning and back at their end. Between the two
-other forward passes run, which must not see the change, and whose own ends would restore the wrong values. So it is
-swapped with the turn.
-
-Each forward pass has random numbers of its own, since states that several pass on to each other cannot be forked: the
-first goes on with the caller's, the others begin at seeds derived from them. Where one ends before the next begins,
-they go on from each other as in plain accumulation.
+`torch.random.fork_rng`, `sdpa_kernel` and the like change it for a block, in which other forward passes get their turn.
+Random numbers of the first go on with the caller's, those of others begin at seeds derived from them, since states that
+several pass on to each other cannot be forked. Where one ends before the next begins, they go on from each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,32 +26,25 @@ class _Paused(NamedTuple):
 
 
 class GlobalState:
-    """The caller's state, which is restored at the end of the `with` block.
-
-    Its random numbers go on where none of the forward passes has been.
+    """The caller's state, which a `with` block restores; random numbers go on where no forward pass has been.
 
     Args:
         tensors: on the devices whose random numbers count.
-
-    Attributes:
-        num_ended: how many forward passes have ended.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = list({tensor.device: tensor for tensor in tensors}.values())
         self._paused: dict[int, _Paused] = {}
         self._last_in_order = 0  # the last forward pass that began where all before it had ended
-        self.num_ended = 0
+        self.num_ended = 0  # forward passes
 
     def __enter__(self) -> GlobalState:
         self._begin, self._settings = RandomState.record(self._tensors), read_settings()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         apply_settings(self._settings)
-        if error is None and self._paused:
+        if not any(error) and self._paused:
             last = self._paused[self._last_in_order].random
             if last.is_same(self._begin) and not all(one.random.is_same(one.first) for one in self._paused.values()):
                 last = self._begin.derived(len(self._paused))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -59,26 +59,27 @@ def is_in_checkpoint() -> bool:
     return frame is not None
 
 
-def current_modes() -> tuple[Sequence[Any], Sequence[Any]]:
-    """The function modes (the default device is one) and dispatch modes of this thread, outermost first.
+def modes_of_this_thread() -> Callable[[], AbstractContextManager[None]]:
+    """Blocks in which another thread has the function modes (the default device is one) and dispatch modes of this one.
 
-    Without it: forward passes in new threads would run outside of the user's modes, on the CPU for instance.
+    Without it: forward passes in new threads would run outside of the user's modes, on the CPU for instance. They are
+    pushed, since entering them again would run their set-up twice.
     """
     function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return function_modes, _get_current_dispatch_mode_stack()
+    dispatch_modes = _get_current_dispatch_mode_stack()
 
+    @contextmanager
+    def pushed() -> Iterator[None]:
+        with ExitStack() as stack:
+            for mode in dispatch_modes:
+                _push_dispatch_mode(mode)
+                stack.callback(_pop_dispatch_mode)
+            for mode in function_modes:
+                _push_function_mode(mode)  # type: ignore[no-untyped-call]
+                stack.callback(_pop_function_mode)
+            yield
 
-@contextmanager
-def modes(function_modes: Sequence[Any], dispatch_modes: Sequence[Any]) -> Iterator[None]:
-    """Push modes of another thread onto this one. Without it: entering them again would run their set-up twice."""
-    with ExitStack() as stack:
-        for mode in dispatch_modes:
-            _push_dispatch_mode(mode)
-            stack.callback(_pop_dispatch_mode)
-        for mode in function_modes:
-            _push_function_mode(mode)  # type: ignore[no-untyped-call]
-            stack.callback(_pop_function_mode)
-        yield
+    return pushed
 
 
 def read_settings() -> list[Any]:
