@@ -1,10 +1,7 @@
-"""What the self-check sees of a loss with exact BatchNorm: everything but BatchNorm, and the inputs of BatchNorm.
+"""Exact BatchNorm in the self-check: a loss is tried with fixed statistics, and what BatchNorm gets is seen.
 
-Its runs have fixed statistics in every BatchNorm, so the rest of the loss can be tried on parts of a micro-batch. The
-same runs tell how the inputs of BatchNorm depend on the batch. The statistics of a window are those of the whole batch
-where the values that micro-batches bring are, together, those that the batch would bring. Prototypes are not: every
-micro-batch brings them, the batch once. Nor is padding, whose amount the micro-batch decides. The number of values of
-a call tells them apart:
+The statistics of a window are those of the whole batch where micro-batches together bring the values that the batch
+would bring. Prototypes are brought by every micro-batch, and padding depends on it. The number of values tells:
 
     per sample    a micro-batch brings as many values as its two parts together
     shared        each part brings as many as the whole; they are counted once, and must be the same everywhere
@@ -35,20 +32,13 @@ Key: TypeAlias = "tuple[Hashable, int, str]"
 
 
 class InputDependence:
-    """How the inputs of BatchNorm depend on the batch, in the windows of one accumulator.
-
-    Args:
-        is_collated: whether micro-batches are collated one by one.
-
-    Attributes:
-        names: of layers, by the id of their running mean.
-    """
+    """How the inputs of BatchNorm depend on the batch, in the windows of one accumulator."""
 
     def __init__(self, is_collated: bool) -> None:
         self._runs: Observations[list[tuple[str, int]]] = Observations()
         self._structure: Hashable = None  # of the batch in these runs
-        self.names: dict[int, str] = {}
-        self._is_collated = is_collated
+        self.names: dict[int, str] = {}  # of layers, by the id of their running mean
+        self._is_collated = is_collated  # one micro-batch at a time
         # Per sample: "even" where every row brings as many values.
         self._known: dict[Key, Literal["shared", "even", "uneven"]] = {}
         self._seen_to_differ: set[Key] = set()
@@ -60,11 +50,7 @@ class InputDependence:
         self._runs.note(rows_if_any(batch), counts)
 
     def judge(self, passed: bool) -> None:
-        """Learn from the self-check's runs, where it passed.
-
-        Raises:
-            BatchNormError: the input of a call is mixed.
-        """
+        """Learn from the self-check's runs, where it passed; BatchNormError where the input of a call is mixed."""
         found = self._runs.take()
         if found is None or not passed:
             return
@@ -90,11 +76,7 @@ class InputDependence:
                 )
 
     def is_shared(self, key: Key, parts: Sequence[Moments], micro_batches: Sequence[MicroBatch]) -> bool:
-        """Whether all micro-batches bring the very same to a call, which the whole batch would bring once.
-
-        Raises:
-            BatchNormError: it should be the same, and is not.
-        """
+        """Whether all micro-batches bring the very same to a call; BatchNormError where they should and do not."""
         known = self._known.get(key)
         if known == "shared":
             if not _are_same(parts):

@@ -156,15 +156,15 @@ def coroutines(
 def _end(started: Sequence[Coroutine]) -> None:
     """Cancel those that are not done and wait for all, also if interrupted: they would work on a model rolled back."""
     interrupt: BaseException | None = None
-    for coroutine in started:
+    running = list(started)
+    for coroutine in running:
         coroutine.cancel()
-    for coroutine in started:
-        while True:
-            try:
-                coroutine.join()
-                break
-            except BaseException as error:
-                interrupt = error
+    while running:
+        try:
+            running[0].join()
+            del running[0]
+        except BaseException as error:
+            interrupt = error
     if interrupt is not None:
         raise interrupt
 

@@ -14,9 +14,8 @@ with mean, var and both sums over the whole window. In the autograd graph it is 
     forward     Normalize makes y[k] when micro-batch k goes on
     backward    Normalize adds to the sums, Synchronize completes them, Gather makes dx[k]
 
-since Synchronize alone would need y, dy and dx of all micro-batches at once, where these need them of one. Synchronize
-also passes a token to the next joint call, which fixes the order of joint calls in the backward pass, in which ranks
-wait for each other.
+since Synchronize alone would need y, dy and dx of all micro-batches at once, where these need them of one. It also
+passes a token to the next joint call, which fixes the order of joint calls in the backward pass of all ranks.
 
 Sources: Ioffe and Szegedy 2015, arXiv 1502.03167; `torch.nn.SyncBatchNorm`.
 """
@@ -36,13 +35,7 @@ from gradfold.errors import BatchNormError
 
 
 class JointCall:
-    """What all micro-batches need of one joint call.
-
-    Args:
-        moments: of all values, on all ranks.
-        call: the one of the first micro-batch, whose weight, bias and eps are those of all.
-        group: the ranks, where there are several.
-    """
+    """What all micro-batches need of one joint call; `call` is the first's, whose weight, bias and eps all have."""
 
     def __init__(self, name: str, moments: Moments, call: BatchNormCall, group: SynchronizedCoordinator | None) -> None:
         self.is_backward_allowed = False  # until the backward pass of the window begins

@@ -1,8 +1,6 @@
-"""Module-state mutations: what a paused forward pass has left on the modules, where the others would find it.
+"""Module-state mutations: what a paused forward pass has left on the modules, where the next one would overwrite it.
 
-With exact BatchNorm the forward passes of all micro-batches are under way at once, on one model. What one of them puts
-there and reads later (a loss that a layer keeps, a list of features, one parameter in place of another) the next one
-overwrites.
+That is a loss that a layer keeps, a list of features, one parameter in place of another, and the like.
 """
 
 from __future__ import annotations
@@ -56,11 +54,10 @@ class ModuleMutations:
         self._plain: list[_PlainMutation] = []
 
     def refuse(self, number: int, layer: str) -> None:
-        """Check what forward pass `number` has left, which waits at this layer.
+        """Raise BatchNormError for what forward pass `number` has left, which waits at this layer.
 
-        Raises:
-            BatchNormError: the first has left an object; or another one has left a number or text that differs from the
-                first's. A count of calls, which grows by the same in each micro-batch, is the user's and is allowed.
+        The first must not leave objects, nor others a number or text that differs from the first's. A count of calls,
+        which grows by the same in each micro-batch, is allowed.
         """
         if number == 0:
             self._plain = []
@@ -87,7 +84,7 @@ class ModuleMutations:
                     yield kind.format(key=key, module=name or "the model itself", path=f"{name}.{key}".lstrip("."))
         for name, key, value, content in self._contents:
             inside = list(_inside(value))
-            if len(inside) != len(content) or any(a is not b for a, b in zip(inside, content, strict=True)):
+            if len(inside) != len(content) or not all(map(is_, inside, content)):
                 yield f"what is in the attribute {key!r} of {name or 'the model itself'}"
 
 

@@ -61,9 +61,8 @@ class PerMicroBatchNorm(Strategy):
 class WindowStatistics(LayerHooks):
     """Collects each layer's batch moments during a window and commits them to its running statistics once.
 
-    With momentum 1 a layer's running statistics *are* the mean and unbiased variance of its last batch, computed by
-    the kernel that normalizes, at no further cost. So during the window the momentum is 1, and hooks copy the moments
-    away. A layer that is called several times in a forward pass advances once per call, as in the full batch.
+    With momentum 1 a layer's running statistics *are* the mean and unbiased variance of its last batch, at no cost, so
+    hooks copy them away. A layer that a forward pass calls several times advances once per call, as with a whole batch.
     """
 
     def __init__(self, layers: Mapping[str, BatchNorm]) -> None:
