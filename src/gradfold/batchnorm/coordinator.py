@@ -40,25 +40,21 @@ class SynchronizedCoordinator(DataParallelCoordinator):
 
     def merge(self, own: Moments) -> Moments:
         """The moments of all ranks."""
-        counts = self._gather_status(own.count, len(own.mean))
+        counts = self.meet(own.count, len(own.mean))
         rows = self.group.gather(torch.stack([own.mean, own.variance]))
         return merge([Moments(mean, variance, count) for (mean, variance), count in zip(rows, counts, strict=True)])
 
     def sum(self, own: Tensor) -> Tensor:
         """The sum over all ranks, in the backward pass."""
-        self._gather_status()
+        self.meet()
         return self.group.sum(own)
-
-    def end_forward(self) -> None:
-        """All forward passes of this rank are done."""
-        self._gather_status()
 
     def end_backward(self) -> None:
         """From here on the ranks synchronize as without BatchNorm."""
-        self._gather_status()
+        self.meet()
         self._may_be_waited_for = False
 
-    def _gather_status(self, count: int = 0, channels: int = 0) -> list[int]:
+    def meet(self, count: int = 0, channels: int = 0) -> list[int]:
         """Counts of all ranks; DistributedError where one has failed, BatchNormError where channels differ."""
         statuses = self.group.begin_gather([0.0, float(count), float(channels)])()
         if any(failed for failed, _, _ in statuses):

@@ -152,7 +152,7 @@ class JointRun:
                 terms = self._run_to_end(running)
             self._tracker.check()
             if self._group is not None:
-                self._group.end_forward()
+                self._group.meet()
             if self._calls:
                 self._run_backward(terms)
             if self._group is not None:

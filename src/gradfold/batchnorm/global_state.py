@@ -9,20 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from gradfold.batchnorm.torch_private import apply_settings, read_settings
 from gradfold.state.rng import RandomState
-
-
-class _Paused(NamedTuple):
-    """The state at the end of a turn, and the random state before the first one."""
-
-    settings: list[Any]
-    random: RandomState
-    first: RandomState
 
 
 class GlobalState:
@@ -34,37 +26,39 @@ class GlobalState:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = list({tensor.device: tensor for tensor in tensors}.values())
-        self._paused: dict[int, _Paused] = {}
+        self._began: dict[int, RandomState] = {}  # of each forward pass
+        self._paused: dict[int, tuple[list[Any], RandomState]] = {}  # at the end of its last turn
         self._last_in_order = 0  # the last forward pass that began where all before it had ended
         self.num_ended = 0  # forward passes
 
-    def __enter__(self) -> GlobalState:
-        self._begin, self._settings = RandomState.record(self._tensors), read_settings()
-        return self
+    def __enter__(self) -> None:
+        self._caller, self._settings = RandomState.record(self._tensors), read_settings()
 
     def __exit__(self, *error: object) -> None:
         apply_settings(self._settings)
         if not any(error) and self._paused:
-            last = self._paused[self._last_in_order].random
-            if last.is_same(self._begin) and not all(one.random.is_same(one.first) for one in self._paused.values()):
-                last = self._begin.derived(len(self._paused))
+            last = self._paused[self._last_in_order][1]
+            are_unused = (random.is_same(self._began[number]) for number, (_, random) in self._paused.items())
+            if last.is_same(self._caller) and not all(are_unused):
+                last = self._caller.derived(len(self._paused))
             last.restore()
 
     @contextmanager
     def turn(self, number: int) -> Iterator[None]:
         """In this block one forward pass has its own state."""
-        before = self._paused.get(number)
-        if before is not None:
-            apply_settings(before.settings)
-            if before.random.has_moved():
-                before.random.restore()
-        elif number == self.num_ended:
-            self._last_in_order = number
+        if number in self._paused:
+            settings, random = self._paused[number]
+            apply_settings(settings)
+            if random.has_moved():
+                random.restore()
         else:
-            self._begin.derived(number).restore()
-        first = RandomState.record(self._tensors) if before is None else before.first
+            if number == self.num_ended:
+                self._last_in_order = number
+            else:
+                self._caller.derived(number).restore()
+            self._began[number] = RandomState.record(self._tensors)
         try:
             yield
         finally:
-            self._paused[number] = _Paused(read_settings(), RandomState.record(self._tensors), first)
+            self._paused[number] = read_settings(), RandomState.record(self._tensors)
             apply_settings(self._settings)

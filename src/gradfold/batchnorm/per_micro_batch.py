@@ -5,7 +5,7 @@ The running statistics advance once per window, by the window's own mean and unb
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradfold.batchnorm.moments import Moments, merge
 from gradfold.batchnorm.policy import SHARDS_REFUSED, LayerHooks, batch_statistics_layers, layer_names
 from gradfold.batchnorm.torch_private import BatchNorm
-from gradfold.engine.strategy import Passes, Strategy, run_in_order
+from gradfold.engine.strategy import Passes, Strategy
 from gradfold.engine.window import Context
 from gradfold.errors import BatchNormError
 from gradfold.state.snapshot import Snapshot
@@ -31,11 +31,7 @@ class PerMicroBatchNorm(Strategy):
 
     def run(self, window: Passes, indices: Sequence[int], snapshot: Snapshot) -> None:
         """Run the micro-batches in order."""
-        layers = batch_statistics_layers(window.context.model)
-        if not layers:
-            run_in_order(window, indices)
-            return
-        statistics = WindowStatistics(layers)
+        statistics = WindowStatistics(batch_statistics_layers(window.context.model))
         with statistics:
             for index in indices:
                 statistics.listen()
@@ -69,7 +65,7 @@ class WindowStatistics(LayerHooks):
         tracking = {name: layer for name, layer in layers.items() if layer.track_running_stats}
         super().__init__(tracking, self._before, self._after)
         self._records: dict[BatchNorm, _LayerStatistics] = {}
-        self._is_listening = False
+        self._num_calls: Counter[BatchNorm] | None = None  # of this forward pass; None outside of one
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -80,13 +76,11 @@ class WindowStatistics(LayerHooks):
 
     def listen(self) -> None:
         """A forward pass begins."""
-        self._is_listening = True
-        for record in self._records.values():
-            record.num_calls = 0
+        self._num_calls = Counter()
 
     def pause(self) -> None:
         """The forward pass is over; layers that run again (activation checkpointing) add nothing."""
-        self._is_listening = False
+        self._num_calls = None
 
     def commit(self) -> None:
         """Advance the running statistics by the window's moments; BatchNormError where hooks have missed a layer."""
@@ -115,8 +109,9 @@ class WindowStatistics(LayerHooks):
             layer.momentum = 1.0
 
     def _after(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._is_listening:
-            self._records[layer].collect(_input(args, kwargs))
+        if self._num_calls is not None:
+            self._records[layer].collect(self._num_calls[layer], _input(args, kwargs))
+            self._num_calls[layer] += 1
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -130,15 +125,13 @@ class _LayerStatistics:
     def __init__(self, layer: BatchNorm) -> None:
         self.layer = layer
         self.momentum = layer.momentum
-        self.num_calls = 0  # in the micro-batch that runs
         self._before = {name: one.clone() for name in _STATISTICS if (one := getattr(layer, name)) is not None}
         self._calls: dict[int, list[Moments]] = defaultdict(list)  # n-th call of a forward pass -> micro-batches
 
-    def collect(self, values: Tensor) -> None:
+    def collect(self, call: int, values: Tensor) -> None:
         """Copy the moments of an input (N, C) or (N, C, ...) that was just normalized."""
         mean, variance, _ = self._buffers()
-        self._calls[self.num_calls].append(Moments.of_unbiased(mean, variance, values.numel() // values.shape[1]))
-        self.num_calls += 1
+        self._calls[call].append(Moments.of_unbiased(mean, variance, values.numel() // values.shape[1]))
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -36,10 +36,10 @@ class LocalStatistics:
             for path, leaf in zip(self.paths, self.leaves, strict=True)
         ]
 
-    def num_rows(self, number: int) -> int:
-        """The rows of a leaf that is to be concatenated."""
-        leaf = self.leaves[number]
-        return len(leaf) if isinstance(leaf, Tensor) else 0
+
+def num_rows(leaf: Any) -> int:
+    """The rows of a leaf that is to be concatenated."""
+    return len(leaf) if isinstance(leaf, Tensor) else 0
 
 
 def check_leaf(path: str, leaf: Any, combine: Combine) -> None:
@@ -91,7 +91,7 @@ def gather(coordinator: DataParallelCoordinator, own: Sequence[Any], of_all: Seq
     """The rows of all ranks."""
     rank, whole, counts = coordinator.group.rank, list(own), []
     for number, leaf in enumerate(own):
-        counts.append([one.num_rows(number) for one in of_all])
+        counts.append([num_rows(one.leaves[number]) for one in of_all])
         if isinstance(leaf, Tensor):
             whole[number] = leaf.new_empty((sum(counts[number]), *leaf.shape[1:]))
             whole[number].narrow(0, sum(counts[number][:rank]), len(leaf)).copy_(leaf)

@@ -79,7 +79,9 @@ class Statistics:
         self.num_samples = sum(one.num_samples for one in of_all)
         self.first_sample = sum(one.num_samples for one in of_all[:rank])
         if self._combine == "concatenate":
-            self._place([sum(one.num_rows(number) for one in of_all[:rank]) for number in range(len(own))])
+            self._place(
+                [sum(rules.num_rows(one.leaves[number]) for one in of_all[:rank]) for number in range(len(own))]
+            )
         else:
             pairs = zip(own, self._dtypes, strict=True)
             own = [leaf if dtype is None else leaf.to(dtype) for leaf, dtype in pairs]
@@ -162,9 +164,7 @@ class Statistics:
     def _place(self, starts: Sequence[int]) -> None:
         """Note where the rows of each micro-batch are, and free its own copy of them."""
         for index, leaves in self._parts.items():
-            stops = [
-                at + len(leaf) if isinstance(leaf, Tensor) else at for at, leaf in zip(starts, leaves, strict=True)
-            ]
+            stops = [at + rules.num_rows(leaf) for at, leaf in zip(starts, leaves, strict=True)]
             self._rows[index] = list(map(slice, starts, stops))
             starts = stops
         self._parts.clear()
