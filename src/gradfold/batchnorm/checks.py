@@ -41,7 +41,6 @@ class InputDependence:
         self._is_collated = is_collated  # one micro-batch at a time
         # Per sample: "even" where every row brings as many values.
         self._known: dict[Key, Literal["shared", "even", "uneven"]] = {}
-        self._seen_to_differ: set[Key] = set()
         self._warned_of: set[str] = set()
 
     def note(self, batch: Batch, counts: list[tuple[str, int]]) -> None:
@@ -93,10 +92,10 @@ class InputDependence:
 
     def _seems_shared(self, key: Key, parts: Sequence[Moments], micro_batches: Sequence[MicroBatch]) -> bool:
         """The same for a call that the self-check has not seen."""
-        if len(parts) == 1 or key in self._seen_to_differ or len({part.count for part in parts}) > 1:
+        if len(parts) == 1 or len({part.count for part in parts}) > 1:
             return False
         if not _are_same(parts) or not bool(parts[0].variance.any()):
-            self._seen_to_differ.add(key)
+            self._known[key] = "even"  # or uneven, as far as is known
             return False
         if len({len(part.rows) for part in micro_batches}) > 1:
             return True
@@ -152,7 +151,7 @@ def with_frozen_statistics(loss_fn: LossFn, inputs: InputDependence | None = Non
             name = names.get(id(call.running_mean))
             if name is None and not call.training:
                 return None
-            counts.append((name or layer, call.num_values))
+            counts.append((name or layer, call.input.numel() // max(1, call.input.shape[1])))
             return call.with_frozen_statistics()
 
         mode = BatchNormMode(normalized)

@@ -254,19 +254,16 @@ class JointRun:
         other = next((at for at, kind in enumerate(kinds) if kind != kinds[0]), None)
         if other is None:
             return
-        found, layers = [], []
-        for index, kind in ((self._indices[at], kinds[at]) for at in (0, other)):
-            where = "at its end"
-            if kind is not None:
-                layer, channels, dtype, *_ = kind
-                layers.append(layer)
-                where = f"at BatchNorm in {layer} ({channels} channels, {dtype})"
-            found.append(f"micro-batch {index}{self._window.micro_batches[index].where} is {where}")
+        found = []
+        for at in (0, other):
+            index, kind = self._indices[at], kinds[at]
+            place = "at its end" if kind is None else "at BatchNorm in {} ({} channels, {})".format(*kind)
+            found.append(f"micro-batch {index}{self._window.micro_batches[index].where} is {place}")
         raise BatchNormError(
             f"{' while '.join(found)}: the forward passes of micro-batches diverge, so their BatchNorm has no common "
             'statistics. batch_norm="exact" needs a loss_fn that calls the same layers for all rows (no branches or '
             "loops that depend on the data, no layers dropped at random).",
-            tuple(layers),
+            tuple(kind[0] for kind in (kinds[0], kinds[other]) if kind is not None),
         )
 
 

@@ -39,11 +39,6 @@ class BatchNormCall:
     momentum: float = 0.1
     eps: float = 1e-5
 
-    @property
-    def num_values(self) -> int:
-        """Values per channel."""
-        return self.input.numel() // max(1, self.input.shape[1])
-
     def with_frozen_statistics(self) -> Tensor:
         """The result by running statistics, or else by mean 0 and variance 1, which make no sample depend on others."""
         mean, variance = self.running_mean, self.running_var

@@ -39,7 +39,9 @@ class JointCall:
 
     def __init__(self, name: str, moments: Moments, call: BatchNormCall, group: SynchronizedCoordinator | None) -> None:
         self.is_backward_allowed = False  # until the backward pass of the window begins
-        self.scale, self.shift = (None if one is None else one.detach() for one in (call.weight, call.bias))
+        # In the dtype of the moments, float32 at least: kernels take all of a layer's tensors in one dtype.
+        dtype, affine = moments.mean.dtype, (call.weight, call.bias)
+        self.scale, self.shift = (None if one is None else one.detach().to(dtype) for one in affine)
         self.sums = moments.mean.new_zeros(2, len(moments.mean))  # of dy xhat and of dy, over this rank
         self.correction: tuple[Tensor, Tensor] | None = None  # scale and shift that give dx through the statistics
         self._name = name
@@ -65,22 +67,17 @@ class JointCall:
         """Values of a micro-batch by the statistics of all, scaled and shifted."""
         if not values.numel():
             return values.clone()
-        scale, shift = self._as_moments(scale), self._as_moments(shift)
         mean, variance = self._moments.mean, self._moments.variance
         out: Tensor = torch.native_batch_norm(values, scale, shift, mean, variance, False, 0.0, self._eps)[0]
         return out
 
     def backward(self, values: Tensor, gradient: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Those wanted of dx with constant statistics, dw and db of a micro-batch."""
-        scale, mean, variance = self._as_moments(self.scale), self._moments.mean, self._moments.variance
+        mean, variance = self._moments.mean, self._moments.variance
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
-            gradient, values, scale, mean, variance, None, None, False, self._eps, wanted
+            gradient, values, self.scale, mean, variance, None, None, False, self._eps, wanted
         )
         return found
-
-    def _as_moments(self, one: Tensor | None) -> Tensor | None:
-        """In the dtype of the moments, float32 at least: kernels take all of a layer's tensors in one dtype."""
-        return None if one is None else one.to(self._moments.mean.dtype)
 
 
 class Gather(torch.autograd.Function):

@@ -27,7 +27,7 @@ _ATTRIBUTE = "the attribute {key!r} of {module}"
 class _PlainMutation(NamedTuple):
     """A number or text, or several, that the first forward pass has left."""
 
-    name: str
+    where: str
     module: nn.Module
     key: str
     before: Any
@@ -67,8 +67,8 @@ class ModuleMutations:
         for one in self._plain if number else ():
             value = vars(one.module).get(one.key)
             if value != one.value and not one.is_count(value, number):
-                where = _ATTRIBUTE.format(key=one.key, module=one.name or "the model itself")
-                raise _mutation_error(layer, f"{where} is {one.value!r} in one micro-batch and {value!r} in another")
+                found = f"{one.where} is {one.value!r} in one micro-batch and {value!r} in another"
+                raise _mutation_error(layer, found)
 
     def _find(self) -> Iterator[str]:
         for name, module, identity, before in self._modules:
@@ -78,10 +78,11 @@ class ModuleMutations:
                 known = before.get((kind, key), None if kind == _ATTRIBUTE else value)
                 if known is value:
                     continue
+                where = kind.format(key=key, module=name or "the model itself", path=f"{name}.{key}".lstrip("."))
                 if kind == _ATTRIBUTE and _is_plain(value):
-                    self._plain.append(_PlainMutation(name, module, key, known, value))
+                    self._plain.append(_PlainMutation(where, module, key, known, value))
                 else:
-                    yield kind.format(key=key, module=name or "the model itself", path=f"{name}.{key}".lstrip("."))
+                    yield where
         for name, key, value, content in self._contents:
             inside = list(_inside(value))
             if len(inside) != len(content) or not all(map(is_, inside, content)):

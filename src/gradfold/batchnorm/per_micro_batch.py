@@ -20,8 +20,6 @@ from gradfold.engine.window import Context
 from gradfold.errors import BatchNormError
 from gradfold.state.snapshot import Snapshot
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
 
 @final
 class PerMicroBatchNorm(Strategy):
@@ -125,7 +123,7 @@ class _LayerStatistics:
     def __init__(self, layer: BatchNorm) -> None:
         self.layer = layer
         self.momentum = layer.momentum
-        self._before = {name: one.clone() for name in _STATISTICS if (one := getattr(layer, name)) is not None}
+        self._before = [None if one is None else one.clone() for one in self._buffers()]
         self._calls: dict[int, list[Moments]] = defaultdict(list)  # n-th call of a forward pass -> micro-batches
 
     def collect(self, call: int, values: Tensor) -> None:
@@ -136,8 +134,9 @@ class _LayerStatistics:
     @torch.no_grad()
     def restore(self) -> None:
         """Set the running statistics to those at the opening of the window."""
-        for name, value in self._before.items():
-            getattr(self.layer, name).copy_(value)
+        for now, before in zip(self._buffers(), self._before, strict=True):
+            if before is not None:
+                now.copy_(before)
 
     @torch.no_grad()
     def advance(self) -> None:

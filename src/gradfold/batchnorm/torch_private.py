@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from torch.utils.checkpoint import CheckpointFunction
 
 SavedTensorHooks: TypeAlias = "tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]"
-Setting: TypeAlias = "tuple[Callable[[], Any], Callable[[Any], Any]]"
 
 # The base class of BatchNorm1d, 2d, 3d, the lazy ones and SyncBatchNorm. Without it: a tuple of these classes, which
 # misses subclasses that users derive from the base.
@@ -106,7 +105,7 @@ _c: Any = torch._C
 
 # torch.backends has public setters of most of them, but none of the priority order and of "overrideable". Without them:
 # sdpa_kernel and torch.backends.cudnn.flags around a BatchNorm would leak into the forward passes of others.
-_SETTINGS: tuple[Setting, ...] = (
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (_determinism, lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1])),
     (_anomaly, lambda both: torch.set_anomaly_enabled(*both)),

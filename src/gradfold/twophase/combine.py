@@ -1,8 +1,4 @@
-"""How statistics are combined over micro-batches and over ranks.
-
-Ranks describe their statistics to each other before tensors are sent, so that what cannot be combined is an error on
-all of them.
-"""
+"""How statistics are combined over micro-batches and over ranks, which first describe theirs to each other."""
 
 from __future__ import annotations
 
@@ -66,7 +62,7 @@ def concatenate(column: Sequence[Any], path: str, indices: Iterable[int]) -> Any
     for index, leaf in zip(indices, column, strict=True):
         if not isinstance(leaf, Tensor) or leaf.dtype != column[0].dtype or leaf.shape[1:] != column[0].shape[1:]:
             raise LossError(
-                f"the statistic {path or 'S'} is {_shape(leaf)} in micro-batch {index}, and {_shape(column[0])} in "
+                f"the statistic {path or 'S'} is {_shown(leaf)} in micro-batch {index}, and {_shown(column[0])} in "
                 "another; expected the same but for the number of rows. Pad to one length, or take a mean over it."
             )
     return torch.cat(list(column))
@@ -96,7 +92,7 @@ def gather(coordinator: DataParallelCoordinator, own: Sequence[Any], of_all: Seq
             whole[number] = leaf.new_empty((sum(counts[number]), *leaf.shape[1:]))
             whole[number].narrow(0, sum(counts[number][:rank]), len(leaf)).copy_(leaf)
         else:
-            whole[number] = _same([leaf, *(one.leaves[number] for one in of_all)], of_all[0].paths[number])
+            whole[number] = _same([one.leaves[number] for one in of_all], of_all[0].paths[number])
     coordinator.exchange(None)  # all have the memory; from here on the others wait
     for leaf, of_ranks in zip(whole, counts, strict=True):
         if isinstance(leaf, Tensor):
@@ -137,13 +133,12 @@ def _same(values: Sequence[Any], path: str) -> Any:
     first = values[0]
     for other in values[1:]:
         if isinstance(first, Tensor) or isinstance(other, Tensor) or first != other:
-            shown = ["a tensor" if isinstance(one, Tensor) else repr(one) for one in (first, other)]
             raise LossError(
-                f"the statistic {path or 'S'} is {shown[0]} in one micro-batch and {shown[1]} in another; only tensors "
-                "are combined."
+                f"the statistic {path or 'S'} is {_shown(first)} in one micro-batch and {_shown(other)} in another; "
+                "only tensors are combined."
             )
     return first
 
 
-def _shape(leaf: Any) -> str:
+def _shown(leaf: Any) -> str:
     return f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)

@@ -188,8 +188,8 @@ class _TwoPhasePasses:
         if self.context.coordinator.rank > 0:
             for parameter in parameters:
                 parameter.grad = None  # all ranks have the same, and sums over ranks must count it once
-        detached = {name: term.detach() for name, term in terms.items()}
-        self._loss = loss.detach() if isinstance(loss, Tensor) else detached
+        terms = {name: term.detach() for name, term in terms.items()}
+        self._loss = loss.detach() if isinstance(loss, Tensor) else terms
 
     def recompute(self, order: Strategy, indices: Sequence[int], snapshot: Snapshot) -> None:
         """[3] Run the micro-batches again; random states are afterwards as they were before."""
