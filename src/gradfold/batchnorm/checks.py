@@ -138,10 +138,7 @@ def _are_same(parts: Sequence[Moments]) -> bool:
 
 
 def with_frozen_statistics(loss_fn: LossFn, inputs: InputDependence | None = None) -> LossFn:
-    """`loss_fn` with fixed statistics, so all but BatchNorm can be tried on parts of a batch.
-
-    `inputs` is told the values per channel of each call that a window would normalize by the batch.
-    """
+    """`loss_fn` with fixed statistics; `inputs` is told the values per channel of calls that normalize by the batch."""
 
     def run(model: nn.Module, batch: Any) -> LossOutput:
         names = {} if inputs is None else inputs.names

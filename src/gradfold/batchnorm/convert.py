@@ -1,8 +1,4 @@
-"""Conversion of a model: BatchNorm layers into GroupNorm, which looks at one sample at a time.
-
-GroupNorm normalizes each sample by the mean and variance of its own groups of channels, so the gradient of a batch is
-the mean of the gradients of its parts again, and accumulation is exact.
-"""
+"""Conversion of a model: BatchNorm layers into GroupNorm, which normalizes each sample by itself."""
 
 from __future__ import annotations
 

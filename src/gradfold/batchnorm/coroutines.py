@@ -91,11 +91,7 @@ class Coroutine:
             self._thread.join(GRACE_S)  # one that waits for something else ends when that comes, and does nothing then
 
     def _wait_for_pause(self) -> None:
-        """Wait until the turn ends, or an interrupt.
-
-        A forward pass that waits for another one (for a lock that the other holds around a BatchNorm) never goes on, so
-        warn once of the line where there is no progress.
-        """
+        """Wait until the turn ends, or an interrupt; warn once where there is no progress, which may be a deadlock."""
         last, since = None, time.monotonic()
         while True:
             try:

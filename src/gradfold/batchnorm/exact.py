@@ -58,12 +58,7 @@ class _Request:
 
 @final
 class ExactBatchNorm(Strategy):
-    """Every BatchNorm normalizes by the whole window, of all ranks.
-
-    Args:
-        keeps_order: whether micro-batches hold rows as they come, with the padding that they have.
-        is_collated: whether micro-batches are collated one by one.
-    """
+    """Every BatchNorm normalizes by the whole window, of all ranks; micro-batches may be collated one by one."""
 
     runs_zero_weight = True  # their rows are in the statistics
     has_own_gradients = False

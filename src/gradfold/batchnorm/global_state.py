@@ -18,14 +18,10 @@ from gradfold.state.rng import RandomState
 
 
 class GlobalState:
-    """The caller's state, which a `with` block restores; random numbers go on where no forward pass has been.
-
-    Args:
-        tensors: on the devices whose random numbers count.
-    """
+    """The caller's state, which a `with` block restores; random numbers go on where no forward pass has been."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = list({tensor.device: tensor for tensor in tensors}.values())
+        self._tensors = list({tensor.device: tensor for tensor in tensors}.values())  # random numbers of their devices
         self._began: dict[int, RandomState] = {}  # of each forward pass
         self._paused: dict[int, tuple[list[Any], RandomState]] = {}  # at the end of its last turn
         self._last_in_order = 0  # the last forward pass that began where all before it had ended

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -79,16 +80,13 @@ class BatchNormMode(TorchFunctionMode):
     Args:
         result_of: what a call returns in a layer of this name; None: what torch makes of it.
         is_counting: whether layers count a batch, in this model or outside of it.
-
-    Attributes:
-        layer: the one that the forward pass is in, and whether a call was intercepted there.
     """
 
     def __init__(self, result_of: Callable[[BatchNormCall, str], Tensor | None], is_counting: bool = True) -> None:
         super().__init__()
         self._result_of = result_of
         self._is_counting = is_counting
-        self.layer, self.is_intercepted = FUNCTIONAL, False
+        self.layer, self.is_intercepted = FUNCTIONAL, False  # where the forward pass is, and whether a call was seen
         self._counted: list[Tensor] = []
 
     @torch.no_grad()
@@ -137,10 +135,7 @@ class LayerTracker(LayerHooks):
 
     @torch.no_grad()
     def count_once(self, is_first: bool) -> None:
-        """Where a layer's forward is the user's, keep its counter in the first micro-batch, and restore it in others.
-
-        Called whenever a micro-batch has run up to a BatchNorm, or to its end.
-        """
+        """Keep counters of custom forwards in a turn of the first micro-batch, and restore them after others."""
         if is_first:
             custom = [layer for layer in self.names if type(layer).forward not in BATCH_NORM_FORWARDS]
             found = [(layer, layer._buffers.get("num_batches_tracked")) for layer in custom]
@@ -179,15 +174,10 @@ def checkpoint_error(name: str) -> BatchNormError:
 def refuse_scripted(model: nn.Module) -> None:
     """Raise BatchNormError where a scripted module normalizes by batch, which cannot be intercepted."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and module.training and _has_batch_norm(module):
-            raise _not_intercepted(name or "the model itself", "it is scripted (torch.jit)")
-
-
-def _has_batch_norm(module: torch.jit.ScriptModule) -> bool:
-    try:
-        return "batch_norm" in str(module.inlined_graph)
-    except RuntimeError:  # it has no forward
-        return False
+        if isinstance(module, torch.jit.ScriptModule) and module.training:
+            with suppress(RuntimeError):  # it has no forward
+                if "batch_norm" in str(module.inlined_graph):
+                    raise _not_intercepted(name or "the model itself", "it is scripted (torch.jit)")
 
 
 def _not_intercepted(name: str, cause: str = "TorchScript, torch.export or a custom kernel") -> BatchNormError:

@@ -93,22 +93,20 @@ def apply_settings(wanted: Sequence[Any]) -> None:
             write(value)
 
 
-def _determinism() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def _anomaly() -> tuple[bool, bool]:
-    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-
-
 _c: Any = torch._C
 
 # torch.backends has public setters of most of them, but none of the priority order and of "overrideable". Without them:
 # sdpa_kernel and torch.backends.cudnn.flags around a BatchNorm would leak into the forward passes of others.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
-    (_determinism, lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1])),
-    (_anomaly, lambda both: torch.set_anomaly_enabled(*both)),
+    (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1]),
+    ),
+    (
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda both: torch.set_anomaly_enabled(*both),
+    ),
     (_c._get_sdp_priority_order, _c._set_sdp_priority_order),
     *(
         (getattr(_c, f"_get_{kind}_sdp_enabled"), getattr(_c, f"_set_sdp_use_{kind}"))

@@ -59,7 +59,11 @@ def check_constants(
 def _differ(whole: Any, first: Any, second: Any, combine: Combine, tolerance: float) -> str:
     """How the parts, combined, differ from the whole; an empty text where they do not."""
     if not all(isinstance(one, Tensor) for one in (whole, first, second)):
-        return _constants_differ(whole, first, second, combine)
+        if combine == "sum" and {type(whole), type(first), type(second)} <= {int, float}:
+            is_right = abs(first + second - whole) <= 1e-6 * (abs(first) + abs(second))
+        else:
+            is_right = whole == first == second or whole != whole
+        return "" if is_right else f"{whole!r} for the whole, {first!r} and {second!r} for the parts"
     shapes = [one.shape[combine == "concatenate" :] for one in (whole, first, second)]
     if len({*shapes}) > 1 or len({one.dtype for one in (whole, first, second)}) > 1:
         return ""  # a window refuses this itself
@@ -67,14 +71,6 @@ def _differ(whole: Any, first: Any, second: Any, combine: Combine, tolerance: fl
     if combined.shape != whole.shape:
         return f"{len(whole)} entries for the whole, {len(first)} and {len(second)} for the parts"
     return _tensors_differ(whole, combined, tolerance)
-
-
-def _constants_differ(whole: Any, first: Any, second: Any, combine: Combine) -> str:
-    if combine == "sum" and {type(whole), type(first), type(second)} <= {int, float}:
-        is_right = abs(first + second - whole) <= 1e-6 * (abs(first) + abs(second))
-    else:
-        is_right = whole == first == second or whole != whole
-    return "" if is_right else f"{whole!r} for the whole, {first!r} and {second!r} for the parts"
 
 
 def _tensors_differ(whole: Tensor, combined: Tensor, tolerance: float) -> str:
@@ -124,7 +120,15 @@ def check_window(
     known = [(distance, index) for distance, index in pairs if not math.isnan(distance)]
     worst, index = max(known, default=(0.0, 0))
     if worst > tolerance_of(dtypes).statistic:
-        raise _not_reproduced(window, index, worst)
+        raise RecomputeError(
+            f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
+            f"differ by {worst:.1%} in its second forward pass, from the same rows and the same random states of "
+            "torch, numpy and Python. A two-phase loss runs every micro-batch twice: look in statistic(model, "
+            "micro_batch) for a custom generator, a counter or queue outside of the model, a file that is read on, or "
+            "a kernel that is not deterministic (torch.use_deterministic_algorithms(True) names it).",
+            index,
+            worst,
+        )
 
 
 def _non_finite_loss(window: Window, statistics: Statistics, values: Mapping[str, float]) -> NonFiniteLossError:
@@ -143,16 +147,4 @@ def _non_finite_loss(window: Window, statistics: Statistics, values: Mapping[str
         index,
         name,
         value,
-    )
-
-
-def _not_reproduced(window: Window, index: int, deviation: float) -> RecomputeError:
-    return RecomputeError(
-        f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
-        f"differ by {deviation:.1%} in its second forward pass, from the same rows and the same random states of "
-        "torch, numpy and Python. A two-phase loss runs every micro-batch twice: look in statistic(model, micro_batch) "
-        "for a custom generator, a counter or queue outside of the model, a file that is read on, or a kernel that is "
-        "not deterministic (torch.use_deterministic_algorithms(True) names it).",
-        index,
-        deviation,
     )

@@ -24,13 +24,14 @@ class LocalStatistics:
     num_samples: int
     differentiable: frozenset[str]  # paths of those that are known to have a gradient
 
-    def form(self, combine: Combine) -> list[tuple[Any, ...]]:
+    def form(self, combine: Combine) -> str:
         """What must be the same on all ranks: paths, shapes without the rows, dtypes."""
         first = 1 if combine == "concatenate" else 0
-        return [
-            (path, tuple(leaf.shape[first:]), leaf.dtype) if isinstance(leaf, Tensor) else (path, None, None)
-            for path, leaf in zip(self.paths, self.leaves, strict=True)
+        forms = [
+            f"{tuple(leaf.shape[first:])} {leaf.dtype}" if isinstance(leaf, Tensor) else "not a tensor"
+            for leaf in self.leaves
         ]
+        return ", ".join(f"{path or 'S'}: {form}" for path, form in zip(self.paths, forms, strict=True)) or "nothing"
 
 
 def num_rows(leaf: Any) -> int:
@@ -74,13 +75,8 @@ def check_alike(of_all: Sequence[LocalStatistics], combine: Combine) -> None:
     for rank, form in enumerate(forms):
         if form != forms[0]:
             raise LossError(
-                f"the statistics of rank {rank} ({_forms(form)}) cannot be combined with those of rank 0 "
-                f"({_forms(forms[0])})."
+                f"the statistics of rank {rank} ({form}) cannot be combined with those of rank 0 ({forms[0]})."
             )
-
-
-def _forms(leaves: Sequence[tuple[Any, ...]]) -> str:
-    return ", ".join(f"{path or 'a tensor'}: {shape} {dtype}" for path, shape, dtype in leaves) or "nothing"
 
 
 def gather(coordinator: DataParallelCoordinator, own: Sequence[Any], of_all: Sequence[LocalStatistics]) -> list[Any]:

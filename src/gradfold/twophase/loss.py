@@ -1,12 +1,7 @@
 """A two-phase loss: one that compares the samples of a batch, written as a statistic of each and a loss of all of them.
 
-InfoNCE, Dice, Barlow Twins, a covariance penalty, the balance of a mixture of experts: none of them averages samples.
-Each is a function Phi(S) of statistics that are much smaller than the activations behind them. dPhi/dS, computed once
-for the whole batch, is back-propagated micro-batch by micro-batch, so the exact gradient needs no more memory than one
-micro-batch's.
-
-The passes are in `strategy.py`. Source: GradCache, Gao, Zhang, Han and Callan 2021, "Scaling Deep Contrastive Learning
-Batch Size under Memory Limited Setup", arXiv 2101.06983, section 3 (for contrastive losses).
+It is a function Phi(S) of statistics that are much smaller than the activations behind them. dPhi/dS, computed once for
+the whole batch, is back-propagated micro-batch by micro-batch (GradCache: Gao et al. 2021, arXiv 2101.06983).
 """
 
 from __future__ import annotations
