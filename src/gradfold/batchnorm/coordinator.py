@@ -1,8 +1,7 @@
 """The ranks that form the statistics of a window together, and how they stay in step.
 
 Beside the synchronization points of every coordinator they meet at each joint call, in the forward and the backward
-pass, and once at the end of either. Each of these points begins with an all-gather of a *status* of three numbers, in
-which a rank that has failed says so: the others raise instead of waiting for it.
+pass, and once at the end of either. There a rank that has failed says so: the others raise instead of waiting for it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from gradfold.batchnorm.moments import Moments, merge
 from gradfold.distributed.coordinators import DataParallelCoordinator
-from gradfold.distributed.process_group import ProcessGroup
 from gradfold.errors import BatchNormError, DistributedError
 
 
@@ -23,10 +21,7 @@ class SynchronizedCoordinator(DataParallelCoordinator):
     """Several processes with one set of statistics; a single one cannot run again."""
 
     can_replay = False
-
-    def __init__(self, group: ProcessGroup, num_denominators: int) -> None:
-        super().__init__(group, num_denominators)
-        self._may_be_waited_for = True  # by other ranks, until the backward pass of this one is done
+    _may_be_waited_for = True  # by other ranks, until the backward pass of this one is done
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

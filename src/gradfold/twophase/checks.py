@@ -7,7 +7,7 @@ finite, and whether the second run of every micro-batch is like the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,18 +90,14 @@ def _tensors_differ(whole: Tensor, combined: Tensor, tolerance: float) -> str:
 
 
 def check_window(
-    window: Window,
-    statistics: Statistics,
-    losses: Mapping[str, Tensor],
-    deviations: Mapping[int, Tensor],
-    dtypes: Collection[torch.dtype | None],
-    raises: bool,
+    window: Window, statistics: Statistics, losses: Mapping[str, Tensor], dtypes: set[torch.dtype | None], raises: bool
 ) -> None:
     """Raise where the second run of a micro-batch did not reproduce the first, or (`raises`) something is not finite.
 
-    It takes one transfer from the device. `deviations` are by micro-batch, `dtypes` those of the computation.
+    It takes one transfer from the device. `dtypes` are those of parameters and autocast.
     """
-    flags = [(~gradient.isfinite()).any() for gradient in statistics.gradients()]
+    deviations = statistics.deviations
+    flags = [(~one.grad.isfinite()).any() for one in statistics.tensors() if one.grad is not None]
     waiting = [*losses.values(), *flags, *deviations.values()]
     read = torch.stack([one.to(window.device, torch.float64) for one in waiting]).cpu()
     of_losses, of_flags, of_deviations = torch.split(read, [len(losses), len(flags), len(deviations)])
@@ -119,7 +115,7 @@ def check_window(
     pairs = zip(of_deviations.tolist(), deviations, strict=True)
     known = [(distance, index) for distance, index in pairs if not math.isnan(distance)]
     worst, index = max(known, default=(0.0, 0))
-    if worst > tolerance_of(dtypes).statistic:
+    if worst > tolerance_of({*dtypes, *(one.dtype for one in statistics.tensors())}).statistic:
         raise RecomputeError(
             f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
             f"differ by {worst:.1%} in its second forward pass, from the same rows and the same random states of "

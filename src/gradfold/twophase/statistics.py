@@ -37,6 +37,7 @@ class Statistics:
         self._dtypes: list[torch.dtype | None] = []  # of sums
         self._leaves: list[Any] = []  # of the whole batch
         self._rows: dict[int, list[slice]] = {}  # by micro-batch, where its rows are in each leaf; none of sums
+        self.deviations: dict[int, Tensor] = {}  # relative, of the second run of each micro-batch
         self.num_samples = 0  # of all ranks
         self.first_sample = 0  # of this rank, among them
 
@@ -66,7 +67,10 @@ class Statistics:
 
     def join(self, coordinator: Coordinator, num_samples: int) -> None:
         """Combine, over all ranks in their order; every rank must take part."""
-        own = self._concatenated() if self._combine == "concatenate" else self._sums
+        own = self._sums
+        if self._combine == "concatenate":
+            columns = zip(self._paths, zip(*self._parts.values(), strict=True), strict=True)
+            own = [rules.concatenate(column, path, self._parts) for path, column in columns]
         described = map_tensors(lambda leaf: leaf.to("meta"), list(own))
         of_all = coordinator.exchange(rules.LocalStatistics(self._paths, described, num_samples, self.differentiable))
         rules.check_alike(of_all, self._combine)
@@ -95,9 +99,9 @@ class Statistics:
         leaves = iter(map_tensors(lambda leaf: leaf if leaf.requires_grad else leaf.clone(), self._leaves))
         return map_leaves(lambda leaf: next(leaves), self._template)
 
-    def gradients(self) -> list[Tensor]:
-        """The cached gradients."""
-        return [leaf.grad for leaf in self._leaves if isinstance(leaf, Tensor) and leaf.grad is not None]
+    def tensors(self) -> list[Tensor]:
+        """Those of the whole batch, with their cached gradients."""
+        return [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
 
     def weigh(self, index: int, output: Batch) -> Weighed:
         """The statistics of a micro-batch, with their graph, each with its part of the cached gradient."""
@@ -113,8 +117,8 @@ class Statistics:
         return weighed
 
     @torch.no_grad()
-    def deviation(self, index: int, output: Batch) -> Tensor:
-        """How far the second run of a micro-batch is from the first, relative, 0-d on the device.
+    def compare(self, index: int, output: Batch) -> None:
+        """Note how far the second run of a micro-batch is from the first, without waiting for the device.
 
         Infinite where labels differ; NaN where a statistic is not finite, which is reported elsewhere.
         """
@@ -131,10 +135,8 @@ class Statistics:
                 found.append(torch.linalg.vector_norm(now - before).double() / size)
             else:
                 found.append(torch.where((now != before).any(), torch.inf, 0.0).double())
-        if not found:
-            return torch.zeros(())
-        # Each by itself: a small statistic that has changed would not be seen among large ones.
-        return torch.stack([one.to(found[0].device) for one in found]).max()
+        if found:  # each by itself: a small statistic that has changed would not be seen among large ones
+            self.deviations[index] = torch.stack([one.to(found[0].device) for one in found]).max()
 
     def first_non_finite(self) -> int | None:
         """The first micro-batch of this rank whose statistics are not all finite."""
@@ -144,10 +146,6 @@ class Statistics:
                 return index
         return None
 
-    def dtypes(self) -> set[torch.dtype]:
-        """Those of tensors."""
-        return {leaf.dtype for leaf in self._leaves if isinstance(leaf, Tensor)}
-
     def _before(self, index: int, number: int) -> Tensor:
         """What the embed pass gave for a micro-batch; of sums, a sample."""
         kept: Tensor = self._leaves[number].detach() if self._rows else self._parts[index][number]
@@ -156,10 +154,6 @@ class Statistics:
     def _part(self, index: int, number: int, whole: Tensor) -> Tensor:
         """A micro-batch's part of a leaf: its rows, or all of a sum."""
         return whole[self._rows[index][number]] if self._rows else whole
-
-    def _concatenated(self) -> list[Any]:
-        columns = list(zip(*self._parts.values(), strict=True))
-        return [rules.concatenate(column, path, self._parts) for column, path in zip(columns, self._paths, strict=True)]
 
     def _place(self, starts: Sequence[int]) -> None:
         """Note where the rows of each micro-batch are, and free its own copy of them."""

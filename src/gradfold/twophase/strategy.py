@@ -47,14 +47,7 @@ _TOKEN_BUDGET = (
 
 @final
 class TwoPhase(Strategy):
-    """Embed, loss, recompute.
-
-    Args:
-        loss_fn: the loss as it runs, with autocast (to the dtype `compute`) around it if any.
-        order: how micro-batches run in [3].
-        raises: whether a loss that is not finite is an error.
-        keeps_order: whether micro-batches hold rows as they come.
-    """
+    """Embed, loss, recompute; in `loss_fn` there is autocast to the dtype `compute`, if any."""
 
     probes_loss = False
     joins_ranks = True
@@ -88,8 +81,8 @@ class TwoPhase(Strategy):
         super().__init__(probe_of(loss_fn, self._runs.note))
         self._loss_fn = loss_fn
         self._compute = compute
-        self._raises = raises
-        self._order = order
+        self._raises = raises  # where a loss is not finite
+        self._order = order  # of [3]
         self._dtypes: set[torch.dtype] = set()  # of the parameters, when the self-check ran
         self._waited_for: Coordinator | None = None  # by other ranks, until all micro-batches of this one are done
         self._differentiable: frozenset[str] | None = None  # paths of statistics with a gradient; None: not yet known
@@ -107,7 +100,7 @@ class TwoPhase(Strategy):
             self._waited_for = coordinator
             passes.run_loss()
             passes.recompute(self._order, indices, snapshot)
-            passes.check({self._compute, *_dtypes_of(window.model), *passes.statistics.dtypes()}, self._raises)
+            passes.check({self._compute, *_dtypes_of(window.model)}, self._raises)
             self._waited_for = None
             missed = coordinator.exchange(frozenset(passes.statistics.missed))  # None from a rank that begins again
             self._differentiable = passes.statistics.differentiable.union(*(one for one in missed if one))
@@ -145,12 +138,10 @@ class _TwoPhasePasses:
         self._loss_fn = loss_fn
         self._first_has_graph = differentiable is None  # to see which statistics have a gradient
         self._states: dict[int, RandomStates] = {}  # with which each micro-batch began
-        self._deviations: dict[int, Tensor] = {}  # how far the statistics of each are from those of the embed pass
         self._loss: Loss  # of the whole batch, detached
         self._metrics: Mapping[str, Any] = {}
         self._has_graph = False  # whether the loss depends on anything that has a gradient
         self._reaches_parameters = False  # whether some parameter got a gradient
-        self._weighed: Weighed = []
 
     def embed(self, indices: Sequence[int]) -> None:
         """[1] Collect the statistics."""
@@ -206,8 +197,17 @@ class _TwoPhasePasses:
         """Run a micro-batch again; returns its statistics, each with its cached gradient."""
         self._window.check_unchanged(index)
         self._states[index].restore()
-        self._window.forward(index, self._loss_of_part)
-        weighed, self._weighed = self._weighed, []
+        weighed: list[tuple[Tensor, float | Tensor]] = []
+
+        def loss_of_part(model: nn.Module, batch: Any) -> LossOutput:
+            """The whole loss, with the metrics of the micro-batch's rows."""
+            output = self._loss_fn.statistic(model, batch)
+            weighed.extend(self.statistics.weigh(index, output))
+            self.statistics.compare(index, output)
+            metrics = {name: self._of_rows(name, value, index) for name, value in self._metrics.items()}
+            return (self._loss, metrics) if metrics else self._loss
+
+        self._window.forward(index, loss_of_part)
         self._reaches_parameters |= bool(weighed)
         return weighed
 
@@ -227,16 +227,7 @@ class _TwoPhasePasses:
                     "torch.no_grad(), .detach() or an argmax in statistic(model, micro_batch), and for frozen "
                     "parameters."
                 )
-        check_window(self._window, self.statistics, terms, self._deviations, dtypes, raises)
-
-    def _loss_of_part(self, model: nn.Module, batch: Any) -> LossOutput:
-        """Called as the `loss_fn` of the window: the whole loss, with the metrics of the micro-batch's rows."""
-        index = self._window.current
-        output = self._loss_fn.statistic(model, batch)
-        self._weighed = self.statistics.weigh(index, output)
-        self._deviations[index] = self.statistics.deviation(index, output)
-        metrics = {name: self._of_rows(name, value, index) for name, value in self._metrics.items()}
-        return (self._loss, metrics) if metrics else self._loss
+        check_window(self._window, self.statistics, terms, dtypes, raises)
 
     def _of_rows(self, name: str, value: Any, index: int) -> Any:
         """A metric of the whole batch, or its rows for a micro-batch."""
