@@ -23,8 +23,7 @@ from gradfold.batchnorm.policy import LayerHooks
 from gradfold.batchnorm.torch_private import BATCH_NORM_FORWARDS, BatchNorm, TorchFunctionMode
 from gradfold.errors import BatchNormError
 
-FUNCTIONAL = "a functional batch_norm"
-"""The layer's name in messages where there is no layer."""
+FUNCTIONAL = "a functional batch_norm"  # the layer's name in messages where there is no layer
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ class BatchNormCall:
 _UNSUPPORTED = frozenset({torch.native_batch_norm, torch.cudnn_batch_norm, torch.batch_norm_stats})
 _INCREMENTS = frozenset({Tensor.add_, Tensor.__iadd__})
 _COUNTING_CODE = frozenset(forward.__code__ for forward in BATCH_NORM_FORWARDS)
-
 
 # The order of arguments of torch.batch_norm, which is not that of F.batch_norm.
 _OF_TORCH = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")

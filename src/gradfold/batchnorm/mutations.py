@@ -101,8 +101,7 @@ def _bindings(module: nn.Module) -> dict[tuple[str, str], Any]:
 
     Without counters, which are restored, and without buffers of lazy layers, which the first forward pass makes.
     """
-    attributes = vars(module)
-    found = {(_ATTRIBUTE, key): attributes[key] for key in attributes.keys() - _OF_EVERY_MODULE}
+    found = {(_ATTRIBUTE, key): value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
     found["the mode of {module} (training or not)", ""] = module.training
     for key, parameter in module._parameters.items():
         found["a parameter of {module}", key] = parameter

@@ -61,8 +61,7 @@ def is_in_checkpoint() -> bool:
 def modes_of_this_thread() -> Callable[[], AbstractContextManager[None]]:
     """Blocks in which another thread has the function modes (the default device is one) and dispatch modes of this one.
 
-    Without it: forward passes in new threads would run outside of the user's modes, on the CPU for instance. They are
-    pushed, since entering them again would run their set-up twice.
+    Without it: new threads would run outside of them. They are pushed, since entering would run their set-up again.
     """
     function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     dispatch_modes = _get_current_dispatch_mode_stack()

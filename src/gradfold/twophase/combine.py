@@ -105,8 +105,7 @@ def sum_over_ranks(
         if isinstance(leaf, Tensor):
             coordinator.group.all_reduce(leaf)
         else:
-            path = of_all[0].paths[number]
-            whole[number] = reduce(partial(plus, path=path), [one.leaves[number] for one in of_all])
+            whole[number] = reduce(partial(plus, path=of_all[0].paths[number]), [one.leaves[number] for one in of_all])
     return whole
 
 

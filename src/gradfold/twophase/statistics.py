@@ -52,9 +52,10 @@ class Statistics:
             for path, leaf in zip(paths, leaves, strict=True):
                 rules.check_leaf(path, leaf, self._combine)
         elif paths != self._paths:
+            now, before = (", ".join(path or "a tensor" for path in one) or "nothing" for one in (paths, self._paths))
             raise LossError(
-                f"statistic returned {_paths(paths)} for micro-batch {index}, and {_paths(self._paths)} for another. "
-                "Return the same nesting every time."
+                f"statistic returned {now} for micro-batch {index}, and {before} for another. Return the same nesting "
+                "every time."
             )
         if self._combine == "concatenate":
             _warn_of_counts(leaves, paths, num_rows)
@@ -162,10 +163,6 @@ class Statistics:
             self._rows[index] = list(map(slice, starts, stops))
             starts = stops
         self._parts.clear()
-
-
-def _paths(paths: Sequence[str]) -> str:
-    return ", ".join(path or "a tensor" for path in paths) or "nothing"
 
 
 def _own(leaf: Tensor) -> Tensor:
