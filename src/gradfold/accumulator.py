@@ -343,7 +343,8 @@ class Accumulator:
             if self.batch_norm == "exact" and group.size > 1:
                 return SynchronizedCoordinator(group, num_denominators)
             return DataParallelCoordinator(group, num_denominators)
-        self._strategy.check_shards()
+        if self._strategy.shards_refused:
+            raise OptionError(self._strategy.shards_refused)
         if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
             raise OptionError(
                 'fully_shard is not supported with on_non_finite="skip_micro_batch", since no rank can run rows alone, '

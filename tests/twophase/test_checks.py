@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradfold
-from gradfold.twophase.checks import NonDifferentiableStatistics
+from gradfold.self_check.experiment import UndecidedError
+from gradfold.self_check.observations import ObservedRun, ObservedSplit
+from gradfold.twophase.checks import check_constants
 
 
 def batch(num_rows=20):
@@ -102,10 +104,8 @@ def test_means_among_sums_are_refused_and_sums_are_right():
 
 
 def judged(whole, first, second, dtype, combine="concatenate"):
-    statistics = NonDifferentiableStatistics(combine)
-    for rows, value in ((10, whole), (3, first), (7, second)):
-        statistics.note(rows, value)
-    statistics.judge(True, [dtype])
+    runs = [ObservedRun(len(value), {"": value}) for value in (whole, first, second)]
+    check_constants(ObservedSplit(runs[0], (runs[1], runs[2])), combine, [dtype])
 
 
 def test_what_rounding_explains_is_let_pass():
@@ -126,9 +126,12 @@ def test_what_rounding_explains_is_let_pass():
 
 
 def test_nothing_is_held_where_the_guard_was_not_content():
-    statistics = NonDifferentiableStatistics("concatenate")
+    loss_fn = gradfold.TwoPhaseLoss(lambda model, batch: torch.arange(len(batch)), lambda model, found: found.sum())
+    strategy = gradfold.Accumulator(model(), loss_fn, micro_batch_size=1)._strategy
     for rows in (3, 1, 2):
-        statistics.note(rows, torch.arange(rows))
-    statistics.judge(False, [torch.float64])
-    statistics.judge(True, [torch.float64])
-    assert not statistics._runs._last
+        with pytest.raises(UndecidedError):
+            strategy.probe_loss(None, torch.zeros(rows))
+    assert len(strategy._runs._last) == 3
+    strategy.judge(False)
+    strategy.judge(True)
+    assert not strategy._runs._last

@@ -9,5 +9,4 @@ BatchNorm makes every sample depend on the others, so the gradient of a batch is
   `joint_call.py`. Forward passes run in `coroutines.py` with a `global_state.py` of their own; `intercept.py` sees
   calls of batch_norm; `moments.py` merges mean and variance; `coordinator.py` does so over ranks; `offload.py` sends
   activations to host memory; `mutations.py` and `checks.py` refuse what would not be exact.
-- `torch_private.py`: private API of torch.
 """

@@ -1,10 +1,7 @@
-"""What the self-check sees of a loss with exact BatchNorm: everything but BatchNorm, and the inputs of BatchNorm.
+"""Exact BatchNorm in the self-check: a loss is tried with fixed statistics, and what BatchNorm gets is seen.
 
-Its runs have fixed statistics in every BatchNorm, so the rest of the loss can be tried on parts of a micro-batch. The
-same runs tell how the inputs of BatchNorm depend on the batch. The statistics of a window are those of the whole batch
-where the values that micro-batches bring are, together, those that the batch would bring. Prototypes are not: every
-micro-batch brings them, the batch once. Nor is padding, whose amount the micro-batch decides. The number of values of
-a call tells them apart:
+The statistics of a window are those of the whole batch where micro-batches together bring the values that the batch
+would bring. Prototypes are brought by every micro-batch, and padding depends on it. The number of values tells:
 
     per sample    a micro-batch brings as many values as its two parts together
     shared        each part brings as many as the whole; they are counted once, and must be the same everywhere
@@ -23,7 +20,7 @@ from torch import Tensor, nn
 
 from gradfold.batch.nesting import Batch, rows_if_any, structure
 from gradfold.batch.split import MicroBatch
-from gradfold.batchnorm.intercept import FUNCTIONAL, BatchNormCall, BatchNormMode
+from gradfold.batchnorm.intercept import BatchNormCall, BatchNormMode
 from gradfold.batchnorm.moments import Moments
 from gradfold.engine.loss_terms import LossFn, LossOutput
 from gradfold.errors import BatchNormError
@@ -34,48 +31,16 @@ Key: TypeAlias = "tuple[Hashable, int, str]"
 """A call of batch_norm: the structure of the batch, its number in the forward pass, and the name of its layer."""
 
 
-class FrozenStatistics(BatchNormMode):
-    """BatchNorm with fixed statistics, so everything else in a loss can be tried on parts of a batch.
-
-    Args:
-        names: of layers in evaluation mode that a window would normalize by the batch, by the id of their running mean.
-
-    Attributes:
-        counts: layer and values per channel of each call that a window would normalize by the batch.
-    """
-
-    def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
-        self._names = names
-        self.counts: list[tuple[str, int]] = []
-
-    def result_of(self, call: BatchNormCall) -> Tensor | None:
-        """By running statistics, in training mode, too."""
-        name = self._names.get(id(call.running_mean))
-        if name is None and not call.training:
-            return None
-        self.counts.append((name or FUNCTIONAL, call.num_values))
-        return call.with_frozen_statistics()
-
-
 class InputDependence:
-    """How the inputs of BatchNorm depend on the batch, in the windows of one accumulator.
-
-    Args:
-        is_collated: whether micro-batches are collated one by one.
-
-    Attributes:
-        names: of layers, by the id of their running mean.
-    """
+    """How the inputs of BatchNorm depend on the batch, in the windows of one accumulator."""
 
     def __init__(self, is_collated: bool) -> None:
         self._runs: Observations[list[tuple[str, int]]] = Observations()
         self._structure: Hashable = None  # of the batch in these runs
-        self.names: dict[int, str] = {}
-        self._is_collated = is_collated
+        self.names: dict[int, str] = {}  # of layers, by the id of their running mean
+        self._is_collated = is_collated  # one micro-batch at a time
         # Per sample: "even" where every row brings as many values.
         self._known: dict[Key, Literal["shared", "even", "uneven"]] = {}
-        self._seen_to_differ: set[Key] = set()
         self._warned_of: set[str] = set()
 
     def note(self, batch: Batch, counts: list[tuple[str, int]]) -> None:
@@ -84,11 +49,7 @@ class InputDependence:
         self._runs.note(rows_if_any(batch), counts)
 
     def judge(self, passed: bool) -> None:
-        """Learn from the self-check's runs, where it passed.
-
-        Raises:
-            BatchNormError: the input of a call is mixed.
-        """
+        """Learn from the self-check's runs, where it passed; BatchNormError where the input of a call is mixed."""
         found = self._runs.take()
         if found is None or not passed:
             return
@@ -114,11 +75,7 @@ class InputDependence:
                 )
 
     def is_shared(self, key: Key, parts: Sequence[Moments], micro_batches: Sequence[MicroBatch]) -> bool:
-        """Whether all micro-batches bring the very same to a call, which the whole batch would bring once.
-
-        Raises:
-            BatchNormError: it should be the same, and is not.
-        """
+        """Whether all micro-batches bring the very same to a call; BatchNormError where they should and do not."""
         known = self._known.get(key)
         if known == "shared":
             if not _are_same(parts):
@@ -135,10 +92,10 @@ class InputDependence:
 
     def _seems_shared(self, key: Key, parts: Sequence[Moments], micro_batches: Sequence[MicroBatch]) -> bool:
         """The same for a call that the self-check has not seen."""
-        if len(parts) == 1 or key in self._seen_to_differ or len({part.count for part in parts}) > 1:
+        if len(parts) == 1 or len({part.count for part in parts}) > 1:
             return False
         if not _are_same(parts) or not bool(parts[0].variance.any()):
-            self._seen_to_differ.add(key)
+            self._known[key] = "even"  # or uneven, as far as is known
             return False
         if len({len(part.rows) for part in micro_batches}) > 1:
             return True
@@ -181,17 +138,27 @@ def _are_same(parts: Sequence[Moments]) -> bool:
 
 
 def with_frozen_statistics(loss_fn: LossFn, inputs: InputDependence | None = None) -> LossFn:
-    """`loss_fn` with fixed statistics; `inputs` is told what each BatchNorm normalizes."""
+    """`loss_fn` with fixed statistics; `inputs` is told the values per channel of calls that normalize by the batch."""
 
     def run(model: nn.Module, batch: Any) -> LossOutput:
-        mode = FrozenStatistics({} if inputs is None else inputs.names)
+        names = {} if inputs is None else inputs.names
+        counts: list[tuple[str, int]] = []
+
+        def normalized(call: BatchNormCall, layer: str) -> Tensor | None:
+            name = names.get(id(call.running_mean))
+            if name is None and not call.training:
+                return None
+            counts.append((name or layer, call.input.numel() // max(1, call.input.shape[1])))
+            return call.with_frozen_statistics()
+
+        mode = BatchNormMode(normalized)
         try:
             with eagerly(), mode:
                 output = loss_fn(model, batch)
         finally:
             mode.uncount()
         if inputs is not None:
-            inputs.note(batch, mode.counts)
+            inputs.note(batch, counts)
         return output
 
     return run

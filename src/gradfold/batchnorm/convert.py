@@ -1,8 +1,4 @@
-"""Conversion of a model: BatchNorm layers into GroupNorm, which looks at one sample at a time.
-
-GroupNorm normalizes each sample by the mean and variance of its own groups of channels, so the gradient of a batch is
-the mean of the gradients of its parts again, and accumulation is exact.
-"""
+"""Conversion of a model: BatchNorm layers into GroupNorm, which normalizes each sample by itself."""
 
 from __future__ import annotations
 
@@ -19,8 +15,7 @@ __all__ = ["convert_batch_norm"]
 
 # What a group must hold. Normalizing n values leaves n - 2 degrees of freedom: of one value nothing, of two the sign of
 # their difference, whose gradient is zero. Images have many values in a channel, and two channels keep a group from
-# being instance norm, which trains worse (Wu and He 2018). Layers that also take (N, C) may have one value in
-# a channel; 16 channels in a group is the paper's other setting.
+# being instance norm, which trains worse (Wu and He 2018). In (N, C) a channel is one value: 16, as in the paper.
 _LEAST_OF_IMAGES = 2
 _LEAST_OF_ROWS = 16
 _LEAST_VALUES = 3

@@ -1,12 +1,7 @@
-"""Cooperative threads: functions that run in turns, each up to its next request.
+"""Cooperative threads: functions that run in turns, each up to its next request, one thread at a time.
 
-Each function has a thread of its own, and at any time one thread alone runs: one of these, or the caller's. So they
-need no locks against each other, process-wide state can be swapped with the turn, and an interrupt reaches the thread
-that waits for the others. Threads rather than greenlets: grad mode, autocast, dispatch keys and the like belong to a
-thread and would leak at each switch, and all that greenlets save is a tenth to a sixth of a small network's time.
-
-A forward pass that waits for another one (for a lock that the other holds around a BatchNorm) never goes on. Where one
-makes no progress for a minute, a warning names the line where it waits.
+So process-wide state can be swapped with the turn, without locks. Threads rather than greenlets: grad mode, autocast,
+dispatch keys and the like belong to a thread and would leak at each switch.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from gradfold.batchnorm.global_state import GlobalState
-from gradfold.batchnorm.torch_private import current_modes, modes, saved_tensor_hooks
+from gradfold.batchnorm.torch_private import modes_of_this_thread, saved_tensor_hooks
 from gradfold.messages import warn
 
 Blocks: TypeAlias = "list[Callable[[], AbstractContextManager[Any]]]"
@@ -41,18 +36,11 @@ class Canceled(BaseException):
 
 
 class Coroutine:
-    """One function in a thread of its own, which runs only while it has the turn.
-
-    The function gets this coroutine, and calls its `wait_for`.
-
-    Attributes:
-        request: what it waits with; None while it runs, and when it is done.
-        answer: what it gets for that.
-    """
+    """One function in a thread of its own, which runs only while it has the turn; it calls `wait_for` of this."""
 
     def __init__(self, function: Callable[[Coroutine], Any], blocks: Blocks, number: int, process: GlobalState) -> None:
-        self.request: Any = None
-        self.answer: Any = None
+        self.request: Any = None  # what it waits with; None while it runs, and when it is done
+        self.answer: Any = None  # what it gets for that
         self.result: Any = None
         self.is_done = False
         self._number = number
@@ -103,7 +91,7 @@ class Coroutine:
             self._thread.join(GRACE_S)  # one that waits for something else ends when that comes, and does nothing then
 
     def _wait_for_pause(self) -> None:
-        """Wait until the turn ends, or an interrupt; warn once where there is no progress."""
+        """Wait until the turn ends, or an interrupt; warn once where there is no progress, which may be a deadlock."""
         last, since = None, time.monotonic()
         while True:
             try:
@@ -164,25 +152,21 @@ def coroutines(
 def _end(started: Sequence[Coroutine]) -> None:
     """Cancel those that are not done and wait for all, also if interrupted: they would work on a model rolled back."""
     interrupt: BaseException | None = None
-    for coroutine in started:
+    running = list(started)
+    for coroutine in running:
         coroutine.cancel()
-    for coroutine in started:
-        while True:
-            try:
-                coroutine.join()
-                break
-            except BaseException as error:
-                interrupt = error
+    while running:
+        try:
+            running[0].join()
+            del running[0]
+        except BaseException as error:
+            interrupt = error
     if interrupt is not None:
         raise interrupt
 
 
 def _thread_state(device: torch.device) -> Blocks:
-    """What torch keeps per thread, as blocks in which another thread has that of this one.
-
-    A new thread begins with grad mode on, no autocast, the default device, no modes, no hooks on saved tensors, and the
-    default stream.
-    """
+    """What torch keeps per thread and a new one has not, as blocks in which another thread has that of this one."""
     has_cache, hooks = torch.is_autocast_cache_enabled(), saved_tensor_hooks()
     blocks: Blocks = [partial(torch.set_grad_enabled, torch.is_grad_enabled())]
     for kind in {"cpu", device.type}:
@@ -192,4 +176,4 @@ def _thread_state(device: torch.device) -> Blocks:
         blocks.append(partial(torch.cuda.stream, torch.cuda.current_stream(device)))
     if hooks is not None:
         blocks.append(partial(saved_tensors_hooks, *hooks))
-    return [*blocks, partial(modes, *current_modes())]
+    return [*blocks, modes_of_this_thread()]

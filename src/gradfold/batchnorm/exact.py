@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from gradfold.batch.nesting import structure
 from gradfold.batchnorm import intercept
 from gradfold.batchnorm.checks import InputDependence, eagerly, with_frozen_statistics
-from gradfold.batchnorm.coordinator import LocalStatisticsGroup, StatisticsGroup, SynchronizedCoordinator
+from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.coroutines import Coroutine, coroutines
 from gradfold.batchnorm.global_state import GlobalState
 from gradfold.batchnorm.joint_call import Gather, JointCall, Normalize, Synchronize
@@ -56,41 +56,14 @@ class _Request:
         return self.layer, values.shape[1], values.dtype, self.call.eps, self.has_grad
 
 
-class _JoinCalls(intercept.BatchNormMode):
-    """In the thread of a micro-batch: its part in every joint call."""
-
-    def __init__(self, coroutine: Coroutine, is_first: bool) -> None:
-        super().__init__(is_counting=is_first)
-        self._coroutine = coroutine
-
-    def result_of(self, call: intercept.BatchNormCall) -> Tensor | None:
-        """The micro-batch, normalized by the statistics of all."""
-        if not call.training:
-            return None
-        self.is_intercepted = True
-        if is_in_checkpoint():
-            raise intercept.checkpoint_error(self.layer)
-        request = _Request(call, self.layer, Moments.of(call.input), torch.is_grad_enabled())
-        normalized: Tensor = Normalize.apply(*self._coroutine.wait_for(request))  # type: ignore[no-untyped-call]
-        return normalized
-
-
 @final
 class ExactBatchNorm(Strategy):
-    """Every BatchNorm normalizes by the whole window, of all ranks.
-
-    Args:
-        loss_fn: the loss as it runs.
-        on_non_finite: as for `Accumulator`.
-        keeps_order: whether micro-batches hold rows as they come, with the padding that they have.
-        is_collated: whether micro-batches are collated one by one.
-
-    Raises:
-        OptionError: an option is not supported.
-    """
+    """Every BatchNorm normalizes by the whole window, of all ranks; micro-batches may be collated one by one."""
 
     runs_zero_weight = True  # their rows are in the statistics
     has_own_gradients = False
+    joins_ranks = True
+    shards_refused = SHARDS_REFUSED
 
     def __init__(self, loss_fn: LossFn, on_non_finite: str, keeps_order: bool, is_collated: bool) -> None:
         if on_non_finite == "skip_micro_batch":
@@ -107,37 +80,23 @@ class ExactBatchNorm(Strategy):
         super().__init__(with_frozen_statistics(loss_fn, self._inputs))
 
     def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
-        """Run all forward passes in turns, and one backward pass.
-
-        Raises:
-            BatchNormError: a module is scripted, so its BatchNorm could not be intercepted.
-            DoesNotFitError: out of memory while other ranks wait for this one.
-        """
+        """Run all forward passes in turns, and one backward pass."""
         window.weights.wait()
         intercept.refuse_scripted(window.model)
-        coordinator = window.context.coordinator
-        group: StatisticsGroup = LocalStatisticsGroup()
-        if coordinator.num_ranks > 1:
-            assert isinstance(coordinator, SynchronizedCoordinator)
-            group = coordinator
         try:
-            JointRun(window, indices, group, self._inputs).run()
+            JointRun(window, indices, self._inputs).run()
         except Exception as error:
-            if not group.synchronizes_backward or not is_out_of_memory(error):
+            if window.context.coordinator.num_ranks == 1 or not is_out_of_memory(error):
                 raise
-            raise _out_of_memory_among_ranks(window, error) from error
-
-    def is_sequential(self, context: Context) -> bool:
-        """Never."""
-        return False
-
-    def is_whole(self, window: Window) -> bool:
-        """Not where other ranks have rows in the same statistics."""
-        return len(window.micro_batches) == 1 and window.context.coordinator.num_ranks == 1
-
-    def check_shards(self) -> None:
-        """Raise OptionError: no-op steps of a rank would be in the statistics."""
-        raise OptionError(SHARDS_REFUSED)
+            failed = window.micro_batches[window.current]
+            size = len(failed.rows)
+            fix = f"Write a smaller micro_batch_size on all of them ({size // 2} or less), which changes no gradient. "
+            raise DoesNotFitError(
+                f'out of memory with {size} row{"s" * (size > 1)} at once{failed.where}. With batch_norm="exact" ranks '
+                "wait for each other at every BatchNorm, so a single one cannot begin again with fewer rows. "
+                f"{fix if size > 1 else ''}The error was: {error}",
+                (size,),
+            ) from error
 
     def find_offender(self, window: Window) -> int | None:
         """The first micro-batch whose loss is not finite with frozen statistics: a single NaN is in those of all."""
@@ -165,35 +124,48 @@ class ExactBatchNorm(Strategy):
 class JointRun:
     """One window, run by forward passes in turns and one backward pass."""
 
-    def __init__(self, window: Window, indices: Sequence[int], group: StatisticsGroup, inputs: InputDependence) -> None:
+    def __init__(self, window: Window, indices: Sequence[int], inputs: InputDependence) -> None:
         self._window = window
         self._indices = indices
-        self._layers = batch_statistics_layers(window.model)
-        self._group = group
+        self._tracker = intercept.LayerTracker(batch_statistics_layers(window.model))
+        coordinator = window.context.coordinator
+        self._group = coordinator if isinstance(coordinator, SynchronizedCoordinator) else None
         self._inputs = inputs
         self._structure = structure(window.micro_batches[0].data)
-        self._offload: Offload | None = None
-        if has_own_memory(window.device):
-            self._offload = Offload([*window.model.parameters(), *window.model.buffers()])
+        stays = [*window.model.parameters(), *window.model.buffers()]
+        self._offload = Offload(stays) if has_own_memory(window.device) else None
         self._calls: list[JointCall] = []
-        self._token: Tensor | None = None
+        # Where ranks wait in the backward pass, every joint call is in the graph by its token.
+        self._token = torch.zeros((), device=window.device, requires_grad=self._group is not None)
 
     def run(self) -> None:
         """Run all forward passes, and one backward pass."""
         window, indices = self._window, self._indices
-        functions = [partial(self._run_forward, index, index == indices[0]) for index in indices]
-        with intercept.LayerTracker(self._layers) as tracker, eagerly():
+        functions = [partial(self._run_forward, index) for index in indices]
+        with self._tracker, eagerly():
             with coroutines(functions, window.device, GlobalState(window.model.parameters())) as running:
                 terms = self._run_to_end(running)
-            tracker.check()
-            self._group.end_forward()
+            self._tracker.check()
+            if self._group is not None:
+                self._group.meet()
             if self._calls:
                 self._run_backward(terms)
-            self._group.end_backward()
+            if self._group is not None:
+                self._group.end_backward()
 
-    def _run_forward(self, index: int, is_first: bool, coroutine: Coroutine) -> Weighed:
-        """[1] In a thread of its own: one forward pass."""
-        mode = _JoinCalls(coroutine, is_first)
+    def _run_forward(self, index: int, coroutine: Coroutine) -> Weighed:
+        """[1] In a thread of its own: one forward pass, with its part in every joint call."""
+
+        def normalized(call: intercept.BatchNormCall, layer: str) -> Tensor | None:
+            if not call.training:
+                return None
+            if is_in_checkpoint():
+                raise intercept.checkpoint_error(layer)
+            request = _Request(call, layer, Moments.of(call.input), torch.is_grad_enabled())
+            result: Tensor = Normalize.apply(*coroutine.wait_for(request))  # type: ignore[no-untyped-call]
+            return result
+
+        mode = intercept.BatchNormMode(normalized, is_counting=index == self._indices[0])
         intercept.current_forward.set(mode)
         with mode, self._offloading():
             return self._window.forward(index)
@@ -210,13 +182,12 @@ class JointRun:
         """
         window, indices = self._window, self._indices
         mutations = ModuleMutations(window.model) if len(indices) > 1 else None
-        counters = intercept.BatchCounters(self._layers.values())
         largest = max(indices, key=lambda index: len(window.micro_batches[index].rows), default=0)
         while True:
             for number, (index, coroutine) in enumerate(zip(indices, running, strict=True)):
                 window.resume(index)
                 coroutine.advance()
-                counters.set(is_first=number == 0)
+                self._tracker.count_once(is_first=number == 0)
                 if mutations is not None and not coroutine.is_done:
                     mutations.refuse(number, coroutine.request.layer)
                 if running[0].is_done and coroutine.is_done and not self._calls:
@@ -234,17 +205,13 @@ class JointRun:
         first = requests[0]
         call = first.call
         moments = self._merge([request.moments for request in requests], first)
-        joint = JointCall(first.layer, moments, call, self._group.sum)
+        joint = JointCall(first.layer, moments, call, self._group)
         self._calls.append(joint)
         with torch.set_grad_enabled(first.has_grad):
-            if self._token is None:  # where ranks wait in the backward pass, every call is in the graph by its token
-                token = torch.zeros((), device=call.input.device, requires_grad=self._group.synchronizes_backward)
-            else:
-                token = self._token.to(call.input.device)
             with self._offloading():
                 gathered = [Gather.apply(one.call.input, joint) for one in requests]  # type: ignore[no-untyped-call]
             token, *synchronized = Synchronize.apply(  # type: ignore[no-untyped-call]
-                joint, token, call.weight, call.bias, *gathered
+                joint, self._token.to(call.input.device), call.weight, call.bias, *gathered
             )
         if first.has_grad:  # else the chain of those that have would end here
             self._token = token
@@ -255,7 +222,9 @@ class JointRun:
         """Those of all values; the running ones advance by them."""
         key = self._structure, len(self._calls), first.layer
         is_shared = self._inputs.is_shared(key, parts, self._window.micro_batches)
-        moments = self._group.merge(merge(parts))
+        moments = merge(parts)
+        if self._group is not None:
+            moments = self._group.merge(moments)
         in_whole = replace(moments, count=parts[0].count) if is_shared else moments
         if in_whole.count < 2:  # as torch says it
             raise ValueError(
@@ -269,9 +238,8 @@ class JointRun:
         """[3] The backward pass of all."""
         for call in self._calls:
             call.is_backward_allowed = True
-        if self._group.synchronizes_backward and self._token is not None and self._token.requires_grad:
+        if self._group is not None and self._token.grad_fn is not None:
             terms = [*terms, (self._token, 1.0)]  # so that joint calls which do not reach the loss run on all ranks
-        self._token = None
         self._window.backward(terms)
         self._calls.clear()
 
@@ -281,34 +249,19 @@ class JointRun:
         other = next((at for at, kind in enumerate(kinds) if kind != kinds[0]), None)
         if other is None:
             return
-        found, layers = [], []
-        for index, kind in ((self._indices[at], kinds[at]) for at in (0, other)):
-            where = "at its end"
-            if kind is not None:
-                layer, channels, dtype, *_ = kind
-                layers.append(layer)
-                where = f"at BatchNorm in {layer} ({channels} channels, {dtype})"
-            found.append(f"micro-batch {index}{self._window.micro_batches[index].where} is {where}")
+        found = []
+        for at in (0, other):
+            index, kind = self._indices[at], kinds[at]
+            place = "at its end" if kind is None else "at BatchNorm in {} ({} channels, {})".format(*kind)
+            found.append(f"micro-batch {index}{self._window.micro_batches[index].where} is {place}")
         raise BatchNormError(
             f"{' while '.join(found)}: the forward passes of micro-batches diverge, so their BatchNorm has no common "
             'statistics. batch_norm="exact" needs a loss_fn that calls the same layers for all rows (no branches or '
             "loops that depend on the data, no layers dropped at random).",
-            tuple(layers),
+            tuple(kind[0] for kind in (kinds[0], kinds[other]) if kind is not None),
         )
 
 
 def has_own_memory(device: torch.device) -> bool:
     """Whether a device has another memory than the host's."""
     return device.type != "cpu"
-
-
-def _out_of_memory_among_ranks(window: Window, error: Exception) -> DoesNotFitError:
-    failed = window.micro_batches[window.current]
-    size = len(failed.rows)
-    fewer = f"Write a smaller micro_batch_size on all of them ({size // 2} or less), which changes no gradient. "
-    return DoesNotFitError(
-        f'out of memory with {size} row{"s" * (size > 1)} at once{failed.where}. With batch_norm="exact" ranks wait '
-        "for each other at every BatchNorm, so a single one cannot begin again with fewer rows. "
-        f"{fewer if size > 1 else ''}The error was: {error}",
-        (size,),
-    )

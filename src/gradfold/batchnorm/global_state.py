@@ -1,20 +1,15 @@
 """Process-wide state per coroutine: random numbers, default dtype, determinism, back ends of attention.
 
-`torch.random.fork_rng`, `sdpa_kernel` and the like change it at their beginning and back at their end. Between the two
-other forward passes run, which must not see the change, and whose own ends would restore the wrong values. So it is
-swapped with the turn.
-
-Each forward pass has random numbers of its own, since states that several pass on to each other cannot be forked: the
-first goes on with the caller's, the others begin at seeds derived from them. Where one ends before the next begins,
-they go on from each other as in plain accumulation.
+`torch.random.fork_rng`, `sdpa_kernel` and the like change it for a block, in which other forward passes get their turn.
+Random numbers of the first go on with the caller's, those of others begin at seeds derived from them, since states that
+several pass on to each other cannot be forked. Where one ends before the next begins, they go on from each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -22,61 +17,44 @@ from gradfold.batchnorm.torch_private import apply_settings, read_settings
 from gradfold.state.rng import RandomState
 
 
-class _Paused(NamedTuple):
-    """The state at the end of a turn, and the random state before the first one."""
-
-    settings: list[Any]
-    random: RandomState
-    first: RandomState
-
-
 class GlobalState:
-    """The caller's state, which is restored at the end of the `with` block.
-
-    Its random numbers go on where none of the forward passes has been.
-
-    Args:
-        tensors: on the devices whose random numbers count.
-
-    Attributes:
-        num_ended: how many forward passes have ended.
-    """
+    """The caller's state, which a `with` block restores; random numbers go on where no forward pass has been."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = list({tensor.device: tensor for tensor in tensors}.values())
-        self._paused: dict[int, _Paused] = {}
+        self._tensors = list({tensor.device: tensor for tensor in tensors}.values())  # random numbers of their devices
+        self._began: dict[int, RandomState] = {}  # of each forward pass
+        self._paused: dict[int, tuple[list[Any], RandomState]] = {}  # at the end of its last turn
         self._last_in_order = 0  # the last forward pass that began where all before it had ended
-        self.num_ended = 0
+        self.num_ended = 0  # forward passes
 
-    def __enter__(self) -> GlobalState:
-        self._begin, self._settings = RandomState.record(self._tensors), read_settings()
-        return self
+    def __enter__(self) -> None:
+        self._caller, self._settings = RandomState.record(self._tensors), read_settings()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         apply_settings(self._settings)
-        if error is None and self._paused:
-            last = self._paused[self._last_in_order].random
-            if last.is_same(self._begin) and not all(one.random.is_same(one.first) for one in self._paused.values()):
-                last = self._begin.derived(len(self._paused))
+        if not any(error) and self._paused:
+            last = self._paused[self._last_in_order][1]
+            are_unused = (random.is_same(self._began[number]) for number, (_, random) in self._paused.items())
+            if last.is_same(self._caller) and not all(are_unused):
+                last = self._caller.derived(len(self._paused))
             last.restore()
 
     @contextmanager
     def turn(self, number: int) -> Iterator[None]:
         """In this block one forward pass has its own state."""
-        before = self._paused.get(number)
-        if before is not None:
-            apply_settings(before.settings)
-            if before.random.has_moved():
-                before.random.restore()
-        elif number == self.num_ended:
-            self._last_in_order = number
+        if number in self._paused:
+            settings, random = self._paused[number]
+            apply_settings(settings)
+            if random.has_moved():
+                random.restore()
         else:
-            self._begin.derived(number).restore()
-        first = RandomState.record(self._tensors) if before is None else before.first
+            if number == self.num_ended:
+                self._last_in_order = number
+            else:
+                self._caller.derived(number).restore()
+            self._began[number] = RandomState.record(self._tensors)
         try:
             yield
         finally:
-            self._paused[number] = _Paused(read_settings(), RandomState.record(self._tensors), first)
+            self._paused[number] = read_settings(), RandomState.record(self._tensors)
             apply_settings(self._settings)

@@ -1,40 +1,29 @@
 """Intercepted calls of batch_norm, and the check that no BatchNorm of a window escapes.
 
-[1] `BatchNormMode` sees every call of batch_norm that Python makes, in a module or a function. Under a function mode
-`F.batch_norm` arrives as itself and then runs with the mode off, so that `torch.batch_norm` alone would never be seen.
-What C++ calls by itself, as TorchScript does, is not seen at all.
-
-[2] `LayerTracker` listens to the layers of the model and raises where one has normalized without an intercepted call.
-
-[3] `BatchCounters` keeps `num_batches_tracked`, which counts a batch once however many micro-batches it has. Under [1]
-torch's own layers count in the first micro-batch alone. A layer whose forward is the user's may count in any way
-(`self.num_batches_tracked = self.num_batches_tracked + 1`), so its counter is restored.
-
-Source: `torch.overrides.TorchFunctionMode`.
+`BatchNormMode` sees the calls that Python makes, and lets torch's own layers count in the first micro-batch alone.
+`LayerTracker` sees the layers: calls that C++ makes (TorchScript) do not reach the mode, and a custom forward may count
+in any way (`self.num_batches_tracked = self.num_batches_tracked + 1`).
 """
 
 from __future__ import annotations
 
 import sys
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from gradfold.batchnorm.moments import Moments
-from gradfold.batchnorm.policy import counter_version
+from gradfold.batchnorm.policy import LayerHooks
 from gradfold.batchnorm.torch_private import BATCH_NORM_FORWARDS, BatchNorm, TorchFunctionMode
 from gradfold.errors import BatchNormError
 
-FUNCTIONAL = "a functional batch_norm"
-"""The layer's name in messages where there is no layer."""
+FUNCTIONAL = "a functional batch_norm"  # the layer's name in messages where there is no layer
 
 
 @dataclass(frozen=True)
@@ -49,11 +38,6 @@ class BatchNormCall:
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
-
-    @property
-    def num_values(self) -> int:
-        """Values per channel."""
-        return self.input.numel() // max(1, self.input.shape[1])
 
     def with_frozen_statistics(self) -> Tensor:
         """The result by running statistics, or else by mean 0 and variance 1, which make no sample depend on others."""
@@ -76,12 +60,12 @@ _UNSUPPORTED = frozenset({torch.native_batch_norm, torch.cudnn_batch_norm, torch
 _INCREMENTS = frozenset({Tensor.add_, Tensor.__iadd__})
 _COUNTING_CODE = frozenset(forward.__code__ for forward in BATCH_NORM_FORWARDS)
 
-
 # The order of arguments of torch.batch_norm, which is not that of F.batch_norm.
 _OF_TORCH = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 
 
 def _read_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchNormCall | None:
+    # F.batch_norm arrives as itself and then runs with the mode off, so torch.batch_norm alone would not be enough.
     if func is torch.batch_norm:
         func, args, kwargs = F.batch_norm, (), dict(zip(_OF_TORCH, args, strict=False)) | kwargs
         kwargs.pop("cudnn_enabled", None)
@@ -92,21 +76,16 @@ class BatchNormMode(TorchFunctionMode):
     """Replaces the results of calls of batch_norm.
 
     Args:
+        result_of: what a call returns in a layer of this name; None: what torch makes of it.
         is_counting: whether layers count a batch, in this model or outside of it.
-
-    Attributes:
-        layer: the one that the forward pass is in, and whether a call was intercepted there.
     """
 
-    def __init__(self, is_counting: bool = True) -> None:
+    def __init__(self, result_of: Callable[[BatchNormCall, str], Tensor | None], is_counting: bool = True) -> None:
         super().__init__()
+        self._result_of = result_of
         self._is_counting = is_counting
-        self.layer, self.is_intercepted = FUNCTIONAL, False
+        self.layer, self.is_intercepted = FUNCTIONAL, False  # where the forward pass is, and whether a call was seen
         self._counted: list[Tensor] = []
-
-    @abstractmethod
-    def result_of(self, call: BatchNormCall) -> Tensor | None:
-        """What a call returns; None: what torch makes of it."""
 
     @torch.no_grad()
     def uncount(self) -> None:
@@ -120,8 +99,9 @@ class BatchNormMode(TorchFunctionMode):
         kwargs = kwargs or {}
         call = _read_call(func, args, kwargs)
         if call is not None:
-            result = self.result_of(call)
+            result = self._result_of(call, self.layer)
             if result is not None:
+                self.is_intercepted = True
                 return result
         elif func in _UNSUPPORTED:
             raise BatchNormError(
@@ -138,66 +118,45 @@ current_forward: ContextVar[BatchNormMode | None] = ContextVar("current_forward"
 """The mode of the micro-batch that runs; None outside of a window's forward passes."""
 
 
-class LayerTracker:
-    """Knows which layer a forward pass is in, for the length of a `with` block, and whether it was intercepted."""
+class LayerTracker(LayerHooks):
+    """Knows which layer a forward pass is in, and whether it was intercepted; counts a batch once."""
 
     def __init__(self, layers: Mapping[str, BatchNorm]) -> None:
-        self._names: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
-        self._versions = {layer: counter_version(layer) for layer in layers.values()}
-        self._handles: list[RemovableHandle] = []
+        super().__init__(layers, self._before, self._after)
         self._seen: set[nn.Module] = set()
-
-    def __enter__(self) -> LayerTracker:
-        for layer in self._versions:
-            self._handles.append(layer.register_forward_pre_hook(self._before))
-            self._handles.append(layer.register_forward_hook(self._after))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._kept: list[tuple[BatchNorm, Tensor, Tensor]] = []
 
     def check(self) -> None:
         """Raise BatchNormError where a layer has run without its hooks; one that has not run at all is fine."""
-        for layer, version in self._versions.items():
-            if layer not in self._seen and counter_version(layer) != version:
-                raise _not_intercepted(self._names[layer])
+        for name in self.run_without(self._seen):
+            raise _not_intercepted(name)
 
-    def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    @torch.no_grad()
+    def count_once(self, is_first: bool) -> None:
+        """Keep counters of custom forwards in a turn of the first micro-batch, and restore them after others."""
+        if is_first:
+            custom = [layer for layer in self.names if type(layer).forward not in BATCH_NORM_FORWARDS]
+            found = [(layer, layer._buffers.get("num_batches_tracked")) for layer in custom]
+            self._kept = [(layer, counter, counter.clone()) for layer, counter in found if counter is not None]
+            return
+        for layer, counter, value in self._kept:
+            layer._buffers["num_batches_tracked"] = counter
+            counter.copy_(value)
+
+    def _before(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = current_forward.get()
         self._seen.add(layer)
         if forward is None:  # the backward pass runs it
-            raise checkpoint_error(self._names[layer])
-        forward.layer, forward.is_intercepted = self._names[layer], False
+            raise checkpoint_error(self.names[layer])
+        forward.layer, forward.is_intercepted = self.names[layer], False
 
-    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward = current_forward.get()
         if forward is None:
             return
         if not forward.is_intercepted and layer.training and isinstance(output, Tensor):
             raise _not_intercepted(forward.layer)
         forward.layer = FUNCTIONAL
-
-
-class BatchCounters:
-    """The counters of layers whose forward is the user's."""
-
-    def __init__(self, layers: Iterable[BatchNorm]) -> None:
-        self._layers = [layer for layer in layers if type(layer).forward not in BATCH_NORM_FORWARDS]
-        self._kept: list[tuple[BatchNorm, Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def set(self, is_first: bool) -> None:
-        """A micro-batch has run up to a BatchNorm, or to its end: the first counts, the others have counted, too."""
-        if is_first:
-            found = [(layer, layer._buffers.get("num_batches_tracked")) for layer in self._layers]
-            self._kept = [(layer, counter, counter.clone()) for layer, counter in found if counter is not None]
-            return
-        for layer, counter, value in self._kept:
-            layer._buffers["num_batches_tracked"] = counter
-            counter.copy_(value)
 
 
 def checkpoint_error(name: str) -> BatchNormError:
@@ -213,15 +172,10 @@ def checkpoint_error(name: str) -> BatchNormError:
 def refuse_scripted(model: nn.Module) -> None:
     """Raise BatchNormError where a scripted module normalizes by batch, which cannot be intercepted."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and module.training and _has_batch_norm(module):
-            raise _not_intercepted(name or "the model itself", "it is scripted (torch.jit)")
-
-
-def _has_batch_norm(module: torch.jit.ScriptModule) -> bool:
-    try:
-        return "batch_norm" in str(module.inlined_graph)
-    except RuntimeError:  # it has no forward
-        return False
+        if isinstance(module, torch.jit.ScriptModule) and module.training:
+            with suppress(RuntimeError):  # it has no forward
+                if "batch_norm" in str(module.inlined_graph):
+                    raise _not_intercepted(name or "the model itself", "it is scripted (torch.jit)")
 
 
 def _not_intercepted(name: str, cause: str = "TorchScript, torch.export or a custom kernel") -> BatchNormError:

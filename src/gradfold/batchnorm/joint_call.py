@@ -14,59 +14,43 @@ with mean, var and both sums over the whole window. In the autograd graph it is 
     forward     Normalize makes y[k] when micro-batch k goes on
     backward    Normalize adds to the sums, Synchronize completes them, Gather makes dx[k]
 
-since Synchronize alone would need y, dy and dx of all micro-batches at once, where these need them of one. Synchronize
-also passes a token to the next joint call, which fixes the order of joint calls in the backward pass, in which ranks
-wait for each other.
+since Synchronize alone would need y, dy and dx of all micro-batches at once, where these need them of one. It also
+passes a token to the next joint call, which fixes the order of joint calls in the backward pass of all ranks.
 
 Sources: Ioffe and Szegedy 2015, arXiv 1502.03167; `torch.nn.SyncBatchNorm`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.intercept import BatchNormCall
 from gradfold.batchnorm.moments import Moments
 from gradfold.errors import BatchNormError
 
 
 class JointCall:
-    """What all micro-batches need of one joint call.
+    """What all micro-batches need of one joint call; `call` is the first's, whose weight, bias and eps all have."""
 
-    Args:
-        moments: of all values, on all ranks.
-        call: the one of the first micro-batch, whose weight, bias and eps are those of all.
-    """
-
-    def __init__(
-        self, name: str, moments: Moments, call: BatchNormCall, sum_over_ranks: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, name: str, moments: Moments, call: BatchNormCall, group: SynchronizedCoordinator | None) -> None:
         self.is_backward_allowed = False  # until the backward pass of the window begins
+        # In the dtype of the moments, float32 at least: kernels take all of a layer's tensors in one dtype.
+        dtype, affine = moments.mean.dtype, (call.weight, call.bias)
+        self.scale, self.shift = (None if one is None else one.detach().to(dtype) for one in affine)
+        self.sums = moments.mean.new_zeros(2, len(moments.mean))  # of dy xhat and of dy, over this rank
+        self.correction: tuple[Tensor, Tensor] | None = None  # scale and shift that give dx through the statistics
         self._name = name
         self._moments = moments
         self._eps = call.eps
-        self._scale, self._shift = (None if one is None else one.detach() for one in (call.weight, call.bias))
-        self._sum_over_ranks = sum_over_ranks
-        self._parts: list[tuple[Tensor, Tensor]] = []  # sums of dy xhat and of dy, by micro-batch
-        self._correction: tuple[Tensor, Tensor] | None = None
+        self._group = group
 
-    def normalize(self, values: Tensor) -> Tensor:
-        """A micro-batch, by the statistics of all."""
-        return self._affine(values, self._scale, self._shift)
-
-    def add_sums(self, values: Tensor, gradient: Tensor) -> None:
-        """Add the sums of one micro-batch."""
-        if values.numel():
-            _, weight, bias = self._backward(values, gradient, [False, True, True])
-            self._parts.append((weight, bias))
-
-    def finish_sums(self) -> Tensor:
-        """All micro-batches have added theirs: returns the sums of dy xhat and of dy over those of this rank."""
+    def finish_sums(self) -> None:
+        """All micro-batches have added theirs."""
         if not self.is_backward_allowed:
             raise BatchNormError(
                 f"loss_fn differentiates through BatchNorm in {self._name} (torch.autograd.grad, a gradient penalty), "
@@ -74,42 +58,26 @@ class JointCall:
                 "out, or use GroupNorm: gradfold.convert_batch_norm(model).",
                 (self._name,),
             )
-        zeros = torch.zeros_like(self._moments.mean)
-        own = torch.stack([sum((part[which] for part in self._parts), zeros) for which in (0, 1)])
-        self._parts = []
-        weight, bias = self._sum_over_ranks(own)
+        weight, bias = self.sums if self._group is None else self._group.sum(self.sums)
         inverse = torch.rsqrt(self._moments.variance + self._eps)
-        factor = (inverse if self._scale is None else inverse * self._scale) / -self._moments.count
-        self._correction = factor * weight, factor * bias
-        return own
+        factor = (inverse if self.scale is None else inverse * self.scale) / -self._moments.count
+        self.correction = factor * weight, factor * bias
 
-    def differentiate(self, values: Tensor, gradient: Tensor | None) -> Tensor:
-        """The gradient of a micro-batch's values, by that of the normalized ones."""
-        assert self._correction is not None
-        through_statistics = self._affine(values, *self._correction)
-        if gradient is None or not values.numel():
-            return through_statistics
-        own, _, _ = self._backward(values, gradient, [True, False, False])
-        return own.add_(through_statistics)
-
-    def _affine(self, values: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    def affine(self, values: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        """Values of a micro-batch by the statistics of all, scaled and shifted."""
         if not values.numel():
             return values.clone()
-        scale, shift = self._as_moments(scale), self._as_moments(shift)
         mean, variance = self._moments.mean, self._moments.variance
         out: Tensor = torch.native_batch_norm(values, scale, shift, mean, variance, False, 0.0, self._eps)[0]
         return out
 
-    def _backward(self, values: Tensor, gradient: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        scale, mean, variance = self._as_moments(self._scale), self._moments.mean, self._moments.variance
+    def backward(self, values: Tensor, gradient: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        """Those wanted of dx with constant statistics, dw and db of a micro-batch."""
+        mean, variance = self._moments.mean, self._moments.variance
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
-            gradient, values, scale, mean, variance, None, None, False, self._eps, wanted
+            gradient, values, self.scale, mean, variance, None, None, False, self._eps, wanted
         )
         return found
-
-    def _as_moments(self, one: Tensor | None) -> Tensor | None:
-        """In the dtype of the moments, float32 at least: kernels take all of a layer's tensors in one dtype."""
-        return None if one is None else one.to(self._moments.mean.dtype)
 
 
 class Gather(torch.autograd.Function):
@@ -127,7 +95,12 @@ class Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor, None]:
         """The gradient, through the statistics as well."""
-        return ctx.call.differentiate(*ctx.saved_tensors, gradient), None
+        call, (values,) = ctx.call, ctx.saved_tensors
+        through_statistics: Tensor = call.affine(values, *call.correction)
+        if gradient is None or not values.numel():
+            return through_statistics, None
+        own, _, _ = call.backward(values, gradient, [True, False, False])
+        return own.add_(through_statistics), None
 
 
 class Synchronize(torch.autograd.Function):
@@ -149,8 +122,8 @@ class Synchronize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, token: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients unchanged; the sums over this rank are those of scale and shift."""
-        sums = ctx.call.finish_sums()
-        own = [None if dtype is None else one.to(dtype) for one, dtype in zip(sums, ctx.dtypes, strict=True)]
+        ctx.call.finish_sums()
+        own = [None if dtype is None else one.to(dtype) for one, dtype in zip(ctx.call.sums, ctx.dtypes, strict=True)]
         return (None, None, *own, *gradients)
 
 
@@ -162,11 +135,14 @@ class Normalize(torch.autograd.Function):
         """The micro-batch, normalized."""
         ctx.call = call
         ctx.save_for_backward(values)
-        return call.normalize(values)
+        return call.affine(values, call.scale, call.shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Add to the sums, and pass the gradient on unchanged."""
-        ctx.call.add_sums(*ctx.saved_tensors, gradient)
+        (values,) = ctx.saved_tensors
+        if values.numel():
+            _, *own = ctx.call.backward(values, gradient, [False, True, True])
+            ctx.call.sums += torch.stack(own)
         return gradient, None

@@ -1,7 +1,7 @@
 """Moments: mean and variance per channel of a part of a batch, merged with those of other parts.
 
-Parts are merged by differences of their means, never by sums of squares (Chan, Golub and LeVeque 1983, eq. 2.1), which
-is stable for any mean: E[x^2] - E[x]^2 cancels where the mean is large.
+Parts are merged by differences of their means (Chan, Golub and LeVeque 1983, eq. 2.1), since E[x^2] - E[x]^2 cancels
+where the mean is large.
 """
 
 from __future__ import annotations
@@ -15,16 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Mean and variance of `count` values per channel, in float32 at least.
+    """Mean and variance of `count` values per channel, in float32 at least."""
 
-    Attributes:
-        mean: (C,), the mean of the values.
-        variance: (C,), the mean of their squared differences from it (not unbiased).
-        count: values per channel.
-    """
-
-    mean: Tensor
-    variance: Tensor
+    mean: Tensor  # (C,)
+    variance: Tensor  # (C,), the mean of squared differences (not unbiased)
     count: int
 
     @classmethod

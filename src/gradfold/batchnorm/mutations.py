@@ -1,8 +1,6 @@
-"""Module-state mutations: what a paused forward pass has left on the modules, where the others would find it.
+"""Module-state mutations: what a paused forward pass has left on the modules, where the next one would overwrite it.
 
-With exact BatchNorm the forward passes of all micro-batches are under way at once, on one model. What one of them puts
-there and reads later (a loss that a layer keeps, a list of features, one parameter in place of another) the next one
-overwrites.
+That is a loss that a layer keeps, a list of features, one parameter in place of another, and the like.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ _ATTRIBUTE = "the attribute {key!r} of {module}"
 class _PlainMutation(NamedTuple):
     """A number or text, or several, that the first forward pass has left."""
 
-    name: str
+    where: str
     module: nn.Module
     key: str
     before: Any
@@ -56,11 +54,10 @@ class ModuleMutations:
         self._plain: list[_PlainMutation] = []
 
     def refuse(self, number: int, layer: str) -> None:
-        """Check what forward pass `number` has left, which waits at this layer.
+        """Raise BatchNormError for what forward pass `number` has left, which waits at this layer.
 
-        Raises:
-            BatchNormError: the first has left an object; or another one has left a number or text that differs from the
-                first's. A count of calls, which grows by the same in each micro-batch, is the user's and is allowed.
+        The first must not leave objects, nor others a number or text that differs from the first's. A count of calls,
+        which grows by the same in each micro-batch, is allowed.
         """
         if number == 0:
             self._plain = []
@@ -70,8 +67,8 @@ class ModuleMutations:
         for one in self._plain if number else ():
             value = vars(one.module).get(one.key)
             if value != one.value and not one.is_count(value, number):
-                where = _ATTRIBUTE.format(key=one.key, module=one.name or "the model itself")
-                raise _mutation_error(layer, f"{where} is {one.value!r} in one micro-batch and {value!r} in another")
+                found = f"{one.where} is {one.value!r} in one micro-batch and {value!r} in another"
+                raise _mutation_error(layer, found)
 
     def _find(self) -> Iterator[str]:
         for name, module, identity, before in self._modules:
@@ -81,13 +78,14 @@ class ModuleMutations:
                 known = before.get((kind, key), None if kind == _ATTRIBUTE else value)
                 if known is value:
                     continue
+                where = kind.format(key=key, module=name or "the model itself", path=f"{name}.{key}".lstrip("."))
                 if kind == _ATTRIBUTE and _is_plain(value):
-                    self._plain.append(_PlainMutation(name, module, key, known, value))
+                    self._plain.append(_PlainMutation(where, module, key, known, value))
                 else:
-                    yield kind.format(key=key, module=name or "the model itself", path=f"{name}.{key}".lstrip("."))
+                    yield where
         for name, key, value, content in self._contents:
             inside = list(_inside(value))
-            if len(inside) != len(content) or any(a is not b for a, b in zip(inside, content, strict=True)):
+            if len(inside) != len(content) or not all(map(is_, inside, content)):
                 yield f"what is in the attribute {key!r} of {name or 'the model itself'}"
 
 
@@ -103,8 +101,7 @@ def _bindings(module: nn.Module) -> dict[tuple[str, str], Any]:
 
     Without counters, which are restored, and without buffers of lazy layers, which the first forward pass makes.
     """
-    attributes = vars(module)
-    found = {(_ATTRIBUTE, key): attributes[key] for key in attributes.keys() - _OF_EVERY_MODULE}
+    found = {(_ATTRIBUTE, key): value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
     found["the mode of {module} (training or not)", ""] = module.training
     for key, parameter in module._parameters.items():
         found["a parameter of {module}", key] = parameter

@@ -1,8 +1,7 @@
 """Offload: what forward passes save for the backward pass waits in host memory.
 
-Parameters and buffers stay on the device, where they are anyway, and so do small tensors, whose transfer would cost
-more than it saves. A tensor that several operators save is transferred once. The host's copies of CUDA tensors are in
-pinned memory, and transfers are queued on the stream that computes, so the host never waits.
+Transfers are queued on the stream that computes, and pinned memory lets the host go on. Small tensors stay, since a
+transfer would cost more than it saves; one that several operators save is transferred once.
 """
 
 from __future__ import annotations
@@ -27,12 +26,7 @@ class Parked:
 
 
 class Offload:
-    """Hooks on saved tensors (`pack` and `unpack`), for the threads of one window.
-
-    Args:
-        stays: tensors that are on the device anyway.
-        least_bytes: smaller tensors stay, too.
-    """
+    """Hooks on saved tensors (`pack` and `unpack`), for the threads of one window; `stays` are on the device anyway."""
 
     def __init__(self, stays: Iterable[Tensor], least_bytes: int = _LEAST_BYTES) -> None:
         self._stays = {one.untyped_storage().data_ptr() for one in stays if one.layout is torch.strided}

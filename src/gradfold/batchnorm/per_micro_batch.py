@@ -1,44 +1,36 @@
-"""BatchNorm by micro-batch: each micro-batch has its own statistics, and running statistics are those of the window.
+"""BatchNorm by micro-batch: each has its own statistics, as in ghost batch norm (Hoffer et al. 2017, arXiv 1705.08741).
 
-In training mode BatchNorm normalizes by the mean and variance of its input, so a micro-batch of 16 rows is not
-normalized as those rows are in a batch of 256, and the gradient differs. `"per_micro_batch"` accepts that (as "ghost
-batch norm" does on purpose: Hoffer et al. 2017, arXiv 1705.08741). The running statistics advance once per window, by
-the window's own mean and unbiased variance, as they would with the whole batch.
+The running statistics advance once per window, by the window's own mean and unbiased variance, as with a whole batch.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gradfold.batchnorm.moments import Moments, merge
-from gradfold.batchnorm.policy import SHARDS_REFUSED, batch_statistics_layers, counter_version, layer_names
+from gradfold.batchnorm.policy import SHARDS_REFUSED, LayerHooks, batch_statistics_layers, layer_names
 from gradfold.batchnorm.torch_private import BatchNorm
-from gradfold.engine.strategy import Passes, Strategy, run_in_order
+from gradfold.engine.strategy import Passes, Strategy
 from gradfold.engine.window import Context
-from gradfold.errors import BatchNormError, OptionError
+from gradfold.errors import BatchNormError
 from gradfold.state.snapshot import Snapshot
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @final
 class PerMicroBatchNorm(Strategy):
     """One micro-batch after another, with running statistics advanced once, by those of the whole window."""
 
+    shards_refused = SHARDS_REFUSED
+
     def run(self, window: Passes, indices: Sequence[int], snapshot: Snapshot) -> None:
         """Run the micro-batches in order."""
-        layers = batch_statistics_layers(window.context.model)
-        if not layers:
-            run_in_order(window, indices)
-            return
-        with WindowStatistics(layers) as statistics:
+        statistics = WindowStatistics(batch_statistics_layers(window.context.model))
+        with statistics:
             for index in indices:
                 statistics.listen()
                 weighed = window.forward(index)
@@ -54,66 +46,43 @@ class PerMicroBatchNorm(Strategy):
         """Where a layer normalizes by micro-batch."""
         return bool(batch_statistics_layers(context.model))
 
-    def check_shards(self) -> None:
-        """Raise OptionError: no-op steps of a rank would move the statistics."""
-        raise OptionError(SHARDS_REFUSED)
-
     def split_dependent_layers(self, context: Context) -> Mapping[str, nn.Module] | None:
         """The layers that normalize by micro-batch; None where one has no running statistics to normalize by."""
         layers = batch_statistics_layers(context.model)
         return layers if all(getattr(one, "running_mean", None) is not None for one in layers.values()) else None
 
 
-class WindowStatistics:
+class WindowStatistics(LayerHooks):
     """Collects each layer's batch moments during a window and commits them to its running statistics once.
 
-    With momentum 1 a layer's running statistics *are* the mean and unbiased variance of its last batch, computed by
-    the kernel that normalizes, at no further cost. So during the window the momentum is 1, and hooks copy the moments
-    away. A layer that is called several times in a forward pass advances once per call, as in the full batch.
+    With momentum 1 a layer's running statistics *are* the mean and unbiased variance of its last batch, at no cost, so
+    hooks copy them away. A layer that a forward pass calls several times advances once per call, as with a whole batch.
     """
 
     def __init__(self, layers: Mapping[str, BatchNorm]) -> None:
-        self._names = {layer: name for name, layer in layers.items() if layer.track_running_stats}
+        tracking = {name: layer for name, layer in layers.items() if layer.track_running_stats}
+        super().__init__(tracking, self._before, self._after)
         self._records: dict[BatchNorm, _LayerStatistics] = {}
-        self._handles: list[RemovableHandle] = []
-        self._is_listening = False
+        self._num_calls: Counter[BatchNorm] | None = None  # of this forward pass; None outside of one
 
-    def __enter__(self) -> WindowStatistics:
-        self._versions = {layer: counter_version(layer) for layer in self._names}
-        for layer in self._names:
-            self._handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(self._after, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         for record in self._records.values():
             record.layer.momentum = record.momentum
-            if error is not None:
+            if any(error):
                 record.restore()
 
     def listen(self) -> None:
         """A forward pass begins."""
-        self._is_listening = True
-        for record in self._records.values():
-            record.num_calls = 0
+        self._num_calls = Counter()
 
     def pause(self) -> None:
         """The forward pass is over; layers that run again (activation checkpointing) add nothing."""
-        self._is_listening = False
+        self._num_calls = None
 
     def commit(self) -> None:
-        """Advance the running statistics by the window's moments.
-
-        Raises:
-            BatchNormError: a layer ran where hooks are not called (a graph compiled or scripted before).
-        """
-        silent = [layer for layer in self._names if layer not in self._records]
-        unseen = [self._names[layer] for layer in silent if counter_version(layer) != self._versions[layer]]
-        if unseen:
+        """Advance the running statistics by the window's moments; BatchNormError where hooks have missed a layer."""
+        if unseen := self.run_without(self._records):
             raise BatchNormError(
                 f"BatchNorm in {layer_names(unseen)} ran without calling its hooks (a compiled or scripted graph), "
                 "so its statistics cannot be collected. Do not compile these layers, or put them into evaluation mode.",
@@ -122,11 +91,11 @@ class WindowStatistics:
         for record in self._records.values():
             record.advance()
 
-    def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Here rather than on entry, since a lazy layer has no statistics before its first call.
         values = _input(args, kwargs)
         if values.dim() > 1 and values.numel() == values.shape[1]:
-            name = self._names[layer]
+            name = self.names[layer]
             raise BatchNormError(
                 f"BatchNorm in {name} got one value per channel (input {tuple(values.shape)}), which has no variance: "
                 "a micro-batch of one row. Choose a micro_batch_size that leaves no part with a single row (3 splits 5 "
@@ -137,9 +106,10 @@ class WindowStatistics:
             self._records[layer] = _LayerStatistics(layer)
             layer.momentum = 1.0
 
-    def _after(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._is_listening:
-            self._records[layer].collect(_input(args, kwargs))
+    def _after(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._num_calls is not None:
+            self._records[layer].collect(self._num_calls[layer], _input(args, kwargs))
+            self._num_calls[layer] += 1
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -153,21 +123,20 @@ class _LayerStatistics:
     def __init__(self, layer: BatchNorm) -> None:
         self.layer = layer
         self.momentum = layer.momentum
-        self.num_calls = 0  # in the micro-batch that runs
-        self._before = {name: one.clone() for name in _STATISTICS if (one := getattr(layer, name)) is not None}
+        self._before = [None if one is None else one.clone() for one in self._buffers()]
         self._calls: dict[int, list[Moments]] = defaultdict(list)  # n-th call of a forward pass -> micro-batches
 
-    def collect(self, values: Tensor) -> None:
+    def collect(self, call: int, values: Tensor) -> None:
         """Copy the moments of an input (N, C) or (N, C, ...) that was just normalized."""
         mean, variance, _ = self._buffers()
-        self._calls[self.num_calls].append(Moments.of_unbiased(mean, variance, values.numel() // values.shape[1]))
-        self.num_calls += 1
+        self._calls[call].append(Moments.of_unbiased(mean, variance, values.numel() // values.shape[1]))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Set the running statistics to those at the opening of the window."""
-        for name, value in self._before.items():
-            getattr(self.layer, name).copy_(value)
+        for now, before in zip(self._buffers(), self._before, strict=True):
+            if before is not None:
+                now.copy_(before)
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -1,8 +1,9 @@
-"""The option batch_norm=, the layers that it is about, and the refusal where it was not given."""
+"""The option batch_norm=, the layers that it is about and hooks on them, and the refusal where it was not given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -12,7 +13,7 @@ from gradfold.errors import BatchNormError, OptionError
 from gradfold.messages import join_names
 
 BatchNormOption: TypeAlias = Literal["per_micro_batch", "exact"] | None
-
+_Hook: TypeAlias = Callable[..., None]
 
 SHARDS_REFUSED = (
     "batch_norm= is not supported with fully_shard: no-op steps of ranks with fewer micro-batches would move the "
@@ -60,7 +61,31 @@ def layer_names(names: Iterable[str]) -> str:
     return join_names([name or "the model itself" for name in names], 3)
 
 
-def counter_version(layer: BatchNorm) -> int:
+class LayerHooks:
+    """Hooks around the forward of BatchNorm layers, for the length of a `with` block."""
+
+    def __init__(self, layers: Mapping[str, BatchNorm], before: _Hook, after: _Hook) -> None:
+        self.names = {layer: name for name, layer in layers.items()}
+        self._hooks = before, after
+        self._handles = ExitStack()
+
+    def __enter__(self) -> None:
+        before, after = self._hooks
+        self._versions = {layer: _counter_version(layer) for layer in self.names}
+        for layer in self.names:
+            self._handles.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.enter_context(layer.register_forward_hook(after, with_kwargs=True))
+
+    def __exit__(self, *error: object) -> None:
+        self._handles.close()
+
+    def run_without(self, seen: Collection[nn.Module]) -> list[str]:
+        """The names of layers that have counted a batch, but are not among those that hooks have seen."""
+        silent = {layer: name for layer, name in self.names.items() if layer not in seen}
+        return [name for layer, name in silent.items() if _counter_version(layer) != self._versions[layer]]
+
+
+def _counter_version(layer: BatchNorm) -> int:
     """A number that grows with every batch that a layer counts, with or without its hooks."""
     tracked = layer.num_batches_tracked
     return 0 if tracked is None else tracked._version

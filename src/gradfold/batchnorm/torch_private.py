@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from torch.utils.checkpoint import CheckpointFunction
 
 SavedTensorHooks: TypeAlias = "tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]"
-Setting: TypeAlias = "tuple[Callable[[], Any], Callable[[Any], Any]]"
 
 # The base class of BatchNorm1d, 2d, 3d, the lazy ones and SyncBatchNorm. Without it: a tuple of these classes, which
 # misses subclasses that users derive from the base.
@@ -59,26 +58,26 @@ def is_in_checkpoint() -> bool:
     return frame is not None
 
 
-def current_modes() -> tuple[Sequence[Any], Sequence[Any]]:
-    """The function modes (the default device is one) and dispatch modes of this thread, outermost first.
+def modes_of_this_thread() -> Callable[[], AbstractContextManager[None]]:
+    """Blocks in which another thread has the function modes (the default device is one) and dispatch modes of this one.
 
-    Without it: forward passes in new threads would run outside of the user's modes, on the CPU for instance.
+    Without it: new threads would run outside of them. They are pushed, since entering would run their set-up again.
     """
     function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return function_modes, _get_current_dispatch_mode_stack()
+    dispatch_modes = _get_current_dispatch_mode_stack()
 
+    @contextmanager
+    def pushed() -> Iterator[None]:
+        with ExitStack() as stack:
+            for mode in dispatch_modes:
+                _push_dispatch_mode(mode)
+                stack.callback(_pop_dispatch_mode)
+            for mode in function_modes:
+                _push_function_mode(mode)  # type: ignore[no-untyped-call]
+                stack.callback(_pop_function_mode)
+            yield
 
-@contextmanager
-def modes(function_modes: Sequence[Any], dispatch_modes: Sequence[Any]) -> Iterator[None]:
-    """Push modes of another thread onto this one. Without it: entering them again would run their set-up twice."""
-    with ExitStack() as stack:
-        for mode in dispatch_modes:
-            _push_dispatch_mode(mode)
-            stack.callback(_pop_dispatch_mode)
-        for mode in function_modes:
-            _push_function_mode(mode)  # type: ignore[no-untyped-call]
-            stack.callback(_pop_function_mode)
-        yield
+    return pushed
 
 
 def read_settings() -> list[Any]:
@@ -93,22 +92,20 @@ def apply_settings(wanted: Sequence[Any]) -> None:
             write(value)
 
 
-def _determinism() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def _anomaly() -> tuple[bool, bool]:
-    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-
-
 _c: Any = torch._C
 
 # torch.backends has public setters of most of them, but none of the priority order and of "overrideable". Without them:
 # sdpa_kernel and torch.backends.cudnn.flags around a BatchNorm would leak into the forward passes of others.
-_SETTINGS: tuple[Setting, ...] = (
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
-    (_determinism, lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1])),
-    (_anomaly, lambda both: torch.set_anomaly_enabled(*both)),
+    (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1]),
+    ),
+    (
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda both: torch.set_anomaly_enabled(*both),
+    ),
     (_c._get_sdp_priority_order, _c._set_sdp_priority_order),
     *(
         (getattr(_c, f"_get_{kind}_sdp_enabled"), getattr(_c, f"_set_sdp_use_{kind}"))

@@ -41,11 +41,15 @@ class Strategy(ABC):
         probes_loss: whether `probe_loss` is the loss itself, with its terms.
         runs_zero_weight: whether micro-batches of weight 0 run like the others, which depend on their rows.
         has_own_gradients: whether each micro-batch has a separate gradient, which can be inspected.
+        joins_ranks: whether rows depend on those of other ranks.
+        shards_refused: why processes cannot hold a part of the model each; empty where they can.
     """
 
     probes_loss = True
     runs_zero_weight = False
     has_own_gradients = True
+    joins_ranks = False
+    shards_refused = ""
 
     def __init__(self, probe_loss: LossFn) -> None:
         self.probe_loss = probe_loss
@@ -60,20 +64,18 @@ class Strategy(ABC):
             snapshot: what to go back to where the window has to begin again.
         """
 
-    @abstractmethod
     def is_sequential(self, context: Context) -> bool:
         """Whether micro-batches run one after another, each as if it were alone."""
+        return False
 
     def is_whole(self, window: Window) -> bool:
         """Whether all that depends on each other is in one micro-batch, which then runs as in plain torch."""
-        return len(window.micro_batches) == 1
+        is_alone = not self.joins_ranks or window.context.coordinator.num_ranks == 1
+        return len(window.micro_batches) == 1 and is_alone
 
     def depends_on_split(self, context: Context) -> bool:
         """Whether layers normalize by micro-batch, so that a halved one has other statistics."""
         return False
-
-    def check_shards(self) -> None:
-        """Raise OptionError where processes cannot hold a part of the model each."""
 
     def find_offender(self, window: Window) -> int | None:
         """The micro-batch that made the losses of others not finite as well; None where each stands for itself."""

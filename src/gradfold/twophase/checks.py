@@ -1,25 +1,23 @@
-"""What is checked of a two-phase loss: statistics without a gradient in the self-check, and every window at its end.
+"""What is checked of a two-phase loss, beside the gradients that the self-check compares.
 
-The self-check's comparison of gradients does not see labels, masks and counts, so their values are compared: those of a
-micro-batch with those of its two parts. At the end of a window the loss, its gradient and the second run of every
-micro-batch are checked.
+In the self-check: the values of labels, masks and counts. At the end of a window: whether the loss and its gradient are
+finite, and whether the second run of every micro-batch is like the first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfold.batch.nesting import leaves_by_path
 from gradfold.engine.window import Window
 from gradfold.errors import NonFiniteGradientError, NonFiniteLossError, NotDecomposableError, RecomputeError
 from gradfold.self_check.comparison import tolerance_of
-from gradfold.self_check.observations import Observations
-from gradfold.twophase.loss import Combine, has_gradient
+from gradfold.self_check.observations import ObservedSplit
+from gradfold.twophase.loss import Combine
 from gradfold.twophase.statistics import Statistics
 
 _FEW_OF_HALF_TYPES = 0.1  # the fraction of labels that rounding may change: near ties
@@ -32,66 +30,47 @@ _ROWS = (
 _SUMS = "summed, are not those of the micro-batch. Return sums over rows, not means; divide in loss(model, statistics)"
 
 
-class NonDifferentiableStatistics:
-    """Compares labels, masks and counts in the self-check's runs of one accumulator.
+def check_constants(
+    found: ObservedSplit[dict[str, Any]], combine: Combine, dtypes: Iterable[torch.dtype | None]
+) -> None:
+    """Raise NotDecomposableError where labels, masks or counts of two parts, combined, are not those of the whole.
 
-    Args:
-        combine: as of `TwoPhaseLoss`.
+    They come by path; `dtypes` are those of the computation.
     """
+    parts = sorted(found.parts, key=lambda run: run.num_rows)
+    tolerance = tolerance_of(dtypes).statistic
+    for path, whole in found.whole.seen.items():
+        if all(path in part.seen for part in parts):
+            first, second = (part.seen[path] for part in parts)
+            seen = _differ(whole, first, second, combine, tolerance)
+            if seen and parts[0].num_rows == parts[1].num_rows:  # which of them came first is unknown
+                seen = _differ(whole, second, first, combine, tolerance) and seen
+            if seen:
+                rule = _ROWS if combine == "concatenate" else _SUMS
+                raise NotDecomposableError(
+                    f"the statistic {path or 'S'} of the TwoPhaseLoss cannot be combined: those of two parts of a "
+                    f"micro-batch ({parts[0].num_rows} and {parts[1].num_rows} of {found.whole.num_rows} rows), "
+                    f"{rule}. Seen: {seen}.",
+                    "coupled",
+                    "loss",
+                )
 
-    def __init__(self, combine: Combine) -> None:
-        self._combine = combine
-        self._runs: Observations[dict[str, Any]] = Observations()
 
-    def note(self, num_rows: int | None, output: Any) -> None:
-        """The statistics of a run of the self-check."""
-        self._runs.note(num_rows, {path: leaf for path, leaf in leaves_by_path(output) if not has_gradient(leaf)})
-
-    def judge(self, passed: bool, dtypes: Iterable[torch.dtype | None]) -> None:
-        """Compare the parts with the whole, where the self-check passed; `dtypes` are those of the computation.
-
-        Raises:
-            NotDecomposableError: the parts, combined, are not the whole.
-        """
-        found = self._runs.take()
-        if found is None or not passed:
-            return
-        parts = sorted(found.parts, key=lambda run: run.num_rows)
-        tolerance = tolerance_of(dtypes).statistic
-        for path, whole in found.whole.seen.items():
-            if all(path in part.seen for part in parts):
-                first, second = (part.seen[path] for part in parts)
-                seen = self._differ(whole, first, second, tolerance)
-                if seen and parts[0].num_rows == parts[1].num_rows:  # which of them came first is unknown
-                    seen = self._differ(whole, second, first, tolerance) and seen
-                if seen:
-                    rule = _ROWS if self._combine == "concatenate" else _SUMS
-                    raise NotDecomposableError(
-                        f"the statistic {path or 'S'} of the TwoPhaseLoss cannot be combined: those of two parts of a "
-                        f"micro-batch ({parts[0].num_rows} and {parts[1].num_rows} of {found.whole.num_rows} rows), "
-                        f"{rule}. Seen: {seen}.",
-                        "coupled",
-                        "loss",
-                    )
-
-    def _differ(self, whole: Any, first: Any, second: Any, tolerance: float) -> str:
-        """How the parts, combined, differ from the whole; an empty text where they do not."""
-        if not all(isinstance(one, Tensor) for one in (whole, first, second)):
-            return self._constants_differ(whole, first, second)
-        shapes = [one.shape[self._combine == "concatenate" :] for one in (whole, first, second)]
-        if len({*shapes}) > 1 or len({one.dtype for one in (whole, first, second)}) > 1:
-            return ""  # a window refuses this itself
-        combined = torch.cat([first, second]) if self._combine == "concatenate" else first + second
-        if combined.shape != whole.shape:
-            return f"{len(whole)} entries for the whole, {len(first)} and {len(second)} for the parts"
-        return _tensors_differ(whole, combined, tolerance)
-
-    def _constants_differ(self, whole: Any, first: Any, second: Any) -> str:
-        if self._combine == "sum" and {type(whole), type(first), type(second)} <= {int, float}:
+def _differ(whole: Any, first: Any, second: Any, combine: Combine, tolerance: float) -> str:
+    """How the parts, combined, differ from the whole; an empty text where they do not."""
+    if not all(isinstance(one, Tensor) for one in (whole, first, second)):
+        if combine == "sum" and {type(whole), type(first), type(second)} <= {int, float}:
             is_right = abs(first + second - whole) <= 1e-6 * (abs(first) + abs(second))
         else:
             is_right = whole == first == second or whole != whole
         return "" if is_right else f"{whole!r} for the whole, {first!r} and {second!r} for the parts"
+    shapes = [one.shape[combine == "concatenate" :] for one in (whole, first, second)]
+    if len({*shapes}) > 1 or len({one.dtype for one in (whole, first, second)}) > 1:
+        return ""  # a window refuses this itself
+    combined = torch.cat([first, second]) if combine == "concatenate" else first + second
+    if combined.shape != whole.shape:
+        return f"{len(whole)} entries for the whole, {len(first)} and {len(second)} for the parts"
+    return _tensors_differ(whole, combined, tolerance)
 
 
 def _tensors_differ(whole: Tensor, combined: Tensor, tolerance: float) -> str:
@@ -111,26 +90,14 @@ def _tensors_differ(whole: Tensor, combined: Tensor, tolerance: float) -> str:
 
 
 def check_window(
-    window: Window,
-    statistics: Statistics,
-    losses: Mapping[str, Tensor],
-    deviations: Mapping[int, Tensor],
-    dtypes: Collection[torch.dtype | None],
-    raises: bool,
+    window: Window, statistics: Statistics, losses: Mapping[str, Tensor], dtypes: set[torch.dtype | None], raises: bool
 ) -> None:
-    """Raise where something is not finite, or the second run of a micro-batch did not reproduce the first.
+    """Raise where the second run of a micro-batch did not reproduce the first, or (`raises`) something is not finite.
 
-    One transfer from the device.
-
-    Args:
-        window: a window whose recompute pass is done.
-        statistics: of the window, with their cached gradients.
-        losses: the terms of the whole loss.
-        deviations: by micro-batch, how far the second run is from the first.
-        dtypes: those of the computation.
-        raises: whether a loss or gradient that is not finite is an error.
+    It takes one transfer from the device. `dtypes` are those of parameters and autocast.
     """
-    flags = [(~gradient.isfinite()).any() for gradient in statistics.gradients()]
+    deviations = statistics.deviations
+    flags = [(~one.grad.isfinite()).any() for one in statistics.tensors() if one.grad is not None]
     waiting = [*losses.values(), *flags, *deviations.values()]
     read = torch.stack([one.to(window.device, torch.float64) for one in waiting]).cpu()
     of_losses, of_flags, of_deviations = torch.split(read, [len(losses), len(flags), len(deviations)])
@@ -148,18 +115,26 @@ def check_window(
     pairs = zip(of_deviations.tolist(), deviations, strict=True)
     known = [(distance, index) for distance, index in pairs if not math.isnan(distance)]
     worst, index = max(known, default=(0.0, 0))
-    if worst > tolerance_of(dtypes).statistic:
-        raise _not_reproduced(window, index, worst)
+    if worst > tolerance_of({*dtypes, *(one.dtype for one in statistics.tensors())}).statistic:
+        raise RecomputeError(
+            f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
+            f"differ by {worst:.1%} in its second forward pass, from the same rows and the same random states of "
+            "torch, numpy and Python. A two-phase loss runs every micro-batch twice: look in statistic(model, "
+            "micro_batch) for a custom generator, a counter or queue outside of the model, a file that is read on, or "
+            "a kernel that is not deterministic (torch.use_deterministic_algorithms(True) names it).",
+            index,
+            worst,
+        )
 
 
 def _non_finite_loss(window: Window, statistics: Statistics, values: Mapping[str, float]) -> NonFiniteLossError:
     name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
-    bad = statistics.non_finite()
-    index = bad[0] if bad else 0
+    bad = statistics.first_non_finite()
+    index = bad or 0
     where = (
         f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} are "
         "not finite. Look there for overflow, a division by a norm of 0, or rows that are not finite"
-        if bad
+        if bad is not None
         else "the statistics of this rank are finite. Look in loss(model, statistics) for log(0), overflow, a "
         "temperature near 0, or a ratio of empty sums"
     )
@@ -168,16 +143,4 @@ def _non_finite_loss(window: Window, statistics: Statistics, values: Mapping[str
         index,
         name,
         value,
-    )
-
-
-def _not_reproduced(window: Window, index: int, deviation: float) -> RecomputeError:
-    return RecomputeError(
-        f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
-        f"differ by {deviation:.1%} in its second forward pass, from the same rows and the same random states of "
-        "torch, numpy and Python. A two-phase loss runs every micro-batch twice: look in statistic(model, micro_batch) "
-        "for a custom generator, a counter or queue outside of the model, a file that is read on, or a kernel that is "
-        "not deterministic (torch.use_deterministic_algorithms(True) names it).",
-        index,
-        deviation,
     )

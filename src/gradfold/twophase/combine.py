@@ -1,14 +1,10 @@
-"""How statistics are combined over micro-batches and over ranks.
-
-Ranks describe their statistics to each other before tensors are sent, so that what cannot be combined is an error on
-all of them.
-"""
+"""How statistics are combined over micro-batches and over ranks, which first describe theirs to each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,37 +16,27 @@ from gradfold.twophase.loss import Combine
 
 
 @dataclass(frozen=True)
-class LeafDescription:
-    """What other ranks are told of one statistic."""
-
-    path: str
-    shape: tuple[int, ...] | None = None  # of tensors
-    dtype: torch.dtype | None = None
-    value: Any = None  # of numbers and text
-
-    @classmethod
-    def of(cls, path: str, leaf: Any) -> LeafDescription:
-        """That of a leaf at a place in the nesting."""
-        return cls(path, tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else cls(path, value=leaf)
-
-    @property
-    def num_rows(self) -> int:
-        """Its rows, where it is to be concatenated."""
-        return self.shape[0] if self.shape else 0
-
-
-@dataclass(frozen=True)
 class LocalStatistics:
     """What other ranks are told of the statistics of one rank."""
 
-    leaves: list[LeafDescription]
+    paths: list[str]
+    leaves: list[Any]  # tensors on the meta device: shape and dtype alone
     num_samples: int
     differentiable: frozenset[str]  # paths of those that are known to have a gradient
 
-    def form(self, combine: Combine) -> list[tuple[Any, ...]]:
+    def form(self, combine: Combine) -> str:
         """What must be the same on all ranks: paths, shapes without the rows, dtypes."""
         first = 1 if combine == "concatenate" else 0
-        return [(leaf.path, leaf.shape and leaf.shape[first:], leaf.dtype) for leaf in self.leaves]
+        forms = [
+            f"{tuple(leaf.shape[first:])} {leaf.dtype}" if isinstance(leaf, Tensor) else "not a tensor"
+            for leaf in self.leaves
+        ]
+        return ", ".join(f"{path or 'S'}: {form}" for path, form in zip(self.paths, forms, strict=True)) or "nothing"
+
+
+def num_rows(leaf: Any) -> int:
+    """The rows of a leaf that is to be concatenated."""
+    return len(leaf) if isinstance(leaf, Tensor) else 0
 
 
 def check_leaf(path: str, leaf: Any, combine: Combine) -> None:
@@ -77,7 +63,7 @@ def concatenate(column: Sequence[Any], path: str, indices: Iterable[int]) -> Any
     for index, leaf in zip(indices, column, strict=True):
         if not isinstance(leaf, Tensor) or leaf.dtype != column[0].dtype or leaf.shape[1:] != column[0].shape[1:]:
             raise LossError(
-                f"the statistic {path or 'S'} is {_shape(leaf)} in micro-batch {index}, and {_shape(column[0])} in "
+                f"the statistic {path or 'S'} is {_shown(leaf)} in micro-batch {index}, and {_shown(column[0])} in "
                 "another; expected the same but for the number of rows. Pad to one length, or take a mean over it."
             )
     return torch.cat(list(column))
@@ -89,26 +75,20 @@ def check_alike(of_all: Sequence[LocalStatistics], combine: Combine) -> None:
     for rank, form in enumerate(forms):
         if form != forms[0]:
             raise LossError(
-                f"the statistics of rank {rank} ({_forms(form)}) cannot be combined with those of rank 0 "
-                f"({_forms(forms[0])})."
+                f"the statistics of rank {rank} ({form}) cannot be combined with those of rank 0 ({forms[0]})."
             )
-
-
-def _forms(leaves: Sequence[tuple[Any, ...]]) -> str:
-    return ", ".join(f"{path or 'a tensor'}: {shape} {dtype}" for path, shape, dtype in leaves) or "nothing"
 
 
 def gather(coordinator: DataParallelCoordinator, own: Sequence[Any], of_all: Sequence[LocalStatistics]) -> list[Any]:
     """The rows of all ranks."""
     rank, whole, counts = coordinator.group.rank, list(own), []
     for number, leaf in enumerate(own):
-        of_leaf = [one.leaves[number] for one in of_all]
-        counts.append([one.num_rows for one in of_leaf])
+        counts.append([num_rows(one.leaves[number]) for one in of_all])
         if isinstance(leaf, Tensor):
             whole[number] = leaf.new_empty((sum(counts[number]), *leaf.shape[1:]))
             whole[number].narrow(0, sum(counts[number][:rank]), len(leaf)).copy_(leaf)
         else:
-            whole[number] = _same([leaf, *(one.value for one in of_leaf)], of_leaf[0].path)
+            whole[number] = _same([one.leaves[number] for one in of_all], of_all[0].paths[number])
     coordinator.exchange(None)  # all have the memory; from here on the others wait
     for leaf, of_ranks in zip(whole, counts, strict=True):
         if isinstance(leaf, Tensor):
@@ -125,8 +105,7 @@ def sum_over_ranks(
         if isinstance(leaf, Tensor):
             coordinator.group.all_reduce(leaf)
         else:
-            of_leaf = [one.leaves[number] for one in of_all]
-            whole[number] = reduce(lambda total, one: plus(total, one.value, one.path), of_leaf[1:], of_leaf[0].value)
+            whole[number] = reduce(partial(plus, path=of_all[0].paths[number]), [one.leaves[number] for one in of_all])
     return whole
 
 
@@ -149,13 +128,12 @@ def _same(values: Sequence[Any], path: str) -> Any:
     first = values[0]
     for other in values[1:]:
         if isinstance(first, Tensor) or isinstance(other, Tensor) or first != other:
-            shown = ["a tensor" if isinstance(one, Tensor) else repr(one) for one in (first, other)]
             raise LossError(
-                f"the statistic {path or 'S'} is {shown[0]} in one micro-batch and {shown[1]} in another; only tensors "
-                "are combined."
+                f"the statistic {path or 'S'} is {_shown(first)} in one micro-batch and {_shown(other)} in another; "
+                "only tensors are combined."
             )
     return first
 
 
-def _shape(leaf: Any) -> str:
+def _shown(leaf: Any) -> str:
     return f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)

@@ -1,12 +1,7 @@
 """A two-phase loss: one that compares the samples of a batch, written as a statistic of each and a loss of all of them.
 
-InfoNCE, Dice, Barlow Twins, a covariance penalty, the balance of a mixture of experts: none of them averages samples.
-Each is a function Phi(S) of statistics that are much smaller than the activations behind them. dPhi/dS, computed once
-for the whole batch, is back-propagated micro-batch by micro-batch, so the exact gradient needs no more memory than one
-micro-batch's.
-
-The passes are in `strategy.py`. Source: GradCache, Gao, Zhang, Han and Callan 2021, "Scaling Deep Contrastive Learning
-Batch Size under Memory Limited Setup", arXiv 2101.06983, section 3 (for contrastive losses).
+It is a function Phi(S) of statistics that are much smaller than the activations behind them. dPhi/dS, computed once for
+the whole batch, is back-propagated micro-batch by micro-batch (GradCache: Gao et al. 2021, arXiv 2101.06983).
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from gradfold.batch.nesting import every_leaf, rows_if_any
+from gradfold.batch.nesting import every_leaf, leaves_by_path, rows_if_any
 from gradfold.engine.loss_terms import LossFn, LossOutput
 from gradfold.errors import NotDecomposableError, OptionError
 from gradfold.self_check.experiment import CannotKnowError, UndecidedError
@@ -93,11 +88,11 @@ def wrap_loss(loss_fn: LossFn, wrap: Callable[[LossFn], LossFn]) -> LossFn:
     return loss_fn.wrapped(wrap) if isinstance(loss_fn, TwoPhaseLoss) else wrap(loss_fn)
 
 
-def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | None = None) -> LossFn:
+def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, dict[str, Any]], None] | None = None) -> LossFn:
     """A loss that is a mean over samples if (and, coincidence aside, only if) the statistics can be combined.
 
     It weighs all statistics with fixed random numbers, the same for every row; rows also by their squares, since
-    centered rows sum to zero. `note` gets the number of rows of every run, and its statistics.
+    centered rows sum to zero. `note` gets the number of rows of every run, and its statistics without a gradient.
     """
 
     def probe(model: nn.Module, batch: Any) -> Tensor:
@@ -105,7 +100,7 @@ def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, Any], None] | No
         leaves = [leaf for leaf in every_leaf(statistics) if has_gradient(leaf) and leaf.is_floating_point()]
         num_rows = rows_if_any(batch)
         if note is not None:
-            note(num_rows, statistics)
+            note(num_rows, {path: leaf for path, leaf in leaves_by_path(statistics) if not has_gradient(leaf)})
         if not leaves:
             raise UndecidedError  # all of it may be frozen, and the loss trained alone
         if num_rows is None:

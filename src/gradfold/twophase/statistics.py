@@ -1,7 +1,6 @@
 """The statistics of a window: what `statistic(model, micro_batch)` returned, over all micro-batches and ranks.
 
-They are the inputs of the loss, whose gradient with respect to them is cached in their `.grad`; the recompute pass
-reads each micro-batch's part of it. How they are combined is `combine.py`.
+The loss caches its gradient in their `.grad`, and the recompute pass reads each micro-batch's part of it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.batch.nesting import Batch, every_leaf, leaves_by_path, map_leaves
+from gradfold.batch.nesting import Batch, every_leaf, leaves_by_path, map_leaves, map_tensors
 from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.engine.backward import Weighed
 from gradfold.engine.coordinator import Coordinator
@@ -25,23 +24,12 @@ _MAX_SAMPLE = 4096  # elements of a sum that are kept of each micro-batch, to se
 
 
 class Statistics:
-    """Filled micro-batch by micro-batch, then joined with those of other ranks.
-
-    Args:
-        combine: as of `TwoPhaseLoss`.
-        differentiable: paths of those that are known to have a gradient.
-
-    Attributes:
-        num_samples: of all ranks, once joined.
-        first_sample: the first one of this rank.
-        differentiable: with those found since; on all ranks once joined.
-        missed: paths of those that have a gradient in the recompute pass, but were not known to.
-    """
+    """Filled micro-batch by micro-batch, then joined with those of other ranks."""
 
     def __init__(self, combine: Combine, differentiable: frozenset[str] = frozenset()) -> None:
         self._combine = combine
-        self.differentiable = differentiable
-        self.missed: set[str] = set()
+        self.differentiable = differentiable  # paths of those known to have a gradient, on all ranks once joined
+        self.missed: set[str] = set()  # paths of those found to have one in the recompute pass only
         self._template: Batch = None
         self._paths: list[str] = []
         self._parts: dict[int, list[Any]] = {}  # by micro-batch; of sums, samples of their elements
@@ -49,41 +37,43 @@ class Statistics:
         self._dtypes: list[torch.dtype | None] = []  # of sums
         self._leaves: list[Any] = []  # of the whole batch
         self._rows: dict[int, list[slice]] = {}  # by micro-batch, where its rows are in each leaf; none of sums
-        self.num_samples = 0
-        self.first_sample = 0
+        self.deviations: dict[int, Tensor] = {}  # relative, of the second run of each micro-batch
+        self.num_samples = 0  # of all ranks
+        self.first_sample = 0  # of this rank, among them
 
     def add(self, index: int, output: Batch, num_rows: int) -> None:
-        """Add those of a micro-batch.
-
-        Raises:
-            LossError: it cannot be combined.
-        """
-        paths = [path for path, _ in leaves_by_path(output)]
-        self.differentiable |= {path for path, leaf in leaves_by_path(output) if has_gradient(leaf)}
-        leaves = [_own(leaf) for leaf in every_leaf(output)]
+        """Add those of a micro-batch; LossError where they cannot be combined."""
+        found = leaves_by_path(output)
+        paths = [path for path, _ in found]
+        self.differentiable |= {path for path, leaf in found if has_gradient(leaf)}
+        leaves = [_own(leaf) if isinstance(leaf, Tensor) else leaf for _, leaf in found]
         if not self._parts:
             self._template, self._paths = map_leaves(lambda leaf: None, output), paths
             for path, leaf in zip(paths, leaves, strict=True):
                 rules.check_leaf(path, leaf, self._combine)
         elif paths != self._paths:
+            now, before = (", ".join(path or "a tensor" for path in one) or "nothing" for one in (paths, self._paths))
             raise LossError(
-                f"statistic returned {_paths(paths)} for micro-batch {index}, and {_paths(self._paths)} for another. "
-                "Return the same nesting every time."
+                f"statistic returned {now} for micro-batch {index}, and {before} for another. Return the same nesting "
+                "every time."
             )
         if self._combine == "concatenate":
             _warn_of_counts(leaves, paths, num_rows)
             self._parts[index] = leaves
             return
-        self._parts[index] = [_sample(leaf) for leaf in leaves]
+        self._parts[index] = map_tensors(_sample, leaves)
         self._dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
-        wide = [_widened(leaf) for leaf in leaves]
+        wide = map_tensors(_widened, leaves)
         self._sums = [*map(rules.plus, self._sums, wide, paths)] if self._sums else wide
 
     def join(self, coordinator: Coordinator, num_samples: int) -> None:
         """Combine, over all ranks in their order; every rank must take part."""
-        own = self._concatenated() if self._combine == "concatenate" else self._sums
-        leaves = [rules.LeafDescription.of(path, leaf) for path, leaf in zip(self._paths, own, strict=True)]
-        of_all = coordinator.exchange(rules.LocalStatistics(leaves, num_samples, self.differentiable))
+        own = self._sums
+        if self._combine == "concatenate":
+            columns = zip(self._paths, zip(*self._parts.values(), strict=True), strict=True)
+            own = [rules.concatenate(column, path, self._parts) for path, column in columns]
+        described = map_tensors(lambda leaf: leaf.to("meta"), list(own))
+        of_all = coordinator.exchange(rules.LocalStatistics(self._paths, described, num_samples, self.differentiable))
         rules.check_alike(of_all, self._combine)
         self.differentiable = self.differentiable.union(*(one.differentiable for one in of_all))
         rank = coordinator.rank
@@ -94,7 +84,9 @@ class Statistics:
         self.num_samples = sum(one.num_samples for one in of_all)
         self.first_sample = sum(one.num_samples for one in of_all[:rank])
         if self._combine == "concatenate":
-            self._place([sum(one.leaves[number].num_rows for one in of_all[:rank]) for number in range(len(own))])
+            self._place(
+                [sum(rules.num_rows(one.leaves[number]) for one in of_all[:rank]) for number in range(len(own))]
+            )
         else:
             pairs = zip(own, self._dtypes, strict=True)
             own = [leaf if dtype is None else leaf.to(dtype) for leaf, dtype in pairs]
@@ -105,12 +97,12 @@ class Statistics:
 
     def for_loss(self) -> Batch:
         """The statistics of the whole batch, as `statistic` returned them; a loss may write to its labels."""
-        leaves = iter([_own_copy(leaf) for leaf in self._leaves])
+        leaves = iter(map_tensors(lambda leaf: leaf if leaf.requires_grad else leaf.clone(), self._leaves))
         return map_leaves(lambda leaf: next(leaves), self._template)
 
-    def gradients(self) -> list[Tensor]:
-        """The cached gradients."""
-        return [leaf.grad for leaf in self._leaves if isinstance(leaf, Tensor) and leaf.grad is not None]
+    def tensors(self) -> list[Tensor]:
+        """Those of the whole batch, with their cached gradients."""
+        return [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
 
     def weigh(self, index: int, output: Batch) -> Weighed:
         """The statistics of a micro-batch, with their graph, each with its part of the cached gradient."""
@@ -126,8 +118,8 @@ class Statistics:
         return weighed
 
     @torch.no_grad()
-    def deviation(self, index: int, output: Batch) -> Tensor:
-        """How far the second run of a micro-batch is from the first, relative, 0-d on the device.
+    def compare(self, index: int, output: Batch) -> None:
+        """Note how far the second run of a micro-batch is from the first, without waiting for the device.
 
         Infinite where labels differ; NaN where a statistic is not finite, which is reported elsewhere.
         """
@@ -144,59 +136,37 @@ class Statistics:
                 found.append(torch.linalg.vector_norm(now - before).double() / size)
             else:
                 found.append(torch.where((now != before).any(), torch.inf, 0.0).double())
-        if not found:
-            return torch.zeros(())
-        # Each by itself: a small statistic that has changed would not be seen among large ones.
-        return torch.stack([one.to(found[0].device) for one in found]).max()
+        if found:  # each by itself: a small statistic that has changed would not be seen among large ones
+            self.deviations[index] = torch.stack([one.to(found[0].device) for one in found]).max()
 
-    def non_finite(self) -> list[int]:
-        """The micro-batches of this rank whose statistics are not all finite."""
+    def first_non_finite(self) -> int | None:
+        """The first micro-batch of this rank whose statistics are not all finite."""
         tensors = [number for number, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        are_finite = {
-            index: all(bool(self._before(index, number).isfinite().all()) for number in tensors)
-            for index in self._rows or self._parts
-        }
-        return [index for index, is_finite in are_finite.items() if not is_finite]
-
-    def lowest(self) -> torch.dtype | None:
-        """The dtype of the fewest digits among them, if any is floating point."""
-        dtypes = {leaf.dtype for leaf in self._leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps) if dtypes else None
+        for index in self._rows or self._parts:
+            if not all(bool(self._before(index, number).isfinite().all()) for number in tensors):
+                return index
+        return None
 
     def _before(self, index: int, number: int) -> Tensor:
         """What the embed pass gave for a micro-batch; of sums, a sample."""
-        kept: Tensor = (
-            self._part(index, number, self._leaves[number].detach()) if self._rows else self._parts[index][number]
-        )
-        return kept
+        kept: Tensor = self._leaves[number].detach() if self._rows else self._parts[index][number]
+        return self._part(index, number, kept)
 
     def _part(self, index: int, number: int, whole: Tensor) -> Tensor:
         """A micro-batch's part of a leaf: its rows, or all of a sum."""
         return whole[self._rows[index][number]] if self._rows else whole
 
-    def _concatenated(self) -> list[Any]:
-        columns = list(zip(*self._parts.values(), strict=True))
-        return [rules.concatenate(column, path, self._parts) for column, path in zip(columns, self._paths, strict=True)]
-
     def _place(self, starts: Sequence[int]) -> None:
         """Note where the rows of each micro-batch are, and free its own copy of them."""
         for index, leaves in self._parts.items():
-            stops = [
-                at + len(leaf) if isinstance(leaf, Tensor) else at for at, leaf in zip(starts, leaves, strict=True)
-            ]
+            stops = [at + rules.num_rows(leaf) for at, leaf in zip(starts, leaves, strict=True)]
             self._rows[index] = list(map(slice, starts, stops))
             starts = stops
         self._parts.clear()
 
 
-def _paths(paths: Sequence[str]) -> str:
-    return ", ".join(path or "a tensor" for path in paths) or "nothing"
-
-
-def _own(leaf: Any) -> Any:
+def _own(leaf: Tensor) -> Tensor:
     """A statistic without its graph, and without the larger tensor of which it may be a view."""
-    if not isinstance(leaf, Tensor):
-        return leaf
     leaf = leaf.detach()
     is_view = leaf.layout is torch.strided and leaf.untyped_storage().nbytes() > leaf.numel() * leaf.itemsize
     return leaf.clone() if is_view else leaf
@@ -213,20 +183,12 @@ def _warn_of_counts(leaves: Sequence[Any], paths: Sequence[str], num_rows: int) 
             )
 
 
-def _sample(leaf: Any) -> Any:
+def _sample(leaf: Tensor) -> Tensor:
     """Some elements, evenly spaced."""
-    if not isinstance(leaf, Tensor):
-        return leaf
     values = leaf.detach().reshape(-1)
     return values[:: max(1, -(-len(values) // _MAX_SAMPLE))].clone()
 
 
-def _widened(leaf: Any) -> Any:
+def _widened(leaf: Tensor) -> Tensor:
     """A copy in the dtype of sums: float32 at least, to be rounded once."""
-    if not isinstance(leaf, Tensor):
-        return leaf
     return leaf.to(torch.float32) if leaf.is_floating_point() and leaf.itemsize < 4 else leaf.clone()
-
-
-def _own_copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf
