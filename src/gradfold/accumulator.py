@@ -32,7 +32,7 @@ from gradfold.distributed.ddp import (
 from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
 from gradfold.distributed.turns import FsdpTurns
-from gradfold.dropout.layer import counter_based_layers, counting, drawing_from_generators, refuse_options
+from gradfold.dropout.layer import DropoutKeys, counter_based_layers, keyed, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn
@@ -377,13 +377,14 @@ class Accumulator:
             if context.coordinator is not _ALONE:
                 stack.enter_context(without_reductions(context.modules))
             if layers:
-                yield stack.enter_context(counting(layers, self.num_windows, context.device, context.coordinator))
+                keys = DropoutKeys(layers, self.num_windows, context.device, context.coordinator)
+                yield stack.enter_context(keyed(layers, keys))
             else:
                 yield PassListener()
 
     def _drawing_dropout(self) -> AbstractContextManager[object]:
         """Dropout layers draw as torch's do: for runs that replay randomness by themselves."""
-        return drawing_from_generators(counter_based_layers(self._context.modules))
+        return keyed(counter_based_layers(self._context.modules), None)
 
     def _pick_strategy(self) -> Strategy:
         """How windows run, as the options say.

@@ -62,20 +62,25 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"{name}={value!r}; expected a whole number of at least 0.")
     _refuse_internal_dropout(model)
-    new = {
+    new: dict[nn.Module, nn.Module] = {
         module: _converted(module, name, seed, row_dim)
         for name, module in model.named_modules()
-        if isinstance(module, TorchDropout) and not isinstance(module, CounterBasedDropout)
+        if isinstance(module, TorchDropout) and type(module) is not CounterBasedDropout
     }
     _warn_of_others(model)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, TorchDropout) and child in new:
+            if child in new:
                 parent.register_module(name, new[child])
-    return new.get(model, model) if isinstance(model, TorchDropout) else model
+    return new.get(model, model)
 
 
 def _converted(module: TorchDropout, name: str, seed: int, row_dim: int) -> CounterBasedDropout:
+    if type(module) not in _KINDS:
+        raise ModelError(
+            f"{name or 'the model itself'} is a {type(module).__name__}, a custom dropout. Replace it by "
+            "torch.nn.Dropout, or leave it out."
+        )
     feature_dims, is_alpha = _KINDS[type(module)]
     held = [key.strip("_") for key, value in vars(module).items() if key.endswith("_hooks") and value]
     if module.inplace or held:
@@ -92,7 +97,7 @@ def _converted(module: TorchDropout, name: str, seed: int, row_dim: int) -> Coun
 
 
 def _refuse_internal_dropout(model: nn.Module) -> None:
-    """Raise ModelError where a kernel of torch drops by itself, or a layer is not torch's own."""
+    """Raise ModelError where a kernel of torch drops by itself."""
     for name, module in model.named_modules():
         rate = getattr(module, "dropout", 0.0)
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and isinstance(rate, float) and rate > 0:
@@ -101,11 +106,6 @@ def _refuse_internal_dropout(model: nn.Module) -> None:
                 f"{name or 'the model itself'} ({type(module).__name__}) drops {what} inside of torch, with masks that "
                 f"depend on the split. Switch that off, model.get_submodule({name!r}).dropout = 0.0, and convert the "
                 "layers around it."
-            )
-        if isinstance(module, TorchDropout) and type(module) not in (*_KINDS, CounterBasedDropout):
-            raise ModelError(
-                f"{name or 'the model itself'} is a {type(module).__name__}, a custom dropout. Replace it by "
-                "torch.nn.Dropout, or leave it out."
             )
 
 

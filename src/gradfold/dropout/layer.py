@@ -1,20 +1,14 @@
-"""Counter-based dropout: masks are hashes of their place, not draws from a generator, so no split changes them.
+"""Counter-based dropout: a mask is a hash of (seed, update, layer, call, row of the global batch, element in the row).
 
-Whether an element is dropped is a function of (seed, update, layer, call, row of the global batch, element in the row),
-as in stateless generators (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3": Random123; JAX). So a
-window has the masks of the full batch, however it is split, in whatever order its parts run, on however many ranks, and
-when they run again; and the gradient is that of the full batch with dropout on. The hash takes integers alone, and is
-the same on every device.
-
-The mixing steps are those of `lowbias32` (C. Wellons 2018, "Prospecting for Hash Functions", nullprogram.com), found by
-search for the least bias. In 64-bit integers its products of 32-bit words cannot overflow.
+As in stateless generators (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3": Random123; JAX), no split
+of the batch, order of its parts or second run changes it. The hash takes integers alone: every device has the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TypeVar, final
 
 import torch
@@ -29,6 +23,8 @@ __all__ = ["counter_based_dropout"]
 
 K = TypeVar("K", bound="DropoutKeys | None")
 
+# Of `lowbias32` (C. Wellons 2018, "Prospecting for Hash Functions", nullprogram.com), found by search for least bias.
+# In 64-bit integers its products of 32-bit words cannot overflow.
 _WORD = 0xFFFFFFFF
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # the second as a negative number, which is the same modulo 2^32
 _GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: spreads consecutive numbers
@@ -42,9 +38,6 @@ class DropoutKeys(PassListener):
     """Where a forward pass is: the update, and the rows of the global batch that it runs. Shared by a model's layers.
 
     Args:
-        layers: that share it.
-        update: the number of the update.
-        device: of the model.
         coordinator: knows where the rows of this process begin in the batch of all.
 
     Attributes:
@@ -85,8 +78,6 @@ class CounterBasedDropout(nn.Dropout):
     In `accumulator.backward(batch)` its masks are those of the global batch; elsewhere it draws them as torch's does.
 
     Attributes:
-        name: the layer's name in the model.
-        seed: as passed to `convert_dropout`.
         row_dim: the dimension of inputs that counts the rows.
         feature_dims: how many dimensions after the rows' are dropped independently; None: all, element by element. In
             2d dropout it is 1: whole channels are dropped.
@@ -175,17 +166,12 @@ def counter_based_dropout(model: nn.Module, update: int, first_row: int = 0, num
     """
     layers = counter_based_layers(model.modules())
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with counting(layers, update, device, Coordinator()) as keys:
+    with keyed(layers, DropoutKeys(layers, update, device, Coordinator())) as keys:
         keys.begin(range(first_row, first_row + num_rows))
         try:
             yield
         finally:
             keys.end()
-
-
-def drawing_from_generators(layers: Sequence[CounterBasedDropout]) -> AbstractContextManager[DropoutKeys | None]:
-    """In this block the layers draw as torch's do: for self-checks, which replay random numbers by themselves."""
-    return _with_keys(layers, None)
 
 
 def refuse_options(layers: Sequence[CounterBasedDropout], batch_norm: str | None, is_sharded: bool) -> None:
@@ -212,15 +198,9 @@ def counter_based_layers(modules: Iterable[nn.Module]) -> list[CounterBasedDropo
     return [module for module in modules if isinstance(module, CounterBasedDropout)]
 
 
-def counting(
-    layers: Sequence[CounterBasedDropout], update: int, device: torch.device, coordinator: Coordinator
-) -> AbstractContextManager[DropoutKeys]:
-    """In this block the layers have the masks of an update; arguments as for `DropoutKeys`."""
-    return _with_keys(layers, DropoutKeys(layers, update, device, coordinator))
-
-
 @contextmanager
-def _with_keys(layers: Sequence[CounterBasedDropout], keys: K) -> Iterator[K]:
+def keyed(layers: Sequence[CounterBasedDropout], keys: K) -> Iterator[K]:
+    """In this block the layers have the masks of these keys; with None they draw as torch's do."""
     before = [layer.keys for layer in layers]
     for layer in layers:
         layer.keys = keys
@@ -235,15 +215,7 @@ def _keep(first: Tensor, second: Tensor, shape: Sequence[int], row_dim: int, p: 
     """The mask of a layer, from two words per row: the hash of every element, above the fraction to be dropped."""
     rest = [1 if dim == row_dim else size for dim, size in enumerate(shape)]
     column = [-1 if dim == row_dim else 1 for dim in range(len(shape))]
-    # In place: a mask takes no further memory, and half the time.
-    hashed = _places(rest, first.device) ^ first.view(column)
-    hashed ^= hashed >> 16
-    hashed *= _FIRST
-    hashed &= _WORD
-    hashed ^= second.view(column)
-    hashed ^= hashed >> 15
-    hashed *= _SECOND
-    hashed &= _WORD
+    hashed = _multiplied(_places(rest, first.device) ^ first.view(column), second.view(column))
     return hashed >= round(p * 2**32)
 
 
@@ -259,11 +231,20 @@ def _places(shape: Sequence[int], device: torch.device) -> Tensor:
 
 def _mix(words: Tensor) -> Tensor:
     """32-bit words into others, one to one, such that each bit of the input moves half of those of the output."""
-    words = words ^ (words >> 16)
-    words = words * _FIRST & _WORD
-    words = words ^ (words >> 15)
-    words = words * _SECOND & _WORD
+    words = _multiplied(words, 0)
     return words ^ (words >> 16)
+
+
+def _multiplied(words: Tensor, key: Tensor | int) -> Tensor:
+    """Both products of the hash, with a key between them; in place, which takes no further memory and half the time."""
+    words ^= words >> 16
+    words *= _FIRST
+    words &= _WORD
+    words ^= key
+    words ^= words >> 15
+    words *= _SECOND
+    words &= _WORD
+    return words
 
 
 def _hash(*parts: object) -> tuple[int, int]:
