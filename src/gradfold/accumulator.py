@@ -44,8 +44,7 @@ from gradfold.engine.window import Context, PassListener, Window
 from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, OptionError
 from gradfold.memory.auto import Auto, MicroBatchChoice, read_auto
 from gradfold.memory.auto_tune import AutoTuner
-from gradfold.memory.dry_run import DryRun
-from gradfold.memory.probe_batch import ProbeBatch
+from gradfold.memory.dry_run import DryRun, ProbeBatch
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.precision import PrecisionOption, read_option

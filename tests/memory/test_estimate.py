@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.memory.dry_run import DryRun
+from gradfold.memory.dry_run import DryRun, ProbeBatch
 from gradfold.memory.estimate import PeakEstimate, largest_that_fits
-from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.memory.trace import KINDS
 from gradfold.precision import Precision
 from gradfold.workloads.images import LeNet, ResNet

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from gradfold.errors import OptionError
-from gradfold.memory.amount import read_bytes
+from gradfold.memory.budget import read_bytes
 
 __all__ = ["Auto", "MicroBatchChoice", "SizeTiming"]
 
@@ -44,9 +44,6 @@ class Auto:
             read_bytes(self.memory)
         if isinstance(self.seconds, bool) or not isinstance(self.seconds, (int, float)) or not self.seconds > 0:
             raise OptionError(f"seconds={self.seconds!r}; expected a number of seconds to time sizes, such as 4.0.")
-
-
-MicroBatchSize: TypeAlias = int | Literal["auto"] | Auto | None
 
 
 def read_auto(option: str | Auto) -> Auto:

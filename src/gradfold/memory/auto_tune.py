@@ -19,9 +19,8 @@ from gradfold.engine.model_checks import refuse_lazy
 from gradfold.engine.recovery import release_memory
 from gradfold.errors import DoesNotFitError, ModelError
 from gradfold.memory import cache
-from gradfold.memory.amount import written
 from gradfold.memory.auto import Auto, MicroBatchChoice
-from gradfold.memory.budget import Budget, tuning_budget
+from gradfold.memory.budget import Budget, tuning_budget, written
 from gradfold.memory.dry_run import DryRun, watching
 from gradfold.memory.estimate import PeakEstimate
 from gradfold.memory.search import GOOD_ENOUGH, Search, choose

@@ -13,11 +13,9 @@ from torch import nn
 from gradfold.batch.nesting import Batch
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.errors import DoesNotFitError, OptionError
-from gradfold.memory.amount import Margin, written
-from gradfold.memory.budget import Budget, budget_for
-from gradfold.memory.dry_run import DryRun, Planned
+from gradfold.memory.budget import Budget, Margin, budget_for, written
+from gradfold.memory.dry_run import DryRun, Planned, ProbeBatch
 from gradfold.memory.estimate import PeakEstimate
-from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.memory.savings import MemorySaving, savings_of
 from gradfold.memory.trace import MemoryBreakdown, highest
 
