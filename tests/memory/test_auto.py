@@ -18,7 +18,7 @@ from torch import nn
 import gradfold
 from gradfold.memory import cache
 from gradfold.memory.auto import MicroBatchChoice, SizeTiming
-from gradfold.memory.cache import CachedChoice
+from gradfold.memory.budget import budget_for
 from gradfold.memory.search import Search, choose
 from gradfold.memory.trace import MemoryBreakdown
 from gradfold.self_check.probe_run import ProbeRun
@@ -52,7 +52,7 @@ class Machine:
 
     def search(self, largest=512, seconds=4.0):
         sizes = [2**power for power in range(largest.bit_length())]
-        return Search(self.step, sizes, seconds, lambda: self.now)
+        return Search(self.step, sizes, seconds, lambda: self.now, lambda: self.now)
 
     def best_pace(self, largest=512):
         return max(size / self.cost(size) for size in range(1, largest + 1))
@@ -352,24 +352,26 @@ def test_the_choice_of_another_version_is_not_used(monkeypatch):
     assert again(lambda: monkeypatch.setattr("gradfold.memory.cache.__version__", "0.0.1"))
 
 
+PLENTY = budget_for("1GiB", None, torch.device("cpu"))
+
+
 def cached(size=4, reason=""):
-    choice = MicroBatchChoice(size, reason, (SizeTiming(size, 100.0, 1.0, 8),), 16, 16, 1000, 2.5)
-    return CachedChoice(choice, MemoryBreakdown(parameters=3), 2**20)
+    return MicroBatchChoice(size, reason, (SizeTiming(size, 100.0, 1.0, 8),), 16, 16, 1000, 2.5)
 
 
 def test_a_choice_is_read_as_it_was_written():
-    assert cache.read("key") is None
-    for value in (cached(), replace(cached(), breakdown=None, budget_bytes=None)):
-        cache.write("key", value)
-        assert cache.read("key") == value
-    assert cache.read("other") is None
+    assert cache.read("key", PLENTY) is None
+    for breakdown, budget in ((MemoryBreakdown(parameters=3), PLENTY), (None, replace(PLENTY, num_bytes=None))):
+        cache.write("key", cached(), breakdown, budget)
+        assert cache.read("key", PLENTY) == replace(cached(), is_cached=True)
+    assert cache.read("other", PLENTY) is None
 
 
 def _write_many(number):
     for turn in range(1, 51):
-        cache.write("key", cached(turn, "x" * 5000))
-        found = cache.read("key")
-        assert found is None or len(found.choice.reason) == 5000
+        cache.write("key", cached(turn, "x" * 5000), None, PLENTY)
+        found = cache.read("key", PLENTY)
+        assert found is None or len(found.reason) == 5000
     return True
 
 
@@ -381,14 +383,14 @@ def test_processes_write_at_once(folder):
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"key": "other", "value": {}}', '{"key": "key"}', "\x00\xff"])
 def test_what_cannot_be_read_counts_as_missing(folder, content):
-    cache.write("key", cached())
+    cache.write("key", cached(), None, PLENTY)
     (file,) = folder.iterdir()
     file.write_text(content)
-    assert cache.read("key") is None
+    assert cache.read("key", PLENTY) is None
     file.unlink()
     file.mkdir()  # nor written
-    cache.write("key", cached())
-    assert cache.read("key") is None
+    cache.write("key", cached(), None, PLENTY)
+    assert cache.read("key", PLENTY) is None
 
 
 def test_memory_bounds_the_choice():

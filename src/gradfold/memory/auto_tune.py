@@ -56,24 +56,20 @@ class AutoTuner:
             ModelError: it has lazy layers that have not run.
             Exception: whatever the model raises on one row.
         """
+        since = time.perf_counter()
         refuse_lazy(dry_run.model, 'micro_batch_size="auto"')
         with ExternalState(dry_run.model, dry_run.loss_fn, dry_run.probe_batch.collate):
-            self.choice = self._tune(dry_run, back_propagate, group)
-        return self.choice
-
-    def _tune(self, dry_run: DryRun, back_propagate: BackPropagation, group: TuningGroup) -> MicroBatchChoice:
-        since = time.perf_counter()
-        key, budget, cached = group.attempt(lambda: self._prepare(dry_run, group.size))
-        of_all = group.gather(None if cached is None else cached.micro_batch_size)
-        if cached is not None and len(set(of_all)) == 1:
-            return cached
-        largest, estimate = group.attempt(lambda: _largest(dry_run, budget))
-        choice = self._search(dry_run, min(group.gather(largest)), back_propagate, group)
-        breakdown = None if estimate is None else estimate.peak(choice.micro_batch_size)
-        peak_bytes = 0 if breakdown is None else breakdown.total
-        choice = replace(choice, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
-        if self._option.cache:
-            cache.write(key, cache.CachedChoice(choice, breakdown, budget.num_bytes))
+            key, budget, choice = group.attempt(lambda: self._prepare(dry_run, group.size))
+            of_all = group.gather(None if choice is None else choice.micro_batch_size)
+            if choice is None or len(set(of_all)) > 1:
+                largest, estimate = group.attempt(lambda: _largest(dry_run, budget))
+                choice = self._search(dry_run, min(group.gather(largest)), back_propagate, group)
+                breakdown = None if estimate is None else estimate.peak(choice.micro_batch_size)
+                peak_bytes = 0 if breakdown is None else breakdown.total
+                choice = replace(choice, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
+                if self._option.cache:
+                    cache.write(key, choice, breakdown, budget)
+        self.choice = choice
         return choice
 
     def _prepare(self, dry_run: DryRun, num_processes: int) -> tuple[str, Budget, MicroBatchChoice | None]:
@@ -81,10 +77,7 @@ class AutoTuner:
         option = self._option
         key = cache.key_of(dry_run, option, num_processes)
         budget = tuning_budget(option.memory, option.margin, dry_run.model)
-        cached = cache.read(key) if option.cache else None
-        if cached is None or not cached.holds_under(budget):
-            return key, budget, None
-        return key, budget, replace(cached.choice, is_cached=True)
+        return key, budget, cache.read(key, budget) if option.cache else None
 
     def _search(
         self, dry_run: DryRun, largest: int, back_propagate: BackPropagation, group: TuningGroup

@@ -11,7 +11,7 @@ import os
 import platform
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,23 +24,6 @@ from gradfold.memory.dry_run import DryRun
 from gradfold.memory.trace import MemoryBreakdown
 
 _MUCH_MORE = 2  # times the memory that there was: sizes that did not fit then may be faster
-
-
-@dataclass(frozen=True)
-class CachedChoice:
-    """A choice, the memory predicted for it and the budget at the time; None where they were not known."""
-
-    choice: MicroBatchChoice
-    breakdown: MemoryBreakdown | None
-    budget_bytes: int | None
-
-    def holds_under(self, budget: Budget) -> bool:
-        """Whether the size still fits, and was not bound by a much smaller budget."""
-        if self.breakdown is not None and not budget.has_room_for(self.breakdown):
-            return False
-        if not self.choice.is_bound_by_memory or budget.num_bytes is None or self.budget_bytes is None:
-            return True
-        return budget.num_bytes < _MUCH_MORE * self.budget_bytes
 
 
 def cache_folder() -> Path | None:
@@ -72,28 +55,32 @@ def key_of(dry_run: DryRun, option: Auto, num_processes: int) -> str:
     return repr((str(model), modes, parameters, loss, data, options, machine, versions))
 
 
-def read(key: str) -> CachedChoice | None:
-    """What was kept under a key; None where nothing was, or it is damaged."""
+def read(key: str, budget: Budget) -> MicroBatchChoice | None:
+    """The choice kept under a key, if it still fits and was not bound by a much smaller budget."""
     path = _path(key)
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(OSError, ValueError, TypeError, KeyError):  # damaged files are missing ones
         found = {} if path is None else json.loads(path.read_text("utf-8"))
-        choice, breakdown = MicroBatchChoice.from_json(found["choice"]), found["breakdown"]
-        if found["key"] == key and choice.micro_batch_size >= 1:
-            breakdown = None if breakdown is None else MemoryBreakdown(**breakdown)
-            return CachedChoice(choice, breakdown, found["budget_bytes"])
+        choice, breakdown, then = MicroBatchChoice.from_json(found["choice"]), found["breakdown"], found["budget_bytes"]
+        fits = breakdown is None or budget.has_room_for(MemoryBreakdown(**breakdown))
+        if choice.is_bound_by_memory and budget.num_bytes is not None and then is not None:
+            fits &= budget.num_bytes < _MUCH_MORE * then
+        if found["key"] == key and choice.micro_batch_size >= 1 and fits:
+            return replace(choice, is_cached=True)
     return None
 
 
-def write(key: str, value: CachedChoice) -> None:
-    """Keep a choice under a key, if it can be written."""
+def write(key: str, choice: MicroBatchChoice, breakdown: MemoryBreakdown | None, budget: Budget) -> None:
+    """Keep a choice under a key, if it can be written, with the memory predicted for it."""
     path = _path(key)
     if path is None:
         return
+    predicted = None if breakdown is None else asdict(breakdown)
+    kept = {"key": key, "choice": choice.to_json(), "breakdown": predicted, "budget_bytes": budget.num_bytes}
     beside = path.with_name(f"{uuid.uuid4()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_text(json.dumps({"key": key, **asdict(value)}), "utf-8")
+            beside.write_text(json.dumps(kept), "utf-8")
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -7,15 +7,11 @@ round the drift is the same for all: the ratio of two paces of one round says mo
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 from gradfold.errors import is_out_of_memory
 from gradfold.memory.auto import SizeTiming
-
-Step = Callable[[int], None]
-"""Runs one micro-step of so many rows, to its end."""
 
 GOOD_ENOUGH = 0.97  # of the best pace, for a smaller size to be taken
 _SLOW_BELOW = 0.4  # of it, after the warm-up, for a smaller size to be timed; a busy machine flatters small sizes
@@ -36,13 +32,13 @@ class Search:
 
     def __init__(
         self,
-        step: Step,
+        step: Callable[[int], None],  # runs one micro-step of so many rows, to its end
         sizes: Sequence[int],
         seconds: float,
-        clock: Callable[[], float] = time.perf_counter,
-        stopwatch: Callable[[], float] | None = None,  # of a step; None: `clock`
+        clock: Callable[[], float],
+        stopwatch: Callable[[], float],  # for steps
     ) -> None:
-        self._step, self._clock, self._stopwatch = step, clock, stopwatch or clock
+        self._step, self._clock, self._stopwatch = step, clock, stopwatch
         self._seconds, self._end = seconds, clock() + seconds
         self._order = random.Random(0)  # not the user's
         self.sizes = list(sizes)
