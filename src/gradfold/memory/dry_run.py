@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Sequence, Set, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +27,9 @@ from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, read_pair, read_terms
 from gradfold.errors import BatchError, DistributedError, OptionError
-from gradfold.memory.torch_private import BatchNormBase, FakeTensor, FakeTensorMode, tree_leaves
+from gradfold.memory.torch_private import BatchNormBase, FakeTensor, FakeTensorMode
 from gradfold.memory.trace import AllocationTrace
-from gradfold.memory.tracker import MemoryTracker, state_tensors, storage_bytes
+from gradfold.memory.tracker import MemoryTracker, state_tensors, storage_bytes, tensors_in
 from gradfold.precision import Precision
 from gradfold.self_check.rng_replay import CustomGenerators
 from gradfold.state.external import ExternalState
@@ -163,14 +163,14 @@ class DryRun:
         if self.checkpointed is not None:
             for layer in model.get_submodule(self.checkpointed).children():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        _drop(model.parameters())
+        model.zero_grad()
         if optimizer is not None:
             for options in optimizer.param_groups if self.as_on_cuda else ():
                 if options.get("foreach", False) is None and not options.get("fused"):
                     options["foreach"] = True
             self._window(model, batches[:1])  # its state comes with the first update
             optimizer.step()
-            _drop(model.parameters())
+            model.zero_grad()
         inputs = [leaf for batch in batches for leaf in every_leaf(batch) if isinstance(leaf, Tensor)]
         tracker = MemoryTracker(model, optimizer, inputs)
         with tracker:
@@ -190,11 +190,11 @@ class DryRun:
         parameters, modules = list(model.parameters()), list(model.modules())
         sharded = sharded_modules(modules)
         gradients = GradientBuffer(parameters, self.precision.sums)
-        run, back_propagate = self.precision.around(self.loss_fn), BackPropagation()
+        run = self.precision.around(self.loss_fn)
         metrics: list[dict[str, Tensor]] = []
         for index, batch in enumerate(batches):
             set_reducing(sharded, index == len(batches) - 1 or not self.reduces_once)
-            with saved_tensors_hooks(_off, _on) if self.is_offloading else nullcontext():
+            with _offloaded() if self.is_offloading else nullcontext():
                 output = run(model, batch)
                 if isinstance(output, tuple):
                     output, of_batch = read_pair(output)
@@ -202,10 +202,8 @@ class DryRun:
                 terms = read_terms(output)
                 del output
                 own = set(map(id, [*parameters, *gathered_parameters(modules)]))  # gathered by the forward pass
-                others = [leaf for leaf in graph_leaves(terms.values()) if id(leaf) not in own]
-                with _without_gradients(others, is_fake=isinstance(parameters[0], FakeTensor)):
-                    back_propagate([(term, 1.0) for term in terms.values()])
-                    del terms
+                _back_propagate(terms.values(), own, is_fake=isinstance(parameters[0], FakeTensor))
+                del terms
         gradients.settle()
         return metrics
 
@@ -239,7 +237,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[
     """Every tensor that a copy of model and optimizer would copy."""
     found = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        found += [leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+        found += tensors_in(vars(module))
     if optimizer is not None:
         found += [one for group in optimizer.param_groups for one in group["params"]]
         found += state_tensors(optimizer)
@@ -255,34 +253,28 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         return torch.tensor(value, dtype=tensor.dtype)
 
 
-@contextmanager
-def _without_gradients(others: Sequence[Tensor], is_fake: bool) -> Iterator[None]:
-    """Set aside the gradients of leaves that are not in the model; TypeError where one is real, and the model fake."""
+def _back_propagate(terms: Collection[Tensor], own: Set[int], is_fake: bool) -> None:
+    """Leave the gradients of leaves outside the model; TypeError where one is real, and the model fake."""
+    others = [leaf for leaf in graph_leaves(terms) if id(leaf) not in own]
     for other in others:
         if is_fake and not isinstance(other, FakeTensor):
             raise TypeError(f"loss_fn trains a tensor of shape {tuple(other.shape)} that is not in the model")
-    gradients = [other.grad for other in others]
-    _drop(others)
+    gradients = GradientBuffer(())
+    gradients.set_aside(others)
     try:
-        yield
+        BackPropagation()([(term, 1.0) for term in terms])
     finally:
-        for other, gradient in zip(others, gradients, strict=True):
-            other.grad = gradient
+        gradients.put_back(())
 
 
-def _drop(tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.grad = None
-
-
-def _off(tensor: Tensor) -> tuple[Any, ...]:
+def _offloaded() -> saved_tensors_hooks:
     """As `save_on_cpu`, on fake tensors too: what is saved is off the device until it is needed."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
+    def pack(tensor: Tensor) -> Callable[[], Tensor]:
+        shape, stride, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
-def _on(saved: tuple[Any, ...]) -> Tensor:
-    shape, stride, dtype, device = saved
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return saved_tensors_hooks(pack, lambda make: make())
 
 
 def watching(own: CustomGenerators, model: nn.Module) -> AbstractContextManager[object]:

@@ -63,7 +63,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         self.register(ignored, "ignored")
         if model is not None:
             self.register([*model.parameters(), *model.buffers()], "parameters")
-            self.register((one.grad for one in model.parameters() if one.grad is not None), "gradients")
+            self.register(tensors_in([one.grad for one in model.parameters()]), "gradients")
         if optimizer is not None:
             self.register(state_tensors(optimizer), "optimizer_state")
 
@@ -100,7 +100,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
             self._turn()
         is_of_shards = function.namespace in _SHARDS
         is_of_parameters = self._is_backward or is_of_shards
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             number = self._find(tensor, "parameters" if isinstance(tensor, nn.Parameter) else "inputs")
             is_of_parameters |= number in self._made_of_parameters
             if is_of_shards and number >= 0 and self.trace.kinds[number] == "inputs":
@@ -109,7 +109,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         made = function(*args, **kwargs)
         held = _held_bytes(function, args, made)
         kind: Kind = "temporaries" if is_of_parameters else "inputs"
-        for storage in chain.from_iterable(map(storages, _tensors(made))):
+        for storage in chain.from_iterable(map(storages, tensors_in(made))):
             number = self._number(storage, self.trace.allocate, kind, held)
             if is_of_parameters:
                 self._made_of_parameters.add(number)
@@ -133,7 +133,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         address, num_bytes = torch_private.address_of(storage), storage.nbytes()
         known = self._live.get(address)
         if known is not None and known.reference() is not storage:  # freed, though its thread has not reported it yet
-            self.free(address, known.number)
+            self._free(address, known.number)
             known = None
         if known is not None:
             if num_bytes == known.num_bytes:
@@ -141,11 +141,11 @@ class MemoryTracker(torch_private.TorchDispatchMode):
             self.trace.free(known.number)
             enter, kind = self.trace.allocate, self.trace.kinds[known.number]
         number = enter(num_bytes if held is None else held, kind)
-        reference = weakref.ref(storage, partial(_on_free, weakref.ref(self), address, number))
+        reference = weakref.ref(storage, partial(self._free, address, number))
         self._live[address] = _LiveStorage(reference, number, num_bytes)
         return number
 
-    def free(self, address: int, number: int) -> None:
+    def _free(self, address: int, number: int, _: object = None) -> None:
         """The storage of this number, at this address, is gone."""
         if address in self._live and self._live[address].number == number:
             del self._live[address]
@@ -167,7 +167,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
                 self.trace.kinds[live.number] = "saved_activations"
 
     def _note_gradients(self) -> None:
-        self._note([one.grad for one in self._parameters.values() if one.grad is not None], "gradients")
+        self._note(tensors_in([one.grad for one in self._parameters.values()]), "gradients")
 
     def _note(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Say what tensors that are alive now are for."""
@@ -188,7 +188,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What an optimizer keeps between updates."""
     state = getattr(optimizer, "optimizer", optimizer).state  # Accelerate and Fabric wrap what they prepare
-    return _tensors(dict(state))
+    return tensors_in(dict(state))
 
 
 def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
@@ -216,7 +216,8 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]  # without a shard's device mesh
 
 
-def _tensors(nested: Any) -> list[Tensor]:
+def tensors_in(nested: Any) -> list[Tensor]:
+    """Those in containers, at any depth."""
     return [leaf for leaf in torch_private.tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
@@ -226,9 +227,3 @@ def _held_bytes(function: Callable[..., Any], args: tuple[Any, ...], made: Any) 
         return None
     elements = torch.Size(max(sizes) for sizes in zip(*(arg.shape for arg in args[:2]), strict=True))
     return int(elements.numel() * made.element_size())
-
-
-def _on_free(tracker: weakref.ref[MemoryTracker], address: int, number: int, _: object) -> None:
-    alive = tracker()  # a weak reference, since the storage must not keep the tracker
-    if alive is not None:
-        alive.free(address, number)
