@@ -18,9 +18,9 @@ from torch import nn
 import gradfold
 from gradfold.memory import cache
 from gradfold.memory.auto import MicroBatchChoice, SizeTiming
+from gradfold.memory.auto_tune import Search, choose
 from gradfold.memory.budget import budget_for
-from gradfold.memory.search import Search, choose
-from gradfold.memory.trace import MemoryBreakdown
+from gradfold.memory.tracker import MemoryBreakdown
 from gradfold.self_check.probe_run import ProbeRun
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import gradfold
 from gradfold.memory.dry_run import DryRun, ProbeBatch
 from gradfold.memory.estimate import PeakEstimate, largest_that_fits
-from gradfold.memory.trace import KINDS
+from gradfold.memory.tracker import KINDS
 from gradfold.precision import Precision
 from gradfold.workloads.images import LeNet, ResNet
 

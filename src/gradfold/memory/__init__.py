@@ -6,5 +6,5 @@
 - plan: `plan` holds estimates against a `Budget` with its `Margin`, and tries what would save memory.
 - tune: `AutoTuner` times the sizes that fit another `Budget` (`Search`), and keeps its `MicroBatchChoice` on disk.
 
-Start reading at `trace.py`, then `estimate.py`.
+Start reading at `tracker.py`, then `estimate.py`.
 """

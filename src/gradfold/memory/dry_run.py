@@ -28,8 +28,7 @@ from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, read_pair, read_terms
 from gradfold.errors import BatchError, DistributedError, OptionError
 from gradfold.memory.torch_private import BatchNormBase, FakeTensor, FakeTensorMode
-from gradfold.memory.trace import AllocationTrace
-from gradfold.memory.tracker import MemoryTracker, state_tensors, storage_bytes, tensors_in
+from gradfold.memory.tracker import AllocationTrace, MemoryTracker, state_tensors, storage_bytes, tensors_in
 from gradfold.precision import Precision
 from gradfold.self_check.rng_replay import CustomGenerators
 from gradfold.state.external import ExternalState

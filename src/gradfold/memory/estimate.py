@@ -17,8 +17,7 @@ from torch import nn
 from gradfold.engine.recovery import release_memory
 from gradfold.errors import ModelError, is_out_of_memory
 from gradfold.memory.dry_run import DryRun, round_up
-from gradfold.memory.trace import AllocationTrace, MemoryBreakdown, highest
-from gradfold.memory.tracker import BACKWARD, UPDATE, storage_bytes
+from gradfold.memory.tracker import BACKWARD, UPDATE, AllocationTrace, MemoryBreakdown, highest, storage_bytes
 from gradfold.messages import first_line
 
 _ROWS = 8  # of the larger run on fake tensors; one row alone may take another way (`squeeze`, BatchNorm)

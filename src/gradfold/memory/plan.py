@@ -17,7 +17,7 @@ from gradfold.errors import DoesNotFitError, OptionError
 from gradfold.memory.budget import Budget, Margin, budget_for, written
 from gradfold.memory.dry_run import DryRun, Planned, ProbeBatch
 from gradfold.memory.estimate import PeakEstimate
-from gradfold.memory.trace import MemoryBreakdown, highest
+from gradfold.memory.tracker import MemoryBreakdown, highest
 from gradfold.precision import Precision
 
 __all__ = ["Plan", "PlanRow", "plan"]
