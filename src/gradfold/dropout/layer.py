@@ -168,10 +168,7 @@ def counter_based_dropout(model: nn.Module, update: int, first_row: int = 0, num
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with keyed(layers, DropoutKeys(layers, update, device, Coordinator())) as keys:
         keys.begin(range(first_row, first_row + num_rows))
-        try:
-            yield
-        finally:
-            keys.end()
+        yield
 
 
 def refuse_options(layers: Sequence[CounterBasedDropout], batch_norm: str | None, is_sharded: bool) -> None:

@@ -10,8 +10,7 @@ from torch import nn
 
 from gradfold.errors import OptionError
 from gradfold.memory.system import free_bytes
-from gradfold.memory.trace import MemoryBreakdown
-from gradfold.memory.tracker import storage_bytes
+from gradfold.memory.tracker import MemoryBreakdown, storage_bytes
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -24,12 +23,12 @@ def read_bytes(amount: int | str) -> int:
     >>> read_bytes("16GiB") == 16 * 2**30 == read_bytes("16 G"), read_bytes("1.5 GB")
     (True, 1500000000)
     """
-    if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
-        return amount
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower()) if isinstance(amount, str) else None
-    if found is None or found[2] not in _UNITS or int(float(found[1]) * _UNITS[found[2]]) < 1:
+    is_amount = isinstance(amount, (int, str)) and not isinstance(amount, bool)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(amount).lower()) if is_amount else None
+    num_bytes = 0 if found is None else int(float(found[1]) * _UNITS.get(found[2], 0))
+    if num_bytes < 1:
         raise OptionError(f"memory={amount!r}; expected an amount such as '16GiB', '512MiB' or a number of bytes.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return num_bytes
 
 
 def written(num_bytes: int) -> str:

@@ -21,7 +21,7 @@ from gradfold.batch.nesting import every_leaf, structure
 from gradfold.memory.auto import Auto, MicroBatchChoice
 from gradfold.memory.budget import Budget
 from gradfold.memory.dry_run import DryRun
-from gradfold.memory.trace import MemoryBreakdown
+from gradfold.memory.tracker import MemoryBreakdown
 
 _MUCH_MORE = 2  # times the memory that there was: sizes that did not fit then may be faster
 
@@ -57,9 +57,8 @@ def key_of(dry_run: DryRun, option: Auto, num_processes: int) -> str:
 
 def read(key: str, budget: Budget) -> MicroBatchChoice | None:
     """The choice kept under a key, if it still fits and was not bound by a much smaller budget."""
-    path = _path(key)
     with suppress(OSError, ValueError, TypeError, KeyError):  # damaged files are missing ones
-        found = {} if path is None else json.loads(path.read_text("utf-8"))
+        found = json.loads(_path(key).read_text("utf-8"))
         choice, breakdown, then = MicroBatchChoice.from_json(found["choice"]), found["breakdown"], found["budget_bytes"]
         fits = breakdown is None or budget.has_room_for(MemoryBreakdown(**breakdown))
         if choice.is_bound_by_memory and budget.num_bytes is not None and then is not None:
@@ -71,13 +70,11 @@ def read(key: str, budget: Budget) -> MicroBatchChoice | None:
 
 def write(key: str, choice: MicroBatchChoice, breakdown: MemoryBreakdown | None, budget: Budget) -> None:
     """Keep a choice under a key, if it can be written, with the memory predicted for it."""
-    path = _path(key)
-    if path is None:
-        return
     predicted = None if breakdown is None else asdict(breakdown)
     kept = {"key": key, "choice": choice.to_json(), "breakdown": predicted, "budget_bytes": budget.num_bytes}
-    beside = path.with_name(f"{uuid.uuid4()}.tmp")
     with suppress(OSError):
+        path = _path(key)
+        beside = path.with_name(f"{uuid.uuid4()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_text(json.dumps(kept), "utf-8")
@@ -86,9 +83,11 @@ def write(key: str, choice: MicroBatchChoice, breakdown: MemoryBreakdown | None,
             beside.unlink(missing_ok=True)
 
 
-def _path(key: str) -> Path | None:
+def _path(key: str) -> Path:
     folder = cache_folder()
-    return None if folder is None else folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    if folder is None:
+        raise FileNotFoundError("the cache is switched off")
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
 def _device_name(device: torch.device) -> str:
