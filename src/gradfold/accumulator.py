@@ -377,7 +377,8 @@ class Accumulator:
                 stack.enter_context(without_reductions(context.modules))
             if layers:
                 keys = DropoutKeys(layers, self.num_windows, context.device, context.coordinator)
-                yield stack.enter_context(keyed(layers, keys))
+                stack.enter_context(keyed(layers, keys))
+                yield keys
             else:
                 yield PassListener()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from gradfold.engine.window import PassListener
 from gradfold.errors import ModelError, OptionError
 
 __all__ = ["counter_based_dropout"]
-
-K = TypeVar("K", bound="DropoutKeys | None")
 
 # Of `lowbias32` (C. Wellons 2018, "Prospecting for Hash Functions", nullprogram.com), found by search for least bias.
 # In 64-bit integers its products of 32-bit words cannot overflow.
@@ -35,15 +33,7 @@ _DROPPED = -1.7580993408473766
 
 @final
 class DropoutKeys(PassListener):
-    """Where a forward pass is: the update, and the rows of the global batch that it runs. Shared by a model's layers.
-
-    Args:
-        coordinator: knows where the rows of this process begin in the batch of all.
-
-    Attributes:
-        words: (2, rows) two 32-bit words per row, from update and row.
-        is_forward: whether a forward pass runs; else activations are computed again for a backward pass.
-    """
+    """Where a forward pass is: the update, and the rows of the global batch that it runs. Its layers share it."""
 
     def __init__(
         self, layers: Sequence[CounterBasedDropout], update: int, device: torch.device, coordinator: Coordinator
@@ -51,9 +41,9 @@ class DropoutKeys(PassListener):
         self._layers = layers
         self._of_update = _hash("update", update)
         self._device = device
-        self._coordinator = coordinator
-        self.words = torch.empty(2, 0, dtype=torch.int64)
-        self.is_forward = False
+        self._coordinator = coordinator  # knows where the rows of this process begin in the batch of all
+        self.words = torch.empty(2, 0, dtype=torch.int64)  # (2, rows): two 32-bit words per row, from update and row
+        self.is_forward = False  # else activations are computed again for a backward pass
 
     def begin(self, rows: Rows) -> None:
         """The forward pass of these rows of this process."""
@@ -76,13 +66,6 @@ class CounterBasedDropout(nn.Dropout):
     """The layer by which `convert_dropout` replaces torch's.
 
     In `accumulator.backward(batch)` its masks are those of the global batch; elsewhere it draws them as torch's does.
-
-    Attributes:
-        row_dim: the dimension of inputs that counts the rows.
-        feature_dims: how many dimensions after the rows' are dropped independently; None: all, element by element. In
-            2d dropout it is 1: whole channels are dropped.
-        is_alpha: whether dropped elements are set to selu's lower end instead of 0, with mean and variance kept.
-        num_calls: so far in this forward pass.
     """
 
     def __init__(
@@ -91,11 +74,11 @@ class CounterBasedDropout(nn.Dropout):
         super().__init__(p)
         self.name = name
         self.seed = seed
-        self.row_dim = row_dim
-        self.feature_dims = feature_dims
-        self.is_alpha = is_alpha
+        self.row_dim = row_dim  # of inputs
+        self.feature_dims = feature_dims  # so many after the rows' are dropped independently: whole channels; None: all
+        self.is_alpha = is_alpha  # dropped elements are set to selu's lower end, with mean and variance kept
         self.keys: DropoutKeys | None = None
-        self.num_calls = 0
+        self.num_calls = 0  # so far in this forward pass
         self._words = _hash(seed, name)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -166,8 +149,9 @@ def counter_based_dropout(model: nn.Module, update: int, first_row: int = 0, num
     """
     layers = counter_based_layers(model.modules())
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with keyed(layers, DropoutKeys(layers, update, device, Coordinator())) as keys:
-        keys.begin(range(first_row, first_row + num_rows))
+    keys = DropoutKeys(layers, update, device, Coordinator())
+    keys.begin(range(first_row, first_row + num_rows))
+    with keyed(layers, keys):
         yield
 
 
@@ -196,13 +180,13 @@ def counter_based_layers(modules: Iterable[nn.Module]) -> list[CounterBasedDropo
 
 
 @contextmanager
-def keyed(layers: Sequence[CounterBasedDropout], keys: K) -> Iterator[K]:
+def keyed(layers: Sequence[CounterBasedDropout], keys: DropoutKeys | None) -> Iterator[None]:
     """In this block the layers have the masks of these keys; with None they draw as torch's do."""
     before = [layer.keys for layer in layers]
     for layer in layers:
         layer.keys = keys
     try:
-        yield keys
+        yield
     finally:
         for layer, own in zip(layers, before, strict=True):
             layer.keys = own

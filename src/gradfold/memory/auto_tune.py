@@ -43,15 +43,11 @@ _MAX_BATCHES = 8  # of one size, which stay on the device while sizes are timed
 
 
 class AutoTuner:
-    """Chooses once, and again where a batch has twice the rows of one that was too small to choose from.
-
-    Attributes:
-        choice: the last one; None before the first batch.
-    """
+    """Chooses once, and again where a batch has twice the rows of one that was too small to choose from."""
 
     def __init__(self, option: Auto) -> None:
         self._option = option
-        self.choice: MicroBatchChoice | None = None
+        self.choice: MicroBatchChoice | None = None  # the last one
 
     def is_due(self, num_rows: int) -> bool:
         """Whether a batch of so many rows asks for a choice."""
@@ -59,13 +55,7 @@ class AutoTuner:
         return choice is None or (choice.is_bound_by_rows and num_rows >= 2 * choice.num_rows)
 
     def tune(self, dry_run: DryRun, back_propagate: BackPropagation, group: TuningGroup) -> MicroBatchChoice:
-        """Find the size for the batch of a dry run, together with the processes of a group.
-
-        Raises:
-            DoesNotFitError: not even one row fits.
-            ModelError: it has lazy layers that have not run.
-            Exception: whatever the model raises on one row.
-        """
+        """Find the size for the batch of a dry run, together with the processes of a group."""
         since = time.perf_counter()
         refuse_lazy(dry_run.model, 'micro_batch_size="auto"')
         with ExternalState(dry_run.model, dry_run.loss_fn, dry_run.probe_batch.collate):
@@ -113,16 +103,12 @@ class AutoTuner:
 
 
 class _TimedSteps:
-    """Micro-steps of any size, whose batches are taken and moved before they are timed.
-
-    Attributes:
-        own_generators: the user's, as the first step of each size has shown them.
-    """
+    """Micro-steps of any size, whose batches are taken and moved before they are timed."""
 
     def __init__(self, probe_run: ProbeRun, dry_run: DryRun, device: torch.device) -> None:
         self._probe_run = probe_run
         self._model, self._probe_batch, self._device = dry_run.model, dry_run.probe_batch, device
-        self.own_generators = CustomGenerators()
+        self.own_generators = CustomGenerators()  # as the first step of each size has shown them
         self._batches: dict[int, Iterator[Batch]] = {}
         self._size = 0  # of the last step
         self._num_left = 0  # of its window
@@ -154,11 +140,7 @@ class _TimedSteps:
 
 
 class Search:
-    """Times sizes, given in ascending order, until one stands out or `seconds` are over on the clock.
-
-    Attributes:
-        sizes: those that fit: on out-of-memory a size is dropped, with all above it.
-    """
+    """Times sizes, given in ascending order, until one stands out or `seconds` are over on the clock."""
 
     def __init__(
         self,
@@ -171,15 +153,11 @@ class Search:
         self._step, self._clock, self._stopwatch = step, clock, stopwatch
         self._seconds, self._end = seconds, clock() + seconds
         self._order = random.Random(0)  # not the user's
-        self.sizes = list(sizes)
+        self.sizes = list(sizes)  # on out-of-memory one is dropped, with all above it
         self._rounds: list[dict[int, float]] = []  # samples per second by size, of each round
 
     def run(self) -> tuple[SizeTiming, ...]:
-        """The timings, by size.
-
-        Raises:
-            Exception: what the model raises where it takes none of the sizes, or not even the smallest fits.
-        """
+        """The timings, by size. An error of the model comes out where it takes none, or the smallest does not fit."""
         first = self._warm_up()
         best = max(first.values())
         reference = max(first, key=first.__getitem__)  # stays to the end: all are compared with it

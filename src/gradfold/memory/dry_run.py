@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence, Set, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,11 @@ from gradfold.self_check.rng_replay import CustomGenerators
 from gradfold.state.external import ExternalState
 from gradfold.state.gradients import GradientBuffer
 
-Copies: TypeAlias = "tuple[nn.Module, torch.optim.Optimizer | None]"
-
 
 class ProbeBatch:
     """One global batch (not a window), from which micro-batches are taken to probe their memory and speed.
 
     Samples to collate vary in length: there a micro-batch is the longest sample repeated, which is the worst case.
-
-    Raises:
-        BatchError: the batch cannot be split by rows.
     """
 
     def __init__(self, batch: Batch, collate: Collate | None) -> None:
@@ -138,7 +133,7 @@ class DryRun:
 
         with self._restored():
             batches = [map_tensors(convert, self.probe_batch.take(size)) for _ in range(num_micro_batches)]
-            copies = _copy(self.model, self.optimizer, mode)
+            copies = self._copy(mode)
             with nullcontext() if mode is None else mode:
                 return self._trace(*copies, batches)
 
@@ -154,6 +149,35 @@ class DryRun:
             own.restore_generators()
             if was_enabled:
                 gc.enable()
+
+    def _copy(self, mode: FakeTensorMode | None) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+        """Model and optimizer with tensors of their own; under a mode fake ones, in shards where the model has them."""
+        model, optimizer = self.model, self.optimizer
+        is_sharded = bool(sharded_modules(list(model.modules())))
+        if mode is None:
+            if is_sharded:
+                raise DistributedError("its parameters are sharded: no rank can run it alone")
+            return copy.deepcopy((model, optimizer))
+        memo: dict[int, Any] = {}
+        if is_sharded:
+            recipe = ShardingRecipe(model)
+            with mode:
+                memo |= recipe.whole_parameters()
+        memo |= {id(tensor): _fake(tensor, mode) for tensor in self._tensors() if id(tensor) not in memo}
+        if not is_sharded:
+            return copy.deepcopy((model, optimizer), memo)
+        copied = recipe.copy(memo)
+        with mode:
+            memo |= recipe.apply(copied)  # which an optimizer steps
+        return copied, copy.deepcopy(optimizer, memo)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Every tensor that a copy of model and optimizer would copy."""
+        for module in self.model.modules():
+            yield from tensors_in(vars(module))
+        if self.optimizer is not None:
+            yield from tensors_in(self.optimizer.param_groups)
+            yield from state_tensors(self.optimizer)
 
     def _trace(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Sequence[Batch]
@@ -205,42 +229,6 @@ class DryRun:
                 del terms
         gradients.settle()
         return metrics
-
-
-def _copy(model: nn.Module, optimizer: torch.optim.Optimizer | None, mode: FakeTensorMode | None) -> Copies:
-    """Model and optimizer with tensors of their own; under a mode fake ones, in shards where the model has them.
-
-    Raises:
-        DistributedError: it has shards, which no rank can run alone; or fakes cannot be sharded in the same way.
-    """
-    is_sharded = bool(sharded_modules(list(model.modules())))
-    if mode is None:
-        if is_sharded:
-            raise DistributedError("its parameters are sharded: no rank can run it alone")
-        return copy.deepcopy((model, optimizer))
-    memo: dict[int, Any] = {}
-    if is_sharded:
-        recipe = ShardingRecipe(model)
-        with mode:
-            memo |= recipe.whole_parameters()
-    memo |= {id(tensor): _fake(tensor, mode) for tensor in _tensors(model, optimizer) if id(tensor) not in memo}
-    if not is_sharded:
-        return copy.deepcopy(model, memo), copy.deepcopy(optimizer, memo)
-    copied = recipe.copy(memo)
-    with mode:
-        memo |= recipe.apply(copied)  # which an optimizer steps
-    return copied, copy.deepcopy(optimizer, memo)
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """Every tensor that a copy of model and optimizer would copy."""
-    found = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        found += tensors_in(vars(module))
-    if optimizer is not None:
-        found += [one for group in optimizer.param_groups for one in group["params"]]
-        found += state_tensors(optimizer)
-    return found
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -44,24 +44,18 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int | None:
 class PeakEstimate:
     """What a window and its update take on a device (a CUDA device need not be there), for every size.
 
-    Attributes:
-        num_rows: of the global batch.
-        source: "fake tensors" or "probes", which are real runs of few rows.
-        reason: why probes had to be run.
-
-    Raises:
-        ModelError: neither fake tensors nor probes can run.
+    From fake tensors, or from probes, which are real runs of few rows; ModelError where neither can run.
     """
 
     def __init__(self, dry_run: DryRun, device: torch.device) -> None:
         self._dry_run = replace(dry_run, as_on_cuda=device.type == "cuda")
         self._is_on_host = device.type == "cpu"
         self._block = _BLOCK if device.type == "cuda" else 1
-        self.num_rows = dry_run.probe_batch.num_rows
+        self.num_rows = dry_run.probe_batch.num_rows  # of the global batch
         self._two = cache(self._run_two)
         self._run = cache(self._dry_run.run)
         self._is_linear = True
-        self.source, self.reason = "fake tensors", ""
+        self.source, self.reason = "fake tensors", ""  # why probes had to be run
         if any(isinstance(module, nn.RNNBase) for module in dry_run.model.modules()):
             self.reason = "recurrent layers run in one fused operator, which saves other tensors than fake ones show"
         else:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -143,7 +142,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         self._parameters: dict[int, nn.Parameter] = {}
         self._made_of_parameters: set[int] = set()  # numbers
         self._is_backward = False
-        for storage in chain.from_iterable(map(storages, ignored)):
+        for storage in storages(ignored):
             self._number(storage, "inputs", is_initial=True, held=0)
         if model is not None:
             self.register([*model.parameters(), *model.buffers()], "parameters")
@@ -193,7 +192,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         made = function(*args, **kwargs)
         held = _held_bytes(function, args, made)
         kind: Kind = "temporaries" if is_of_parameters else "inputs"
-        for storage in chain.from_iterable(map(storages, tensors_in(made))):
+        for storage in storages(tensors_in(made)):
             number = self._number(storage, kind, held=held)
             if is_of_parameters:
                 self._made_of_parameters.add(number)
@@ -204,7 +203,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         number = -1
         if kind == "parameters" and isinstance(tensor, nn.Parameter):
             self._parameters[id(tensor)] = tensor
-        for storage in storages(tensor):
+        for storage in storages([tensor]):
             number = self._number(storage, kind, is_initial=True)
             if kind != "inputs":
                 self._made_of_parameters.add(number)
@@ -254,7 +253,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
 
     def _note(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Say what tensors that are alive now are for."""
-        for storage in chain.from_iterable(map(storages, tensors)):
+        for storage in storages(tensors):
             if (known := self._live.get(torch_private.address_of(storage))) is not None:
                 self.trace.kinds[known.number] = kind
 
@@ -274,21 +273,20 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return tensors_in(dict(state))
 
 
-def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """The memory under a tensor, that of its parts where it is made of others."""
-    parts = _parts(tensor)
-    for part in parts:
-        yield from storages(part)
-    if not parts:
-        with suppress(NotImplementedError, RuntimeError):  # a functorch wrapper has none of its own
-            yield tensor.untyped_storage()
+def storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    """The memory under tensors, that of their parts where they are made of others."""
+    for tensor in tensors:
+        parts = _parts(tensor)
+        yield from storages(parts)
+        if not parts:
+            with suppress(NotImplementedError, RuntimeError):  # a functorch wrapper has none of its own
+                yield tensor.untyped_storage()
 
 
 def storage_bytes(leaves: Iterable[Any]) -> int:
     """The memory under those that are tensors, each storage once."""
     tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
-    found = {torch_private.address_of(storage): storage for tensor in tensors for storage in storages(tensor)}
-    return sum(storage.nbytes() for storage in found.values())
+    return sum({torch_private.address_of(storage): storage.nbytes() for storage in storages(tensors)}.values())
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
