@@ -32,7 +32,7 @@ from gradfold.distributed.ddp import (
 from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
 from gradfold.distributed.turns import FsdpTurns
-from gradfold.dropout.layer import DropoutKeys, counter_based_layers, keyed, refuse_options
+from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows
 from gradfold.distributed.ddp import unwrapped
-from gradfold.dropout.layer import counter_based_dropout
+from gradfold.dropout import counter_based_dropout
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_nodes, leaf_of
 from gradfold.engine.loss_terms import LossOutput, loss_terms_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from gradfold.batch.rows import Rows, shift_rows
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.window import PassListener
 from gradfold.errors import ModelError, OptionError
+from gradfold.messages import warn
 
-__all__ = ["counter_based_dropout"]
+__all__ = ["convert_dropout", "counter_based_dropout"]
 
 # Of `lowbias32` (C. Wellons 2018, "Prospecting for Hash Functions", nullprogram.com), found by search for least bias.
 # In 64-bit integers its products of 32-bit words cannot overflow.
@@ -29,6 +30,121 @@ _GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: spreads consecutive 
 
 # alpha dropout: what stands for a dropped value, -scale * alpha of selu (Klambauer et al. 2017, arXiv 1706.02515)
 _DROPPED = -1.7580993408473766
+
+TorchDropout: TypeAlias = (
+    nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout
+)
+
+# Of torch's own layers: how many dimensions after the rows' are dropped independently (None: all), and if it is alpha.
+_KINDS: dict[type[nn.Module], tuple[int | None, bool]] = {
+    nn.Dropout: (None, False),
+    nn.Dropout1d: (1, False),
+    nn.Dropout2d: (1, False),
+    nn.Dropout3d: (1, False),
+    nn.AlphaDropout: (None, True),
+    nn.FeatureAlphaDropout: (1, True),
+}
+
+
+def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Module:
+    """Replace the dropout layers of a model by ones whose masks do not depend on the split.
+
+    With torch's dropout every split of a batch, and every number of ranks, trains with other masks. With these, windows
+    have the masks of the full batch, so its gradient is reproduced to rounding whatever the split. The update is the
+    accumulator's `num_windows`, which its `state_dict()` holds. Outside of `accumulator.backward` they draw as torch's.
+
+    The model is changed in place, as by `gradfold.convert_batch_norm`. Dropout, Dropout1d, Dropout2d, Dropout3d,
+    AlphaDropout and FeatureAlphaDropout are replaced; each keeps its probability and mode. Nothing is added to
+    checkpoints.
+
+    Args:
+        model: holds dropout layers at any depth, or is one.
+        seed: the seed of the masks, which must be the same on all ranks.
+        row_dim: the dimension of the layers' inputs that counts the rows of the batch: 1 for inputs (T, B, d).
+
+    Returns:
+        The model; or the new layer, where the model is itself a dropout layer.
+
+    Raises:
+        OptionError: an argument is not supported.
+        ModelError: a layer draws masks inside of torch (attention weights, recurrent layers), or is a custom dropout.
+            The model is unchanged then.
+
+    >>> import torch, gradfold
+    >>> model = torch.nn.Sequential(torch.nn.Linear(10, 8), torch.nn.ReLU(), torch.nn.Dropout(0.2))
+    >>> gradfold.convert_dropout(model)[2]
+    CounterBasedDropout(p=0.2, name='2', seed=0)
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}; expected an nn.Module.")
+    for name, value in (("seed", seed), ("row_dim", row_dim)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise OptionError(f"{name}={value!r}; expected a whole number of at least 0.")
+    _refuse_internal_dropout(model)
+    new: dict[nn.Module, nn.Module] = {
+        module: _converted(module, name, seed, row_dim)
+        for name, module in model.named_modules()
+        if isinstance(module, TorchDropout) and type(module) is not CounterBasedDropout
+    }
+    _warn_of_others(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                parent.register_module(name, new[child])
+    return new.get(model, model)
+
+
+def _converted(module: TorchDropout, name: str, seed: int, row_dim: int) -> CounterBasedDropout:
+    if type(module) not in _KINDS:
+        raise ModelError(
+            f"{name or 'the model itself'} is a {type(module).__name__}, a custom dropout. Replace it by "
+            "torch.nn.Dropout, or leave it out."
+        )
+    feature_dims, is_alpha = _KINDS[type(module)]
+    held = [key.strip("_") for key, value in vars(module).items() if key.endswith("_hooks") and value]
+    if module.inplace or held:
+        what = "works in place" if module.inplace else f"carries hooks ({', '.join(held)})"
+        fix = "Write h = dropout(h), and inplace=False" if module.inplace else "Remove them, and register them again"
+        raise ModelError(
+            f"{name or 'the model itself'} ({type(module).__name__}) {what}, which the new layer would not. {fix}."
+        )
+    if feature_dims is not None and row_dim:
+        raise OptionError(
+            f"row_dim={row_dim} is not supported with {type(module).__name__} ({name!r}), whose inputs are (N, C, ...)."
+        )
+    return CounterBasedDropout(module.p, name, seed, row_dim, feature_dims, is_alpha).train(module.training)
+
+
+def _refuse_internal_dropout(model: nn.Module) -> None:
+    """Raise ModelError where a kernel of torch drops by itself."""
+    for name, module in model.named_modules():
+        rate = getattr(module, "dropout", 0.0)
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and isinstance(rate, float) and rate > 0:
+            what = "attention weights" if isinstance(module, nn.MultiheadAttention) else "outputs between its layers"
+            raise ModelError(
+                f"{name or 'the model itself'} ({type(module).__name__}) drops {what} inside of torch, with masks that "
+                f"depend on the split. Switch that off, model.get_submodule({name!r}).dropout = 0.0, and convert the "
+                "layers around it."
+            )
+
+
+def _warn_of_others(model: nn.Module) -> None:
+    """Warn of modules that seem to drop by themselves."""
+    others = [
+        f"{name or 'the model itself'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if not isinstance(module, TorchDropout)
+        and (
+            any(word in type(module).__name__.lower() for word in ("droppath", "stochasticdepth"))
+            or any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
+        )
+    ]
+    if others:
+        warn(
+            f"these modules seem to drop by themselves, with masks that depend on the split: "
+            f"{', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}. Only layers of "
+            "torch.nn were converted; set their rates to 0, or call an nn.Dropout in them."
+        )
 
 
 @final
@@ -74,7 +190,7 @@ class CounterBasedDropout(nn.Dropout):
         super().__init__(p)
         self.name = name
         self.seed = seed
-        self.row_dim = row_dim  # of inputs
+        self.row_dim = row_dim  # the dimension of inputs that counts the rows
         self.feature_dims = feature_dims  # so many after the rows' are dropped independently: whole channels; None: all
         self.is_alpha = is_alpha  # dropped elements are set to selu's lower end, with mean and variance kept
         self.keys: DropoutKeys | None = None
@@ -88,16 +204,21 @@ class CounterBasedDropout(nn.Dropout):
         shape = list(input.shape)
         if self.feature_dims is not None:
             shape[1 + self.feature_dims :] = [1] * (len(shape) - 1 - self.feature_dims)
-        keep = torch.rand(shape, device=input.device) >= self.p if self.keys is None else self._keep(input, shape)
-        return _alpha_dropped(input, keep, self.p) if self.is_alpha else _dropped(input, keep, self.p)
+        if self.keys is None:
+            keep = torch.rand(shape, device=input.device) >= self.p
+        else:
+            keep = self._keep(self.keys, input, shape)
+        if self.is_alpha:
+            return _alpha_dropped(input, keep, self.p)
+        # where() keeps the mask for the backward pass, one byte for each element; a product would keep a float.
+        return torch.where(keep, input * (0.0 if self.p == 1.0 else 1 / (1 - self.p)), 0.0)
 
     def extra_repr(self) -> str:
         """What a printed model shows."""
         return f"p={self.p}, name={self.name!r}, seed={self.seed}"
 
-    def _keep(self, input: Tensor, shape: list[int]) -> Tensor:
-        assert self.keys is not None
-        words = self.keys.words
+    def _keep(self, keys: DropoutKeys, input: Tensor, shape: list[int]) -> Tensor:
+        words = keys.words
         if input.dim() <= self.row_dim or input.shape[self.row_dim] != words.shape[1]:
             raise ModelError(
                 f"dropout in {self.name!r} got an input of shape {tuple(input.shape)} for a micro-batch of "
@@ -106,15 +227,14 @@ class CounterBasedDropout(nn.Dropout):
                 "folded into a longer one, drop before that, or leave this layer as torch.nn.Dropout and set its p to "
                 "0."
             )
-        call = self._count()
+        call = self._count(keys)
         first, second = ((word + call * _GOLDEN) & _WORD for word in self._words)
         words = words.to(input.device)
         return _keep(words[0] ^ first, words[1] ^ second, shape, self.row_dim, self.p)
 
-    def _count(self) -> int:
+    def _count(self, keys: DropoutKeys) -> int:
         """The number of this call in the forward pass; in activation checkpointing known only if there is one."""
-        assert self.keys is not None
-        if self.keys.is_forward:
+        if keys.is_forward:
             self.num_calls += 1
             return self.num_calls - 1
         if self.num_calls > 1:
@@ -232,11 +352,6 @@ def _hash(*parts: object) -> tuple[int, int]:
     """Two 32-bit words from anything with a repr."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
-def _dropped(input: Tensor, keep: Tensor, p: float) -> Tensor:
-    # where() keeps the mask for the backward pass, one byte for each element; a product would keep a float.
-    return torch.where(keep, input * (0.0 if p == 1.0 else 1 / (1 - p)), 0.0)
 
 
 def _alpha_dropped(input: Tensor, keep: Tensor, p: float) -> Tensor:
