@@ -19,7 +19,7 @@ import gradfold
 from gradfold.memory import cache
 from gradfold.memory.auto import MicroBatchChoice, SizeTiming
 from gradfold.memory.auto_tune import Search, choose
-from gradfold.memory.budget import budget_for
+from gradfold.memory.budget import Budget, margin_for
 from gradfold.memory.tracker import MemoryBreakdown
 from gradfold.self_check.probe_run import ProbeRun
 
@@ -352,7 +352,7 @@ def test_the_choice_of_another_version_is_not_used(monkeypatch):
     assert again(lambda: monkeypatch.setattr("gradfold.memory.cache.__version__", "0.0.1"))
 
 
-PLENTY = budget_for("1GiB", None, torch.device("cpu"))
+PLENTY = Budget(2**30, margin_for(torch.device("cpu"), None, is_process_there=False))
 
 
 def cached(size=4, reason=""):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ def margin_for(device: torch.device, share: float | None, *, is_process_there: b
 
 @dataclass(frozen=True)
 class Budget:
-    """A bound for predicted peaks."""
+    """A bound for predicted peaks: by default, of all that a process or device may use."""
 
     num_bytes: int | None  # None: not known
     margin: Margin
@@ -103,16 +103,10 @@ class Budget:
         return self.num_bytes is None or self.needed_bytes(peak) <= self.num_bytes
 
 
-def budget_for(memory: int | str, margin: float | None, device: torch.device) -> Budget:
-    """So much memory, for all of a process or device; OptionError where an argument is not valid."""
-    return Budget(read_bytes(memory), margin_for(device, margin, is_process_there=False))
-
-
 def tuning_budget(memory: int | str | None, margin: float | None, model: nn.Module) -> Budget:
     """What an accumulator may take that picks its own size: as much as is given, or what is free by now."""
-    device = next(model.parameters()).device
+    device, is_free = next(model.parameters()).device, memory is None
     # Optimizers make their state in the first update; Adam's is two tensors per parameter.
     state_bytes = 2 * storage_bytes(one for one in model.parameters() if one.requires_grad)
-    if memory is not None:
-        return replace(budget_for(memory, margin, device), state_bytes=state_bytes)
-    return Budget(free_bytes(device), margin_for(device, margin, is_process_there=True), True, state_bytes)
+    num_bytes = free_bytes(device) if memory is None else read_bytes(memory)
+    return Budget(num_bytes, margin_for(device, margin, is_process_there=is_free), is_free, state_bytes)

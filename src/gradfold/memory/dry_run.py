@@ -68,9 +68,7 @@ class ProbeBatch:
 
     def host_bytes(self, size: int) -> int:
         """What a window's inputs take on the host: the batch and, where it is collated, all micro-batches."""
-        if self.collate is None:
-            return storage_bytes(every_leaf(self._batch))
-        collated = storage_bytes(every_leaf(self.take(1))) * size
+        collated = 0 if self.collate is None else storage_bytes(every_leaf(self.take(1))) * size
         return storage_bytes(every_leaf(self._batch)) + -(-self.num_rows // size) * collated
 
     def device_bytes(self, size: int, block: int) -> int:

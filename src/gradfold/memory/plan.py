@@ -14,7 +14,7 @@ from gradfold.batch.nesting import Batch
 from gradfold.distributed.fsdp import sharded_modules
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.errors import DoesNotFitError, OptionError
-from gradfold.memory.budget import Budget, Margin, budget_for, written
+from gradfold.memory.budget import Budget, Margin, margin_for, read_bytes, written
 from gradfold.memory.dry_run import DryRun, Planned, ProbeBatch
 from gradfold.memory.estimate import PeakEstimate
 from gradfold.memory.tracker import MemoryBreakdown, highest
@@ -122,7 +122,7 @@ def plan(
     since = time.perf_counter()
     refuse_lazy(accumulator.model, "gradfold.plan")
     target = _device(device, accumulator.model)
-    budget = budget_for(memory, margin, target)
+    budget = Budget(read_bytes(memory), margin_for(target, margin, is_process_there=False))
     dry_run = DryRun.of(accumulator, ProbeBatch(batch, accumulator.collate), optimizer)
     estimate = PeakEstimate(dry_run, target)
     size = estimate.solve(budget.has_room_for)
@@ -167,45 +167,33 @@ def _rows_with_savings(dry_run: DryRun, device: torch.device, budget: Budget) ->
 
 def _savings(dry_run: DryRun, device: torch.device) -> Iterator[tuple[str, str, DryRun]]:
     """Changes that take less memory on this device, each with what it costs and the line that makes it."""
-    model, precision, reduces_once = dry_run.model, dry_run.precision, dry_run.reduces_once
+    model, precision = dry_run.model, dry_run.precision
     dtypes = {parameter.dtype for parameter in model.parameters()}
     layers = longest_list(model)
     if layers is not None:
-        yield (
-            f"checkpoint {layers}",
-            f"each module of {layers!r} runs twice: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)",
-            replace(dry_run, checkpointed=layers),
-        )
+        name = f"checkpoint {layers}"
+        cost = f"each module of {layers!r} runs twice: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)"
+        yield name, cost, replace(dry_run, checkpointed=layers)
     if precision.compute is None and torch.float32 in dtypes:
-        yield (
-            "bf16 autocast",
-            'activations are rounded to 8 bits: precision="bf16"',
-            replace(dry_run, precision=replace(precision, compute=torch.bfloat16)),
-        )
+        cost = 'activations are rounded to 8 bits: precision="bf16"'
+        yield "bf16 autocast", cost, replace(dry_run, precision=replace(precision, compute=torch.bfloat16))
     if precision.accumulate_dtype is not None and dtypes & {torch.bfloat16, torch.float16}:
-        yield (
-            "narrow sums",
+        cost = (
             "gradients are summed in the parameters' own dtype, off by 1 % over 128 micro-batches: "
-            "precision=Precision(accumulate_dtype=None)",
-            replace(dry_run, precision=Precision(precision.compute, accumulate_dtype=None)),
+            "precision=Precision(accumulate_dtype=None)"
         )
+        yield "narrow sums", cost, replace(dry_run, precision=Precision(precision.compute, accumulate_dtype=None))
     if sharded_modules(list(model.modules())):
-        often = (
-            'gradients are reduced once per micro-batch, and no rank keeps whole ones: fsdp_reduce="per_micro_batch"'
-        )
-        once = (
-            'gradients are reduced once per window, and each rank keeps whole ones until then: fsdp_reduce="per_window"'
-        )
-        yield (
-            *(("reduce every time", often) if reduces_once else ("reduce once", once)),
-            replace(dry_run, reduces_once=not reduces_once),
-        )
+        if dry_run.reduces_once:
+            name, option = "reduce every time", "per_micro_batch"
+            cost = "gradients are reduced once per micro-batch, and no rank keeps whole ones"
+        else:
+            name, option = "reduce once", "per_window"
+            cost = "gradients are reduced once per window, and each rank keeps whole ones until then"
+        yield name, f'{cost}: fsdp_reduce="{option}"', replace(dry_run, reduces_once=not dry_run.reduces_once)
     if device.type != "cpu":
-        yield (
-            "offload saved tensors",
-            "saved tensors travel to the host and back: with torch.autograd.graph.save_on_cpu(pin_memory=True)",
-            replace(dry_run, is_offloading=True),
-        )
+        cost = "saved tensors travel to the host and back: with torch.autograd.graph.save_on_cpu(pin_memory=True)"
+        yield "offload saved tensors", cost, replace(dry_run, is_offloading=True)
 
 
 def longest_list(model: nn.Module) -> str | None:

@@ -33,14 +33,12 @@ __all__ = ["BatchNormBase", "FakeTensor", "FakeTensorMode", "TorchDispatchMode",
 
 def is_in_backward() -> bool:
     """Whether autograd is running a backward pass on this thread."""
-    task: int = torch._C._current_graph_task_id()
-    return task != -1
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def address_of(storage: torch.UntypedStorage) -> int:
     """The address of the storage in C++."""
-    address: int = storage._cdata
-    return address
+    return int(storage._cdata)
 
 
 def resizes_noted(note: Callable[[torch.UntypedStorage], None]) -> AbstractContextManager[object]:
