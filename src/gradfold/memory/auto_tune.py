@@ -21,8 +21,7 @@ from gradfold.engine.backward import BackPropagation
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.engine.recovery import release_memory
 from gradfold.errors import DoesNotFitError, ModelError, is_out_of_memory
-from gradfold.memory import cache
-from gradfold.memory.auto import Auto, MicroBatchChoice, SizeTiming
+from gradfold.memory.auto import Auto, MicroBatchChoice, SizeTiming, cache_key, read_cached, write_cached
 from gradfold.memory.budget import Budget, tuning_budget, written
 from gradfold.memory.dry_run import DryRun, watching
 from gradfold.memory.estimate import PeakEstimate
@@ -68,16 +67,16 @@ class AutoTuner:
                 peak_bytes = 0 if breakdown is None else breakdown.total
                 choice = replace(choice, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
                 if self._option.cache:
-                    cache.write(key, choice, breakdown, budget)
+                    write_cached(key, choice, breakdown, budget)
         self.choice = choice
         return choice
 
     def _prepare(self, dry_run: DryRun, num_processes: int) -> tuple[str, Budget, MicroBatchChoice | None]:
         """What a choice depends on, and the cached one, if it still holds."""
         option = self._option
-        key = cache.key_of(dry_run, option, num_processes)
+        key = cache_key(dry_run, option, num_processes)
         budget = tuning_budget(option.memory, option.margin, dry_run.model)
-        return key, budget, cache.read(key, budget) if option.cache else None
+        return key, budget, read_cached(key, budget) if option.cache else None
 
     def _search(
         self, dry_run: DryRun, largest: int, back_propagate: BackPropagation, group: TuningGroup

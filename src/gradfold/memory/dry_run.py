@@ -110,11 +110,6 @@ class DryRun:
         once = accumulator.fsdp_reduce == "per_window"
         return cls(model, loss_fn, probe_batch, optimizer, precision, reduces_once=once)
 
-    @property
-    def num_distinct(self) -> int:
-        """Micro-batches that differ in memory: the first finds no gradient to add to, the last may reduce it."""
-        return 3 if self.reduces_once else 2
-
     def buffer_bytes(self, num_micro_batches: int) -> int:
         """What a window keeps of BatchNorm: statistics as it found them, twice, and those of every micro-batch."""
         layers = [module for module in self.model.modules() if isinstance(module, BatchNormBase)]

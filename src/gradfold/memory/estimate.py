@@ -148,7 +148,8 @@ class PeakEstimate:
         return found
 
     def _num_micro_batches(self, size: int) -> int:
-        return min(self._dry_run.num_distinct, -(-self.num_rows // size))
+        """Of those that differ in memory: the first finds no gradient to add to, the last may reduce it."""
+        return min(3 if self._dry_run.reduces_once else 2, -(-self.num_rows // size))
 
     def _run_two(self, num_micro_batches: int) -> tuple[Sequence[int], list[AllocationTrace]]:
         """Traces at two sizes, and these sizes."""
