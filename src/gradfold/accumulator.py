@@ -44,7 +44,7 @@ from gradfold.engine.window import Context, PassListener, Window
 from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, OptionError
 from gradfold.memory.auto import Auto, MicroBatchChoice, read_auto
 from gradfold.memory.auto_tune import AutoTuner
-from gradfold.memory.dry_run import DryRun, ProbeBatch
+from gradfold.memory.dry_run import DryRun
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.precision import PrecisionOption, read_option
@@ -430,12 +430,12 @@ class Accumulator:
                 return
             group = TuningGroup(coordinator.group)
         piece = batch.pieces()[0] if isinstance(batch, MicroBatchWindow) else batch
-        example = group.attempt(lambda: ProbeBatch(piece, self.collate))
-        if not tuner.is_due(example.num_rows):
+        dry_run = group.attempt(lambda: DryRun.of(self, piece))
+        if not tuner.is_due(dry_run.probe_batch.num_rows):
             return
         with self._drawing_dropout():
-            choice = tuner.tune(DryRun.of(self, example), self._back_propagate, group)
-        self._micro_batcher.resize(choice.micro_batch_size, piece, example.num_rows)
+            choice = tuner.tune(dry_run, self._back_propagate, group)
+        self._micro_batcher.resize(choice.micro_batch_size, piece, dry_run.probe_batch.num_rows)
 
     def tune(self, batch: Batch) -> MicroBatchChoice:
         """Find the micro-batch size now, for batches like this one, rather than in the first `backward`.

@@ -227,23 +227,18 @@ class CounterBasedDropout(nn.Dropout):
                 "folded into a longer one, drop before that, or leave this layer as torch.nn.Dropout and set its p to "
                 "0."
             )
-        call = self._count(keys)
-        first, second = ((word + call * _GOLDEN) & _WORD for word in self._words)
-        words = words.to(input.device)
-        return _keep(words[0] ^ first, words[1] ^ second, shape, self.row_dim, self.p)
-
-    def _count(self, keys: DropoutKeys) -> int:
-        """The number of this call in the forward pass; in activation checkpointing known only if there is one."""
+        call = 0
         if keys.is_forward:
-            self.num_calls += 1
-            return self.num_calls - 1
-        if self.num_calls > 1:
+            call, self.num_calls = self.num_calls, self.num_calls + 1
+        elif self.num_calls > 1:
             raise ModelError(
                 f"dropout in {self.name!r} is called {self.num_calls} times in a forward pass and again in the "
                 "backward pass (activation checkpointing), where it cannot know which of them is recomputed. Use one "
                 "layer for each place."
             )
-        return 0
+        first, second = ((word + call * _GOLDEN) & _WORD for word in self._words)
+        words = words.to(input.device)
+        return _keep(words[0] ^ first, words[1] ^ second, shape, self.row_dim, self.p)
 
 
 @contextmanager

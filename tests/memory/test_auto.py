@@ -16,7 +16,7 @@ from reference import assert_same_state, full_batch_gradient, gradients, relativ
 from torch import nn
 
 import gradfold
-from gradfold.memory.auto import MicroBatchChoice, SizeTiming, cache_folder, read_cached, write_cached
+from gradfold.memory.auto import MicroBatchChoice, SizeTiming, cache_file, read_cached, write_cached
 from gradfold.memory.auto_tune import Search, choose
 from gradfold.memory.budget import Budget, margin_for
 from gradfold.memory.tracker import MemoryBreakdown
@@ -305,10 +305,12 @@ def test_the_cache_can_be_switched_off(folder, monkeypatch):
     assert not folder.exists()
     monkeypatch.setenv("GRADFOLD_CACHE_DIR", "")
     gradfold.Accumulator(plain(), loss_fn, micro_batch_size=gradfold.Auto(seconds=1.0)).tune(batch)
-    assert not folder.exists() and cache_folder() is None
+    assert not folder.exists()
+    with pytest.raises(FileNotFoundError):
+        cache_file("key")
     monkeypatch.delenv("GRADFOLD_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    assert cache_folder() == folder / "gradfold" / "micro_batch"
+    assert cache_file("key").parent == folder / "gradfold" / "micro_batch"
 
 
 def chosen_again(monkeypatch, choice, budget_bytes, free_bytes, change=None):

@@ -117,14 +117,13 @@ class MicroBatchChoice:
         return cls(**{**data, "timings": timings})
 
 
-def cache_folder() -> Path | None:
-    """`$GRADFOLD_CACHE_DIR`, which switches the cache off where it is empty; else as XDG says."""
+def cache_file(key: str) -> Path:
+    """Where a choice is kept, as `Auto` says; FileNotFoundError where `$GRADFOLD_CACHE_DIR` is empty."""
     own, base = os.environ.get("GRADFOLD_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
-    if own is not None:
-        return Path(own) if own else None
-    with suppress(RuntimeError):  # there is no home
-        return (Path(base) if base else Path.home() / ".cache") / "gradfold" / "micro_batch"
-    return None
+    if own == "":
+        raise FileNotFoundError("the cache is switched off")
+    folder = Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "gradfold" / "micro_batch"
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
 def cache_key(dry_run: DryRun, option: Auto, num_processes: int) -> str:
@@ -149,8 +148,8 @@ def cache_key(dry_run: DryRun, option: Auto, num_processes: int) -> str:
 
 def read_cached(key: str, budget: Budget) -> MicroBatchChoice | None:
     """The choice kept under a key, if it still fits and was not bound by a much smaller budget."""
-    with suppress(OSError, ValueError, TypeError, KeyError):  # damaged files are missing ones
-        found = json.loads(_path(key).read_text("utf-8"))
+    with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):  # a damaged file is a missing one
+        found = json.loads(cache_file(key).read_text("utf-8"))
         choice, breakdown, then = MicroBatchChoice.from_json(found["choice"]), found["breakdown"], found["budget_bytes"]
         fits = breakdown is None or budget.has_room_for(MemoryBreakdown(**breakdown))
         if choice.is_bound_by_memory and budget.num_bytes is not None and then is not None:
@@ -167,8 +166,8 @@ def write_cached(key: str, choice: MicroBatchChoice, breakdown: MemoryBreakdown 
     """
     predicted = None if breakdown is None else asdict(breakdown)
     kept = {"key": key, "choice": choice.to_json(), "breakdown": predicted, "budget_bytes": budget.num_bytes}
-    with suppress(OSError):
-        path = _path(key)
+    with suppress(OSError, RuntimeError):  # there is no home
+        path = cache_file(key)
         beside = path.with_name(f"{uuid.uuid4()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -176,10 +175,3 @@ def write_cached(key: str, choice: MicroBatchChoice, breakdown: MemoryBreakdown 
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-
-
-def _path(key: str) -> Path:
-    folder = cache_folder()
-    if folder is None:
-        raise FileNotFoundError("the cache is switched off")
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"

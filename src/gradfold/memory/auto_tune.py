@@ -178,7 +178,7 @@ class Search:
         """A first pace of each size, from small to large, up to where two in a row are slow."""
         paces: dict[int, float] = {}
         num_slow = 0
-        refusal: Exception | None = None
+        refusals: list[Exception] = []
         for size in tuple(self.sizes):
             try:
                 paces[size] = self._first_pace(size)
@@ -188,15 +188,14 @@ class Search:
                         raise
                     self.sizes = list(paces)
                     break
-                refusal = error  # a model may refuse one size: BatchNorm a single row
+                refusals.append(error)  # a model may refuse one size: BatchNorm a single row
                 self.sizes.remove(size)
                 continue
             num_slow = num_slow + 1 if paces[size] < _SLOW_ABOVE * max(paces.values()) else 0
             if num_slow > 1 or self._clock() > self._end - 0.4 * self._seconds:
                 break
         if not paces:
-            assert refusal is not None
-            raise refusal
+            raise refusals[-1]
         return paces
 
     def _first_pace(self, size: int) -> float:

@@ -102,12 +102,10 @@ class DryRun:
     as_on_cuda: bool = False  # run what torch would on CUDA: optimizers that step all parameters at once
 
     @classmethod
-    def of(
-        cls, accumulator: Planned, probe_batch: ProbeBatch, optimizer: torch.optim.Optimizer | None = None
-    ) -> DryRun:
+    def of(cls, accumulator: Planned, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> DryRun:
         """What an accumulator runs."""
         model, loss_fn, precision = accumulator.model, accumulator.loss_fn, accumulator.precision
-        once = accumulator.fsdp_reduce == "per_window"
+        probe_batch, once = ProbeBatch(batch, accumulator.collate), accumulator.fsdp_reduce == "per_window"
         return cls(model, loss_fn, probe_batch, optimizer, precision, reduces_once=once)
 
     def buffer_bytes(self, num_micro_batches: int) -> int:
@@ -270,12 +268,10 @@ def round_up(num_bytes: int, block: int) -> int:
 
 def extent(sample: Any) -> int:
     """How much there is of a sample: elements of tensors and arrays, letters of text, and one for each other value."""
-    return sum(map(_extent_of, every_leaf(sample)))
-
-
-def _extent_of(leaf: Any) -> int:
-    if isinstance(leaf, Tensor):
-        return leaf.numel()
-    if isinstance(getattr(leaf, "size", None), int):
-        return int(leaf.size)
-    return len(leaf) if isinstance(leaf, Sized) else 1
+    found = 0
+    for leaf in every_leaf(sample):
+        size = leaf.numel() if isinstance(leaf, Tensor) else getattr(leaf, "size", None)
+        if not isinstance(size, int):
+            size = len(leaf) if isinstance(leaf, Sized) else 1
+        found += size
+    return found

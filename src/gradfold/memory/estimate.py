@@ -52,7 +52,7 @@ class PeakEstimate:
         self._is_on_host = device.type == "cpu"
         self._block = _BLOCK if device.type == "cuda" else 1
         self.num_rows = dry_run.probe_batch.num_rows  # of the global batch
-        self._two = cache(self._run_two)
+        self._pair = cache(self._run_two)
         self._run = cache(self._dry_run.run)
         self._is_linear = True
         self.source, self.reason = "fake tensors", ""  # why probes had to be run
@@ -60,13 +60,13 @@ class PeakEstimate:
             self.reason = "recurrent layers run in one fused operator, which saves other tensors than fake ones show"
         else:
             try:
-                self._two(self._num_micro_batches(1))
+                self._pair(self._num_micro_batches(1))
                 return
             except Exception as error:
                 self.reason = f"it does not run on fake tensors ({first_line(error)})"
         self.source = "probes"
         try:
-            self._two(self._num_micro_batches(1))
+            self._pair(self._num_micro_batches(1))
         except Exception as error:
             raise ModelError(
                 f"the memory of {type(dry_run.model).__name__} cannot be predicted: {self.reason}, and real runs of a "
@@ -77,7 +77,7 @@ class PeakEstimate:
     def peaks(self, size: int) -> Mapping[str, MemoryBreakdown]:
         """The breakdown when most is in use, by phase."""
         num_micro_batches = self._num_micro_batches(size)
-        at, traces = self._two(num_micro_batches)
+        at, traces = self._pair(num_micro_batches)
         if self.source == "fake tensors" and not (self._is_linear and traces[0].agrees_with(traces[1])):
             # Its own trace stands for both.
             at, traces = (size, size), [self._run(size, num_micro_batches, is_fake=True)] * 2

@@ -15,7 +15,7 @@ from gradfold.distributed.fsdp import sharded_modules
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.errors import DoesNotFitError, OptionError
 from gradfold.memory.budget import Budget, Margin, margin_for, read_bytes, written
-from gradfold.memory.dry_run import DryRun, Planned, ProbeBatch
+from gradfold.memory.dry_run import DryRun, Planned
 from gradfold.memory.estimate import PeakEstimate
 from gradfold.memory.tracker import MemoryBreakdown, highest
 from gradfold.precision import Precision
@@ -123,7 +123,7 @@ def plan(
     refuse_lazy(accumulator.model, "gradfold.plan")
     target = _device(device, accumulator.model)
     budget = Budget(read_bytes(memory), margin_for(target, margin, is_process_there=False))
-    dry_run = DryRun.of(accumulator, ProbeBatch(batch, accumulator.collate), optimizer)
+    dry_run = DryRun.of(accumulator, batch, optimizer)
     estimate = PeakEstimate(dry_run, target)
     size = estimate.solve(budget.has_room_for)
     if size is None:
@@ -251,9 +251,8 @@ _ADVICE = {
 
 
 def _device(device: str | torch.device | None, model: nn.Module) -> torch.device:
-    own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if device is None:
-        return own
+        return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         asked = torch.device(device)
     except RuntimeError as error:
