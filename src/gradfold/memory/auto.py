@@ -160,10 +160,7 @@ def read_cached(key: str, budget: Budget) -> MicroBatchChoice | None:
 
 
 def write_cached(key: str, choice: MicroBatchChoice, breakdown: MemoryBreakdown | None, budget: Budget) -> None:
-    """Keep a choice under a key, if it can be written, with the memory predicted for it.
-
-    Several processes may write at once: a file is moved to its place whole.
-    """
+    """Keep a choice under a key, if it can be written, with the memory predicted for it."""
     predicted = None if breakdown is None else asdict(breakdown)
     kept = {"key": key, "choice": choice.to_json(), "breakdown": predicted, "budget_bytes": budget.num_bytes}
     with suppress(OSError, RuntimeError):  # there is no home
@@ -172,6 +169,6 @@ def write_cached(key: str, choice: MicroBatchChoice, breakdown: MemoryBreakdown 
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_text(json.dumps(kept), "utf-8")
-            beside.replace(path)
+            beside.replace(path)  # whole, since several processes may write at once
         finally:
             beside.unlink(missing_ok=True)

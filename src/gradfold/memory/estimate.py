@@ -79,8 +79,7 @@ class PeakEstimate:
         num_micro_batches = self._num_micro_batches(size)
         at, traces = self._pair(num_micro_batches)
         if self.source == "fake tensors" and not (self._is_linear and traces[0].agrees_with(traces[1])):
-            # Its own trace stands for both.
-            at, traces = (size, size), [self._run(size, num_micro_batches, is_fake=True)] * 2
+            at, traces = (size, size), [self._run(size, num_micro_batches, is_fake=True)] * 2  # which stands for both
 
         def read(low: int, high: int) -> int:
             """What is `low` and `high` in the two traces."""
