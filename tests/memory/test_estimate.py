@@ -306,6 +306,12 @@ def test_the_longest_sample_stands_for_all():
     assert ragged.peak(2).saved_activations == longest.peak(2).saved_activations
 
 
+def test_a_learning_rate_that_is_a_tensor_runs_on_fakes():
+    model, batch = nn.Linear(8, 8), torch.randn(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    assert predict(model, reconstruction, batch, optimizer).source == "fake tensors"
+
+
 def test_a_gpu_that_is_not_there():
     model, batch = nn.Sequential(*[nn.Linear(100, 100) for _ in range(4)]), torch.randn(64, 100)
     optimizer = torch.optim.Adam(model.parameters())
