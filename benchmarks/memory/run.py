@@ -23,10 +23,9 @@ import gradfold
 from benchmarks.memory.models import CASES, OPTIMIZERS
 from benchmarks.paired import write
 from gradfold.compare.data import take
-from gradfold.memory.amount import margin_for
-from gradfold.memory.dry_run import DryRun
+from gradfold.memory.budget import margin_for
+from gradfold.memory.dry_run import DryRun, ProbeBatch
 from gradfold.memory.estimate import PeakEstimate
-from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.memory.system import high_water_mark_bytes
 from gradfold.precision import Precision
 from gradfold.workloads import registry

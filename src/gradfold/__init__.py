@@ -8,8 +8,8 @@ __version__ = "0.1.0.dev0"
 from gradfold import losses as losses
 from gradfold.accumulator import Accumulator as Accumulator
 from gradfold.batchnorm.convert import convert_batch_norm as convert_batch_norm
-from gradfold.dropout.convert import convert_dropout as convert_dropout
-from gradfold.dropout.layer import counter_based_dropout as counter_based_dropout
+from gradfold.dropout import convert_dropout as convert_dropout
+from gradfold.dropout import counter_based_dropout as counter_based_dropout
 from gradfold.engine.result import Recovery as Recovery
 from gradfold.engine.result import WindowResult as WindowResult
 from gradfold.errors import BackwardError as BackwardError

@@ -32,7 +32,7 @@ from gradfold.distributed.ddp import (
 from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
 from gradfold.distributed.turns import FsdpTurns
-from gradfold.dropout.layer import counter_based_layers, counting, drawing_from_generators, refuse_options
+from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn
@@ -45,7 +45,6 @@ from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, Opt
 from gradfold.memory.auto import Auto, MicroBatchChoice, read_auto
 from gradfold.memory.auto_tune import AutoTuner
 from gradfold.memory.dry_run import DryRun
-from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.precision import PrecisionOption, read_option
@@ -378,13 +377,15 @@ class Accumulator:
             if context.coordinator is not _ALONE:
                 stack.enter_context(without_reductions(context.modules))
             if layers:
-                yield stack.enter_context(counting(layers, self.num_windows, context.device, context.coordinator))
+                keys = DropoutKeys(layers, self.num_windows, context.device, context.coordinator)
+                stack.enter_context(keyed(layers, keys))
+                yield keys
             else:
                 yield PassListener()
 
     def _drawing_dropout(self) -> AbstractContextManager[object]:
         """Dropout layers draw as torch's do: for runs that replay randomness by themselves."""
-        return drawing_from_generators(counter_based_layers(self._context.modules))
+        return keyed(counter_based_layers(self._context.modules), None)
 
     def _pick_strategy(self) -> Strategy:
         """How windows run, as the options say.
@@ -430,12 +431,12 @@ class Accumulator:
                 return
             group = TuningGroup(coordinator.group)
         piece = batch.pieces()[0] if isinstance(batch, MicroBatchWindow) else batch
-        example = group.attempt(lambda: ProbeBatch(piece, self.collate))
-        if not tuner.is_due(example.num_rows):
+        dry_run = group.attempt(lambda: DryRun.of(self, piece))
+        if not tuner.is_due(dry_run.probe_batch.num_rows):
             return
         with self._drawing_dropout():
-            choice = tuner.tune(DryRun.of(self, example), self._back_propagate, group)
-        self._micro_batcher.resize(choice.micro_batch_size, piece, example.num_rows)
+            choice = tuner.tune(dry_run, self._back_propagate, group)
+        self._micro_batcher.resize(choice.micro_batch_size, piece, dry_run.probe_batch.num_rows)
 
     def tune(self, batch: Batch) -> MicroBatchChoice:
         """Find the micro-batch size now, for batches like this one, rather than in the first `backward`.

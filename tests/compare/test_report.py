@@ -28,7 +28,7 @@ from gradfold.compare.settings import Settings
 from gradfold.compare.summary import footnotes
 from gradfold.errors import OptionError
 from gradfold.memory.measure import PeakMemory
-from gradfold.memory.trace import MemoryBreakdown
+from gradfold.memory.tracker import MemoryBreakdown
 
 MIB = 2**20
 

@@ -18,9 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.memory.dry_run import DryRun
+from gradfold.memory.dry_run import DryRun, ProbeBatch
 from gradfold.memory.estimate import PeakEstimate
-from gradfold.memory.probe_batch import ProbeBatch
 from gradfold.memory.tracker import MemoryTracker
 from gradfold.precision import read_option
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-import gradfold.dropout.layer
+import gradfold.dropout
 
 
 def gradients(model):
@@ -215,7 +215,7 @@ def test_each_kind_drops_what_torch_drops_at_the_same_rate(kind, p):
 
 
 def masks(p=0.5, rows=256, elements=256, **where):
-    layer = gradfold.dropout.layer.CounterBasedDropout(p, where.pop("name", "drop"), where.pop("seed", 0), 0)
+    layer = gradfold.dropout.CounterBasedDropout(p, where.pop("name", "drop"), where.pop("seed", 0), 0)
     with gradfold.counter_based_dropout(nn.Sequential(layer), where.pop("update", 0), num_rows=rows, **where):
         return layer(torch.ones(rows, elements)) != 0
 
@@ -257,7 +257,7 @@ def test_both_words_of_a_row_count():
     """Two rows among many may agree in one word of 32 bits; in both they will not."""
     words = torch.randint(0, 2**32, (2, 3), generator=torch.Generator().manual_seed(0))
     words[0, 1], words[1, 2] = words[0, 0], words[1, 0]
-    first, other_second, other_first = gradfold.dropout.layer._keep(*words, [3, 4096], 0, 0.5)
+    first, other_second, other_first = gradfold.dropout._keep(*words, [3, 4096], 0, 0.5)
     for other in (other_second, other_first):
         assert 0.45 < (first == other).double().mean() < 0.55
 

@@ -16,11 +16,10 @@ from reference import assert_same_state, full_batch_gradient, gradients, relativ
 from torch import nn
 
 import gradfold
-from gradfold.memory import cache
-from gradfold.memory.auto import MicroBatchChoice, SizeTiming
-from gradfold.memory.cache import CachedChoice
-from gradfold.memory.search import Search, choose
-from gradfold.memory.trace import MemoryBreakdown
+from gradfold.memory.auto import MicroBatchChoice, SizeTiming, cache_file, read_cached, write_cached
+from gradfold.memory.auto_tune import Search, choose
+from gradfold.memory.budget import Budget, margin_for
+from gradfold.memory.tracker import MemoryBreakdown
 from gradfold.self_check.probe_run import ProbeRun
 
 
@@ -52,7 +51,7 @@ class Machine:
 
     def search(self, largest=512, seconds=4.0):
         sizes = [2**power for power in range(largest.bit_length())]
-        return Search(self.step, sizes, seconds, lambda: self.now)
+        return Search(self.step, sizes, seconds, lambda: self.now, lambda: self.now)
 
     def best_pace(self, largest=512):
         return max(size / self.cost(size) for size in range(1, largest + 1))
@@ -306,10 +305,12 @@ def test_the_cache_can_be_switched_off(folder, monkeypatch):
     assert not folder.exists()
     monkeypatch.setenv("GRADFOLD_CACHE_DIR", "")
     gradfold.Accumulator(plain(), loss_fn, micro_batch_size=gradfold.Auto(seconds=1.0)).tune(batch)
-    assert not folder.exists() and cache.cache_folder() is None
+    assert not folder.exists()
+    with pytest.raises(FileNotFoundError):
+        cache_file("key")
     monkeypatch.delenv("GRADFOLD_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    assert cache.cache_folder() == folder / "gradfold" / "micro_batch"
+    assert cache_file("key").parent == folder / "gradfold" / "micro_batch"
 
 
 def chosen_again(monkeypatch, choice, budget_bytes, free_bytes, change=None):
@@ -349,27 +350,29 @@ def test_the_choice_of_another_version_is_not_used(monkeypatch):
     again = partial(chosen_again, monkeypatch, choice, 2**30, 2**30)
     assert not again()
     monkeypatch.setenv("GRADFOLD_CACHE_DIR", os.environ["GRADFOLD_CACHE_DIR"] + "_")  # another, empty
-    assert again(lambda: monkeypatch.setattr("gradfold.memory.cache.__version__", "0.0.1"))
+    assert again(lambda: monkeypatch.setattr("gradfold.memory.auto.__version__", "0.0.1"))
+
+
+PLENTY = Budget(2**30, margin_for(torch.device("cpu"), None, is_process_there=False))
 
 
 def cached(size=4, reason=""):
-    choice = MicroBatchChoice(size, reason, (SizeTiming(size, 100.0, 1.0, 8),), 16, 16, 1000, 2.5)
-    return CachedChoice(choice, MemoryBreakdown(parameters=3), 2**20)
+    return MicroBatchChoice(size, reason, (SizeTiming(size, 100.0, 1.0, 8),), 16, 16, 1000, 2.5)
 
 
 def test_a_choice_is_read_as_it_was_written():
-    assert cache.read("key") is None
-    for value in (cached(), replace(cached(), breakdown=None, budget_bytes=None)):
-        cache.write("key", value)
-        assert cache.read("key") == value
-    assert cache.read("other") is None
+    assert read_cached("key", PLENTY) is None
+    for breakdown, budget in ((MemoryBreakdown(parameters=3), PLENTY), (None, replace(PLENTY, num_bytes=None))):
+        write_cached("key", cached(), breakdown, budget)
+        assert read_cached("key", PLENTY) == replace(cached(), is_cached=True)
+    assert read_cached("other", PLENTY) is None
 
 
 def _write_many(number):
     for turn in range(1, 51):
-        cache.write("key", cached(turn, "x" * 5000))
-        found = cache.read("key")
-        assert found is None or len(found.choice.reason) == 5000
+        write_cached("key", cached(turn, "x" * 5000), None, PLENTY)
+        found = read_cached("key", PLENTY)
+        assert found is None or len(found.reason) == 5000
     return True
 
 
@@ -381,14 +384,14 @@ def test_processes_write_at_once(folder):
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"key": "other", "value": {}}', '{"key": "key"}', "\x00\xff"])
 def test_what_cannot_be_read_counts_as_missing(folder, content):
-    cache.write("key", cached())
+    write_cached("key", cached(), None, PLENTY)
     (file,) = folder.iterdir()
     file.write_text(content)
-    assert cache.read("key") is None
+    assert read_cached("key", PLENTY) is None
     file.unlink()
     file.mkdir()  # nor written
-    cache.write("key", cached())
-    assert cache.read("key") is None
+    write_cached("key", cached(), None, PLENTY)
+    assert read_cached("key", PLENTY) is None
 
 
 def test_memory_bounds_the_choice():

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradfold
-from gradfold.memory.dry_run import DryRun
+from gradfold.memory.dry_run import DryRun, ProbeBatch
 from gradfold.memory.estimate import PeakEstimate, largest_that_fits
-from gradfold.memory.probe_batch import ProbeBatch
-from gradfold.memory.trace import KINDS
+from gradfold.memory.tracker import KINDS
 from gradfold.precision import Precision
 from gradfold.workloads.images import LeNet, ResNet
 
@@ -305,6 +304,12 @@ def test_the_longest_sample_stands_for_all():
     ragged = predict(model, loss_fn, samples, collate=collate)
     longest = predict(model, loss_fn, [samples[1]] * 4, collate=collate)
     assert ragged.peak(2).saved_activations == longest.peak(2).saved_activations
+
+
+def test_a_learning_rate_that_is_a_tensor_runs_on_fakes():
+    model, batch = nn.Linear(8, 8), torch.randn(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    assert predict(model, reconstruction, batch, optimizer).source == "fake tensors"
 
 
 def test_a_gpu_that_is_not_there():

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradfold
 from gradfold.memory.measure import PeakMemory
-from gradfold.memory.trace import AllocationTrace, MemoryBreakdown
+from gradfold.memory.tracker import AllocationTrace, MemoryBreakdown
 
 FLOAT = 4
 ROWS, IN, HIDDEN = 64, 8, 512
@@ -185,21 +185,20 @@ def test_the_result_as_json():
 def test_a_trace_says_when_most_was_in_use():
     trace = AllocationTrace()
     trace.begin("forward and backward")
-    trace.find(100, "parameters")
-    a = trace.allocate(50, "temporaries")
+    trace.add(100, "parameters", is_initial=True)
+    a = trace.add(50, "temporaries")
     trace.free(a)
     trace.begin("update")
-    b = trace.allocate(30, "optimizer_state")
-    trace.allocate(10, "ignored")
+    b = trace.add(30, "optimizer_state")
     trace.free(b)
     trace.begin("forward and backward")
     expected = {
         "forward and backward": MemoryBreakdown(parameters=100, temporaries=50),
         "update": MemoryBreakdown(parameters=100, optimizer_state=30),
     }
-    trace.allocate(20, "temporaries")
+    trace.add(20, "temporaries")
     assert trace.peaks() == expected
-    assert trace.peaks([100, 5, 30, 10, 20])["forward and backward"] == MemoryBreakdown(parameters=100, temporaries=20)
+    assert trace.peaks([100, 5, 30, 20])["forward and backward"] == MemoryBreakdown(parameters=100, temporaries=20)
 
 
 def test_rows_are_flattened_once():

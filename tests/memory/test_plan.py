@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import gradfold
 from gradfold.cli import app
-from gradfold.memory.amount import read_bytes, written
+from gradfold.memory.budget import read_bytes, written
 
 MIB = 2**20
 ROWS = 512

@@ -17,10 +17,9 @@ from gradfold.cli.tables import Column, output_console, print_wide
 from gradfold.compare.data import first_global_batch, take
 from gradfold.distributed.fsdp import shard
 from gradfold.distributed.launch import fake_process_group
-from gradfold.memory.amount import read_bytes, written
-from gradfold.memory.plan import Plan, PlanRow
+from gradfold.memory.budget import read_bytes, written
+from gradfold.memory.plan import Plan, PlanRow, longest_list
 from gradfold.memory.plan import plan as make_plan
-from gradfold.memory.savings import longest_list
 from gradfold.workloads import registry
 from gradfold.workloads.workload import Workload
 

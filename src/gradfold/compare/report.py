@@ -30,7 +30,7 @@ from gradfold.compare.arms import ARMS, REFERENCE
 from gradfold.compare.results import Comparison, Row
 from gradfold.compare.serialization import to_plain
 from gradfold.errors import OptionError
-from gradfold.memory.amount import written
+from gradfold.memory.budget import written
 
 _NUM_POINTS = 60
 # Parts of a stacked bar, from dark to light.

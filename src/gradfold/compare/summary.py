@@ -1,7 +1,7 @@
 """The summary: two tables, distances from the full batch and costs, and footnotes with what follows from the numbers.
 
 Terminal and HTML page show the same tables and footnotes. Numbers are written as people read them: 2.1e-16, 97.4 %,
-12.3 ms; amounts of memory by `gradfold.memory.amount`.
+12.3 ms; amounts of memory by `gradfold.memory.budget`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gradfold.compare.arms import ARMS, CONTROL, LOWER_PRECISIONS, REFERENCE, LowerPrecision
 from gradfold.compare.results import Comparison, Deviation, Measured, Row
-from gradfold.memory.amount import written
+from gradfold.memory.budget import written
 
 MISSING = "–"  # noqa: RUF001 - a dash, on purpose
 

@@ -1,14 +1,17 @@
 """The auto-tuner: picks the micro-batch size of an accumulator, with no side effect on model, gradients and RNG.
 
-What fits is predicted, what is fastest is timed. It runs inside a window that has set gradients aside.
+What fits is predicted, what is fastest is timed. It runs inside a window that has set gradients aside. Machines are
+shared and their speed drifts, so sizes are timed in turn, and compared by the ratio of their paces in one round.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
+from statistics import median
 
 import torch
 
@@ -17,32 +20,33 @@ from gradfold.distributed.process_group import TuningGroup
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.engine.recovery import release_memory
-from gradfold.errors import DoesNotFitError, ModelError
-from gradfold.memory import cache
-from gradfold.memory.amount import written
-from gradfold.memory.auto import Auto, MicroBatchChoice
-from gradfold.memory.budget import Budget, tuning_budget
+from gradfold.errors import DoesNotFitError, ModelError, is_out_of_memory
+from gradfold.memory.auto import Auto, MicroBatchChoice, SizeTiming, cache_key, read_cached, write_cached
+from gradfold.memory.budget import Budget, tuning_budget, written
 from gradfold.memory.dry_run import DryRun, watching
 from gradfold.memory.estimate import PeakEstimate
-from gradfold.memory.search import GOOD_ENOUGH, Search, choose
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.rng_replay import CustomGenerators
 from gradfold.state.external import ExternalState
 
+_GOOD_ENOUGH = 0.97  # of the best pace, for a smaller size to be taken
+_SLOW_BELOW = 0.4  # of it, after the warm-up, for a smaller size to be timed; a busy machine flatters small sizes
+_SLOW_ABOVE = 0.15  # of it, for a larger size
+_WARM_UPS = 3  # of which the best counts: what disturbs a machine makes nothing faster
+_THRESHOLDS = (0.75, 0.85, 0.9, 0.93, 0.95)  # of the best pace, below which a size is pruned after each stage
+_ROUNDS_PER_STAGE = 4
+_MAX_ROUNDS = 40
+_SHORTEST_S = 0.02  # what is timed at least, for the clock and the scheduler
 _ENOUGH_ROWS = 64
 _MAX_BATCHES = 8  # of one size, which stay on the device while sizes are timed
 
 
 class AutoTuner:
-    """Chooses once, and again where a batch has twice the rows of one that was too small to choose from.
-
-    Attributes:
-        choice: the last one; None before the first batch.
-    """
+    """Chooses once, and again where a batch has twice the rows of one that was too small to choose from."""
 
     def __init__(self, option: Auto) -> None:
         self._option = option
-        self.choice: MicroBatchChoice | None = None
+        self.choice: MicroBatchChoice | None = None  # the last one
 
     def is_due(self, num_rows: int) -> bool:
         """Whether a batch of so many rows asks for a choice."""
@@ -50,42 +54,29 @@ class AutoTuner:
         return choice is None or (choice.is_bound_by_rows and num_rows >= 2 * choice.num_rows)
 
     def tune(self, dry_run: DryRun, back_propagate: BackPropagation, group: TuningGroup) -> MicroBatchChoice:
-        """Find the size for the batch of a dry run, together with the processes of a group.
-
-        Raises:
-            DoesNotFitError: not even one row fits.
-            ModelError: it has lazy layers that have not run.
-            Exception: whatever the model raises on one row.
-        """
+        """Find the size for the batch of a dry run, together with the processes of a group."""
+        since = time.perf_counter()
         refuse_lazy(dry_run.model, 'micro_batch_size="auto"')
         with ExternalState(dry_run.model, dry_run.loss_fn, dry_run.probe_batch.collate):
-            self.choice = self._tune(dry_run, back_propagate, group)
-        return self.choice
-
-    def _tune(self, dry_run: DryRun, back_propagate: BackPropagation, group: TuningGroup) -> MicroBatchChoice:
-        since = time.perf_counter()
-        key, budget, cached = group.attempt(lambda: self._prepare(dry_run, group.size))
-        of_all = group.gather(None if cached is None else cached.micro_batch_size)
-        if cached is not None and len(set(of_all)) == 1:
-            return cached
-        largest, estimate = group.attempt(lambda: _largest(dry_run, budget))
-        choice = self._search(dry_run, min(group.gather(largest)), back_propagate, group)
-        breakdown = None if estimate is None else estimate.peak(choice.micro_batch_size)
-        peak_bytes = 0 if breakdown is None else breakdown.total
-        choice = replace(choice, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
-        if self._option.cache:
-            cache.write(key, cache.CachedChoice(choice, breakdown, budget.num_bytes))
+            key, budget, choice = group.attempt(lambda: self._prepare(dry_run, group.size))
+            of_all = group.gather(None if choice is None else choice.micro_batch_size)
+            if choice is None or len(set(of_all)) > 1:
+                largest, estimate = group.attempt(lambda: _largest(dry_run, budget))
+                choice = self._search(dry_run, min(group.gather(largest)), back_propagate, group)
+                breakdown = None if estimate is None else estimate.peak(choice.micro_batch_size)
+                peak_bytes = 0 if breakdown is None else breakdown.total
+                choice = replace(choice, peak_bytes=peak_bytes, elapsed_s=time.perf_counter() - since)
+                if self._option.cache:
+                    write_cached(key, choice, breakdown, budget)
+        self.choice = choice
         return choice
 
     def _prepare(self, dry_run: DryRun, num_processes: int) -> tuple[str, Budget, MicroBatchChoice | None]:
         """What a choice depends on, and the cached one, if it still holds."""
         option = self._option
-        key = cache.key_of(dry_run, option, num_processes)
+        key = cache_key(dry_run, option, num_processes)
         budget = tuning_budget(option.memory, option.margin, dry_run.model)
-        cached = cache.read(key) if option.cache else None
-        if cached is None or not cached.holds_under(budget):
-            return key, budget, None
-        return key, budget, replace(cached.choice, is_cached=True)
+        return key, budget, read_cached(key, budget) if option.cache else None
 
     def _search(
         self, dry_run: DryRun, largest: int, back_propagate: BackPropagation, group: TuningGroup
@@ -111,16 +102,12 @@ class AutoTuner:
 
 
 class _TimedSteps:
-    """Micro-steps of any size, whose batches are taken and moved before they are timed.
-
-    Attributes:
-        own_generators: the user's, as the first step of each size has shown them.
-    """
+    """Micro-steps of any size, whose batches are taken and moved before they are timed."""
 
     def __init__(self, probe_run: ProbeRun, dry_run: DryRun, device: torch.device) -> None:
         self._probe_run = probe_run
         self._model, self._probe_batch, self._device = dry_run.model, dry_run.probe_batch, device
-        self.own_generators = CustomGenerators()
+        self.own_generators = CustomGenerators()  # as the first step of each size has shown them
         self._batches: dict[int, Iterator[Batch]] = {}
         self._size = 0  # of the last step
         self._num_left = 0  # of its window
@@ -151,6 +138,109 @@ class _TimedSteps:
         return [map_tensors(lambda tensor: tensor.to(self._device), batch) for batch in taken]
 
 
+class Search:
+    """Times sizes, given in ascending order, until one stands out or `seconds` are over on the clock."""
+
+    def __init__(
+        self,
+        step: Callable[[int], None],  # runs one micro-step of so many rows, to its end
+        sizes: Sequence[int],
+        seconds: float,
+        clock: Callable[[], float],
+        stopwatch: Callable[[], float],  # for steps
+    ) -> None:
+        self._step, self._clock, self._stopwatch = step, clock, stopwatch
+        self._seconds, self._end = seconds, clock() + seconds
+        self._order = random.Random(0)  # not the user's
+        self.sizes = list(sizes)  # on out-of-memory one is dropped, with all above it
+        self._rounds: list[dict[int, float]] = []  # samples per second by size, of each round
+
+    def run(self) -> tuple[SizeTiming, ...]:
+        """The timings, by size. An error of the model comes out where it takes none, or the smallest does not fit."""
+        first = self._warm_up()
+        best = max(first.values())
+        reference = max(first, key=first.__getitem__)  # stays to the end: all are compared with it
+        slow = {size: _SLOW_BELOW if size < reference else _SLOW_ABOVE for size in first}
+        rows = round(best * _SHORTEST_S)  # that each size runs at least, in as many steps as that takes
+        repeats = {size: max(-(-rows // size), 1) for size in first if first[size] >= slow[size] * best}
+        thresholds = iter(_THRESHOLDS)
+        while len(repeats) > 1 and len(self._rounds) < _MAX_ROUNDS and (self._clock() < self._end or not self._rounds):
+            order = list(repeats)
+            self._order.shuffle(order)
+            self._rounds.append({size: self._pace(size, repeats[size]) for size in order})
+            if len(self._rounds) % _ROUNDS_PER_STAGE == 0:
+                ratios = self._ratios(repeats, reference)
+                bound = next(thresholds, _THRESHOLDS[-1]) * max(ratios.values())
+                repeats = {size: num for size, num in repeats.items() if ratios[size] >= bound or size == reference}
+        return self._timings(first, reference)
+
+    def _warm_up(self) -> dict[int, float]:
+        """A first pace of each size, from small to large, up to where two in a row are slow."""
+        paces: dict[int, float] = {}
+        num_slow = 0
+        refusals: list[Exception] = []
+        for size in tuple(self.sizes):
+            try:
+                paces[size] = self._first_pace(size)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    if not paces:
+                        raise
+                    self.sizes = list(paces)
+                    break
+                refusals.append(error)  # a model may refuse one size: BatchNorm a single row
+                self.sizes.remove(size)
+                continue
+            num_slow = num_slow + 1 if paces[size] < _SLOW_ABOVE * max(paces.values()) else 0
+            if num_slow > 1 or self._clock() > self._end - 0.4 * self._seconds:
+                break
+        if not paces:
+            raise refusals[-1]
+        return paces
+
+    def _first_pace(self, size: int) -> float:
+        self._step(size)  # the first of a size allocates, and chooses kernels
+        pace = self._pace(size, 1)
+        for _ in range(_WARM_UPS - 1):
+            if size < 0.02 * self._seconds * pace:  # it takes less than a fiftieth of the time
+                pace = max(pace, self._pace(size, 1))
+        return pace
+
+    def _pace(self, size: int, num_steps: int) -> float:
+        """Samples per second."""
+        start = self._stopwatch()
+        for _ in range(num_steps):
+            self._step(size)
+        return size * num_steps / max(self._stopwatch() - start, 1e-9)
+
+    def _ratios(self, sizes: Iterable[int], reference: int) -> dict[int, float]:
+        """Of the paces of some sizes to that of the reference, medians over the rounds in which they ran."""
+        return {
+            size: median(paces[size] / paces[reference] for paces in self._rounds if size in paces) for size in sizes
+        }
+
+    def _timings(self, first: dict[int, float], reference: int) -> tuple[SizeTiming, ...]:
+        if not self._rounds:  # one size, or none that could keep up with it
+            self._rounds.append({reference: first[reference]})
+        ratios = self._ratios(self._rounds[0], reference)
+        best = max(ratios.values())
+        found = []
+        for size, pace in first.items():
+            paces = [of_round[size] for of_round in self._rounds if size in of_round]
+            ratio = ratios[size] if paces else pace / first[reference]
+            found.append(SizeTiming(size, median(paces or [pace]), ratio / best, len(paces)))
+        return tuple(found)
+
+
+def choose(timings: Sequence[SizeTiming]) -> SizeTiming:
+    """The smallest size within 3 % of the best pace, of those that stayed to the end."""
+    most = max(timing.num_rounds for timing in timings)
+    stayed = [timing for timing in timings if timing.num_rounds == most]
+    best = max(timing.ratio for timing in stayed)
+    good = [timing for timing in stayed if timing.ratio >= _GOOD_ENOUGH * best]
+    return min(good, key=lambda timing: timing.micro_batch_size)
+
+
 def _largest(dry_run: DryRun, budget: Budget) -> tuple[int, PeakEstimate | None]:
     """The largest size that fits, and the estimate; all rows of the batch where nothing can be predicted."""
     try:
@@ -174,5 +264,5 @@ def _reason(size: int, fastest: int, largest: int, num_rows: int) -> str:
         return f"the fastest, and the largest: {bound}"
     if size == fastest:
         return f"the fastest of those up to {largest} ({bound})"
-    within = f"within {100 * (1 - GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest})"
+    within = f"within {100 * (1 - _GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest})"
     return f"the smallest {within}, of those up to {largest} ({bound})"

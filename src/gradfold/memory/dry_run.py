@@ -8,34 +8,73 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from gradfold.batch.nesting import Batch, every_leaf, map_tensors
+from gradfold.batch.nesting import Batch, cut_rows, every_leaf, map_tensors
+from gradfold.batch.rows import num_rows
 from gradfold.batch.split import Collate
 from gradfold.distributed.fsdp import ShardingRecipe, gathered_parameters, set_reducing, sharded_modules
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, read_pair, read_terms
-from gradfold.errors import DistributedError
-from gradfold.memory.probe_batch import ProbeBatch
-from gradfold.memory.torch_private import BatchNormBase, FakeTensor, FakeTensorMode, tree_leaves
-from gradfold.memory.trace import AllocationTrace
-from gradfold.memory.tracker import MemoryTracker, state_tensors, storage_bytes
+from gradfold.errors import BatchError, DistributedError, OptionError
+from gradfold.memory.torch_private import BatchNormBase, FakeTensor, FakeTensorMode
+from gradfold.memory.tracker import AllocationTrace, MemoryTracker, state_tensors, storage_bytes, tensors_in
 from gradfold.precision import Precision
 from gradfold.self_check.rng_replay import CustomGenerators
 from gradfold.state.external import ExternalState
 from gradfold.state.gradients import GradientBuffer
 
-Copies: TypeAlias = "tuple[nn.Module, torch.optim.Optimizer | None]"
+
+class ProbeBatch:
+    """One global batch (not a window), from which micro-batches are taken to probe their memory and speed.
+
+    Samples to collate vary in length: there a micro-batch is the longest sample repeated, which is the worst case.
+    """
+
+    def __init__(self, batch: Batch, collate: Collate | None) -> None:
+        self._batch = batch
+        self.collate = collate
+        if collate is None:
+            self.num_rows = num_rows(batch)
+            return
+        if not isinstance(batch, Sequence) or not batch:
+            raise BatchError("with collate=, the batch must be a list of at least one sample.")
+        self.num_rows = len(batch)
+        self._longest = max(batch, key=extent)
+
+    def take(self, size: int) -> Batch:
+        """A micro-batch of `size` rows, on the host."""
+        if not 1 <= size <= self.num_rows:
+            raise OptionError(f"a micro-batch of {size} rows; expected 1 to {self.num_rows}, the rows of the batch.")
+        if self.collate is not None:
+            return self.collate([self._longest] * size)
+        return cut_rows(self._batch, [size, self.num_rows - size])[0]
+
+    def take_unchanged(self, size: int, start: int) -> Batch:
+        """The rows from `start`, with the lengths that they have."""
+        if self.collate is not None:
+            return self.collate(list(self._batch[start : start + size]))
+        return cut_rows(self._batch, [start, size, self.num_rows - start - size])[1]
+
+    def host_bytes(self, size: int) -> int:
+        """What a window's inputs take on the host: the batch and, where it is collated, all micro-batches."""
+        collated = 0 if self.collate is None else storage_bytes(every_leaf(self.take(1))) * size
+        return storage_bytes(every_leaf(self._batch)) + -(-self.num_rows // size) * collated
+
+    def device_bytes(self, size: int, block: int) -> int:
+        """What they take on a device: the micro-batch in use, and the next one, which is moved ahead."""
+        leaves = [leaf for leaf in every_leaf(self.take(1)) if isinstance(leaf, Tensor)]
+        return sum(round_up(leaf.nbytes * size, block) for leaf in leaves) * min(2, -(-self.num_rows // size))
 
 
 class Planned(Protocol):
@@ -63,18 +102,11 @@ class DryRun:
     as_on_cuda: bool = False  # run what torch would on CUDA: optimizers that step all parameters at once
 
     @classmethod
-    def of(
-        cls, accumulator: Planned, probe_batch: ProbeBatch, optimizer: torch.optim.Optimizer | None = None
-    ) -> DryRun:
+    def of(cls, accumulator: Planned, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> DryRun:
         """What an accumulator runs."""
         model, loss_fn, precision = accumulator.model, accumulator.loss_fn, accumulator.precision
-        once = accumulator.fsdp_reduce == "per_window"
+        probe_batch, once = ProbeBatch(batch, accumulator.collate), accumulator.fsdp_reduce == "per_window"
         return cls(model, loss_fn, probe_batch, optimizer, precision, reduces_once=once)
-
-    @property
-    def num_distinct(self) -> int:
-        """Micro-batches that differ in memory: the first finds no gradient to add to, the last may reduce it."""
-        return 3 if self.reduces_once else 2
 
     def buffer_bytes(self, num_micro_batches: int) -> int:
         """What a window keeps of BatchNorm: statistics as it found them, twice, and those of every micro-batch."""
@@ -92,7 +124,7 @@ class DryRun:
 
         with self._restored():
             batches = [map_tensors(convert, self.probe_batch.take(size)) for _ in range(num_micro_batches)]
-            copies = _copy(self.model, self.optimizer, mode)
+            copies = self._copy(mode)
             with nullcontext() if mode is None else mode:
                 return self._trace(*copies, batches)
 
@@ -109,6 +141,35 @@ class DryRun:
             if was_enabled:
                 gc.enable()
 
+    def _copy(self, mode: FakeTensorMode | None) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+        """Model and optimizer with tensors of their own; under a mode fake ones, in shards where the model has them."""
+        model, optimizer = self.model, self.optimizer
+        is_sharded = bool(sharded_modules(list(model.modules())))
+        if mode is None:
+            if is_sharded:
+                raise DistributedError("its parameters are sharded: no rank can run it alone")
+            return copy.deepcopy((model, optimizer))
+        memo: dict[int, Any] = {}
+        if is_sharded:
+            recipe = ShardingRecipe(model)
+            with mode:
+                memo |= recipe.whole_parameters()
+        memo |= {id(tensor): _fake(tensor, mode) for tensor in self._tensors() if id(tensor) not in memo}
+        if not is_sharded:
+            return copy.deepcopy((model, optimizer), memo)
+        copied = recipe.copy(memo)
+        with mode:
+            memo |= recipe.apply(copied)  # which an optimizer steps
+        return copied, copy.deepcopy(optimizer, memo)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Every tensor that a copy of model and optimizer would copy."""
+        for module in self.model.modules():
+            yield from tensors_in(vars(module))
+        if self.optimizer is not None:
+            yield from tensors_in(self.optimizer.param_groups)
+            yield from state_tensors(self.optimizer)
+
     def _trace(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Sequence[Batch]
     ) -> AllocationTrace:
@@ -116,14 +177,14 @@ class DryRun:
         if self.checkpointed is not None:
             for layer in model.get_submodule(self.checkpointed).children():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        _drop(model.parameters())
+        model.zero_grad()
         if optimizer is not None:
             for options in optimizer.param_groups if self.as_on_cuda else ():
                 if options.get("foreach", False) is None and not options.get("fused"):
                     options["foreach"] = True
             self._window(model, batches[:1])  # its state comes with the first update
             optimizer.step()
-            _drop(model.parameters())
+            model.zero_grad()
         inputs = [leaf for batch in batches for leaf in every_leaf(batch) if isinstance(leaf, Tensor)]
         tracker = MemoryTracker(model, optimizer, inputs)
         with tracker:
@@ -143,11 +204,11 @@ class DryRun:
         parameters, modules = list(model.parameters()), list(model.modules())
         sharded = sharded_modules(modules)
         gradients = GradientBuffer(parameters, self.precision.sums)
-        run, back_propagate = self.precision.around(self.loss_fn), BackPropagation()
+        run = self.precision.around(self.loss_fn)
         metrics: list[dict[str, Tensor]] = []
         for index, batch in enumerate(batches):
             set_reducing(sharded, index == len(batches) - 1 or not self.reduces_once)
-            with saved_tensors_hooks(_off, _on) if self.is_offloading else nullcontext():
+            with _offloaded() if self.is_offloading else nullcontext():
                 output = run(model, batch)
                 if isinstance(output, tuple):
                     output, of_batch = read_pair(output)
@@ -155,48 +216,10 @@ class DryRun:
                 terms = read_terms(output)
                 del output
                 own = set(map(id, [*parameters, *gathered_parameters(modules)]))  # gathered by the forward pass
-                others = [leaf for leaf in graph_leaves(terms.values()) if id(leaf) not in own]
-                with _without_gradients(others, is_fake=isinstance(parameters[0], FakeTensor)):
-                    back_propagate([(term, 1.0) for term in terms.values()])
-                    del terms
+                _back_propagate(terms.values(), own, is_fake=isinstance(parameters[0], FakeTensor))
+                del terms
         gradients.settle()
         return metrics
-
-
-def _copy(model: nn.Module, optimizer: torch.optim.Optimizer | None, mode: FakeTensorMode | None) -> Copies:
-    """Model and optimizer with tensors of their own; under a mode fake ones, in shards where the model has them.
-
-    Raises:
-        DistributedError: it has shards, which no rank can run alone; or fakes cannot be sharded in the same way.
-    """
-    is_sharded = bool(sharded_modules(list(model.modules())))
-    if mode is None:
-        if is_sharded:
-            raise DistributedError("its parameters are sharded: no rank can run it alone")
-        return copy.deepcopy((model, optimizer))
-    memo: dict[int, Any] = {}
-    if is_sharded:
-        recipe = ShardingRecipe(model)
-        with mode:
-            memo |= recipe.whole_parameters()
-    memo |= {id(tensor): _fake(tensor, mode) for tensor in _tensors(model, optimizer) if id(tensor) not in memo}
-    if not is_sharded:
-        return copy.deepcopy(model, memo), copy.deepcopy(optimizer, memo)
-    copied = recipe.copy(memo)
-    with mode:
-        memo |= recipe.apply(copied)  # which an optimizer steps
-    return copied, copy.deepcopy(optimizer, memo)
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """Every tensor that a copy of model and optimizer would copy."""
-    found = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        found += [leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-    if optimizer is not None:
-        found += [one for group in optimizer.param_groups for one in group["params"]]
-        found += state_tensors(optimizer)
-    return found
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
@@ -208,37 +231,47 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         return torch.tensor(value, dtype=tensor.dtype)
 
 
-@contextmanager
-def _without_gradients(others: Sequence[Tensor], is_fake: bool) -> Iterator[None]:
-    """Set aside the gradients of leaves that are not in the model; TypeError where one is real, and the model fake."""
+def _back_propagate(terms: Collection[Tensor], own: Set[int], is_fake: bool) -> None:
+    """Leave the gradients of leaves outside the model; TypeError where one is real, and the model fake."""
+    others = [leaf for leaf in graph_leaves(terms) if id(leaf) not in own]
     for other in others:
         if is_fake and not isinstance(other, FakeTensor):
             raise TypeError(f"loss_fn trains a tensor of shape {tuple(other.shape)} that is not in the model")
-    gradients = [other.grad for other in others]
-    _drop(others)
+    gradients = GradientBuffer(())
+    gradients.set_aside(others)
     try:
-        yield
+        BackPropagation()([(term, 1.0) for term in terms])
     finally:
-        for other, gradient in zip(others, gradients, strict=True):
-            other.grad = gradient
+        gradients.put_back(())
 
 
-def _drop(tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.grad = None
-
-
-def _off(tensor: Tensor) -> tuple[Any, ...]:
+def _offloaded() -> saved_tensors_hooks:
     """As `save_on_cpu`, on fake tensors too: what is saved is off the device until it is needed."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
+    def pack(tensor: Tensor) -> Callable[[], Tensor]:
+        shape, stride, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
-def _on(saved: tuple[Any, ...]) -> Tensor:
-    shape, stride, dtype, device = saved
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return saved_tensors_hooks(pack, lambda make: make())
 
 
 def watching(own: CustomGenerators, model: nn.Module) -> AbstractContextManager[object]:
     """Let it see the generators that a model draws from; not of a compiled one, which would be compiled again."""
     compiled = [getattr(one, "_compiled_call_impl", None) or hasattr(one, "_orig_mod") for one in model.modules()]
     return nullcontext() if any(compiled) else own
+
+
+def round_up(num_bytes: int, block: int) -> int:
+    """Memory as an allocator hands it out, in blocks."""
+    return -(-num_bytes // block) * block
+
+
+def extent(sample: Any) -> int:
+    """How much there is of a sample: elements of tensors and arrays, letters of text, and one for each other value."""
+    found = 0
+    for leaf in every_leaf(sample):
+        size = leaf.numel() if isinstance(leaf, Tensor) else getattr(leaf, "size", None)
+        if not isinstance(size, int):
+            size = len(leaf) if isinstance(leaf, Sized) else 1
+        found += size
+    return found

@@ -6,8 +6,9 @@ the rows. So the peak of every size is exact, wherever it moves to. Where traces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, replace
 from functools import cache
 
 import torch
@@ -15,23 +16,20 @@ from torch import nn
 
 from gradfold.engine.recovery import release_memory
 from gradfold.errors import ModelError, is_out_of_memory
-from gradfold.memory.dry_run import DryRun
-from gradfold.memory.trace import AllocationTrace, MemoryBreakdown, highest
-from gradfold.memory.tracker import BACKWARD, UPDATE, storage_bytes
+from gradfold.memory.dry_run import DryRun, round_up
+from gradfold.memory.tracker import BACKWARD, UPDATE, AllocationTrace, MemoryBreakdown, highest, storage_bytes
 from gradfold.messages import first_line
 
 _ROWS = 8  # of the larger run on fake tensors; one row alone may take another way (`squeeze`, BatchNorm)
 _PROBE_ROWS = 16  # fused kernels pad what they keep, which shows less in more rows
 _BLOCK = 512  # bytes, in which CUDA's caching allocator hands out memory
 _TOLERANCE = 1e-3
-_RECURRENT = "recurrent layers run in one fused operator, which saves other tensors than fake ones show"
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int | None:
     """The largest number from 1 to `most` that fits, where everything below one that fits does too.
 
-    `most` comes first: often all of it fits, and a whole batch at once needs less than two halves (no gradient is there
-    yet to add to).
+    `most` comes first: a whole batch at once needs less than two halves (no gradient is there yet to add to).
 
     >>> largest_that_fits(lambda rows: 3 * rows <= 100, 128)
     33
@@ -40,76 +38,35 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int | None:
     """
     if most >= 1 and fits(most):
         return most
-    if most <= 1 or not fits(1):
-        return None
-    low, high = 1, most  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-@dataclass(frozen=True)
-class LinearFit:
-    """Lines through the traces of one program at two sizes."""
-
-    sizes: tuple[int, int]
-    traces: tuple[AllocationTrace, AllocationTrace]
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether the traces agree, storage by storage."""
-        return self.traces[0].agrees_with(self.traces[1])
-
-    def peaks(self, size: int, block: int) -> dict[str, MemoryBreakdown]:
-        """By phase, where the traces agree."""
-        pairs = zip(*(trace.num_bytes for trace in self.traces), strict=True)
-        return self.traces[0].peaks([round_up(self.at(size, low, high), block) for low, high in pairs])
-
-    def peaks_of_phases(self, size: int) -> dict[str, MemoryBreakdown]:
-        """By phase, from the peaks of the phases alone, which miss a peak that moves."""
-        first, second = (trace.peaks() for trace in self.traces)
-        pairs = {phase: zip(astuple(low), astuple(second[phase]), strict=True) for phase, low in first.items()}
-        return {phase: MemoryBreakdown(*(self.at(size, *pair) for pair in kinds)) for phase, kinds in pairs.items()}
-
-    def at(self, size: int, low: int, high: int) -> int:
-        """What is `low` and `high` at the two sizes."""
-        first, second = self.sizes
-        step = (size - first) / (second - first) if second > first else 0.0
-        return max(round(low + (high - low) * step), 0)
+    return bisect_left(range(1, most), True, key=lambda size: not fits(size)) or None
 
 
 class PeakEstimate:
     """What a window and its update take on a device (a CUDA device need not be there), for every size.
 
-    Attributes:
-        num_rows: of the global batch.
-        source: "fake tensors" or "probes", which are real runs of few rows.
-        reason: why probes had to be run.
-
-    Raises:
-        ModelError: neither fake tensors nor probes can run.
+    From fake tensors, or from probes, which are real runs of few rows; ModelError where neither can run.
     """
 
     def __init__(self, dry_run: DryRun, device: torch.device) -> None:
         self._dry_run = replace(dry_run, as_on_cuda=device.type == "cuda")
         self._is_on_host = device.type == "cpu"
         self._block = _BLOCK if device.type == "cuda" else 1
-        self.num_rows = dry_run.probe_batch.num_rows
-        is_recurrent = any(isinstance(module, nn.RNNBase) for module in dry_run.model.modules())
-        self.source, self.reason = "fake tensors", _RECURRENT if is_recurrent else ""
-        self._fit = cache(self._run_two)
+        self.num_rows = dry_run.probe_batch.num_rows  # of the global batch
+        self._pair = cache(self._run_two)
         self._run = cache(self._dry_run.run)
         self._is_linear = True
-        if not self.reason:
+        self.source, self.reason = "fake tensors", ""  # why probes had to be run
+        if any(isinstance(module, nn.RNNBase) for module in dry_run.model.modules()):
+            self.reason = "recurrent layers run in one fused operator, which saves other tensors than fake ones show"
+        else:
             try:
-                self._fit(self._num_micro_batches(1))
+                self._pair(self._num_micro_batches(1))
                 return
             except Exception as error:
                 self.reason = f"it does not run on fake tensors ({first_line(error)})"
         self.source = "probes"
         try:
-            self._fit(self._num_micro_batches(1))
+            self._pair(self._num_micro_batches(1))
         except Exception as error:
             raise ModelError(
                 f"the memory of {type(dry_run.model).__name__} cannot be predicted: {self.reason}, and real runs of a "
@@ -120,18 +77,26 @@ class PeakEstimate:
     def peaks(self, size: int) -> Mapping[str, MemoryBreakdown]:
         """The breakdown when most is in use, by phase."""
         num_micro_batches = self._num_micro_batches(size)
-        fit = self._fit(num_micro_batches)
-        first, second = fit.traces
-        held = fit.at(size, first.held_metrics, second.held_metrics)
-        per_row = fit.at(size, first.row_metrics, second.row_metrics)
-        if self._is_linear and fit.is_linear:
-            peaks = fit.peaks(size, self._block)
-        elif self.source == "probes":
-            peaks = fit.peaks_of_phases(size)
-        else:
-            trace = self._run(size, num_micro_batches, is_fake=True)
-            held, per_row = trace.held_metrics, trace.row_metrics
-            peaks = trace.peaks([round_up(num_bytes, self._block) for num_bytes in trace.num_bytes])
+        at, traces = self._pair(num_micro_batches)
+        if self.source == "fake tensors" and not (self._is_linear and traces[0].agrees_with(traces[1])):
+            at, traces = (size, size), [self._run(size, num_micro_batches, is_fake=True)] * 2  # which stands for both
+
+        def read(low: int, high: int) -> int:
+            """What is `low` and `high` in the two traces."""
+            step = (size - at[0]) / (at[1] - at[0]) if at[1] > at[0] else 0.0
+            return max(round(low + (high - low) * step), 0)
+
+        first, second = traces
+        held, per_row = read(first.held_metrics, second.held_metrics), read(first.row_metrics, second.row_metrics)
+        if first.agrees_with(second):
+            pairs = zip(first.num_bytes, second.num_bytes, strict=True)
+            peaks = first.peaks([round_up(read(*pair), self._block) for pair in pairs])
+        else:  # from the peaks of the phases alone, which miss a peak that moves
+            ends = second.peaks()
+            peaks = {
+                phase: MemoryBreakdown(*map(read, astuple(low), astuple(ends[phase])))
+                for phase, low in first.peaks().items()
+            }
         probe_batch = self._dry_run.probe_batch
         inputs = probe_batch.host_bytes(size) if self._is_on_host else probe_batch.device_bytes(size, self._block)
         buffers = self._dry_run.buffer_bytes(-(-self.num_rows // size))
@@ -182,23 +147,19 @@ class PeakEstimate:
         return found
 
     def _num_micro_batches(self, size: int) -> int:
-        return min(self._dry_run.num_distinct, -(-self.num_rows // size))
+        """Of those that differ in memory: the first finds no gradient to add to, the last may reduce it."""
+        return min(3 if self._dry_run.reduces_once else 2, -(-self.num_rows // size))
 
-    def _run_two(self, num_micro_batches: int) -> LinearFit:
+    def _run_two(self, num_micro_batches: int) -> tuple[Sequence[int], list[AllocationTrace]]:
+        """Traces at two sizes, and these sizes."""
         is_fake = self.source == "fake tensors"
         high = min(_ROWS if is_fake else _PROBE_ROWS, self.num_rows)
         while True:
             sizes = max(high // 2, 1), high
             try:
-                low_trace, high_trace = (self._dry_run.run(size, num_micro_batches, is_fake=is_fake) for size in sizes)
-                return LinearFit(sizes, (low_trace, high_trace))
+                return sizes, [self._dry_run.run(size, num_micro_batches, is_fake=is_fake) for size in sizes]
             except Exception as error:
                 if is_fake or high < 2 or not is_out_of_memory(error):
                     raise
             high //= 2
             release_memory(next(self._dry_run.model.parameters()).device)
-
-
-def round_up(num_bytes: int, block: int) -> int:
-    """Memory as an allocator hands it out, in blocks."""
-    return -(-num_bytes // block) * block

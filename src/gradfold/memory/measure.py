@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.memory.system import high_water_mark_bytes, reset_high_water_mark
-from gradfold.memory.trace import MemoryBreakdown, highest
-from gradfold.memory.tracker import MemoryTracker
+from gradfold.memory.tracker import MemoryBreakdown, MemoryTracker, highest
 
 __all__ = ["PeakMemory", "measure_peak"]
 

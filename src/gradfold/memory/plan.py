@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from gradfold.batch.nesting import Batch
+from gradfold.distributed.fsdp import sharded_modules
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.errors import DoesNotFitError, OptionError
-from gradfold.memory.amount import Margin, written
-from gradfold.memory.budget import Budget, budget_for
+from gradfold.memory.budget import Budget, Margin, margin_for, read_bytes, written
 from gradfold.memory.dry_run import DryRun, Planned
 from gradfold.memory.estimate import PeakEstimate
-from gradfold.memory.probe_batch import ProbeBatch
-from gradfold.memory.savings import MemorySaving, savings_of
-from gradfold.memory.trace import MemoryBreakdown, highest
+from gradfold.memory.tracker import MemoryBreakdown, highest
+from gradfold.precision import Precision
 
 __all__ = ["Plan", "PlanRow", "plan"]
 
@@ -123,8 +122,8 @@ def plan(
     since = time.perf_counter()
     refuse_lazy(accumulator.model, "gradfold.plan")
     target = _device(device, accumulator.model)
-    budget = budget_for(memory, margin, target)
-    dry_run = DryRun.of(accumulator, ProbeBatch(batch, accumulator.collate), optimizer)
+    budget = Budget(read_bytes(memory), margin_for(target, margin, is_process_there=False))
+    dry_run = DryRun.of(accumulator, batch, optimizer)
     estimate = PeakEstimate(dry_run, target)
     size = estimate.solve(budget.has_room_for)
     if size is None:
@@ -148,22 +147,67 @@ def plan(
     )
 
 
-def _row(estimate: PeakEstimate, size: int, budget: Budget, saving: MemorySaving | None = None) -> PlanRow:
+def _row(estimate: PeakEstimate, size: int, budget: Budget) -> PlanRow:
     by_phase = estimate.peaks(size)
     breakdown = highest(by_phase.values())
     num_micro_batches, needed = -(-estimate.num_rows // size), budget.needed_bytes(breakdown)
-    names = ("", "") if saving is None else (saving.name, saving.cost)
-    return PlanRow(size, num_micro_batches, breakdown, by_phase, needed, budget.has_room_for(breakdown), *names)
+    return PlanRow(size, num_micro_batches, breakdown, by_phase, needed, budget.has_room_for(breakdown))
 
 
 def _rows_with_savings(dry_run: DryRun, device: torch.device, budget: Budget) -> Iterator[PlanRow]:
     """The largest size with each saving; those that cannot be run are left out."""
-    for saving in savings_of(dry_run, device):
+    for name, cost, changed in _savings(dry_run, device):
         try:
-            estimate = PeakEstimate(saving.dry_run, device)
-            yield _row(estimate, estimate.solve(budget.has_room_for) or 1, budget, saving)
+            estimate = PeakEstimate(changed, device)
+            row = _row(estimate, estimate.solve(budget.has_room_for) or 1, budget)
+            yield replace(row, saving=name, cost=cost)
         except Exception:  # a model that does not run so, in some way of its own
             continue
+
+
+def _savings(dry_run: DryRun, device: torch.device) -> Iterator[tuple[str, str, DryRun]]:
+    """Changes that take less memory on this device, each with what it costs and the line that makes it."""
+    model, precision = dry_run.model, dry_run.precision
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    layers = longest_list(model)
+    if layers is not None:
+        name = f"checkpoint {layers}"
+        cost = f"each module of {layers!r} runs twice: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)"
+        yield name, cost, replace(dry_run, checkpointed=layers)
+    if precision.compute is None and torch.float32 in dtypes:
+        cost = 'activations are rounded to 8 bits: precision="bf16"'
+        yield "bf16 autocast", cost, replace(dry_run, precision=replace(precision, compute=torch.bfloat16))
+    if precision.accumulate_dtype is not None and dtypes & {torch.bfloat16, torch.float16}:
+        cost = (
+            "gradients are summed in the parameters' own dtype, off by 1 % over 128 micro-batches: "
+            "precision=Precision(accumulate_dtype=None)"
+        )
+        yield "narrow sums", cost, replace(dry_run, precision=Precision(precision.compute, accumulate_dtype=None))
+    if sharded_modules(list(model.modules())):
+        if dry_run.reduces_once:
+            name, option = "reduce every time", "per_micro_batch"
+            cost = "gradients are reduced once per micro-batch, and no rank keeps whole ones"
+        else:
+            name, option = "reduce once", "per_window"
+            cost = "gradients are reduced once per window, and each rank keeps whole ones until then"
+        yield name, f'{cost}: fsdp_reduce="{option}"', replace(dry_run, reduces_once=not dry_run.reduces_once)
+    if device.type != "cpu":
+        cost = "saved tensors travel to the host and back: with torch.autograd.graph.save_on_cpu(pin_memory=True)"
+        yield "offload saved tensors", cost, replace(dry_run, is_offloading=True)
+
+
+def longest_list(model: nn.Module) -> str | None:
+    """The name of the `nn.ModuleList` or `nn.Sequential` inside the model whose modules hold most parameters.
+
+    Those of one kind and more than one, as the layers of a network are; None where there is none.
+    """
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1 and name:
+            kinds = {type(one) for one in module}
+            if len(kinds) == 1 and all(any(True for _ in one.children()) for one in module):
+                found[name] = sum(one.numel() for one in module.parameters())
+    return max(found, key=lambda name: found[name], default=None)
 
 
 def _does_not_fit(row: PlanRow, budget: Budget, with_savings: Iterator[PlanRow]) -> DoesNotFitError:
@@ -207,9 +251,8 @@ _ADVICE = {
 
 
 def _device(device: str | torch.device | None, model: nn.Module) -> torch.device:
-    own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if device is None:
-        return own
+        return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         asked = torch.device(device)
     except RuntimeError as error:

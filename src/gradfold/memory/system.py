@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+if sys.platform != "win32":
+    import resource
+
 _UNLIMITED = 1 << 60
 # Limit and usage of a control group (containers), of version 2 and of version 1.
 _CONTROL_GROUPS = (
@@ -65,8 +68,6 @@ def high_water_mark_bytes() -> int:
         return found
     if sys.platform == "win32":
         return 0
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -92,8 +93,6 @@ def _control_groups() -> Iterator[tuple[int, int]]:
 def _resource_limit(name: str) -> int | None:
     if sys.platform == "win32":
         return None
-    import resource
-
     limit, _ = resource.getrlimit(getattr(resource, name))
     return None if limit == resource.RLIM_INFINITY else limit
 

@@ -16,8 +16,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from unittest import mock
 
 import torch
 from torch._guards import active_fake_mode as active_fake_mode
@@ -32,21 +33,17 @@ __all__ = ["BatchNormBase", "FakeTensor", "FakeTensorMode", "TorchDispatchMode",
 
 def is_in_backward() -> bool:
     """Whether autograd is running a backward pass on this thread."""
-    task: int = torch._C._current_graph_task_id()
-    return task != -1
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def address_of(storage: torch.UntypedStorage) -> int:
     """The address of the storage in C++."""
-    address: int = storage._cdata
-    return address
+    return int(storage._cdata)
 
 
-@contextmanager
-def resizes_noted(note: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+def resizes_noted(note: Callable[[torch.UntypedStorage], None]) -> AbstractContextManager[object]:
     """Call `note` with a storage before and after each `resize_`, which no operator shows."""
     resize = torch.UntypedStorage.resize_
-    is_inherited = "resize_" not in vars(torch.UntypedStorage)
 
     def noted(storage: torch.UntypedStorage, size: int) -> object:
         note(storage)
@@ -54,10 +51,4 @@ def resizes_noted(note: Callable[[torch.UntypedStorage], None]) -> Iterator[None
         note(storage)
         return made
 
-    torch.UntypedStorage.resize_ = noted  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
-        if is_inherited:
-            del torch.UntypedStorage.resize_
+    return mock.patch.object(torch.UntypedStorage, "resize_", noted)

@@ -7,18 +7,21 @@ workspaces that kernels allocate inside an operator.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradfold.memory import torch_private
-from gradfold.memory.trace import AllocationTrace, Kind
+
+Kind: TypeAlias = Literal[
+    "parameters", "gradients", "optimizer_state", "saved_activations", "temporaries", "inputs"
+]  # what memory is for, as in a `MemoryBreakdown`
 
 BACKWARD, UPDATE = "forward and backward", "update"
 _SHARDS = ("fsdp", "c10d")  # whose operators gather parameters and sum gradients
@@ -31,6 +34,85 @@ _REDUCED_IN_PLACE = (
     torch.ops.aten.binary_cross_entropy.default,
     torch.ops.aten.soft_margin_loss.default,
 )
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """Bytes in use at one moment, by what they are for."""
+
+    parameters: int = 0  # those of modules, and their buffers
+    gradients: int = 0
+    optimizer_state: int = 0  # what optimizers keep between updates
+    saved_activations: int = 0  # what a forward pass left alive when its backward pass began
+    temporaries: int = 0  # everything else
+    inputs: int = 0  # batches, and what is computed from them without a parameter having a part in it
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+KINDS: tuple[str, ...] = tuple(field.name for field in fields(MemoryBreakdown))
+
+
+def highest(breakdowns: Iterable[MemoryBreakdown]) -> MemoryBreakdown:
+    """The breakdown with the largest total."""
+    return max(breakdowns, key=lambda one: one.total)
+
+
+class AllocationTrace:
+    """Takes events, and says when most memory was in use and for what."""
+
+    def __init__(self) -> None:
+        self.num_bytes: list[int] = []  # of each storage, by its number
+        self.kinds: list[Kind] = []  # of each storage; noted later than it was allocated, it counts from the start
+        self.initial: list[int] = []  # storages that were there before the first event
+        self.events: list[int] = []  # a storage's number where it was allocated, its complement where it was freed
+        self.phases: list[tuple[int, str]] = []  # where each stretch of events begins, and its name
+        self.held_metrics = 0  # bytes that stay in use for the metrics of one micro-batch until the window ends
+        self.row_metrics = 0  # of those with an entry per row, which are concatenated there
+
+    def begin(self, phase: str) -> None:
+        """The events from here on belong to this phase."""
+        self.phases.append((len(self.events), phase))
+
+    def add(self, num_bytes: int, kind: Kind, is_initial: bool = False) -> int:
+        """A storage: a new one, or one that has been there from the start, though it is seen only now."""
+        number = len(self.num_bytes)
+        self.num_bytes.append(num_bytes)
+        self.kinds.append(kind)
+        (self.initial if is_initial else self.events).append(number)
+        return number
+
+    def free(self, number: int) -> None:
+        """A storage is gone."""
+        self.events.append(~number)
+
+    def agrees_with(self, other: AllocationTrace) -> bool:
+        """Whether both are of one program: the same events, but for their bytes."""
+        ours, theirs = ((one.events, one.phases, one.initial, one.kinds) for one in (self, other))
+        return ours == theirs
+
+    def peaks(self, num_bytes: Sequence[int] | None = None) -> dict[str, MemoryBreakdown]:
+        """The breakdown when most was in use, by phase, in order; `num_bytes` stands in for those noted."""
+        sizes = self.num_bytes if num_bytes is None else num_bytes
+        now = dict.fromkeys(KINDS, 0)
+        for number in self.initial:
+            now[self.kinds[number]] += sizes[number]
+        total = sum(now.values())
+        peaks: dict[str, tuple[int, dict[str, int]]] = {}
+        stops = [*[start for start, _ in self.phases[1:]], len(self.events)]
+        for (start, phase), stop in zip(self.phases, stops, strict=True):
+            # What is in use when a stretch begins belongs to the one before, unless the phase is new.
+            peaks.setdefault(phase, (total, dict(now)))
+            for event in self.events[start:stop]:
+                number, sign = (event, 1) if event >= 0 else (~event, -1)
+                now[self.kinds[number]] += sign * sizes[number]
+                total += sign * sizes[number]
+                if event >= 0 and total > peaks[phase][0]:
+                    peaks[phase] = total, dict(now)
+        return {phase: MemoryBreakdown(**found) for phase, (_, found) in peaks.items()}
 
 
 class _LiveStorage(NamedTuple):
@@ -60,10 +142,11 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         self._parameters: dict[int, nn.Parameter] = {}
         self._made_of_parameters: set[int] = set()  # numbers
         self._is_backward = False
-        self.register(ignored, "ignored")
+        for storage in storages(ignored):
+            self._number(storage, "inputs", is_initial=True, held=0)
         if model is not None:
             self.register([*model.parameters(), *model.buffers()], "parameters")
-            self.register((one.grad for one in model.parameters() if one.grad is not None), "gradients")
+            self.register(tensors_in([one.grad for one in model.parameters()]), "gradients")
         if optimizer is not None:
             self.register(state_tensors(optimizer), "optimizer_state")
 
@@ -100,7 +183,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
             self._turn()
         is_of_shards = function.namespace in _SHARDS
         is_of_parameters = self._is_backward or is_of_shards
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             number = self._find(tensor, "parameters" if isinstance(tensor, nn.Parameter) else "inputs")
             is_of_parameters |= number in self._made_of_parameters
             if is_of_shards and number >= 0 and self.trace.kinds[number] == "inputs":
@@ -109,8 +192,8 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         made = function(*args, **kwargs)
         held = _held_bytes(function, args, made)
         kind: Kind = "temporaries" if is_of_parameters else "inputs"
-        for storage in chain.from_iterable(map(storages, _tensors(made))):
-            number = self._number(storage, self.trace.allocate, kind, held)
+        for storage in storages(tensors_in(made)):
+            number = self._number(storage, kind, held=held)
             if is_of_parameters:
                 self._made_of_parameters.add(number)
         return made
@@ -120,32 +203,32 @@ class MemoryTracker(torch_private.TorchDispatchMode):
         number = -1
         if kind == "parameters" and isinstance(tensor, nn.Parameter):
             self._parameters[id(tensor)] = tensor
-        for storage in storages(tensor):
-            number = self._number(storage, self.trace.find, kind)
-            if kind not in ("inputs", "ignored"):
+        for storage in storages([tensor]):
+            number = self._number(storage, kind, is_initial=True)
+            if kind != "inputs":
                 self._made_of_parameters.add(number)
         return number
 
     def _number(
-        self, storage: torch.UntypedStorage, enter: Callable[[int, Kind], int], kind: Kind, held: int | None = None
+        self, storage: torch.UntypedStorage, kind: Kind, is_initial: bool = False, held: int | None = None
     ) -> int:
         """The number of a storage, which gets one here if it is new or has another size than it had."""
         address, num_bytes = torch_private.address_of(storage), storage.nbytes()
         known = self._live.get(address)
         if known is not None and known.reference() is not storage:  # freed, though its thread has not reported it yet
-            self.free(address, known.number)
+            self._free(address, known.number)
             known = None
         if known is not None:
             if num_bytes == known.num_bytes:
                 return known.number
             self.trace.free(known.number)
-            enter, kind = self.trace.allocate, self.trace.kinds[known.number]
-        number = enter(num_bytes if held is None else held, kind)
-        reference = weakref.ref(storage, partial(_on_free, weakref.ref(self), address, number))
+            is_initial, kind = False, self.trace.kinds[known.number]
+        number = self.trace.add(num_bytes if held is None else held, kind, is_initial)
+        reference = weakref.ref(storage, partial(self._free, address, number))
         self._live[address] = _LiveStorage(reference, number, num_bytes)
         return number
 
-    def free(self, address: int, number: int) -> None:
+    def _free(self, address: int, number: int, _: object = None) -> None:
         """The storage of this number, at this address, is gone."""
         if address in self._live and self._live[address].number == number:
             del self._live[address]
@@ -153,8 +236,7 @@ class MemoryTracker(torch_private.TorchDispatchMode):
 
     def _note_size(self, storage: torch.UntypedStorage) -> None:
         """A storage is about to get another size, or has got it: whole parameters of shards come and go this way."""
-        number = self._number(storage, self.trace.find if storage.nbytes() else self.trace.allocate, "parameters")
-        self._made_of_parameters.add(number)
+        self._made_of_parameters.add(self._number(storage, "parameters", is_initial=storage.nbytes() > 0))
 
     def _turn(self) -> None:
         """A backward pass begins or has ended."""
@@ -167,11 +249,11 @@ class MemoryTracker(torch_private.TorchDispatchMode):
                 self.trace.kinds[live.number] = "saved_activations"
 
     def _note_gradients(self) -> None:
-        self._note([one.grad for one in self._parameters.values() if one.grad is not None], "gradients")
+        self._note(tensors_in([one.grad for one in self._parameters.values()]), "gradients")
 
     def _note(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Say what tensors that are alive now are for."""
-        for storage in chain.from_iterable(map(storages, tensors)):
+        for storage in storages(tensors):
             if (known := self._live.get(torch_private.address_of(storage))) is not None:
                 self.trace.kinds[known.number] = kind
 
@@ -188,24 +270,23 @@ class MemoryTracker(torch_private.TorchDispatchMode):
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What an optimizer keeps between updates."""
     state = getattr(optimizer, "optimizer", optimizer).state  # Accelerate and Fabric wrap what they prepare
-    return _tensors(dict(state))
+    return tensors_in(dict(state))
 
 
-def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """The memory under a tensor, that of its parts where it is made of others."""
-    parts = _parts(tensor)
-    for part in parts:
-        yield from storages(part)
-    if not parts:
-        with suppress(NotImplementedError, RuntimeError):  # a functorch wrapper has none of its own
-            yield tensor.untyped_storage()
+def storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    """The memory under tensors, that of their parts where they are made of others."""
+    for tensor in tensors:
+        parts = _parts(tensor)
+        yield from storages(parts)
+        if not parts:
+            with suppress(NotImplementedError, RuntimeError):  # a functorch wrapper has none of its own
+                yield tensor.untyped_storage()
 
 
 def storage_bytes(leaves: Iterable[Any]) -> int:
     """The memory under those that are tensors, each storage once."""
     tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
-    found = {torch_private.address_of(storage): storage for tensor in tensors for storage in storages(tensor)}
-    return sum(storage.nbytes() for storage in found.values())
+    return sum({torch_private.address_of(storage): storage.nbytes() for storage in storages(tensors)}.values())
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
@@ -216,7 +297,8 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]  # without a shard's device mesh
 
 
-def _tensors(nested: Any) -> list[Tensor]:
+def tensors_in(nested: Any) -> list[Tensor]:
+    """Those in containers, at any depth."""
     return [leaf for leaf in torch_private.tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
@@ -226,9 +308,3 @@ def _held_bytes(function: Callable[..., Any], args: tuple[Any, ...], made: Any) 
         return None
     elements = torch.Size(max(sizes) for sizes in zip(*(arg.shape for arg in args[:2]), strict=True))
     return int(elements.numel() * made.element_size())
-
-
-def _on_free(tracker: weakref.ref[MemoryTracker], address: int, number: int, _: object) -> None:
-    alive = tracker()  # a weak reference, since the storage must not keep the tracker
-    if alive is not None:
-        alive.free(address, number)

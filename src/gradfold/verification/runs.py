@@ -16,7 +16,7 @@ from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows
 from gradfold.batchnorm.intercept import current_forward
 from gradfold.distributed.ddp import unwrapped
-from gradfold.dropout.layer import counter_based_dropout
+from gradfold.dropout import counter_based_dropout
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_nodes, leaf_of
 from gradfold.engine.loss_terms import LossFn, LossOutput, loss_terms_of
