@@ -11,7 +11,7 @@ from torch import nn
 
 from gradfold.batch.loaded_window import MicroBatchWindow
 from gradfold.batch.nesting import Batch
-from gradfold.batch.split import Collate, MicroBatcher, RowBatcher, SampleBatcher, check_size, form_of
+from gradfold.batch.split import Collate, MicroBatcher, check_size, form_of
 from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.exact import ExactBatchNorm
 from gradfold.batchnorm.per_micro_batch import PerMicroBatchNorm
@@ -181,7 +181,9 @@ class Accumulator:
         self._run_loss = wrap_loss(loss_fn, self.precision.around)
         self._tuner = _tuner(micro_batch_size, batching)
         size = micro_batch_size if isinstance(micro_batch_size, int) else None
-        self._micro_batcher = _micro_batcher(size, batching, collate, counts_samples(weight))
+        counts = counts_samples(weight)
+        self._token_batcher = None if batching is None else TokenBatcher(batching, collate, counts)
+        self._micro_batcher = self._token_batcher or MicroBatcher(size, collate, counts)
         self._strategy = self._pick_strategy()
         self._self_check = SelfCheck(self._strategy.probe_loss) if self_check else None
         self._context = Context(model)
@@ -237,7 +239,9 @@ class Accumulator:
             result = window.result()
             context.coordinator.commit()
         if result.recoveries:
-            self._micro_batcher.shrink([one.micro_batch_size for one in result.recoveries if one.action == "halved"])
+            for one in result.recoveries:
+                if one.action == "halved":
+                    self._micro_batcher.fitting.shrink(one.micro_batch_size)
         else:
             self._micro_batcher.learn(micro_batches)
         self.num_windows += 1
@@ -246,7 +250,7 @@ class Accumulator:
     def _run(self, window: Window, snapshot: Snapshot) -> Window:
         """Run a window until it is complete; what was halved is checked again, since it has become another one."""
         self._is_checked = False
-        strategy = self._strategy if self.batching is None else self._micro_batcher.timed(self._strategy)
+        strategy = self._strategy if self._token_batcher is None else self._token_batcher.timed(self._strategy)
         if self._context.coordinator is not _ALONE:
             strategy = self._on_ranks(strategy)
         try:
@@ -286,7 +290,9 @@ class Accumulator:
         if kind == self._passed and (is_whole or not context.has_hooks()):
             return
         check = self._self_check if context.coordinator.can_probe else None
-        is_settled = self._micro_batcher.check_padding(window, self._strategy.probe_loss, check is not None)
+        is_settled = True
+        if self._token_batcher is not None:
+            is_settled = self._token_batcher.check_padding(window, self._strategy.probe_loss, check is not None)
         if not is_whole:
             check_hooks(context.model, context.parameters, self._warned_hooks)
             if self.batch_norm is None:
@@ -466,7 +472,7 @@ class Accumulator:
     @property
     def token_budget(self) -> TokenBudget | None:
         """The budget of `batching=`, with the size that "auto" has found and the cost that was measured."""
-        return self._micro_batcher.budget if isinstance(self._micro_batcher, TokenBatcher) else None
+        return None if self._token_batcher is None else self._token_batcher.budget
 
     @property
     def micro_batch_choice(self) -> MicroBatchChoice | None:
@@ -535,11 +541,3 @@ def _tuner(micro_batch_size: MicroBatchSize, batching: TokenBudget | None) -> Au
         return AutoTuner(read_auto(micro_batch_size))
     check_size(micro_batch_size)
     return None
-
-
-def _micro_batcher(
-    size: int | None, batching: TokenBudget | None, collate: Collate | None, counts: bool
-) -> MicroBatcher:
-    if batching is not None:
-        return TokenBatcher(batching, collate, counts)
-    return RowBatcher(size) if collate is None else SampleBatcher(size, collate, counts)

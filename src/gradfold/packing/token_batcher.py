@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows, num_rows
-from gradfold.batch.split import Collate, CollateRows, MicroBatch, MicroBatcher, check_collated, split_samples
+from gradfold.batch.split import Collate, MicroBatch, MicroBatcher, check_collated, split_samples
 from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.strategy import Strategy, WrappedStrategy
 from gradfold.engine.window import Window
@@ -96,11 +96,8 @@ class TokenBatcher(MicroBatcher):
     unit = "padded tokens"
 
     def __init__(self, budget: TokenBudget, collate: Collate | None = None, counts_samples: bool = False) -> None:
-        super().__init__(budget.max_tokens if isinstance(budget.max_tokens, int) else None)
+        super().__init__(budget.max_tokens if isinstance(budget.max_tokens, int) else None, collate, counts_samples)
         self._budget = budget
-        self._collate = collate
-        self._counts_samples = counts_samples
-        self._samples: Sequence[Any] = ()
         self.overhead = budget.step_cost.overhead
         self.is_checked = False
         self._has_run = False
@@ -143,7 +140,9 @@ class TokenBatcher(MicroBatcher):
         widths = {name: length.clamp(min=1) for name, length in found.items()}
         groups = self._plan(widths, limit)
         self._probes.append(partial(find_in_samples, batch, collate, widths, groups))
-        parts = [MicroBatch(self._collate_rows(rows), rows, False, width_of(widths, rows)) for rows in groups]
+        parts = []
+        for rows in groups:
+            parts.append(MicroBatch(collate([batch[row] for row in rows]), rows, width=width_of(widths, rows)))
         if self._counts_samples:
             check_collated(parts)
         return parts
@@ -159,19 +158,6 @@ class TokenBatcher(MicroBatcher):
         if len(groups) == 1 and padded.width(groups[0]) == padded.full_width:
             return [MicroBatch(batch, groups[0], width=padded.full_width)]
         return [MicroBatch(padded.of_rows(rows), rows, True, padded.width(rows)) for rows in groups]
-
-    def largest(self, micro_batches: Sequence[MicroBatch]) -> int:
-        """The padded tokens of the largest of some micro-batches."""
-        return max([part.size for part in micro_batches], default=0)
-
-    @property
-    def collate_rows(self) -> CollateRows | None:
-        """What collates rows of the last batch; None where rows need no collation."""
-        return None if self._collate is None else self._collate_rows
-
-    def _collate_rows(self, rows: Rows) -> Batch:
-        assert self._collate is not None
-        return self._collate([self._samples[row] for row in rows])
 
     def _settle_places(self, places: Mapping[str, str]) -> None:
         """Note what goes with the tokens, as the first batches show it; raise BatchError where this one differs."""
@@ -208,16 +194,12 @@ class TokenBatcher(MicroBatcher):
             self.is_checked = PaddingCheck(*accumulator, rows, self._budget.padding_side, window.device).run()
         return self.is_checked
 
-    def trust_padding(self) -> None:
-        """Padding does not matter, as is known from elsewhere."""
-        self.is_checked = True
-
     @property
     def _cost(self) -> StepCost:
         overhead = _FIRST_OVERHEAD if self.overhead is None else self.overhead
         return StepCost(overhead, self._budget.step_cost.attention)
 
-    def timed(self, strategy: Any) -> Any:
+    def timed(self, strategy: Strategy) -> Strategy:
         """A strategy, timed where a micro-step is to be measured."""
         self._timer = StepTimer(strategy) if self._is_measuring else None
         return self._timer or strategy

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch, every_leaf, map_leaves, map_tensors
 from gradfold.batch.rows import Rows
-from gradfold.batch.split import Collate, MicroBatch, split_rows, split_samples
+from gradfold.batch.split import Collate, MicroBatch, MicroBatcher
 from gradfold.batchnorm.checks import with_frozen_statistics
 from gradfold.batchnorm.policy import BatchNormOption
 from gradfold.distributed.ddp import DistributedOption
@@ -115,9 +115,7 @@ class Setup:
         """The batch as gradfold splits it."""
         if isinstance(size, TokenBudget):
             return TokenBatcher(size, self.collate).split(self.batch)
-        if self.collate is None:
-            return split_rows(self.batch, size)
-        return split_samples(self.batch, size, self.collate)
+        return MicroBatcher(size, self.collate).split(self.batch)
 
     def padded_rows(self, budget: TokenBudget) -> PaddingProbe | None:
         """Rows with the padding of the whole batch, and without."""
@@ -201,7 +199,8 @@ def clone_accumulator(
         distributed=distributed,
         self_check=False,
     )
-    clone._micro_batcher.trust_padding()
+    if clone._token_batcher is not None:
+        clone._token_batcher.is_checked = True
     return clone
 
 
