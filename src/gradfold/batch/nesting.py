@@ -120,8 +120,7 @@ def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 def rows_if_any(batch: Batch) -> int | None:
     """The rows that all tensors agree on, whatever else is in the batch; None where they do not, or there are none."""
-    counts: set[int] = set()
-    map_tensors(lambda tensor: counts.add(len(tensor)) if tensor.dim() > 0 else None, batch)
+    counts = {len(leaf) for leaf in every_leaf(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
     return counts.pop() if len(counts) == 1 else None
 
 
@@ -162,9 +161,7 @@ def _is_equal(a: object, b: object) -> bool:
 
 def every_leaf(batch: Batch) -> list[Any]:
     """The tensors of a nesting, and everything else that is not a container."""
-    leaves: list[Any] = []
-    map_leaves(leaves.append, batch)
-    return leaves
+    return [leaf for _, leaf in leaves_by_path(batch)]
 
 
 def is_dataclass(node: object) -> bool:

@@ -65,15 +65,12 @@ def versions(part: MicroBatch) -> list[int]:
 
 def check_size(micro_batch_size: int | None) -> None:
     """Raise OptionError unless the size is None or a whole number of at least 1."""
-    if micro_batch_size is None:
-        return
-    if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int):
+    is_int = isinstance(micro_batch_size, int) and not isinstance(micro_batch_size, bool)
+    if micro_batch_size is not None and not (is_int and micro_batch_size >= 1):
         raise OptionError(
             f"micro_batch_size={micro_batch_size!r} is a {type(micro_batch_size).__name__}; expected the number of "
             "rows to run at once (an int of at least 1), or None for the whole batch at once."
         )
-    if micro_batch_size < 1:
-        raise OptionError(f"micro_batch_size={micro_batch_size}; expected at least 1 row.")
 
 
 @lru_cache(maxsize=64)
@@ -101,8 +98,9 @@ def form_of(batch: Batch) -> Hashable:
 
 
 def _split_pair(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch] | None:
-    """Split a tuple of one or two plain tensors, which is the usual case, without a walk; None for any other batch."""
-    if type(batch) is not tuple or not 0 < len(batch) <= 2:
+    """Split one or two plain tensors in a tuple or list, the usual case, without a walk; None for any other batch."""
+    kind = type(batch)
+    if (kind is not tuple and kind is not list) or not 0 < len(batch) <= 2:
         return None
     for leaf in batch:
         if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
@@ -114,7 +112,7 @@ def _split_pair(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch] 
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
     columns = map(torch.unsafe_split_with_sizes, batch, repeat(list(map(len, ranges))))  # as in `cut_rows`
-    return list(map(MicroBatch, zip(*columns, strict=True), ranges, repeat(True)))
+    return list(map(MicroBatch, map(kind, zip(*columns, strict=True)), ranges, repeat(True)))
 
 
 def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
@@ -243,9 +241,8 @@ class FittingSize:
             self.is_trying = False  # it fits now
         self.quiet += 1
         if self.quiet >= self.patience * _PATIENCE:
-            self.rows, self.quiet, self.is_trying = 2 * self.rows, 0, True
-            if asked is not None and self.rows >= asked:
-                self.rows = asked
+            self.rows = 2 * self.rows if asked is None else min(2 * self.rows, asked)
+            self.quiet, self.is_trying = 0, True
 
 
 class MicroBatcher:
