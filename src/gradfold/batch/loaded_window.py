@@ -18,11 +18,7 @@ class MicroBatchWindow(ABC, Generic[T]):
 
     @abstractmethod
     def pieces(self) -> Sequence[T]:
-        """The micro-batches, for an accumulator.
-
-        Raises:
-            WindowError: the window belongs to a loop body.
-        """
+        """The micro-batches, for an accumulator; raises WindowError where the window belongs to a loop body."""
 
 
 @final
@@ -43,11 +39,7 @@ class LoadedWindow(MicroBatchWindow[T]):
         return self._micro_batches
 
     def backward(self, loss: object) -> NoReturn:
-        """Only windows of `windows(..., model=model)` have their own backward.
-
-        Raises:
-            WindowError: always; says how to get one.
-        """
+        """Only windows of `windows(..., model=model)` have one: raises WindowError, which says how to get them."""
         raise WindowError(
             "this window does not know the model: write gradfold.windows(loader, n, model=model) for "
             "window.backward(loss), or pass the window to accumulator.backward(window)."

@@ -189,9 +189,8 @@ def join_batches(batches: Iterable[list[MicroBatch]]) -> list[MicroBatch]:
     joined: list[MicroBatch] = []
     start = 0
     for micro_batches in batches:
-        for piece in micro_batches:
-            joined.append(piece._replace(rows=shift_rows(piece.rows, start)))
-        start += sum(len(piece.rows) for piece in micro_batches)
+        joined += [part._replace(rows=shift_rows(part.rows, start)) for part in micro_batches]
+        start += sum(len(part.rows) for part in micro_batches)
     return joined
 
 
