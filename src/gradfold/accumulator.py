@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -173,8 +173,7 @@ class Accumulator:
                 "a loss scaler is not supported with backward=: a framework that is set to float16 scales the loss by "
                 "itself. Leave the scaler out."
             )
-        self._backward = backward
-        self._backward_is_probed = False
+        self._backward = self._unprobed = backward
         self._back_propagate = BackPropagation(backward, self.grad_scaler)
         self._sums = self.precision.sums
         self._policy = None if self.precision.is_scaled else on_non_finite  # else the loss scaler's own
@@ -227,8 +226,11 @@ class Accumulator:
         snapshot = Snapshot(context.model, context.modules, context.parameters, self._buffers, self._frozen, self._sums)
         with context.coordinator, snapshot, self._setting() as listener:
             context.check_trainable()
-            if self._tuner is not None or self._backward is not None:
-                self._prepare(batch)
+            if self._unprobed is not None:
+                probe(self._unprobed, context.device)
+                self._unprobed = None
+            if self._tuner is not None:
+                self._tune(self._tuner, batch)
             micro_batches = self._micro_batcher.split(batch)
             runs_zero_weight = self._strategy.runs_zero_weight
             window = Window(
@@ -251,8 +253,9 @@ class Accumulator:
         """Run a window until it is complete; what was halved is checked again, since it has become another one."""
         self._is_checked = False
         strategy = self._strategy if self._token_batcher is None else self._token_batcher.timed(self._strategy)
-        if self._context.coordinator is not _ALONE:
-            strategy = self._on_ranks(strategy)
+        coordinator = self._context.coordinator
+        if isinstance(coordinator, FsdpCoordinator):
+            strategy = FsdpTurns(strategy, coordinator, self.fsdp_reduce == "per_window")
         try:
             while not window.is_complete:
                 self._preflight(window)
@@ -263,12 +266,12 @@ class Accumulator:
             raise does_not_fit(window, error) from error
         terms = tuple(window.losses.normalized)
         if terms != self._terms:
-            self._terms = terms
             self._note_terms(window, terms)
         return window
 
     def _note_terms(self, window: Window, terms: tuple[str, ...]) -> None:
         """Have the self-check run again where the loss has terms that it has not seen."""
+        self._terms = terms
         if self._self_check is not None and self._strategy.probes_loss and not self._strategy.is_whole(window):
             self._self_check.note_terms(terms)
             if not self._self_check.is_settled:
@@ -277,11 +280,7 @@ class Accumulator:
     # Checks before a window runs
 
     def _preflight(self, window: Window) -> None:
-        """Check a window before it runs, unless one of its kind has passed all checks.
-
-        Raises:
-            GradfoldError: it cannot run.
-        """
+        """Check a window before it runs, unless one of its kind has passed all checks; raises where it cannot run."""
         if not window.micro_batches:  # all were left out, but those of other ranks were not
             return
         context = window.context
@@ -357,13 +356,6 @@ class Accumulator:
             )
         return FsdpCoordinator(group, num_denominators, divide_factor(sharded, group.size))
 
-    def _on_ranks(self, strategy: Strategy) -> Strategy:
-        """A strategy, in turns with other ranks where these hold shards."""
-        coordinator = self._context.coordinator
-        if not isinstance(coordinator, FsdpCoordinator):
-            return strategy
-        return FsdpTurns(strategy, coordinator, self.fsdp_reduce == "per_window")
-
     def _setting(self) -> AbstractContextManager[PassListener]:
         """What goes around the passes of a window: quiet reductions, and dropout that counts."""
         context = self._context
@@ -377,26 +369,19 @@ class Accumulator:
     @contextmanager
     def _entered_setting(self, context: Context) -> Iterator[PassListener]:
         layers = counter_based_layers(context.modules)
-        is_sharded = isinstance(context.coordinator, FsdpCoordinator)
-        refuse_options(layers, self.batch_norm, is_sharded)
-        with ExitStack() as stack:
-            if context.coordinator is not _ALONE:
-                stack.enter_context(without_reductions(context.modules))
-            if layers:
-                yield stack.enter_context(counting(layers, self.num_windows, context.device, context.coordinator))
-            else:
-                yield PassListener()
+        coordinator = context.coordinator
+        refuse_options(layers, self.batch_norm, isinstance(coordinator, FsdpCoordinator))
+        quiet = nullcontext() if coordinator is _ALONE else without_reductions(context.modules)
+        listening = counting(layers, self.num_windows, context.device, coordinator) if layers else _PLAIN
+        with quiet, listening as listener:
+            yield listener
 
     def _drawing_dropout(self) -> AbstractContextManager[object]:
         """Dropout layers draw as torch's do: for runs that replay randomness by themselves."""
         return drawing_from_generators(counter_based_layers(self._context.modules))
 
     def _pick_strategy(self) -> Strategy:
-        """How windows run, as the options say.
-
-        Raises:
-            OptionError: an option is not supported with another one.
-        """
+        """How windows run, as the options say; raises OptionError where one is not supported with another."""
         loss_fn, keeps_order = self._run_loss, self.batching is None
         if self.batch_norm == "exact" and not isinstance(loss_fn, TwoPhaseLoss):
             is_collated = self.collate is not None
@@ -416,14 +401,7 @@ class Accumulator:
             keeps_order=keeps_order,
         )
 
-    # Finding a size, and backward=
-
-    def _prepare(self, batch: Batch) -> None:
-        if self._backward is not None and not self._backward_is_probed:
-            probe(self._backward, self._context.device)
-            self._backward_is_probed = True
-        if self._tuner is not None:
-            self._tune(self._tuner, batch)
+    # Finding a size
 
     def _tune(self, tuner: AutoTuner, batch: Batch) -> None:
         """Find the micro-batch size, where that is due; ranks that have to come together for it do so once."""
@@ -511,12 +489,10 @@ class Accumulator:
                 "saved one."
             )
         self.num_windows = int(state["num_windows"])
-        choice = state.get("micro_batch_choice")
-        has_choice = self._tuner is not None and choice is not None
-        # A size that the user gives counts more than one that was saved.
-        if self._micro_batcher.load_state_dict(state["micro_batcher"], with_size=has_choice) and has_choice:
-            assert self._tuner is not None and choice is not None
-            self._tuner.choice = MicroBatchChoice.from_json(choice)
+        choice: Any = state.get("micro_batch_choice")
+        tuner = self._tuner if choice is not None else None  # a size that the user gives counts more than a saved one
+        if self._micro_batcher.load_state_dict(state["micro_batcher"], with_size=tuner is not None) and tuner:
+            tuner.choice = MicroBatchChoice.from_json(choice)
         if self._self_check is not None and state["self_check"] is not None:
             self._self_check.load_state_dict(state["self_check"])
         if self.grad_scaler is not None:
