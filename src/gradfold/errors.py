@@ -1,32 +1,7 @@
-"""What can go wrong, as one tree.
+"""What can go wrong, as one tree of errors.
 
 Every message says what was given, what was expected and what to write instead. A class carries the facts of its
 message as attributes where a program could use them, and the exit code of a command that ends with it.
-
-GradfoldError                       1
-├── OptionError (ValueError)        2   an argument that cannot work
-├── BatchError (ValueError)         1   a batch that cannot be split by rows
-├── ModelError (ValueError)         1   a model that gradfold cannot accumulate for
-│   ├── BatchNormError              1   ... since BatchNorm makes its samples depend on each other
-│   ├── HookError                   1   ... since a hook acts on every micro-batch
-│   ├── PaddingError                1   ... under a token budget, since its gradient depends on the padding
-│   └── DistributedError            1   ... since another rank has failed, or ranks train it in different ways
-├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
-│   ├── NonFiniteLossError          1   ... since it is NaN or infinite
-│   ├── NotDecomposableError        1   ... since it is not the weighted mean of its parts
-│   └── RecomputeError              1   ... since a micro-batch did not return the same when it ran again
-├── WeightError (ValueError)        1   a weight that is not a non-negative number, or has no loss term
-├── NonFiniteGradientError (ValueError) 1  a gradient that is NaN or infinite though the losses are finite
-├── DoesNotFitError (RuntimeError)  1   rows that do not fit in memory, however few at once
-├── BackwardError (ValueError)      1   a backward= that changes the scale of gradients
-├── WindowError (RuntimeError)      1   a window whose loop body left something out
-├── TrainStepError (TypeError)      1   an optimizer or scheduler that TrainStep cannot drive
-├── DataError (ValueError)          1   data files that are missing, damaged or in another format
-└── WorkloadError (ValueError)      2   a workload that cannot be found or built
-
-Out of memory is recognized here, too (`is_out_of_memory`). Sources: `torch.OutOfMemoryError` (accelerators), c10's CPU
-allocator (a `RuntimeError`, known by its message), and Python's `MemoryError`. The kernel's out-of-memory killer ends a
-process without an error, which cannot be caught.
 """
 
 from __future__ import annotations
@@ -221,7 +196,11 @@ _CPU_TEXTS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is an out-of-memory error, after which fewer rows may fit."""
+    """Whether this is an out-of-memory error, after which fewer rows may fit.
+
+    Accelerators raise `torch.OutOfMemoryError`, Python a `MemoryError`, c10's CPU allocator a `RuntimeError` known by
+    its text. The kernel's out-of-memory killer ends a process without an error, which cannot be caught.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_TEXTS)
