@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gradfold.accumulator import Accumulator
@@ -23,14 +23,11 @@ __all__ = ["StepResult", "TrainStep"]
 class Scheduler(Protocol):
     """A learning-rate scheduler that is stepped once per update."""
 
-    def step(self) -> object:
-        """Advance by one update."""
+    def step(self) -> object: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
-        """Restore a state."""
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -109,22 +106,24 @@ class TrainStep:
         self.accumulator.model.zero_grad()
         window = self.accumulator.backward(batch)
         self.samples += window.num_samples
-        if window.is_empty or window.is_skipped:
-            self.skipped += 1
-            return _result(window, None, applied=False)
+        grad_norm, applied = (None, False) if window.is_empty or window.is_skipped else self._update()
+        self.updates += applied
+        self.skipped += not applied
+        return StepResult(**vars(window), grad_norm=grad_norm, applied=applied)
+
+    def _update(self) -> tuple[Tensor | None, bool]:
+        """Unscale, clip, step, schedule; the norm of the gradient, and whether the step was made."""
         scaler = self.accumulator.grad_scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        grad_norm = None if self.max_grad_norm is None else clip_norm(self._parameters(), self.max_grad_norm)
-        if scaler is None:
-            self.optimizer.step()
-        elif not _step_scaled(scaler, self.optimizer):
-            self.skipped += 1
-            return _result(window, grad_norm, applied=False)
-        if self.scheduler is not None:
+        grad_norm = None
+        if self.max_grad_norm is not None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            grad_norm = clip_norm(parameters, self.max_grad_norm)
+        applied = _step(self.optimizer, scaler)
+        if applied and self.scheduler is not None:
             self.scheduler.step()
-        self.updates += 1
-        return _result(window, grad_norm, applied=True)
+        return grad_norm, applied
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, scheduler and accumulator; save the model, the optimizer and the loader beside it."""
@@ -151,22 +150,16 @@ class TrainStep:
                 f"the saved state has {there} scheduler, and this TrainStep has {here}: build it like the saved one."
             )
         self.accumulator.load_state_dict(state["accumulator"])  # first, since it may refuse
-        self.updates = int(state["updates"])
-        self.skipped = int(state["skipped"])
-        self.samples = int(state["samples"])
+        self.updates, self.skipped, self.samples = (int(state[name]) for name in ("updates", "skipped", "samples"))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-
-def _result(window: WindowResult, grad_norm: Tensor | None, *, applied: bool) -> StepResult:
-    return StepResult(**vars(window), grad_norm=grad_norm, applied=applied)
-
-
-def _step_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
     """Step with unscaled gradients and update the scale; whether the step was made."""
+    if scaler is None:
+        optimizer.step()
+        return True
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
