@@ -67,7 +67,7 @@ def info_nce(
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, temperature: Tensor, symmetric: bool, tile: int) -> Tensor:
-        dtype = _wide(queries)
+        dtype = torch.promote_types(queries.dtype, torch.float32)
         scale = 1 / temperature.detach().to(queries.device, dtype)
         of_queries = _LogSumExp(len(queries), queries.new_empty(0, dtype=dtype))
         of_keys = _LogSumExp(len(keys), queries.new_empty(0, dtype=dtype)) if symmetric else None
@@ -148,10 +148,6 @@ def _tiles(num_rows: int, num_columns: int, tile: int) -> Iterator[tuple[slice, 
                 yield rows, slice(rows.stop, stop)
             else:
                 yield rows, slice(other, stop)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _check(queries: Tensor, keys: Tensor, temperature: float | Tensor, symmetric: bool, tile: int) -> None:

@@ -86,7 +86,12 @@ class TrainStep:
     ) -> None:
         _check_parts(accumulator, optimizer)
         _refuse_closure(getattr(optimizer, "optimizer", optimizer))  # Accelerate and Fabric wrap what they prepare
-        _refuse_plateau(getattr(scheduler, "scheduler", scheduler))
+        if isinstance(getattr(scheduler, "scheduler", scheduler), ReduceLROnPlateau):
+            raise TrainStepError(
+                "ReduceLROnPlateau needs a metric, usually once per epoch, which TrainStep does not know. Leave it out "
+                "of TrainStep and write, after each epoch,\n"
+                "    scheduler.step(validation_loss)"
+            )
         if scheduler is not None and not callable(getattr(scheduler, "step", None)):
             raise TrainStepError(f"scheduler is {scheduler!r}; expected a learning-rate scheduler or None.")
         is_limit = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool) and max_grad_norm > 0
@@ -203,13 +208,4 @@ def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
             "        optimizer.zero_grad()\n"
             "        return accumulator.backward(batch).loss\n"
             "    optimizer.step(closure)"
-        )
-
-
-def _refuse_plateau(scheduler: object) -> None:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise TrainStepError(
-            "ReduceLROnPlateau needs a metric, usually once per epoch, which TrainStep does not know. Leave it out of "
-            "TrainStep and write, after each epoch,\n"
-            "    scheduler.step(validation_loss)"
         )

@@ -43,14 +43,11 @@ def in_own_containers(batch: Batch) -> Batch:
 
 def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
     """Rebuild a nesting with `fn(leaf)` in the place of each tensor and of everything else that is not a container."""
-    kind = type(batch)
-    if kind is tuple or kind is list:  # exact types first: this runs for every micro-batch
-        return kind([map_leaves(fn, item) for item in batch])
     if isinstance(batch, (Tensor, PackedSequence)):
         return fn(batch)
     if isinstance(batch, (tuple, list)):
         items = [map_leaves(fn, item) for item in batch]
-        return batch._make(items) if hasattr(batch, "_make") else kind(items)
+        return batch._make(items) if hasattr(batch, "_make") else type(batch)(items)
     if isinstance(batch, Mapping):
         return _refilled(batch, {key: map_leaves(fn, value) for key, value in batch.items()})
     if is_dataclass(batch):
