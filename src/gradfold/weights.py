@@ -102,18 +102,11 @@ def token_count(
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of a window's micro-batches under one name.
+    """The weights of a window's micro-batches under one name."""
 
-    Attributes:
-        total: the sum of the weights, the denominator.
-        normalized: the part of the window's mean that each micro-batch is; all 0 in a window of weight 0.
-        zero_weight: the micro-batches of weight 0.
-        values: the weights of the micro-batches.
-    """
-
-    total: float
-    normalized: tuple[float, ...]
-    zero_weight: frozenset[int]
+    total: float  # the denominator
+    normalized: tuple[float, ...]  # the values over the denominator; all 0 where it is 0
+    zero_weight: frozenset[int]  # the micro-batches of weight 0
     values: tuple[float, ...]
 
 
@@ -138,8 +131,6 @@ class WindowWeights:
 
     Attributes:
         zero_weight: the micro-batches of weight 0 under every name.
-        are_named: whether weights have names.
-        num_micro_batches: how many are weighed.
     """
 
     def __init__(self, named: Mapping[str, Weights], unnamed: Weights | None, samples: Weights) -> None:
@@ -172,11 +163,7 @@ class WindowWeights:
         return WindowWeights(named, None if self.are_named else larger[0], samples)
 
     def of_term(self, name: str) -> Weights:
-        """The weights of a loss term.
-
-        Raises:
-            WeightError: weights were given by name, and none for this one.
-        """
+        """The weights of a loss term; raises WeightError where weights were given by name, and none for this one."""
         found = self.unnamed or self.named.get(name)
         if found is None:
             raise WeightError(

@@ -28,19 +28,12 @@ CollateRows = Callable[[Rows], Batch]
 
 
 class MicroBatch(NamedTuple):
-    """What is run at once: some rows of the global batch (on the host), and which.
+    """What is run at once: some rows of the global batch (on the host), and which."""
 
-    Attributes:
-        data: what `loss_fn` takes.
-        rows: their positions in the batch, in the order of `data`; empty where they are not counted.
-        is_cut: whether every tensor with rows is a view or copy that was made for this micro-batch.
-        width: the padded length of its rows, at least 1, where padded tokens are what is limited; None where rows are.
-    """
-
-    data: Batch
-    rows: Rows
-    is_cut: bool = False
-    width: int | None = None
+    data: Batch  # what `loss_fn` takes
+    rows: Rows  # in the order of `data`; empty where they are not counted
+    is_cut: bool = False  # whether every tensor with rows is a view or copy that was made for this micro-batch
+    width: int | None = None  # the padded length of its rows, where padded tokens are what is limited
 
     @property
     def size(self) -> int:
@@ -153,12 +146,9 @@ def check_collated(micro_batches: Iterable[MicroBatch]) -> None:
 
 
 def split_further(part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | None) -> list[MicroBatch]:
-    """Split a micro-batch into smaller ones of this size at most, or of one row.
+    """Split a micro-batch into smaller ones of this size at most, or of one row; raises BatchError where it cannot.
 
     The rows stay as they were collated, unless only collation can cut them.
-
-    Raises:
-        BatchError: it cannot be cut.
     """
     ranges = cut_range(len(part.rows), max(1, micro_batch_size // (part.width or 1)))
     if len(ranges) == 1:
@@ -204,19 +194,13 @@ class FittingSize:
     It shrinks with every recovery. After a long period without one, twice as much is tried again, since what took the
     memory may be gone. Each time that fails, the next period is twice as long.
 
-    Attributes:
-        rows: at most this much at once (padded tokens under a `TokenBudget`); None while nothing has failed.
-        proven: the most that has gone through at once.
-        quiet: windows without a recovery since the last one.
-        patience: the length of the present period, in times `_PATIENCE` windows.
-        is_trying: whether more than what had failed is tried.
     """
 
-    rows: int | None = None
-    proven: int = 0
-    quiet: int = 0
-    patience: int = 1
-    is_trying: bool = False
+    rows: int | None = None  # at most this much at once; None while nothing has failed
+    proven: int = 0  # the most that has gone through at once
+    quiet: int = 0  # windows since the last recovery
+    patience: int = 1  # the length of the present period, in times `_PATIENCE` windows
+    is_trying: bool = False  # whether a size that had failed is tried again
 
     def limit(self, asked: int | None) -> int | None:
         """The size to run where `asked` is the user's."""
@@ -245,15 +229,12 @@ class FittingSize:
 
 
 class MicroBatcher:
-    """Splits batch after batch: by rows, or lists of samples into parts that are collated each by itself.
+    """Splits batch after batch: by rows, or with `collate` lists of samples, whose parts are collated by themselves.
 
     Args:
         size: rows (or padded tokens) to run at once; None: the whole batch.
-        collate: the user's function, where batches are lists of samples.
+        collate: the user's function.
         counts_samples: whether samples are what is weighed, so collation must not change their number.
-
-    Attributes:
-        fitting: what was learned of the size that fits in memory.
     """
 
     unit = "rows"
@@ -266,12 +247,7 @@ class MicroBatcher:
         self._samples: Sequence[Any] = ()  # the last batch, where it is a list of samples
 
     def split(self, batch: Batch) -> list[MicroBatch]:
-        """The micro-batches of a batch, or of a window of micro-batches.
-
-        Raises:
-            BatchError: the batch cannot be split by rows.
-            WindowError: it is the window of a loop body.
-        """
+        """The micro-batches of a batch, or of a window of micro-batches; raises BatchError where it has no rows."""
         limit = self.fitting.limit(self.size)
         if not isinstance(batch, MicroBatchWindow):
             return self._split(batch, limit)
@@ -319,15 +295,7 @@ class MicroBatcher:
         return {"unit": self.unit, "size": self.size, "fitting_size": asdict(self.fitting)}
 
     def load_state_dict(self, state: Mapping[str, Any], with_size: bool) -> bool:
-        """Restore what `state_dict` gave, but for sizes in another unit: in rows, say, where padded tokens count.
-
-        Args:
-            state: as `state_dict` gave it.
-            with_size: whether the size was found, and not given by the user.
-
-        Returns:
-            Whether it was in this unit.
-        """
+        """Restore what `state_dict` gave, with or without its size; False, and nothing, where it has another unit."""
         if state["unit"] != self.unit:
             return False
         self.fitting = FittingSize(**state["fitting_size"])
