@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import NoReturn, TypeVar, final, overload
+from typing import TypeVar, final, overload
 
 from torch import Tensor, nn
 
@@ -71,13 +71,6 @@ class LoopWindow(MicroBatchWindow[T]):
         self._done: set[int] = set()
         self._loss: Tensor | None = None
         self._is_started = False
-
-    def pieces(self) -> NoReturn:
-        """Not for an accumulator: raises WindowError, which says how to get a window that is."""
-        raise WindowError(
-            "this window has its own backward; for accumulator.backward(window) leave model= out: "
-            "gradfold.windows(loader, n)."
-        )
 
     def __len__(self) -> int:
         return len(self._parts)

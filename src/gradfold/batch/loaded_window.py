@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Generic, NoReturn, TypeVar, final, overload
 
@@ -13,12 +12,15 @@ __all__ = ["LoadedWindow"]
 T = TypeVar("T")
 
 
-class MicroBatchWindow(ABC, Generic[T]):
-    """The micro-batches of one update."""
+class MicroBatchWindow(Generic[T]):
+    """The micro-batches of one update, for an accumulator or for a loop body."""
 
-    @abstractmethod
     def pieces(self) -> Sequence[T]:
-        """The micro-batches, for an accumulator; raises WindowError where the window belongs to a loop body."""
+        """The micro-batches, for an accumulator; raises WindowError where the window is for a loop body."""
+        raise WindowError(
+            "this window has its own backward; for accumulator.backward(window) leave model= out: "
+            "gradfold.windows(loader, n)."
+        )
 
 
 @final

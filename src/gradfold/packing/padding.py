@@ -11,7 +11,6 @@ from torch import Tensor
 from gradfold.batch.nesting import Batch, leaves_by_path, map_tensors
 from gradfold.batch.rows import Rows
 from gradfold.errors import BatchError
-from gradfold.packing.packer import width_of
 
 Named: TypeAlias = Mapping[str, Mapping[str | int, tuple[int, ...] | None]]
 """For each input what the user says of its tensors: their dimensions, None where those are to be found."""
@@ -69,10 +68,6 @@ class PaddedBatch:
             return done.get(id(leaf), leaf)
 
         return map_tensors(cut, self._batch)
-
-    def width(self, rows: Rows) -> int:
-        """The padded length of these rows, all inputs together."""
-        return width_of(self.widths, rows)
 
     @property
     def full_width(self) -> int:

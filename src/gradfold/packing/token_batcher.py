@@ -143,9 +143,9 @@ class TokenBatcher(MicroBatcher):
         self._settle_places(padded.found)
         groups = self._plan(padded.widths, limit)
         self._probes.append(partial(find_in_tensors, padded, found, groups, limit))
-        if len(groups) == 1 and padded.width(groups[0]) == padded.full_width:
+        if len(groups) == 1 and width_of(padded.widths, groups[0]) == padded.full_width:
             return [MicroBatch(batch, groups[0], width=padded.full_width)]
-        return [MicroBatch(padded.of_rows(rows), rows, True, padded.width(rows)) for rows in groups]
+        return [MicroBatch(padded.of_rows(rows), rows, True, width_of(padded.widths, rows)) for rows in groups]
 
     def _settle_places(self, places: Mapping[str, str]) -> None:
         """Note what goes with the tokens, as the first batches show it; raise BatchError where this one differs."""
@@ -207,7 +207,7 @@ class TokenBatcher(MicroBatcher):
 
     def resize(self, num_rows: int, batch: Batch, rows_of_batch: int) -> None:
         """Run as many tokens at once as this many of the longest rows have."""
-        self.size = num_rows * self._budget.longest_of(batch, rows_of_batch)
+        self.size = num_rows * max(1, _longest(self._budget.lengths_of(batch, rows_of_batch)))
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned, without which a resumed run would split its batches otherwise."""
@@ -226,7 +226,7 @@ class TokenBatcher(MicroBatcher):
         return True
 
     def _plan(self, widths: Mapping[str, Tensor], max_tokens: int) -> list[Rows]:
-        longest = int(torch.stack(list(widths.values())).sum(0).max())
+        longest = _longest(widths)
         if self.size is not None and longest > self.size and not self._has_warned_of_long:
             self._has_warned_of_long = True
             warn(
@@ -238,6 +238,11 @@ class TokenBatcher(MicroBatcher):
         if self._is_measuring:
             groups = _with_probes(groups)
         return groups if len(groups) > 1 else [range(len(groups[0]))]  # all, in the batch's own order
+
+
+def _longest(lengths: Mapping[str, Tensor]) -> int:
+    """The tokens of the longest row, all inputs together."""
+    return int(torch.stack(list(lengths.values())).sum(0).max())
 
 
 def _with_probes(groups: list[Rows]) -> list[Rows]:

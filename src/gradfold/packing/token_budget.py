@@ -114,10 +114,6 @@ class TokenBudget:
             }
         return {SINGLE: _read_lengths(found, num_rows, "lengths= returned")}
 
-    def longest_of(self, batch: Batch, num_rows: int) -> int:
-        """The tokens of the longest row, all inputs together."""
-        return max(1, int(torch.stack(list(self.lengths_of(batch, num_rows).values())).sum(0).max()))
-
     def trim_of(self, name: str, names: Sequence[str]) -> dict[str | int, tuple[int, ...] | None]:
         """What the user says of the tensors of an input: their dimensions, None where those are to be found.
 
