@@ -329,13 +329,11 @@ class Accumulator:
     def _update_context(self) -> Context:
         """Look at the model again, and at the processes that train it."""
         context = self._context
-        if self.distributed is False or not is_initialized():
-            context.update()
-            context.coordinator = _ALONE
-            return context
-        reshard(list(self.model.modules()))  # else some of its parameters may be those that were gathered
+        is_alone = self.distributed is False or not is_initialized()
+        if not is_alone:
+            reshard(list(self.model.modules()))  # else some of its parameters may be those that were gathered
         context.update()
-        context.coordinator = self._find_coordinator(context)
+        context.coordinator = _ALONE if is_alone else self._find_coordinator(context)
         return context
 
     def _find_coordinator(self, context: Context) -> Coordinator:
@@ -345,9 +343,8 @@ class Accumulator:
         num_denominators = 1 + (len(self.weight) if isinstance(self.weight, Mapping) else 1)
         sharded = sharded_modules(context.modules)
         if not sharded:
-            if self.batch_norm == "exact" and group.size > 1:
-                return SynchronizedCoordinator(group, num_denominators)
-            return DataParallelCoordinator(group, num_denominators)
+            is_exact = self.batch_norm == "exact" and group.size > 1
+            return (SynchronizedCoordinator if is_exact else DataParallelCoordinator)(group, num_denominators)
         self._strategy.check_shards()
         if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
             raise OptionError(

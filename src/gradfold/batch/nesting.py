@@ -10,7 +10,7 @@ import dataclasses
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -94,12 +94,10 @@ def cut_rows(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     kind = type(batch)
     if (kind is tuple or kind is list) and set(map(type, batch)) == {Tensor}:  # the usual case, faster
         return [kind(leaves) for leaves in zip(*[_cut(leaf, sizes) for leaf in batch], strict=True)]
-    columns: dict[int, Sequence[Tensor]] = {}
+    cut = cache(partial(_cut, sizes=sizes))  # what a batch holds twice, its parts hold twice
 
-    def part(index: int, tensor: Tensor) -> Tensor:
-        if id(tensor) not in columns:
-            columns[id(tensor)] = _cut(tensor, sizes)
-        return columns[id(tensor)][index]
+    def part(index: int, leaf: Tensor) -> Tensor:
+        return cut(leaf)[index]
 
     return [map_tensors(partial(part, index), batch) for index in range(len(sizes))]
 

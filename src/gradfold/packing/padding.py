@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Literal, TypeAlias
 
 import torch
@@ -60,12 +61,11 @@ class PaddedBatch:
         return self._select(rows, self.padded)
 
     def _select(self, rows: Rows, widths: Mapping[str, int]) -> Batch:
-        index, done = torch.tensor(rows), dict[int, Tensor]()
+        index = torch.tensor(rows)
 
+        @cache  # what a batch holds twice, its parts hold twice
         def cut(leaf: Tensor) -> Tensor:
-            if leaf.dim() and id(leaf) not in done:
-                done[id(leaf)] = self._narrowed(leaf, widths).index_select(0, index.to(leaf.device))
-            return done.get(id(leaf), leaf)
+            return self._narrowed(leaf, widths).index_select(0, index.to(leaf.device)) if leaf.dim() else leaf
 
         return map_tensors(cut, self._batch)
 
