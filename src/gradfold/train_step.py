@@ -101,9 +101,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.max_grad_norm = max_grad_norm
-        self.updates = 0
-        self.skipped = 0
-        self.samples = 0
+        self.updates = self.skipped = self.samples = 0
 
     def __call__(self, batch: Batch) -> StepResult:
         """Train on one global batch; takes and raises what `Accumulator.backward` does."""

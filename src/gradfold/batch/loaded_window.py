@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Generic, NoReturn, TypeVar, final, overload
 
 from gradfold.errors import WindowError
@@ -24,7 +24,7 @@ class MicroBatchWindow(Generic[T]):
 
 
 @final
-class LoadedWindow(MicroBatchWindow[T]):
+class LoadedWindow(MicroBatchWindow[T], Sequence[T]):
     """The micro-batches of one update, for `accumulator.backward(window)`."""
 
     def __init__(self, micro_batches: Sequence[T]) -> None:
@@ -32,9 +32,6 @@ class LoadedWindow(MicroBatchWindow[T]):
 
     def __len__(self) -> int:
         return len(self._micro_batches)
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._micro_batches)
 
     def pieces(self) -> Sequence[T]:
         """The micro-batches, for an accumulator."""

@@ -19,7 +19,6 @@ from gradfold.messages import join_names
 Rows: TypeAlias = Sequence[int]
 """Positions in the global batch; slices of it are rows again."""
 
-_MOST_NAMED = 4
 _COLOR_CHANNELS = (3, 4)  # not 1: that looks like a batch of one row, which is never cut
 
 
@@ -131,7 +130,7 @@ def name_rows(rows: Rows) -> str:
     """
     if isinstance(rows, range) and rows.step == 1:
         return f"rows {rows.start} to {rows.stop - 1}"
-    return f"{'row' if len(rows) == 1 else 'rows'} {join_names(list(map(str, rows)), _MOST_NAMED)}"
+    return f"{'row' if len(rows) == 1 else 'rows'} {join_names(list(map(str, rows)), limit=4)}"
 
 
 def shift_rows(rows: Rows, by: int) -> Rows:
