@@ -1,21 +1,38 @@
-"""What can go wrong, as one tree of errors.
+"""What can go wrong, as one tree.
+
+GradfoldError (Exception)
+├── OptionError | BatchError | WeightError | NonFiniteGradientError | BackwardError | DataError (ValueError)
+├── ModelError (ValueError)
+│   └── BatchNormError | HookError | PaddingError | DistributedError (ModelError)
+├── LossError (ValueError)
+│   └── NonFiniteLossError | NotDecomposableError | RecomputeError (LossError)
+├── DoesNotFitError | WindowError (RuntimeError)
+├── TrainStepError (TypeError)
+└── WorkloadError (ValueError)
 
 Every message says what was given, what was expected and what to write instead. A class carries the facts of its
-message as attributes where a program could use them, and the exit code of a command that ends with it.
+message as attributes where a program could use them, and the exit code of a command that ends with it: 2 for
+OptionError and WorkloadError, else 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 
+@dataclass(eq=False, repr=False)  # so that errors can be pickled with their facts: all of them are `args`
 class GradfoldError(Exception):
     """The base of all errors that gradfold raises on purpose."""
 
+    message: str
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class OptionError(GradfoldError, ValueError):
@@ -32,6 +49,7 @@ class ModelError(GradfoldError, ValueError):
     """Gradients of the model cannot be accumulated."""
 
 
+@dataclass(eq=False, repr=False)
 class BatchNormError(ModelError):
     """BatchNorm layers would see a micro-batch where the whole batch was meant.
 
@@ -39,11 +57,10 @@ class BatchNormError(ModelError):
         layers: names of the layers in the model.
     """
 
-    def __init__(self, message: str, layers: tuple[str, ...]) -> None:
-        super().__init__(message)
-        self.layers = layers
+    layers: tuple[str, ...]
 
 
+@dataclass(eq=False, repr=False)
 class HookError(ModelError):
     """A hook on a parameter would act on the gradient of each micro-batch.
 
@@ -51,11 +68,10 @@ class HookError(ModelError):
         parameters: names of the parameters that carry such hooks.
     """
 
-    def __init__(self, message: str, parameters: tuple[str, ...]) -> None:
-        super().__init__(message)
-        self.parameters = parameters
+    parameters: tuple[str, ...]
 
 
+@dataclass(eq=False, repr=False)
 class PaddingError(ModelError):
     """The gradient depends on how far rows are padded, so a token budget, which pads less, would change it.
 
@@ -63,9 +79,7 @@ class PaddingError(ModelError):
         layer: name of the first layer whose output does, where there is one.
     """
 
-    def __init__(self, message: str, layer: str | None) -> None:
-        super().__init__(message)
-        self.layer = layer
+    layer: str | None
 
 
 class DistributedError(ModelError):
@@ -76,6 +90,7 @@ class LossError(GradfoldError, ValueError):
     """`loss_fn` returned something that is not a loss, or a metric that cannot be combined."""
 
 
+@dataclass(eq=False, repr=False)
 class NonFiniteLossError(LossError):
     """The loss of a micro-batch is NaN or infinite.
 
@@ -85,13 +100,12 @@ class NonFiniteLossError(LossError):
         value: the value.
     """
 
-    def __init__(self, message: str, micro_batch: int, term: str, value: float) -> None:
-        super().__init__(message)
-        self.micro_batch = micro_batch
-        self.term = term
-        self.value = value
+    micro_batch: int
+    term: str
+    value: float
 
 
+@dataclass(eq=False, repr=False)
 class NotDecomposableError(LossError):
     """The gradient of a batch is not the weighted mean of the gradients of its parts, so it cannot be accumulated.
 
@@ -104,13 +118,12 @@ class NotDecomposableError(LossError):
         weight: the weight that fits, as Python, where one was found.
     """
 
-    def __init__(self, message: str, cause: str, term: str, weight: str | None = None) -> None:
-        super().__init__(message)
-        self.cause = cause
-        self.term = term
-        self.weight = weight
+    cause: str
+    term: str
+    weight: str | None = None
 
 
+@dataclass(eq=False, repr=False)
 class RecomputeError(LossError):
     """The statistics of a two-phase loss differed when a micro-batch ran again.
 
@@ -119,16 +132,15 @@ class RecomputeError(LossError):
         deviation: how far they were off, relative.
     """
 
-    def __init__(self, message: str, micro_batch: int, deviation: float) -> None:
-        super().__init__(message)
-        self.micro_batch = micro_batch
-        self.deviation = deviation
+    micro_batch: int
+    deviation: float
 
 
 class WeightError(GradfoldError, ValueError):
     """A weight is negative, not finite or not a number, or its name fits no loss term or metric."""
 
 
+@dataclass(eq=False, repr=False)
 class NonFiniteGradientError(GradfoldError, ValueError):
     """The gradient of a micro-batch is NaN or infinite, though its loss is finite.
 
@@ -138,13 +150,12 @@ class NonFiniteGradientError(GradfoldError, ValueError):
         parameters: names of the parameters with such a gradient.
     """
 
-    def __init__(self, message: str, micro_batch: int | None, rows: Sequence[int], parameters: tuple[str, ...]) -> None:
-        super().__init__(message)
-        self.micro_batch = micro_batch
-        self.rows = rows
-        self.parameters = parameters
+    micro_batch: int | None
+    rows: Sequence[int]
+    parameters: tuple[str, ...]
 
 
+@dataclass(eq=False, repr=False)
 class DoesNotFitError(GradfoldError, RuntimeError):
     """Out of memory, and running fewer rows at once cannot help.
 
@@ -152,11 +163,10 @@ class DoesNotFitError(GradfoldError, RuntimeError):
         sizes: the numbers of rows (padded tokens with a `TokenBudget`) that were tried at once, in order.
     """
 
-    def __init__(self, message: str, sizes: tuple[int, ...]) -> None:
-        super().__init__(message)
-        self.sizes = sizes
+    sizes: tuple[int, ...]
 
 
+@dataclass(eq=False, repr=False)
 class BackwardError(GradfoldError, ValueError):
     """The function given as `backward=` scales gradients by itself.
 
@@ -164,9 +174,7 @@ class BackwardError(GradfoldError, ValueError):
         factor: what it multiplied the probe's gradient by.
     """
 
-    def __init__(self, message: str, factor: float) -> None:
-        super().__init__(message)
-        self.factor = factor
+    factor: float
 
 
 class WindowError(GradfoldError, RuntimeError):
