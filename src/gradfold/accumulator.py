@@ -310,7 +310,7 @@ class Accumulator:
             if layers is None:
                 return True
             try:
-                with self._drawing_dropout():
+                with drawing_from_generators(counter_based_layers(window.context.modules)):
                     check.check(window, self._micro_batcher.collate_rows, layers.values())
             except NotDecomposableError as error:
                 explained = self._strategy.explain(error)
@@ -373,10 +373,6 @@ class Accumulator:
         with quiet, listening as listener:
             yield listener
 
-    def _drawing_dropout(self) -> AbstractContextManager[object]:
-        """Dropout layers draw as torch's do: for runs that replay randomness by themselves."""
-        return drawing_from_generators(counter_based_layers(self._context.modules))
-
     def _pick_strategy(self) -> Strategy:
         """How windows run, as the options say; raises OptionError where one is not supported with another."""
         loss_fn, keeps_order = self._run_loss, self.batching is None
@@ -413,7 +409,7 @@ class Accumulator:
         example = group.attempt(lambda: ProbeBatch(piece, self.collate))
         if not tuner.is_due(example.num_rows):
             return
-        with self._drawing_dropout():
+        with drawing_from_generators(counter_based_layers(context.modules)):
             choice = tuner.tune(DryRun.of(self, example), self._back_propagate, group)
         self._micro_batcher.resize(choice.micro_batch_size, piece, example.num_rows)
 

@@ -119,37 +119,33 @@ class PaddedBatch:
         """Find the tensors that go with the tokens, and refuse those of which it cannot be known."""
         leaves, lengths = self._leaves, self._lengths
         places = [(path, dim) for path, leaf in leaves.items() if id(leaf) not in kept for dim in range(1, leaf.dim())]
-        fitting: dict[tuple[str, int], str] = {}
-        unclear: list[tuple[str, int]] = []
+        fitting: dict[tuple[str, int], str | None] = {}  # None: long enough, and not padded
         for path, dim in places:
             names = _long_enough(leaves[path].shape[dim], lengths)
-            fits = next((name for name in names if _is_padding(leaves[path], dim, lengths[name], self._side)), None)
-            if fits is not None:
-                fitting[path, dim] = fits
-            elif names:
-                unclear.append((path, dim))
+            if names:
+                fits = (name for name in names if _is_padding(leaves[path], dim, lengths[name], self._side))
+                fitting[path, dim] = next(fits, None)
         for name in lengths:
-            sizes = {leaves[path].shape[dim] for (path, dim), fits in fitting.items() if fits == name}
-            self._settle_size(name, sizes)
-        for path, dim in unclear:
-            if leaves[path].shape[dim] in self.padded.values():
+            self._settle_size(name, {leaves[path].shape[dim] for (path, dim), fit in fitting.items() if fit == name})
+        for (path, dim), fit in fitting.items():
+            size = leaves[path].shape[dim]
+            if fit is None and size in self.padded.values():
                 name = path.strip("[].").split("[")[-1].strip("'\"") or "..."
                 raise BatchError(
                     f"batch{path} {tuple(leaves[path].shape)} has the padded length in dim {dim}, and holds something "
                     "else than padding beyond the rows' lengths, so it is unclear whether it goes with the tokens. If "
                     f'it does, name it: trim=("{name}",). If not: trim={{"{name}": ()}}.'
                 )
-        for (path, dim), name in fitting.items():
             # One column beyond every row is the same everywhere in it, whatever it holds: that says nothing.
-            is_evident = self.padded[name] - int(lengths[name].min()) > 1
-            if leaves[path].shape[dim] == self.padded[name] and is_evident:
-                self._trim(path, (dim,), name)
-                self.found[f"{path} dim {dim}"] = name
+            if fit is not None and size == self.padded[fit] and size - int(lengths[fit].min()) > 1:
+                self._trim(path, (dim,), fit)
+                self.found[f"{path} dim {dim}"] = fit
 
     def _settle_size(self, name: str, sizes: set[int]) -> None:
+        """Note the padded length of an input, given the sizes of what fits; raises BatchError unless it is one."""
         lengths = self._lengths[name]
-        known, longest = self.padded.get(name), int(lengths.max())
-        sizes = sizes | ({known} if known else set())
+        longest = int(lengths.max())
+        sizes = sizes | ({self.padded[name]} if self.padded.get(name) else set())
         if len(sizes) > 1 and bool((lengths == longest).all()):
             sizes = {size for size in sizes if size > longest}  # that there is nothing beyond them says little
         if not sizes and longest < 2:

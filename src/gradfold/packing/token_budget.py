@@ -119,10 +119,9 @@ class TokenBudget:
         trim: Any = self.trim
         if name != SINGLE and trim is not None:
             if not isinstance(trim, Mapping) or not set(trim) <= set(names):
-                given = sorted(map(str, trim)) if isinstance(trim, Mapping) else trim
                 raise OptionError(
                     f"lengths= returns several inputs, {', '.join(map(repr, names))}, so trim= has to say of which "
-                    f"each tensor is: trim={{{names[0]!r}: (...)}}. It has {given}."
+                    f"each tensor is: trim={{{names[0]!r}: (...)}}. It has {list(trim)}."
                 )
             trim = trim.get(name)
         if trim is None:
