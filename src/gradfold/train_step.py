@@ -115,7 +115,7 @@ class TrainStep:
         return StepResult(**vars(window), grad_norm=grad_norm, applied=applied)
 
     def _update(self) -> tuple[Tensor | None, bool]:
-        """Unscale, clip, step, schedule; the norm of the gradient, and whether the step was made."""
+        """Unscale, clip, step, update the scale, schedule; the norm of the gradient, and whether the step was made."""
         scaler = self.accumulator.grad_scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
@@ -123,7 +123,16 @@ class TrainStep:
         if self.max_grad_norm is not None:
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             grad_norm = clip_norm(parameters, self.max_grad_norm)
-        applied = _step(self.optimizer, scaler)
+        if scaler is None:
+            self.optimizer.step()
+            applied = True
+        else:
+            scale = scaler.get_scale()
+            scaler.step(self.optimizer)
+            scaler.update()
+            # What torch documents nowhere: step() says nothing of a step that it left out, but then the scale falls; to
+            # 0 where every gradient is NaN, and no step is made from there.
+            applied = 0 < scale <= scaler.get_scale()
         if applied and self.scheduler is not None:
             self.scheduler.step()
         return grad_norm, applied
@@ -156,19 +165,6 @@ class TrainStep:
         self.updates, self.skipped, self.samples = (int(state[name]) for name in ("updates", "skipped", "samples"))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-
-
-def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
-    """Step with unscaled gradients and update the scale; whether the step was made."""
-    if scaler is None:
-        optimizer.step()
-        return True
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    # What torch documents nowhere: step() says nothing of a step that it left out, but then the scale falls; to 0 where
-    # every gradient is NaN, and no step is made from there.
-    return 0 < scale <= scaler.get_scale()
 
 
 def _check_parts(accumulator: object, optimizer: object) -> None:
