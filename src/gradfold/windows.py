@@ -234,9 +234,8 @@ def windows(
     [['a', 'b', 'c'], ['d', 'e', 'f'], ['g']]
     """
     if isinstance(num_micro_batches, bool) or not isinstance(num_micro_batches, int) or num_micro_batches < 1:
-        raise OptionError(
-            f"num_micro_batches={num_micro_batches!r}; expected an int of at least 1: windows(loader, 4)."
-        )
+        given = repr(num_micro_batches) if isinstance(num_micro_batches, int) else type(num_micro_batches).__name__
+        raise OptionError(f"num_micro_batches is {given}; expected an int of at least 1: windows(loader, 4).")
     if not isinstance(loader, Iterable):
         raise OptionError(f"loader is {type(loader).__name__}; expected an iterable of micro-batches.")
     if model is None:
