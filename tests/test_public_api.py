@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import gradfold
 
@@ -63,6 +64,13 @@ def test_errors_form_one_tree_with_exit_codes():
     assert [name for name, error in ERRORS.items() if not issubclass(error, gradfold.GradfoldError)] == []
     assert [name for name, error in ERRORS.items() if error.exit_code not in (1, 2)] == []
     assert [name for name in ERRORS if f"{name} " not in tree] == []
+
+
+def test_errors_can_be_pickled_with_their_facts():
+    for error in ERRORS.values():
+        made = error("what was given", *range(len(inspect.signature(error).parameters) - 1))
+        copied = pickle.loads(pickle.dumps(made))
+        assert type(copied) is error and str(copied) == "what was given" and vars(copied) == vars(made), error
 
 
 def test_everything_public_is_documented():

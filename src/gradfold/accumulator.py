@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from gradfold.batch.loaded_window import MicroBatchWindow
 from gradfold.batch.nesting import Batch
-from gradfold.batch.split import Collate, MicroBatcher, RowBatcher, SampleBatcher, check_size, form_of
+from gradfold.batch.split import Collate, MicroBatcher, check_size, form_of
 from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.exact import ExactBatchNorm
 from gradfold.batchnorm.per_micro_batch import PerMicroBatchNorm
@@ -172,15 +172,16 @@ class Accumulator:
                 "a loss scaler is not supported with backward=: a framework that is set to float16 scales the loss by "
                 "itself. Leave the scaler out."
             )
-        self._backward = backward
-        self._backward_is_probed = False
+        self._backward = self._unprobed = backward
         self._back_propagate = BackPropagation(backward, self.grad_scaler)
         self._sums = self.precision.sums
         self._policy = None if self.precision.is_scaled else on_non_finite  # else the loss scaler's own
         self._run_loss = wrap_loss(loss_fn, self.precision.around)
         self._tuner = _tuner(micro_batch_size, batching)
         size = micro_batch_size if isinstance(micro_batch_size, int) else None
-        self._micro_batcher = _micro_batcher(size, batching, collate, counts_samples(weight))
+        counts = counts_samples(weight)
+        self._token_batcher = None if batching is None else TokenBatcher(batching, collate, counts)
+        self._micro_batcher = self._token_batcher or MicroBatcher(size, collate, counts)
         self._strategy = self._pick_strategy()
         self._self_check = SelfCheck(self._strategy.probe_loss) if self_check else None
         self._context = Context(model)
@@ -224,8 +225,11 @@ class Accumulator:
         snapshot = Snapshot(context.model, context.modules, context.parameters, self._buffers, self._frozen, self._sums)
         with context.coordinator, snapshot, self._setting() as listener:
             context.check_trainable()
-            if self._tuner is not None or self._backward is not None:
-                self._prepare(batch)
+            if self._unprobed is not None:
+                probe(self._unprobed, context.device)
+                self._unprobed = None
+            if self._tuner is not None:
+                self._tune(self._tuner, batch)
             micro_batches = self._micro_batcher.split(batch)
             runs_zero_weight = self._strategy.runs_zero_weight
             window = Window(
@@ -236,7 +240,9 @@ class Accumulator:
             result = window.result()
             context.coordinator.commit()
         if result.recoveries:
-            self._micro_batcher.shrink([one.micro_batch_size for one in result.recoveries if one.action == "halved"])
+            for one in result.recoveries:
+                if one.action == "halved":
+                    self._micro_batcher.fitting.shrink(one.micro_batch_size)
         else:
             self._micro_batcher.learn(micro_batches)
         self.num_windows += 1
@@ -245,9 +251,10 @@ class Accumulator:
     def _run(self, window: Window, snapshot: Snapshot) -> Window:
         """Run a window until it is complete; what was halved is checked again, since it has become another one."""
         self._is_checked = False
-        strategy = self._strategy if self.batching is None else self._micro_batcher.timed(self._strategy)
-        if self._context.coordinator is not _ALONE:
-            strategy = self._on_ranks(strategy)
+        strategy = self._strategy if self._token_batcher is None else self._token_batcher.timed(self._strategy)
+        coordinator = self._context.coordinator
+        if isinstance(coordinator, FsdpCoordinator):
+            strategy = FsdpTurns(strategy, coordinator, self.fsdp_reduce == "per_window")
         try:
             while not window.is_complete:
                 self._preflight(window)
@@ -258,12 +265,12 @@ class Accumulator:
             raise does_not_fit(window, error) from error
         terms = tuple(window.losses.normalized)
         if terms != self._terms:
-            self._terms = terms
             self._note_terms(window, terms)
         return window
 
     def _note_terms(self, window: Window, terms: tuple[str, ...]) -> None:
         """Have the self-check run again where the loss has terms that it has not seen."""
+        self._terms = terms
         if self._self_check is not None and self._strategy.probes_loss and not self._strategy.is_whole(window):
             self._self_check.note_terms(terms)
             if not self._self_check.is_settled:
@@ -272,11 +279,7 @@ class Accumulator:
     # Checks before a window runs
 
     def _preflight(self, window: Window) -> None:
-        """Check a window before it runs, unless one of its kind has passed all checks.
-
-        Raises:
-            GradfoldError: it cannot run.
-        """
+        """Check a window before it runs, unless one of its kind has passed all checks; raises where it cannot run."""
         if not window.micro_batches:  # all were left out, but those of other ranks were not
             return
         context = window.context
@@ -285,7 +288,9 @@ class Accumulator:
         if kind == self._passed and (is_whole or not context.has_hooks()):
             return
         check = self._self_check if context.coordinator.can_probe else None
-        is_settled = self._micro_batcher.check_padding(window, self._strategy.probe_loss, check is not None)
+        is_settled = True
+        if self._token_batcher is not None:
+            is_settled = self._token_batcher.check_padding(window, self._strategy.probe_loss, check is not None)
         if not is_whole:
             check_hooks(context.model, context.parameters, self._warned_hooks)
             if self.batch_norm is None:
@@ -304,7 +309,7 @@ class Accumulator:
             if layers is None:
                 return True
             try:
-                with self._drawing_dropout():
+                with keyed(counter_based_layers(window.context.modules), None):  # they draw as torch's do
                     check.check(window, self._micro_batcher.collate_rows, layers.values())
             except NotDecomposableError as error:
                 explained = self._strategy.explain(error)
@@ -323,13 +328,11 @@ class Accumulator:
     def _update_context(self) -> Context:
         """Look at the model again, and at the processes that train it."""
         context = self._context
-        if self.distributed is False or not is_initialized():
-            context.update()
-            context.coordinator = _ALONE
-            return context
-        reshard(list(self.model.modules()))  # else some of its parameters may be those that were gathered
+        is_alone = self.distributed is False or not is_initialized()
+        if not is_alone:
+            reshard(list(self.model.modules()))  # else some of its parameters may be those that were gathered
         context.update()
-        context.coordinator = self._find_coordinator(context)
+        context.coordinator = _ALONE if is_alone else self._find_coordinator(context)
         return context
 
     def _find_coordinator(self, context: Context) -> Coordinator:
@@ -339,9 +342,8 @@ class Accumulator:
         num_denominators = 1 + (len(self.weight) if isinstance(self.weight, Mapping) else 1)
         sharded = sharded_modules(context.modules)
         if not sharded:
-            if self.batch_norm == "exact" and group.size > 1:
-                return SynchronizedCoordinator(group, num_denominators)
-            return DataParallelCoordinator(group, num_denominators)
+            is_exact = self.batch_norm == "exact" and group.size > 1
+            return (SynchronizedCoordinator if is_exact else DataParallelCoordinator)(group, num_denominators)
         if self._strategy.shards_refused:
             raise OptionError(self._strategy.shards_refused)
         if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
@@ -350,13 +352,6 @@ class Accumulator:
                 "nor with backward=."
             )
         return FsdpCoordinator(group, num_denominators, divide_factor(sharded, group.size))
-
-    def _on_ranks(self, strategy: Strategy) -> Strategy:
-        """A strategy, in turns with other ranks where these hold shards."""
-        coordinator = self._context.coordinator
-        if not isinstance(coordinator, FsdpCoordinator):
-            return strategy
-        return FsdpTurns(strategy, coordinator, self.fsdp_reduce == "per_window")
 
     def _setting(self) -> AbstractContextManager[PassListener]:
         """What goes around the passes of a window: quiet reductions, and dropout that counts."""
@@ -371,28 +366,15 @@ class Accumulator:
     @contextmanager
     def _entered_setting(self, context: Context) -> Iterator[PassListener]:
         layers = counter_based_layers(context.modules)
-        is_sharded = isinstance(context.coordinator, FsdpCoordinator)
-        refuse_options(layers, self.batch_norm, is_sharded)
-        with ExitStack() as stack:
-            if context.coordinator is not _ALONE:
-                stack.enter_context(without_reductions(context.modules))
-            if layers:
-                keys = DropoutKeys(layers, self.num_windows, context.device, context.coordinator)
-                stack.enter_context(keyed(layers, keys))
-                yield keys
-            else:
-                yield PassListener()
-
-    def _drawing_dropout(self) -> AbstractContextManager[object]:
-        """Dropout layers draw as torch's do: for runs that replay randomness by themselves."""
-        return keyed(counter_based_layers(self._context.modules), None)
+        coordinator = context.coordinator
+        refuse_options(layers, self.batch_norm, isinstance(coordinator, FsdpCoordinator))
+        keys = DropoutKeys(layers, self.num_windows, context.device, coordinator) if layers else PassListener()
+        quiet = nullcontext() if coordinator is _ALONE else without_reductions(context.modules)
+        with quiet, keyed(layers, keys) if isinstance(keys, DropoutKeys) else nullcontext():
+            yield keys
 
     def _pick_strategy(self) -> Strategy:
-        """How windows run, as the options say.
-
-        Raises:
-            OptionError: an option is not supported with another one.
-        """
+        """How windows run, as the options say; raises OptionError where one is not supported with another."""
         loss_fn, keeps_order = self._run_loss, self.batching is None
         if self.batch_norm == "exact" and not isinstance(loss_fn, TwoPhaseLoss):
             is_collated = self.collate is not None
@@ -412,14 +394,7 @@ class Accumulator:
             keeps_order=keeps_order,
         )
 
-    # Finding a size, and backward=
-
-    def _prepare(self, batch: Batch) -> None:
-        if self._backward is not None and not self._backward_is_probed:
-            probe(self._backward, self._context.device)
-            self._backward_is_probed = True
-        if self._tuner is not None:
-            self._tune(self._tuner, batch)
+    # Finding a size
 
     def _tune(self, tuner: AutoTuner, batch: Batch) -> None:
         """Find the micro-batch size, where that is due; ranks that have to come together for it do so once."""
@@ -434,7 +409,7 @@ class Accumulator:
         dry_run = group.attempt(lambda: DryRun.of(self, piece))
         if not tuner.is_due(dry_run.probe_batch.num_rows):
             return
-        with self._drawing_dropout():
+        with keyed(counter_based_layers(context.modules), None):  # they draw as torch's do
             choice = tuner.tune(dry_run, self._back_propagate, group)
         self._micro_batcher.resize(choice.micro_batch_size, piece, dry_run.probe_batch.num_rows)
 
@@ -468,7 +443,7 @@ class Accumulator:
     @property
     def token_budget(self) -> TokenBudget | None:
         """The budget of `batching=`, with the size that "auto" has found and the cost that was measured."""
-        return self._micro_batcher.budget if isinstance(self._micro_batcher, TokenBatcher) else None
+        return None if self._token_batcher is None else self._token_batcher.budget
 
     @property
     def micro_batch_choice(self) -> MicroBatchChoice | None:
@@ -507,12 +482,10 @@ class Accumulator:
                 "saved one."
             )
         self.num_windows = int(state["num_windows"])
-        choice = state.get("micro_batch_choice")
-        has_choice = self._tuner is not None and choice is not None
-        # A size that the user gives counts more than one that was saved.
-        if self._micro_batcher.load_state_dict(state["micro_batcher"], with_size=has_choice) and has_choice:
-            assert self._tuner is not None and choice is not None
-            self._tuner.choice = MicroBatchChoice.from_json(choice)
+        choice: Any = state.get("micro_batch_choice")
+        tuner = self._tuner if choice is not None else None  # a size that the user gives counts more than a saved one
+        if self._micro_batcher.load_state_dict(state["micro_batcher"], with_size=tuner is not None) and tuner:
+            tuner.choice = MicroBatchChoice.from_json(choice)
         if self._self_check is not None and state["self_check"] is not None:
             self._self_check.load_state_dict(state["self_check"])
         if self.grad_scaler is not None:
@@ -537,11 +510,3 @@ def _tuner(micro_batch_size: MicroBatchSize, batching: TokenBudget | None) -> Au
         return AutoTuner(read_auto(micro_batch_size))
     check_size(micro_batch_size)
     return None
-
-
-def _micro_batcher(
-    size: int | None, batching: TokenBudget | None, collate: Collate | None, counts: bool
-) -> MicroBatcher:
-    if batching is not None:
-        return TokenBatcher(batching, collate, counts)
-    return RowBatcher(size) if collate is None else SampleBatcher(size, collate, counts)

@@ -1,46 +1,38 @@
 """What can go wrong, as one tree.
 
+GradfoldError (Exception)
+├── OptionError | BatchError | WeightError | NonFiniteGradientError | BackwardError | DataError (ValueError)
+├── ModelError (ValueError)
+│   └── BatchNormError | HookError | PaddingError | DistributedError (ModelError)
+├── LossError (ValueError)
+│   └── NonFiniteLossError | NotDecomposableError | RecomputeError (LossError)
+├── DoesNotFitError | WindowError (RuntimeError)
+├── TrainStepError (TypeError)
+└── WorkloadError (ValueError)
+
 Every message says what was given, what was expected and what to write instead. A class carries the facts of its
-message as attributes where a program could use them, and the exit code of a command that ends with it.
-
-GradfoldError                       1
-├── OptionError (ValueError)        2   an argument that cannot work
-├── BatchError (ValueError)         1   a batch that cannot be split by rows
-├── ModelError (ValueError)         1   a model that gradfold cannot accumulate for
-│   ├── BatchNormError              1   ... since BatchNorm makes its samples depend on each other
-│   ├── HookError                   1   ... since a hook acts on every micro-batch
-│   ├── PaddingError                1   ... under a token budget, since its gradient depends on the padding
-│   └── DistributedError            1   ... since another rank has failed, or ranks train it in different ways
-├── LossError (ValueError)          1   a loss or metric that is not what loss_fn may return
-│   ├── NonFiniteLossError          1   ... since it is NaN or infinite
-│   ├── NotDecomposableError        1   ... since it is not the weighted mean of its parts
-│   └── RecomputeError              1   ... since a micro-batch did not return the same when it ran again
-├── WeightError (ValueError)        1   a weight that is not a non-negative number, or has no loss term
-├── NonFiniteGradientError (ValueError) 1  a gradient that is NaN or infinite though the losses are finite
-├── DoesNotFitError (RuntimeError)  1   rows that do not fit in memory, however few at once
-├── BackwardError (ValueError)      1   a backward= that changes the scale of gradients
-├── WindowError (RuntimeError)      1   a window whose loop body left something out
-├── TrainStepError (TypeError)      1   an optimizer or scheduler that TrainStep cannot drive
-├── DataError (ValueError)          1   data files that are missing, damaged or in another format
-└── WorkloadError (ValueError)      2   a workload that cannot be found or built
-
-Out of memory is recognized here, too (`is_out_of_memory`). Sources: `torch.OutOfMemoryError` (accelerators), c10's CPU
-allocator (a `RuntimeError`, known by its message), and Python's `MemoryError`. The kernel's out-of-memory killer ends a
-process without an error, which cannot be caught.
+message as attributes where a program could use them, and the exit code of a command that ends with it: 2 for
+OptionError and WorkloadError, else 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 
+@dataclass(eq=False, repr=False)  # so that errors can be pickled with their facts: all of them are `args`
 class GradfoldError(Exception):
     """The base of all errors that gradfold raises on purpose."""
 
+    message: str
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class OptionError(GradfoldError, ValueError):
@@ -57,6 +49,7 @@ class ModelError(GradfoldError, ValueError):
     """Gradients of the model cannot be accumulated."""
 
 
+@dataclass(eq=False, repr=False)
 class BatchNormError(ModelError):
     """BatchNorm layers would see a micro-batch where the whole batch was meant.
 
@@ -64,11 +57,10 @@ class BatchNormError(ModelError):
         layers: names of the layers in the model.
     """
 
-    def __init__(self, message: str, layers: tuple[str, ...]) -> None:
-        super().__init__(message)
-        self.layers = layers
+    layers: tuple[str, ...]
 
 
+@dataclass(eq=False, repr=False)
 class HookError(ModelError):
     """A hook on a parameter would act on the gradient of each micro-batch.
 
@@ -76,11 +68,10 @@ class HookError(ModelError):
         parameters: names of the parameters that carry such hooks.
     """
 
-    def __init__(self, message: str, parameters: tuple[str, ...]) -> None:
-        super().__init__(message)
-        self.parameters = parameters
+    parameters: tuple[str, ...]
 
 
+@dataclass(eq=False, repr=False)
 class PaddingError(ModelError):
     """The gradient depends on how far rows are padded, so a token budget, which pads less, would change it.
 
@@ -88,9 +79,7 @@ class PaddingError(ModelError):
         layer: name of the first layer whose output does, where there is one.
     """
 
-    def __init__(self, message: str, layer: str | None) -> None:
-        super().__init__(message)
-        self.layer = layer
+    layer: str | None
 
 
 class DistributedError(ModelError):
@@ -101,6 +90,7 @@ class LossError(GradfoldError, ValueError):
     """`loss_fn` returned something that is not a loss, or a metric that cannot be combined."""
 
 
+@dataclass(eq=False, repr=False)
 class NonFiniteLossError(LossError):
     """The loss of a micro-batch is NaN or infinite.
 
@@ -110,13 +100,12 @@ class NonFiniteLossError(LossError):
         value: the value.
     """
 
-    def __init__(self, message: str, micro_batch: int, term: str, value: float) -> None:
-        super().__init__(message)
-        self.micro_batch = micro_batch
-        self.term = term
-        self.value = value
+    micro_batch: int
+    term: str
+    value: float
 
 
+@dataclass(eq=False, repr=False)
 class NotDecomposableError(LossError):
     """The gradient of a batch is not the weighted mean of the gradients of its parts, so it cannot be accumulated.
 
@@ -129,13 +118,12 @@ class NotDecomposableError(LossError):
         weight: the weight that fits, as Python, where one was found.
     """
 
-    def __init__(self, message: str, cause: str, term: str, weight: str | None = None) -> None:
-        super().__init__(message)
-        self.cause = cause
-        self.term = term
-        self.weight = weight
+    cause: str
+    term: str
+    weight: str | None = None
 
 
+@dataclass(eq=False, repr=False)
 class RecomputeError(LossError):
     """The statistics of a two-phase loss differed when a micro-batch ran again.
 
@@ -144,16 +132,15 @@ class RecomputeError(LossError):
         deviation: how far they were off, relative.
     """
 
-    def __init__(self, message: str, micro_batch: int, deviation: float) -> None:
-        super().__init__(message)
-        self.micro_batch = micro_batch
-        self.deviation = deviation
+    micro_batch: int
+    deviation: float
 
 
 class WeightError(GradfoldError, ValueError):
     """A weight is negative, not finite or not a number, or its name fits no loss term or metric."""
 
 
+@dataclass(eq=False, repr=False)
 class NonFiniteGradientError(GradfoldError, ValueError):
     """The gradient of a micro-batch is NaN or infinite, though its loss is finite.
 
@@ -163,13 +150,12 @@ class NonFiniteGradientError(GradfoldError, ValueError):
         parameters: names of the parameters with such a gradient.
     """
 
-    def __init__(self, message: str, micro_batch: int | None, rows: Sequence[int], parameters: tuple[str, ...]) -> None:
-        super().__init__(message)
-        self.micro_batch = micro_batch
-        self.rows = rows
-        self.parameters = parameters
+    micro_batch: int | None
+    rows: Sequence[int]
+    parameters: tuple[str, ...]
 
 
+@dataclass(eq=False, repr=False)
 class DoesNotFitError(GradfoldError, RuntimeError):
     """Out of memory, and running fewer rows at once cannot help.
 
@@ -177,11 +163,10 @@ class DoesNotFitError(GradfoldError, RuntimeError):
         sizes: the numbers of rows (padded tokens with a `TokenBudget`) that were tried at once, in order.
     """
 
-    def __init__(self, message: str, sizes: tuple[int, ...]) -> None:
-        super().__init__(message)
-        self.sizes = sizes
+    sizes: tuple[int, ...]
 
 
+@dataclass(eq=False, repr=False)
 class BackwardError(GradfoldError, ValueError):
     """The function given as `backward=` scales gradients by itself.
 
@@ -189,9 +174,7 @@ class BackwardError(GradfoldError, ValueError):
         factor: what it multiplied the probe's gradient by.
     """
 
-    def __init__(self, message: str, factor: float) -> None:
-        super().__init__(message)
-        self.factor = factor
+    factor: float
 
 
 class WindowError(GradfoldError, RuntimeError):
@@ -221,7 +204,11 @@ _CPU_TEXTS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is an out-of-memory error, after which fewer rows may fit."""
+    """Whether this is an out-of-memory error, after which fewer rows may fit.
+
+    Accelerators raise `torch.OutOfMemoryError`, Python a `MemoryError`, c10's CPU allocator a `RuntimeError` known by
+    its text. The kernel's out-of-memory killer ends a process without an error, which cannot be caught.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_TEXTS)

@@ -67,11 +67,11 @@ def info_nce(
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, temperature: Tensor, symmetric: bool, tile: int) -> Tensor:
-        dtype = _wide(queries)
+        dtype = torch.promote_types(queries.dtype, torch.float32)
         scale = 1 / temperature.detach().to(queries.device, dtype)
-        of_queries = _LogSumExp(len(queries), queries.new_empty(0, dtype=dtype))
-        of_keys = _LogSumExp(len(keys), queries.new_empty(0, dtype=dtype)) if symmetric else None
         own = queries.new_empty(len(queries), dtype=dtype)  # the score of each query with its own key
+        of_queries = _LogSumExp(len(queries), own)
+        of_keys = _LogSumExp(len(keys), own) if symmetric else None
         for rows, columns in _tiles(len(queries), len(keys), tile):
             scores = queries[rows].to(dtype) @ keys[columns].to(dtype).T * scale
             of_queries.add(rows, scores)
@@ -148,10 +148,6 @@ def _tiles(num_rows: int, num_columns: int, tile: int) -> Iterator[tuple[slice, 
                 yield rows, slice(rows.stop, stop)
             else:
                 yield rows, slice(other, stop)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _check(queries: Tensor, keys: Tensor, temperature: float | Tensor, symmetric: bool, tile: int) -> None:

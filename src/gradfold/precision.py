@@ -95,7 +95,16 @@ def read_option(option: PrecisionOption, model: nn.Module) -> Precision:
     Raises:
         OptionError: it is none, or torch's scaler would refuse the gradients that it makes.
     """
-    precision = _read(option, model)
+    if option == "fp16":
+        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        option = Precision(compute=torch.float16, grad_scaler=torch.amp.GradScaler(device))
+    elif option == "bf16":
+        option = Precision(compute=torch.bfloat16)
+    precision = Precision() if option is None else option
+    if not isinstance(precision, Precision):
+        raise OptionError(
+            f'precision={option!r}; expected None (autocast is yours), "bf16", "fp16" or a gradfold.Precision.'
+        )
     half = [name for name, one in model.named_parameters() if one.requires_grad and one.dtype == torch.float16]
     is_torch_s = precision.is_scaled and type(precision.grad_scaler) is torch.amp.GradScaler  # others may take float16
     if half and is_torch_s and not precision.keep_accumulate_dtype:
@@ -105,18 +114,3 @@ def read_option(option: PrecisionOption, model: nn.Module) -> Precision:
             "Precision(..., keep_accumulate_dtype=True)."
         )
     return precision
-
-
-def _read(option: PrecisionOption, model: nn.Module) -> Precision:
-    if isinstance(option, Precision):
-        return option
-    if option is None:
-        return Precision()
-    if option == "bf16":
-        return Precision(compute=torch.bfloat16)
-    if option == "fp16":
-        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-        return Precision(compute=torch.float16, grad_scaler=torch.amp.GradScaler(device))
-    raise OptionError(
-        f'precision={option!r}; expected None (autocast is yours), "bf16", "fp16" or a gradfold.Precision.'
-    )

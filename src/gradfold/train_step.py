@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gradfold.accumulator import Accumulator
@@ -23,14 +23,11 @@ __all__ = ["StepResult", "TrainStep"]
 class Scheduler(Protocol):
     """A learning-rate scheduler that is stepped once per update."""
 
-    def step(self) -> object:
-        """Advance by one update."""
+    def step(self) -> object: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
-        """Restore a state."""
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,12 @@ class TrainStep:
     ) -> None:
         _check_parts(accumulator, optimizer)
         _refuse_closure(getattr(optimizer, "optimizer", optimizer))  # Accelerate and Fabric wrap what they prepare
-        _refuse_plateau(getattr(scheduler, "scheduler", scheduler))
+        if isinstance(getattr(scheduler, "scheduler", scheduler), ReduceLROnPlateau):
+            raise TrainStepError(
+                "ReduceLROnPlateau needs a metric, usually once per epoch, which TrainStep does not know. Leave it out "
+                "of TrainStep and write, after each epoch,\n"
+                "    scheduler.step(validation_loss)"
+            )
         if scheduler is not None and not callable(getattr(scheduler, "step", None)):
             raise TrainStepError(f"scheduler is {scheduler!r}; expected a learning-rate scheduler or None.")
         is_limit = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool) and max_grad_norm > 0
@@ -99,9 +101,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.max_grad_norm = max_grad_norm
-        self.updates = 0
-        self.skipped = 0
-        self.samples = 0
+        self.updates = self.skipped = self.samples = 0
 
     def __call__(self, batch: Batch) -> StepResult:
         """Train on one global batch; takes and raises what `Accumulator.backward` does."""
@@ -109,22 +109,33 @@ class TrainStep:
         self.accumulator.model.zero_grad()
         window = self.accumulator.backward(batch)
         self.samples += window.num_samples
-        if window.is_empty or window.is_skipped:
-            self.skipped += 1
-            return _result(window, None, applied=False)
+        grad_norm, applied = (None, False) if window.is_empty or window.is_skipped else self._update()
+        self.updates += applied
+        self.skipped += not applied
+        return StepResult(**vars(window), grad_norm=grad_norm, applied=applied)
+
+    def _update(self) -> tuple[Tensor | None, bool]:
+        """Unscale, clip, step, update the scale, schedule; the norm of the gradient, and whether the step was made."""
         scaler = self.accumulator.grad_scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        grad_norm = None if self.max_grad_norm is None else clip_norm(self._parameters(), self.max_grad_norm)
+        grad_norm = None
+        if self.max_grad_norm is not None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            grad_norm = clip_norm(parameters, self.max_grad_norm)
         if scaler is None:
             self.optimizer.step()
-        elif not _step_scaled(scaler, self.optimizer):
-            self.skipped += 1
-            return _result(window, grad_norm, applied=False)
-        if self.scheduler is not None:
+            applied = True
+        else:
+            scale = scaler.get_scale()
+            scaler.step(self.optimizer)
+            scaler.update()
+            # What torch documents nowhere: step() says nothing of a step that it left out, but then the scale falls; to
+            # 0 where every gradient is NaN, and no step is made from there.
+            applied = 0 < scale <= scaler.get_scale()
+        if applied and self.scheduler is not None:
             self.scheduler.step()
-        self.updates += 1
-        return _result(window, grad_norm, applied=True)
+        return grad_norm, applied
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, scheduler and accumulator; save the model, the optimizer and the loader beside it."""
@@ -151,28 +162,9 @@ class TrainStep:
                 f"the saved state has {there} scheduler, and this TrainStep has {here}: build it like the saved one."
             )
         self.accumulator.load_state_dict(state["accumulator"])  # first, since it may refuse
-        self.updates = int(state["updates"])
-        self.skipped = int(state["skipped"])
-        self.samples = int(state["samples"])
+        self.updates, self.skipped, self.samples = (int(state[name]) for name in ("updates", "skipped", "samples"))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-
-def _result(window: WindowResult, grad_norm: Tensor | None, *, applied: bool) -> StepResult:
-    return StepResult(**vars(window), grad_norm=grad_norm, applied=applied)
-
-
-def _step_scaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
-    """Step with unscaled gradients and update the scale; whether the step was made."""
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    # What torch documents nowhere: step() says nothing of a step that it left out, but then the scale falls; to 0 where
-    # every gradient is NaN, and no step is made from there.
-    return 0 < scale <= scaler.get_scale()
 
 
 def _check_parts(accumulator: object, optimizer: object) -> None:
@@ -210,13 +202,4 @@ def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
             "        optimizer.zero_grad()\n"
             "        return accumulator.backward(batch).loss\n"
             "    optimizer.step(closure)"
-        )
-
-
-def _refuse_plateau(scheduler: object) -> None:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise TrainStepError(
-            "ReduceLROnPlateau needs a metric, usually once per epoch, which TrainStep does not know. Leave it out of "
-            "TrainStep and write, after each epoch,\n"
-            "    scheduler.step(validation_loss)"
         )

@@ -102,18 +102,11 @@ def token_count(
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of a window's micro-batches under one name.
+    """The weights of a window's micro-batches under one name."""
 
-    Attributes:
-        total: the sum of the weights, the denominator.
-        normalized: the part of the window's mean that each micro-batch is; all 0 in a window of weight 0.
-        zero_weight: the micro-batches of weight 0.
-        values: the weights of the micro-batches.
-    """
-
-    total: float
-    normalized: tuple[float, ...]
-    zero_weight: frozenset[int]
+    total: float  # the denominator
+    normalized: tuple[float, ...]  # the values over the denominator; all 0 where it is 0
+    zero_weight: frozenset[int]  # the micro-batches of weight 0
     values: tuple[float, ...]
 
 
@@ -132,24 +125,24 @@ class WindowWeights:
     """The weights of one window, for every loss term and metric.
 
     Args:
-        named: by the name of a loss term or metric; None where one weight counts for all.
+        named: by the name of a loss term or metric; empty where one weight counts for all.
         unnamed: that weight; None where weights have names.
         samples: the numbers of rows.
 
     Attributes:
         zero_weight: the micro-batches of weight 0 under every name.
-        are_named: whether weights have names.
-        num_micro_batches: how many are weighed.
     """
 
-    def __init__(self, named: dict[str, Weights] | None, unnamed: Weights | None, samples: Weights) -> None:
+    def __init__(self, named: Mapping[str, Weights], unnamed: Weights | None, samples: Weights) -> None:
         self.named = named
         self.unnamed = unnamed
         self.samples = samples
-        self.are_named = named is not None
+        self.are_named = unnamed is None
         self.num_micro_batches = len(samples.values)
-        every = [unnamed] if named is None else list(named.values())
-        self.zero_weight = frozenset.intersection(*(one.zero_weight for one in every if one is not None))
+        self.zero_weight = frozenset.intersection(*(one.zero_weight for one in self._every()))
+
+    def _every(self) -> list[Weights]:
+        return list(self.named.values()) if self.unnamed is None else [self.unnamed]
 
     def wait(self) -> None:
         """Wait for denominators that are summed over several processes; here they are known."""
@@ -160,63 +153,43 @@ class WindowWeights:
 
     def own_totals(self) -> list[float]:
         """The sum of the weights of these micro-batches under every name, and of their samples."""
-        every = [self.unnamed] if self.named is None else list(self.named.values())
-        return [math.fsum(one.values) for one in (*every, self.samples) if one is not None]
+        return [math.fsum(one.values) for one in (*self._every(), self.samples)]
 
     def over(self, denominators: Sequence[float]) -> WindowWeights:
         """These weights normalized by larger denominators, in the order of `own_totals()`."""
-        *of_names, of_samples = denominators
-        samples = normalize(self.samples.values, of_samples)
-        if self.named is not None:
-            pairs = zip(self.named.items(), of_names, strict=True)
-            return WindowWeights({name: normalize(one.values, total) for (name, one), total in pairs}, None, samples)
-        assert self.unnamed is not None
-        return WindowWeights(None, normalize(self.unnamed.values, *of_names), samples)
+        every = zip((*self._every(), self.samples), denominators, strict=True)
+        *larger, samples = [normalize(one.values, total) for one, total in every]
+        named = dict(zip(self.named, larger, strict=False))  # none where one weight counts for all
+        return WindowWeights(named, None if self.are_named else larger[0], samples)
 
     def of_term(self, name: str) -> Weights:
-        """The weights of a loss term.
-
-        Raises:
-            WeightError: weights were given by name, and none for this one.
-        """
-        if self.unnamed is not None:
-            return self.unnamed
-        self.wait()
-        assert self.named is not None
-        if name not in self.named:
+        """The weights of a loss term; raises WeightError where weights were given by name, and none for this one."""
+        found = self.unnamed or self.named.get(name)
+        if found is None:
             raise WeightError(
                 f"weight= names {sorted(self.named)}, but loss_fn returned the loss term {name!r}, which has no "
                 'weight. Give one per loss term (an unnamed loss is called "loss").'
             )
-        return self.named[name]
+        return found
 
     def of_metric(self, name: str) -> Weights:
         """The weights of a metric: its own, else those of an unnamed loss, else samples."""
-        if self.unnamed is not None:
-            return self.unnamed
-        self.wait()
-        assert self.named is not None
-        return self.named.get(name) or self.named.get(UNNAMED) or self.samples
+        return self.unnamed or self.named.get(name) or self.named.get(UNNAMED) or self.samples
 
     def total(self, terms: Collection[str] = ()) -> float | dict[str, float]:
         """The denominator, or one per loss term where weights were given by name."""
         if self.unnamed is not None:
             return self.unnamed.total
-        self.wait()
-        return {name: one.total for name, one in (self.named or {}).items() if name in terms or not terms}
+        return {name: one.total for name, one in self.named.items() if name in terms or not terms}
 
     def names_at(self, index: int) -> list[str] | None:
         """The names under which a micro-batch has a positive weight; None where weights have no names."""
-        if self.named is None:
-            return None
-        return [name for name, one in self.named.items() if one.values[index]]
+        return [name for name, one in self.named.items() if one.values[index]] if self.are_named else None
 
     def check_names(self, terms: Collection[str], metrics: Collection[str]) -> None:
         """Raise WeightError where a weight was given for something that loss_fn did not return."""
-        if self.named is None or not terms:
-            return
         unknown = [name for name in self.named if name not in terms and name not in metrics]
-        if unknown:
+        if unknown and terms:
             raise WeightError(
                 f"weight= names {sorted(self.named)}, but loss_fn returned the loss terms {sorted(terms)} and the "
                 f"metrics {sorted(metrics)}: the weight {unknown[0]!r} has no term or metric. Give one weight per loss "
@@ -228,7 +201,7 @@ class WindowWeights:
 def sample_weights(num_rows: tuple[int, ...]) -> WindowWeights:
     """The weights of micro-batches with these numbers of rows, where samples are what counts."""
     samples = normalize(num_rows)
-    return WindowWeights(None, samples, samples)
+    return WindowWeights({}, samples, samples)
 
 
 def _is_samples(weight: object) -> bool:
@@ -261,12 +234,12 @@ def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWe
     Raises:
         WeightError: a weight is negative, not finite, or not a number.
     """
-    num_rows = tuple([len(part.rows) for part in micro_batches])
+    num_rows = tuple(len(part.rows) for part in micro_batches)
     if _is_samples(weight):
         return sample_weights(num_rows)
     samples = normalize(num_rows)
     if not isinstance(weight, Mapping):
-        return WindowWeights(None, _weigh_each([weight], micro_batches)[0], samples)
+        return WindowWeights({}, _weigh_each([weight], micro_batches)[0], samples)
     asked = {name: one for name, one in weight.items() if not _is_samples(one)}
     found = dict(zip(asked, _weigh_each(list(asked.values()), micro_batches), strict=True))
     return WindowWeights({name: found.get(name, samples) for name in weight}, None, samples)

@@ -1,20 +1,17 @@
-"""Windows over a loader of micro-batches: each holds the micro-batches of one update, the last one may be shorter.
-
-A `LoadedWindow` goes to an accumulator; a `LoopWindow` is for a loop body that runs the forward passes by itself.
-"""
+"""Windows over a loader of micro-batches, for an accumulator (`LoadedWindow`) or for a loop body (`LoopWindow`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import NoReturn, TypeVar, final, overload
+from typing import TypeVar, final, overload
 
 from torch import Tensor, nn
 
 from gradfold.batch.loaded_window import LoadedWindow, MicroBatchWindow
 from gradfold.batch.nesting import rows_if_any
-from gradfold.batch.split import MicroBatch
+from gradfold.batch.split import MicroBatch, join_batches
 from gradfold.batchnorm.per_micro_batch import WindowStatistics
 from gradfold.batchnorm.policy import (
     BatchNormOption,
@@ -33,7 +30,7 @@ from gradfold.engine.model_checks import check_hooks
 from gradfold.engine.window import Context
 from gradfold.errors import LossError, OptionError, WeightError, WindowError
 from gradfold.state.gradients import GradientBuffer
-from gradfold.weights import UNNAMED, Weight, WindowWeights, weigh
+from gradfold.weights import UNNAMED, Weight, weigh
 from gradfold.weights import check_option as check_weight
 
 __all__ = ["LoadedWindow", "LoopWindow", "windows"]
@@ -51,45 +48,29 @@ class LoopWindow(MicroBatchWindow[T]):
 
     def __init__(
         self,
-        model: nn.Module,
-        micro_batches: list[T],
+        context: Context,
+        micro_batches: Sequence[T],
         weight: Weight,
         batch_norm: BatchNormOption,
         backward: BackwardFn | None,
-        coordinator: Coordinator,
     ) -> None:
         rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
-        stops = [sum(rows[: index + 1]) for index in range(len(rows))]
-        self._parts = [
-            MicroBatch(data, range(stop - count, stop))
-            for data, count, stop in zip(micro_batches, rows, stops, strict=True)
-        ]
-        self._coordinator = coordinator
-        self._model = model
-        self._weights: WindowWeights = coordinator.over_all_ranks(weigh(weight, self._parts))
-        device = next(model.parameters()).device
-        self.losses = LossTerms(self._parts, self._weights, device)
-        self.metrics = Metrics(self._parts, self._weights, device)
+        parts = zip(micro_batches, map(range, rows), strict=True)
+        self._parts = join_batches([MicroBatch(*part)] for part in parts)
+        self._context = context
+        self._coordinator = context.coordinator
+        self._weights = self._coordinator.over_all_ranks(weigh(weight, self._parts))
+        self.losses = LossTerms(self._parts, self._weights, context.device)
+        self.metrics = Metrics(self._parts, self._weights, context.device)
         self._back_propagate = BackPropagation(backward)
-        layers = batch_statistics_layers(model) if len(micro_batches) > 1 else {}
+        layers = batch_statistics_layers(context.model) if len(micro_batches) > 1 else {}
         if batch_norm is None:
-            refuse_batch_statistics(layers, len(micro_batches), stops[-1])
+            refuse_batch_statistics(layers, len(micro_batches), sum(rows))
         self._statistics = WindowStatistics(layers)
         self._current: int | None = None
         self._done: set[int] = set()
         self._loss: Tensor | None = None
         self._is_started = False
-
-    def pieces(self) -> NoReturn:
-        """Not for an accumulator.
-
-        Raises:
-            WindowError: always; says how to get a window that is.
-        """
-        raise WindowError(
-            "this window has its own backward; for accumulator.backward(window) leave model= out: "
-            "gradfold.windows(loader, n)."
-        )
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -171,16 +152,15 @@ class LoopWindow(MicroBatchWindow[T]):
         if self._coordinator.num_ranks == 1:
             yield
             return
-        modules = list(self._model.modules())
-        gradients = GradientBuffer(list(self._model.parameters()))
+        gradients = GradientBuffer(self._context.parameters)
         try:
-            with self._coordinator, without_reductions(modules):
+            with self._coordinator, without_reductions(self._context.modules):
                 yield
                 self._coordinator.end(self, gradients)
                 gradients.settle()
                 self._coordinator.commit()
         except BaseException:
-            gradients.put_back(self._model.parameters())
+            gradients.put_back(self._context.model.parameters())
             raise
         gradients.add_back()
 
@@ -295,7 +275,6 @@ def _loop_windows(
 ) -> Iterator[LoopWindow[T]]:
     context = Context(model)
     context.check_trainable()
-    parameters = context.parameters
     if backward is not None:
         probe(backward, context.device)
     warned_of: set[str] = set()
@@ -303,12 +282,13 @@ def _loop_windows(
     if sharded_modules(context.modules):
         raise OptionError("windows(..., model=) is not supported with fully_shard; pass the windows to an Accumulator.")
     for micro_batches in _plain_windows(loader, num_micro_batches):
-        coordinator = Coordinator() if group is None else DataParallelCoordinator(group, num_denominators=2)
+        context.update()
+        context.coordinator = Coordinator() if group is None else DataParallelCoordinator(group, num_denominators=2)
         with ExitStack() as stack:
-            stack.push(coordinator)  # tells the others what fails here
+            stack.push(context.coordinator)  # tells the others what fails here
             if len(micro_batches) > 1:
-                check_hooks(model, parameters, warned_of)
-            window = LoopWindow(model, list(micro_batches), weight, batch_norm, backward, coordinator)
+                check_hooks(model, context.parameters, warned_of)
+            window = LoopWindow(context, micro_batches.pieces(), weight, batch_norm, backward)
             stack.pop_all()
         yield window
         if window.is_unfinished:

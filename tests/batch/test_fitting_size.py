@@ -10,7 +10,7 @@ from torch import nn
 
 import gradfold
 from gradfold.batch import split
-from gradfold.batch.split import FittingSize
+from gradfold.batch.split import FittingSize, MicroBatcher
 
 PATIENCE = split._PATIENCE
 
@@ -125,13 +125,16 @@ def test_it_grows_to_what_was_asked_and_no_further():
 
 @pytest.mark.parametrize("windows", [0, 1, PATIENCE - 1, PATIENCE, PATIENCE + 1])
 def test_a_restored_one_goes_on_as_the_one_saved(windows):
-    size, restored = FittingSize(), FittingSize()
+    saved, loaded = MicroBatcher(None), MicroBatcher(None)
+    size = saved.fitting
     size.shrink(8)
     wait(size, PATIENCE)
     size.shrink(8)
     wait(size, windows)
-    restored.load_state_dict(copy.deepcopy(size.state_dict()))
-    assert vars(restored) == vars(size)
+    state = saved.state_dict()
+    loaded.load_state_dict(state, with_size=False)
+    restored = loaded.fitting
+    assert restored == size and state["fitting_size"] is not vars(size)
     for one in (size, restored):
         wait(one, 2 * PATIENCE - windows)
     assert restored.limit(None) == size.limit(None) == 16

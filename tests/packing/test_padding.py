@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gradfold.errors import BatchError
+from gradfold.packing.packer import width_of
 from gradfold.packing.padding import PaddedBatch
 
 LENGTHS = torch.tensor([4, 1, 0, 3])
@@ -40,7 +41,7 @@ def test_rows_are_cut_to_the_longest_of_them():
     assert torch.equal(part["ids"], torch.tensor([[1, 2, 3], [1, 0, 0]]))
     assert torch.equal(part["labels"], torch.tensor([[1, 2, 3], [1, -100, -100]]))
     assert part["class"].tolist() == [3, 1] and part["scale"] is batch["scale"] and part["n"] == 3
-    assert cut.width((3, 1)) == 3 and cut.width((2,)) == 1
+    assert width_of(cut.widths, (3, 1)) == 3 and width_of(cut.widths, (2,)) == 1
     assert torch.equal(cut.untrimmed((3, 1))["ids"], batch["ids"][[3, 1]])
 
 
@@ -101,7 +102,7 @@ def test_source_and_target_have_widths_of_their_own():
     cut = trimming(batch, lengths)
     part = cut.of_rows((0, 2))
     assert part["source"].shape == part["mask"].shape == (2, 2) and part["target"].shape == (2, 7)
-    assert cut.width((0, 2)) == 9 and cut.full_width == 13
+    assert width_of(cut.widths, (0, 2)) == 9 and cut.full_width == 13
 
 
 def test_a_tensor_that_fits_two_inputs_goes_with_the_shorter():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Generic, NoReturn, TypeVar, final, overload
 
 from gradfold.errors import WindowError
@@ -13,20 +12,19 @@ __all__ = ["LoadedWindow"]
 T = TypeVar("T")
 
 
-class MicroBatchWindow(ABC, Generic[T]):
-    """The micro-batches of one update."""
+class MicroBatchWindow(Generic[T]):
+    """The micro-batches of one update, for an accumulator or for a loop body."""
 
-    @abstractmethod
     def pieces(self) -> Sequence[T]:
-        """The micro-batches, for an accumulator.
-
-        Raises:
-            WindowError: the window belongs to a loop body.
-        """
+        """The micro-batches, for an accumulator; raises WindowError where the window is for a loop body."""
+        raise WindowError(
+            "this window has its own backward; for accumulator.backward(window) leave model= out: "
+            "gradfold.windows(loader, n)."
+        )
 
 
 @final
-class LoadedWindow(MicroBatchWindow[T]):
+class LoadedWindow(MicroBatchWindow[T], Sequence[T]):
     """The micro-batches of one update, for `accumulator.backward(window)`."""
 
     def __init__(self, micro_batches: Sequence[T]) -> None:
@@ -35,19 +33,12 @@ class LoadedWindow(MicroBatchWindow[T]):
     def __len__(self) -> int:
         return len(self._micro_batches)
 
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._micro_batches)
-
     def pieces(self) -> Sequence[T]:
         """The micro-batches, for an accumulator."""
         return self._micro_batches
 
     def backward(self, loss: object) -> NoReturn:
-        """Only windows of `windows(..., model=model)` have their own backward.
-
-        Raises:
-            WindowError: always; says how to get one.
-        """
+        """Only windows of `windows(..., model=model)` have one: raises WindowError, which says how to get them."""
         raise WindowError(
             "this window does not know the model: write gradfold.windows(loader, n, model=model) for "
             "window.backward(loss), or pass the window to accumulator.backward(window)."

@@ -10,7 +10,7 @@ import dataclasses
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -43,14 +43,11 @@ def in_own_containers(batch: Batch) -> Batch:
 
 def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
     """Rebuild a nesting with `fn(leaf)` in the place of each tensor and of everything else that is not a container."""
-    kind = type(batch)
-    if kind is tuple or kind is list:  # exact types first: this runs for every micro-batch
-        return kind([map_leaves(fn, item) for item in batch])
     if isinstance(batch, (Tensor, PackedSequence)):
         return fn(batch)
     if isinstance(batch, (tuple, list)):
         items = [map_leaves(fn, item) for item in batch]
-        return batch._make(items) if hasattr(batch, "_make") else kind(items)
+        return batch._make(items) if hasattr(batch, "_make") else type(batch)(items)
     if isinstance(batch, Mapping):
         return _refilled(batch, {key: map_leaves(fn, value) for key, value in batch.items()})
     if is_dataclass(batch):
@@ -97,12 +94,10 @@ def cut_rows(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     kind = type(batch)
     if (kind is tuple or kind is list) and set(map(type, batch)) == {Tensor}:  # the usual case, faster
         return [kind(leaves) for leaves in zip(*[_cut(leaf, sizes) for leaf in batch], strict=True)]
-    columns: dict[int, Sequence[Tensor]] = {}
+    cut = cache(partial(_cut, sizes=sizes))  # what a batch holds twice, its parts hold twice
 
-    def part(index: int, tensor: Tensor) -> Tensor:
-        if id(tensor) not in columns:
-            columns[id(tensor)] = _cut(tensor, sizes)
-        return columns[id(tensor)][index]
+    def part(index: int, leaf: Tensor) -> Tensor:
+        return cut(leaf)[index]
 
     return [map_tensors(partial(part, index), batch) for index in range(len(sizes))]
 
@@ -120,8 +115,7 @@ def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 def rows_if_any(batch: Batch) -> int | None:
     """The rows that all tensors agree on, whatever else is in the batch; None where they do not, or there are none."""
-    counts: set[int] = set()
-    map_tensors(lambda tensor: counts.add(len(tensor)) if tensor.dim() > 0 else None, batch)
+    counts = {len(leaf) for leaf in every_leaf(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
     return counts.pop() if len(counts) == 1 else None
 
 
@@ -162,9 +156,7 @@ def _is_equal(a: object, b: object) -> bool:
 
 def every_leaf(batch: Batch) -> list[Any]:
     """The tensors of a nesting, and everything else that is not a container."""
-    leaves: list[Any] = []
-    map_leaves(leaves.append, batch)
-    return leaves
+    return [leaf for _, leaf in leaves_by_path(batch)]
 
 
 def is_dataclass(node: object) -> bool:

@@ -1,7 +1,6 @@
 """Rows: how many a batch has, which is what its tensors agree on in dim 0; and which of them a micro-batch holds.
 
-An object without rows is refused by its path: passed on whole, it would be wrong in silence. The rows of a micro-batch
-are a range of the global batch's, or any selection of them.
+An object without rows is refused by its path: passed on whole, it would be wrong in silence.
 """
 
 from __future__ import annotations
@@ -15,8 +14,12 @@ from torch import Tensor
 
 from gradfold.batch.nesting import CONSTANTS, Batch, children_of, is_dataclass
 from gradfold.errors import BatchError
+from gradfold.messages import join_names
 
-_COLOUR_CHANNELS = (3, 4)
+Rows: TypeAlias = Sequence[int]
+"""Positions in the global batch; slices of it are rows again."""
+
+_COLOR_CHANNELS = (3, 4)  # not 1: that looks like a batch of one row, which is never cut
 
 
 def num_rows(batch: Batch) -> int:
@@ -26,12 +29,12 @@ def num_rows(batch: Batch) -> int:
         BatchError: the tensors disagree, there is none, there are no rows, something cannot be cut by rows, or the
             batch looks like a list of samples.
     """
-    counts: set[int] = set()
-    is_flat = _count_flat(batch, counts)
-    if not is_flat:
-        counts = _counts(batch)
+    counts = {leaf.shape[0] for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim() > 0}
     if len(counts) > 1:
-        raise _disagreement(batch)
+        hint = "Every tensor needs one entry per row in dim 0."
+        if isinstance(batch, tuple | list):
+            hint += " If this is a list of samples, pass collate= (for example torch.utils.data.default_collate)."
+        raise BatchError(f"the tensors of the batch disagree in dim 0, the rows: {_shapes(batch)}. {hint}")
     if not counts:
         raise BatchError(
             f"the batch holds no tensor with rows ({_summary(batch)}); pass a nesting of tensors that agree in dim 0, "
@@ -40,7 +43,7 @@ def num_rows(batch: Batch) -> int:
     rows = counts.pop()
     if rows == 0:
         raise BatchError(f"the batch has no rows: {_shapes(batch)}. Skip empty batches before calling backward().")
-    if not (is_flat and len(batch) <= 2) and _looks_like_samples(batch):
+    if _looks_like_samples(batch):
         raise BatchError(
             f"the batch looks like a list of samples ({_summary(batch)}): its tensors agree in dim 0 ({rows}) only by "
             "accident. Pass collate= (for example torch.utils.data.default_collate) to have samples collated per "
@@ -49,34 +52,21 @@ def num_rows(batch: Batch) -> int:
     return rows
 
 
-def _count_flat(batch: Batch, counts: set[int]) -> bool:
-    """Collect the rows of a tuple, list or dict of plain tensors; False for any other batch. This is the usual case."""
-    kind = type(batch)
-    if kind is not tuple and kind is not list and kind is not dict:
-        return False
-    for leaf in batch.values() if kind is dict else batch:
-        if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
-            return False
-        counts.add(leaf.shape[0])
-    return True
-
-
-def _counts(batch: Batch) -> set[int]:
-    return {len(leaf) for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim() > 0}
-
-
 def _leaves(node: Batch, path: str) -> Iterator[tuple[str, Any]]:
+    """Everything that is not a container, with the path that leads to it; raises BatchError where it has no rows."""
     children = children_of(node)
     if children is None:
         _check_leaf(node, path)
         yield path, node
         return
     if is_dataclass(node):
-        _check_fields(node, path)
-    parts = [part for _, part in children]
-    if isinstance(node, (tuple, list)) and any(map(_is_value, parts)) and all(map(_is_value_or_none, parts)):
+        for field in dataclasses.fields(node):
+            if not hasattr(node, field.name):
+                raise BatchError(f"{path}.{field.name} has no value yet; set every field of {type(node).__name__}.")
+    values = [part for _, part in children if part is not None]
+    if isinstance(node, (tuple, list)) and values and all(map(_is_value, values)):
         raise BatchError(
-            f"{path} is a {type(node).__name__} of {len(parts)} single values: gradfold cannot know whether "
+            f"{path} is a {type(node).__name__} of {len(node)} single values: gradfold cannot know whether "
             "it has one value per row. Per row: make it a tensor, or pass a list of samples with collate=. The same "
             "for all rows: leave it out of the batch and bind it to loss_fn with functools.partial."
         )
@@ -88,40 +78,19 @@ def _is_value(node: object) -> bool:
     return isinstance(node, (bool, int, float, complex, str, bytes)) or (isinstance(node, Tensor) and node.dim() == 0)
 
 
-def _is_value_or_none(node: object) -> bool:
-    return node is None or _is_value(node)
-
-
 def _check_leaf(node: object, path: str) -> None:
-    if not isinstance(node, Tensor):
-        if not isinstance(node, CONSTANTS):
-            raise _uncuttable(path, node)
-    elif node.is_nested or node.layout not in (torch.strided, torch.sparse_coo):
-        kind = "nested tensor" if node.is_nested else f"{node.layout} tensor"
-        raise BatchError(f"{path} is a {kind}, whose rows cannot be sliced: pass a list of samples with collate=.")
-
-
-def _check_fields(node: Any, path: str) -> None:
-    for field in dataclasses.fields(node):
-        if not hasattr(node, field.name):
-            raise BatchError(f"{path}.{field.name} has no value yet; set every field of {type(node).__name__}.")
-
-
-def _uncuttable(path: str, node: object) -> BatchError:
-    name = f"{type(node).__module__}.{type(node).__qualname__}"
-    if type(node).__module__.split(".")[0] == "numpy":
-        return BatchError(f"{path} is a {name}, expected a tensor: write torch.as_tensor(...) for it.")
-    return BatchError(
-        f"{path} is a {name}, which gradfold cannot split by rows. Pass tensors in tuples, lists, dicts or "
-        "dataclasses, or a list of samples with collate=, and build this object there."
-    )
-
-
-def _disagreement(batch: Batch) -> BatchError:
-    hint = "Every tensor needs one entry per row in dim 0."
-    if isinstance(batch, tuple | list):
-        hint += " If this is a list of samples, pass collate= (for example torch.utils.data.default_collate)."
-    return BatchError(f"the tensors of the batch disagree in dim 0, the rows: {_shapes(batch)}. {hint}")
+    if isinstance(node, Tensor):
+        if node.is_nested or node.layout not in (torch.strided, torch.sparse_coo):
+            kind = "nested tensor" if node.is_nested else f"{node.layout} tensor"
+            raise BatchError(f"{path} is a {kind}, whose rows cannot be sliced: pass a list of samples with collate=.")
+    elif not isinstance(node, CONSTANTS):
+        name = f"{type(node).__module__}.{type(node).__qualname__}"
+        if name.startswith("numpy."):
+            raise BatchError(f"{path} is a {name}, expected a tensor: write torch.as_tensor(...) for it.")
+        raise BatchError(
+            f"{path} is a {name}, which gradfold cannot split by rows. Pass tensors in tuples, lists, dicts or "
+            "dataclasses, or a list of samples with collate=, and build this object there."
+        )
 
 
 def _looks_like_samples(batch: Batch) -> bool:
@@ -132,21 +101,17 @@ def _looks_like_samples(batch: Batch) -> bool:
     """
     if isinstance(batch, (tuple, list)) and batch:
         if all(isinstance(part, Tensor) for part in batch):
-            return all(part.dim() == 3 for part in batch) and _is_longer_than_channels(batch)
+            are_images = all(part.dim() == 3 for part in batch)
+            return are_images and len(batch[0]) in _COLOR_CHANNELS and len(batch) > len(batch[0])
         if isinstance(batch, list) and all(isinstance(part, (tuple, Mapping)) or is_dataclass(part) for part in batch):
             return len({tuple(suffix for suffix, _ in children_of(part) or []) for part in batch}) == 1
-    return any(_looks_like_samples(part) for _, part in children_of(batch) or [])
+    return any(_looks_like_samples(part) for _, part in children_of(batch) or [] if not isinstance(part, Tensor))
 
 
-def _is_longer_than_channels(images: Sequence[Tensor]) -> bool:
-    # One channel is left out: it looks like a batch of one row, which is never cut.
-    channels = len(images[0])
-    return channels in _COLOUR_CHANNELS and len(images) > channels
-
-
-def _shapes(batch: Batch, limit: int = 8) -> str:
-    shapes = [f"{path} {tuple(leaf.shape)}" for path, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor)]
-    return ", ".join(shapes[:limit]) + (f", and {len(shapes) - limit} more" if len(shapes) > limit else "")
+def _shapes(batch: Batch) -> str:
+    return join_names(
+        [f"{path} {tuple(leaf.shape)}" for path, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor)]
+    )
 
 
 def _summary(batch: Batch) -> str:
@@ -157,12 +122,6 @@ def _summary(batch: Batch) -> str:
     return f"a {type(batch).__name__} of {len(children)} {'/'.join(kinds) or 'elements'}"
 
 
-Rows: TypeAlias = Sequence[int]
-"""Positions in the global batch; slices of it are rows again."""
-
-_MOST_NAMED = 4
-
-
 def name_rows(rows: Rows) -> str:
     """The rows, for a message.
 
@@ -171,12 +130,7 @@ def name_rows(rows: Rows) -> str:
     """
     if isinstance(rows, range) and rows.step == 1:
         return f"rows {rows.start} to {rows.stop - 1}"
-    if len(rows) == 1:
-        return f"row {rows[0]}"
-    named = [str(row) for row in rows[:_MOST_NAMED]]
-    if len(rows) > _MOST_NAMED:
-        return f"rows {', '.join(named)} and {len(rows) - _MOST_NAMED} more"
-    return f"rows {', '.join(named[:-1])} and {named[-1]}"
+    return f"{'row' if len(rows) == 1 else 'rows'} {join_names(list(map(str, rows)), limit=4)}"
 
 
 def shift_rows(rows: Rows, by: int) -> Rows:

@@ -1,18 +1,17 @@
 """Splitting: how the global batches of an accumulator become micro-batches.
 
-A `MicroBatcher` splits batch after batch and learns how much fits in memory. Each kind of split is one class: by rows
-(`RowBatcher`), by samples that are collated per micro-batch (`SampleBatcher`), by padded tokens
-(`packing.token_batcher`).
+A `MicroBatcher` splits batch after batch and learns how much fits in memory: by rows, or by samples that are collated
+per micro-batch. `packing.token_batcher` has one that splits by padded tokens.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise, repeat
 from operator import attrgetter
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,19 +28,12 @@ CollateRows = Callable[[Rows], Batch]
 
 
 class MicroBatch(NamedTuple):
-    """What is run at once: some rows of the global batch (on the host), and which.
+    """What is run at once: some rows of the global batch (on the host), and which."""
 
-    Attributes:
-        data: what `loss_fn` takes.
-        rows: their positions in the batch, in the order of `data`; empty where they are not counted.
-        is_cut: whether every tensor with rows is a view or copy that was made for this micro-batch.
-        width: the padded length of its rows, at least 1, where padded tokens are what is limited; None where rows are.
-    """
-
-    data: Batch
-    rows: Rows
-    is_cut: bool = False
-    width: int | None = None
+    data: Batch  # what `loss_fn` takes
+    rows: Rows  # in the order of `data`; empty where they are not counted
+    is_cut: bool = False  # whether every tensor with rows is a view or copy that was made for this micro-batch
+    width: int | None = None  # the padded length of its rows, where padded tokens are what is limited
 
     @property
     def size(self) -> int:
@@ -66,15 +58,12 @@ def versions(part: MicroBatch) -> list[int]:
 
 def check_size(micro_batch_size: int | None) -> None:
     """Raise OptionError unless the size is None or a whole number of at least 1."""
-    if micro_batch_size is None:
-        return
-    if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int):
+    is_int = isinstance(micro_batch_size, int) and not isinstance(micro_batch_size, bool)
+    if micro_batch_size is not None and not (is_int and micro_batch_size >= 1):
         raise OptionError(
             f"micro_batch_size={micro_batch_size!r} is a {type(micro_batch_size).__name__}; expected the number of "
             "rows to run at once (an int of at least 1), or None for the whole batch at once."
         )
-    if micro_batch_size < 1:
-        raise OptionError(f"micro_batch_size={micro_batch_size}; expected at least 1 row.")
 
 
 @lru_cache(maxsize=64)
@@ -102,8 +91,9 @@ def form_of(batch: Batch) -> Hashable:
 
 
 def _split_pair(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch] | None:
-    """Split a tuple of one or two plain tensors, which is the usual case, without a walk; None for any other batch."""
-    if type(batch) is not tuple or not 0 < len(batch) <= 2:
+    """Split one or two plain tensors in a tuple or list, the usual case, without a walk; None for any other batch."""
+    kind = type(batch)
+    if (kind is not tuple and kind is not list) or not 0 < len(batch) <= 2:
         return None
     for leaf in batch:
         if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
@@ -115,7 +105,7 @@ def _split_pair(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch] 
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
     columns = map(torch.unsafe_split_with_sizes, batch, repeat(list(map(len, ranges))))  # as in `cut_rows`
-    return list(map(MicroBatch, zip(*columns, strict=True), ranges, repeat(True)))
+    return list(map(MicroBatch, map(kind, zip(*columns, strict=True)), ranges, repeat(True)))
 
 
 def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
@@ -156,12 +146,9 @@ def check_collated(micro_batches: Iterable[MicroBatch]) -> None:
 
 
 def split_further(part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | None) -> list[MicroBatch]:
-    """Split a micro-batch into smaller ones of this size at most, or of one row.
+    """Split a micro-batch into smaller ones of this size at most, or of one row; raises BatchError where it cannot.
 
     The rows stay as they were collated, unless only collation can cut them.
-
-    Raises:
-        BatchError: it cannot be cut.
     """
     ranges = cut_range(len(part.rows), max(1, micro_batch_size // (part.width or 1)))
     if len(ranges) == 1:
@@ -192,32 +179,28 @@ def join_batches(batches: Iterable[list[MicroBatch]]) -> list[MicroBatch]:
     joined: list[MicroBatch] = []
     start = 0
     for micro_batches in batches:
-        for piece in micro_batches:
-            joined.append(piece._replace(rows=shift_rows(piece.rows, start)))
-        start += sum(len(piece.rows) for piece in micro_batches)
+        joined += [part._replace(rows=shift_rows(part.rows, start)) for part in micro_batches]
+        start += sum(len(part.rows) for part in micro_batches)
     return joined
 
 
 _PATIENCE = 256  # windows
 
 
+@dataclass
 class FittingSize:
     """How much fits in memory at once, in rows or padded tokens, learned from out-of-memory errors.
 
     It shrinks with every recovery. After a long period without one, twice as much is tried again, since what took the
     memory may be gone. Each time that fails, the next period is twice as long.
 
-    Attributes:
-        rows: at most this much at once (padded tokens under a `TokenBudget`); None while nothing has failed.
-        proven: the most that has gone through at once.
     """
 
-    def __init__(self) -> None:
-        self.rows: int | None = None
-        self.proven = 0
-        self._quiet = 0
-        self._patience = _PATIENCE
-        self._is_trying = False
+    rows: int | None = None  # at most this much at once; None while nothing has failed
+    proven: int = 0  # the most that has gone through at once
+    quiet: int = 0  # windows since the last recovery
+    patience: int = 1  # the length of the present period, in times `_PATIENCE` windows
+    is_trying: bool = False  # whether a size that had failed is tried again
 
     def limit(self, asked: int | None) -> int | None:
         """The size to run where `asked` is the user's."""
@@ -227,170 +210,56 @@ class FittingSize:
 
     def shrink(self, rows: int) -> None:
         """More than `rows` did not fit."""
-        if self._is_trying:
-            self._patience *= 2
+        if self.is_trying:
+            self.patience *= 2
         self.rows = rows if self.rows is None else min(self.rows, rows)
-        self._quiet, self._is_trying = 0, False
+        self.quiet, self.is_trying = 0, False
 
     def record_success(self, largest: int, asked: int | None) -> None:
         """A window without a fault went through, with a largest micro-batch of this size."""
         self.proven = max(self.proven, largest)
         if self.rows is None:
             return
-        if self._is_trying and largest > self.rows // 2:
-            self._is_trying = False  # it fits now
-        self._quiet += 1
-        if self._quiet >= self._patience:
-            self.rows, self._quiet, self._is_trying = 2 * self.rows, 0, True
-            if asked is not None and self.rows >= asked:
-                self.rows = asked
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to split its batches as this one would have."""
-        return {name.lstrip("_"): value for name, value in vars(self).items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        self.rows = state["rows"]
-        self.proven = state["proven"]
-        self._quiet = state["quiet"]
-        self._patience = state["patience"]
-        self._is_trying = state["is_trying"]
+        if self.is_trying and largest > self.rows // 2:
+            self.is_trying = False  # it fits now
+        self.quiet += 1
+        if self.quiet >= self.patience * _PATIENCE:
+            self.rows = 2 * self.rows if asked is None else min(2 * self.rows, asked)
+            self.quiet, self.is_trying = 0, True
 
 
-class MicroBatcher(ABC):
-    """Splits batch after batch.
-
-    Attributes:
-        size: rows (or padded tokens) to run at once; None: the whole batch.
-        fitting: what was learned of the size that fits in memory.
-    """
-
-    unit: str = "rows"
-
-    def __init__(self, size: int | None) -> None:
-        self.size = size
-        self.fitting = FittingSize()
-
-    def split(self, batch: Batch) -> list[MicroBatch]:
-        """The micro-batches of a batch, or of a window of micro-batches.
-
-        Raises:
-            BatchError: the batch cannot be split by rows.
-            WindowError: it is the window of a loop body.
-        """
-        if not isinstance(batch, MicroBatchWindow):
-            return self._split(batch, self.fitting.limit(self.size))
-        pieces = batch.pieces()
-        if not pieces:
-            raise BatchError("the window holds no micro-batches. Skip empty windows.")
-        return self._split_pieces(pieces, self.fitting.limit(self.size))
-
-    @abstractmethod
-    def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
-        """Split one batch into micro-batches of this size at most."""
-
-    def _split_pieces(self, pieces: Sequence[Batch], limit: int | None) -> list[MicroBatch]:
-        return join_batches([self._split(piece, limit) for piece in pieces])
-
-    @property
-    def collate_rows(self) -> CollateRows | None:
-        """What collates rows of the last batch, a list of samples; None where rows need no collation."""
-        return None
-
-    def retry_smaller(self, part: MicroBatch, size: int) -> list[MicroBatch]:
-        """Split a micro-batch of the last batch that did not fit; the rows stay in order.
-
-        Raises:
-            BatchError: it cannot be split.
-        """
-        return split_further(part, size, self.collate_rows)
-
-    def largest(self, micro_batches: Sequence[MicroBatch]) -> int:
-        """The size of the largest of some micro-batches."""
-        return max(map(len, map(ROWS, micro_batches)), default=0)
-
-    def is_proven(self, micro_batches: Sequence[MicroBatch]) -> bool:
-        """Whether micro-batches of this size have gone through before."""
-        return self.largest(micro_batches) <= self.fitting.proven
-
-    def timed(self, strategy: Any) -> Any:
-        """A strategy, timed where this window is to show what a micro-step costs."""
-        return strategy
-
-    def check_padding(self, window: Any, probe_loss: Any, can_check: bool) -> bool:
-        """Check that padding does not matter, where micro-batches have less of it than the batch; whether it is known.
-
-        Args:
-            window: the window that begins.
-            probe_loss: what the check runs.
-            can_check: whether rows can run by themselves.
-        """
-        return True
-
-    def trust_padding(self) -> None:
-        """Padding does not matter, as is known from elsewhere."""
-
-    def learn(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """A window of these micro-batches has gone through without a fault."""
-        self.fitting.record_success(self.largest(micro_batches), self.size)
-
-    def shrink(self, sizes: Sequence[int]) -> None:
-        """Micro-batches were halved to these sizes on out-of-memory."""
-        for size in sizes:
-            self.fitting.shrink(size)
-
-    def resize(self, num_rows: int, batch: Batch, rows_of_batch: int) -> None:
-        """Run this many rows at once, as found for a batch like this one."""
-        self.size = num_rows
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was learned."""
-        return {"unit": self.unit, "size": self.size, "fitting_size": self.fitting.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any], with_size: bool) -> bool:
-        """Restore what `state_dict` gave, but for sizes in another unit: in rows, say, where padded tokens count.
-
-        Args:
-            state: as `state_dict` gave it.
-            with_size: whether the size was found, and not given by the user.
-
-        Returns:
-            Whether it was in this unit.
-        """
-        if state["unit"] != self.unit:
-            return False
-        self.fitting.load_state_dict(state["fitting_size"])
-        if with_size:
-            self.size = state["size"]
-        return True
-
-
-@final
-class RowBatcher(MicroBatcher):
-    """Splits nestings of tensors by rows."""
-
-    def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
-        return _split_pair(batch, limit) or split_rows(batch, limit)
-
-
-@final
-class SampleBatcher(MicroBatcher):
-    """Splits lists of samples, each part of which is collated by itself.
+class MicroBatcher:
+    """Splits batch after batch: by rows, or with `collate` lists of samples, whose parts are collated by themselves.
 
     Args:
-        size: as for `MicroBatcher`.
+        size: rows (or padded tokens) to run at once; None: the whole batch.
         collate: the user's function.
         counts_samples: whether samples are what is weighed, so collation must not change their number.
     """
 
-    def __init__(self, size: int | None, collate: Collate, counts_samples: bool) -> None:
-        super().__init__(size)
+    unit = "rows"
+
+    def __init__(self, size: int | None, collate: Collate | None = None, counts_samples: bool = False) -> None:
+        self.size = size
+        self.fitting = FittingSize()
         self._collate = collate
         self._counts_samples = counts_samples
-        self._samples: Sequence[Any] = ()
+        self._samples: Sequence[Any] = ()  # the last batch, where it is a list of samples
+
+    def split(self, batch: Batch) -> list[MicroBatch]:
+        """The micro-batches of a batch, or of a window of micro-batches; raises BatchError where it has no rows."""
+        limit = self.fitting.limit(self.size)
+        if not isinstance(batch, MicroBatchWindow):
+            return self._split(batch, limit)
+        pieces = batch.pieces()
+        if not pieces:
+            raise BatchError("the window holds no micro-batches. Skip empty windows.")
+        return self._split_pieces(pieces, limit)
 
     def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
+        """Split one batch into micro-batches of this size at most."""
+        if self._collate is None:
+            return _split_pair(batch, limit) or split_rows(batch, limit)
         micro_batches = split_samples(batch, limit, self._collate)
         if self._counts_samples:
             check_collated(micro_batches)
@@ -398,14 +267,38 @@ class SampleBatcher(MicroBatcher):
         return micro_batches
 
     def _split_pieces(self, pieces: Sequence[Batch], limit: int | None) -> list[MicroBatch]:
-        micro_batches = super()._split_pieces(pieces, limit)
-        self._samples = [sample for piece in pieces for sample in piece]
+        micro_batches = join_batches([self._split(piece, limit) for piece in pieces])
+        if self._collate is not None:
+            self._samples = [sample for piece in pieces for sample in piece]
         return micro_batches
 
     @property
-    def collate_rows(self) -> CollateRows:
-        """What collates rows of the last batch."""
-        return self._collate_rows
+    def collate_rows(self) -> CollateRows | None:
+        """What collates rows of the last batch, a list of samples; None where rows need no collation."""
+        collate, samples = self._collate, self._samples
+        return None if collate is None else lambda rows: collate([samples[row] for row in rows])
 
-    def _collate_rows(self, rows: Rows) -> Batch:
-        return self._collate([self._samples[row] for row in rows])
+    def largest(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """The size of the largest of some micro-batches."""
+        return max([len(part.rows) * (part.width or 1) for part in micro_batches], default=0)
+
+    def learn(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """A window of these micro-batches has gone through without a fault."""
+        self.fitting.record_success(self.largest(micro_batches), self.size)
+
+    def resize(self, num_rows: int, batch: Batch, rows_of_batch: int) -> None:
+        """Run this many rows at once, as found for a batch like this one."""
+        self.size = num_rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, without which a resumed run would split its batches otherwise."""
+        return {"unit": self.unit, "size": self.size, "fitting_size": asdict(self.fitting)}
+
+    def load_state_dict(self, state: Mapping[str, Any], with_size: bool) -> bool:
+        """Restore what `state_dict` gave, with or without its size; False, and nothing, where it has another unit."""
+        if state["unit"] != self.unit:
+            return False
+        self.fitting = FittingSize(**state["fitting_size"])
+        if with_size:
+            self.size = state["size"]
+        return True

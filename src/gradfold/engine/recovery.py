@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from gradfold.batch.split import MicroBatch, MicroBatcher
+from gradfold.batch.split import MicroBatch, MicroBatcher, split_further
 from gradfold.engine.non_finite import InspectedWindow, gradient_error, joint_gradient_error
 from gradfold.engine.result import Recovery, Unit
 from gradfold.engine.strategy import Strategy, run_in_order
@@ -109,7 +109,7 @@ def _attempt(window: Window, strategy: Strategy, snapshot: Snapshot, micro_batch
     can_replay = window.context.coordinator.can_replay
     is_whole = strategy.is_whole(window)
     try:
-        is_new = can_replay and not micro_batcher.is_proven(window.micro_batches)
+        is_new = can_replay and micro_batcher.largest(window.micro_batches) > micro_batcher.fitting.proven
         if is_new and (is_whole or strategy.is_sequential(window.context)):
             for index in window.pending():
                 snapshot.set_savepoint()
@@ -188,7 +188,7 @@ def _split_further(window: Window, micro_batcher: MicroBatcher, size: int, done:
             parts.append(part)
             continue
         window.check_unchanged(index)
-        parts += micro_batcher.retry_smaller(part, size)
+        parts += split_further(part, size, micro_batcher.collate_rows)
     smaller = window.again(parts, places)
     _check_totals(window.weights, smaller.weights)
     return smaller

@@ -55,9 +55,7 @@ class StepCost:
     attention: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in (("overhead", self.overhead), ("attention", self.attention)):
-            if value is None and name == "overhead":
-                continue
+        for name, value in (("overhead", 0 if self.overhead is None else self.overhead), ("attention", self.attention)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
                 raise OptionError(f"StepCost({name}={value!r}): expected a finite number of padded tokens, at least 0.")
 
@@ -67,12 +65,10 @@ class StepCost:
 
 
 def plan(lengths: Sequence[Tensor], max_tokens: int, cost: StepCost) -> list[tuple[int, ...]]:
-    """The rows of each micro-batch; the longest rows come first.
+    """The rows of each micro-batch, the longest rows first, so that the sum of costs is least.
 
-    Args:
-        lengths: for each input of a row (source, target) the length of every row, (rows,) of integers; 0 counts as 1.
-        max_tokens: padded tokens of a micro-batch, over all inputs, at most; a row that is longer is alone.
-        cost: whose sum over the micro-batches is to be least.
+    `lengths` has for each input of a row (source, target) the length of every row, (rows,) of integers; 0 counts as 1.
+    A micro-batch has at most `max_tokens` padded tokens, over all inputs; a row that is longer is alone.
     """
     columns = [length.clamp(min=1) for length in lengths]
     # Where a row has several, rows of like longest length come together: by experiment the best single order.

@@ -1,13 +1,9 @@
-"""A trimming: rows of a batch of padded tensors, without the padding that these rows do not need.
-
-A tensor goes with the tokens where one of its dimensions has the padded length and holds, beyond each row's length,
-the same everywhere: padding. That is looked at in every batch. A tensor of that size which holds something else is
-refused unless it is named, since its columns may be tokens or not.
-"""
+"""A trimming: rows of a batch of padded tensors, without the padding that these rows do not need."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,20 +12,17 @@ from torch import Tensor
 from gradfold.batch.nesting import Batch, leaves_by_path, map_tensors
 from gradfold.batch.rows import Rows
 from gradfold.errors import BatchError
-from gradfold.packing.packer import width_of
 
 Named: TypeAlias = Mapping[str, Mapping[str | int, tuple[int, ...] | None]]
 """For each input what the user says of its tensors: their dimensions, None where those are to be found."""
 
 
 class PaddedBatch:
-    """What to cut off a batch.
+    """Tensors that agree in dim 0, of which some go with the tokens.
 
-    Args:
-        batch: tensors that agree in dim 0.
-        lengths: for each input the length of every row.
-        side: where the padding is.
-        named: what the user says of tensors.
+    A tensor does where one of its dimensions has the padded length and holds, beyond each row's length, the same
+    everywhere: padding. That is looked at in every batch. A tensor of that size which holds something else is refused
+    unless it is named, since its columns may be tokens or not.
 
     Attributes:
         widths: for each input, what every row needs by itself: its length and, on the left, the column before it.
@@ -61,26 +54,20 @@ class PaddedBatch:
 
     def of_rows(self, rows: Rows) -> Batch:
         """These rows, no longer than the longest of them; copied, since a narrower view could not be viewed again."""
-        index = torch.tensor(rows)
-        return self._select(index, {name: int(width[index].max()) for name, width in self.widths.items()})
+        return self._select(rows, {name: int(width[torch.tensor(rows)].max()) for name, width in self.widths.items()})
 
     def untrimmed(self, rows: Rows) -> Batch:
         """These rows with all of their padding."""
-        return self._select(torch.tensor(rows), self.padded)
+        return self._select(rows, self.padded)
 
-    def _select(self, index: Tensor, widths: Mapping[str, int]) -> Batch:
-        done: dict[int, Tensor] = {}
+    def _select(self, rows: Rows, widths: Mapping[str, int]) -> Batch:
+        index = torch.tensor(rows)
 
+        @cache  # what a batch holds twice, its parts hold twice
         def cut(leaf: Tensor) -> Tensor:
-            if leaf.dim() and id(leaf) not in done:
-                done[id(leaf)] = self._narrowed(leaf, widths).index_select(0, index.to(leaf.device))
-            return done.get(id(leaf), leaf)
+            return self._narrowed(leaf, widths).index_select(0, index.to(leaf.device)) if leaf.dim() else leaf
 
         return map_tensors(cut, self._batch)
-
-    def width(self, rows: Rows) -> int:
-        """The padded length of these rows, all inputs together."""
-        return width_of(self.widths, rows)
 
     @property
     def full_width(self) -> int:
@@ -95,71 +82,70 @@ class PaddedBatch:
 
     def _take_named(self, named: Named) -> set[int]:
         """Note what the user says; returns the ids of the tensors of which nothing is to be found out."""
-        leaves = self._leaves
         kept: set[int] = set()
-        for name, length in self._lengths.items():
-            longest = int(length.max())
-            asked = named.get(name, {})
-            found = {leaf: [path for path in leaves if _is_named(path, leaf)] for leaf in asked}
-            missing = [leaf for leaf, paths in found.items() if not paths]
-            if missing:
-                raise BatchError(
-                    f"trim= names {', '.join(map(repr, missing))}, and the batch has no such tensor of two dimensions; "
-                    f"it has {', '.join(f'batch{path}' for path in leaves)}."
-                )
-            for leaf, paths in found.items():
-                for path in paths:
-                    tensor, dims = leaves[path], asked[leaf]
-                    if dims is None:
-                        size = self._size_of_named({one for paths in found.values() for one in paths}, longest, path)
-                        dims = tuple(dim for dim in range(1, tensor.dim()) if tensor.shape[dim] == size)
-                    self._trim(path, _positive(tensor, dims, path), name)
-                    kept.add(id(tensor))
+        for name, lengths in self._lengths.items():
+            asked = {path: dims for leaf, dims in named.get(name, {}).items() for path in self._paths_of(leaf)}
+            for path, dims in asked.items():
+                self._trim(path, self._dims_of_named(path, asked, int(lengths.max())) if dims is None else dims, name)
+                kept.add(id(self._leaves[path]))
         return kept
 
-    def _size_of_named(self, all_named: set[str], longest: int, path: str) -> int:
-        """The padded length that a tensor shares with the others; its own only long dimension where it is alone."""
-        own = {size for size in self._leaves[path].shape[1:] if size >= longest}
-        others = [leaf for other, leaf in self._leaves.items() if other not in all_named]
-        shared = {size for size in own if any(size in leaf.shape[1:] for leaf in others)}
+    def _paths_of(self, leaf: str | int) -> list[str]:
+        """The tensors that are called that: by the whole path, or by the key, attribute or index."""
+        found = [path for path in self._leaves if path == leaf or path.endswith((f"[{leaf!r}]", f".{leaf}"))]
+        if not found:
+            raise BatchError(
+                f"trim= names {leaf!r}, and the batch has no such tensor of two dimensions; it has "
+                f"{', '.join(f'batch{path}' for path in self._leaves)}."
+            )
+        return found
+
+    def _dims_of_named(self, path: str, asked: Collection[str], longest: int) -> list[int]:
+        """Those of the length that a tensor shares with the others; its own only long dimension where it is alone."""
+        shape = self._leaves[path].shape
+        own = {size for size in shape[1:] if size >= longest}
+        shared = {
+            size for other, leaf in self._leaves.items() if other not in asked for size in own & {*leaf.shape[1:]}
+        }
         sizes = shared or own
         if len(sizes) != 1:
             raise BatchError(
-                f"trim= names batch{path} {tuple(self._leaves[path].shape)}, and it is unclear which of its dimensions "
-                f"has the padded length, with rows of up to {longest} tokens. Pass them: trim={{...: (1,)}}."
+                f"trim= names batch{path} {tuple(shape)}, and it is unclear which of its dimensions has the padded "
+                f"length, with rows of up to {longest} tokens. Pass them: trim={{...: (1,)}}."
             )
-        return sizes.pop()
+        return [dim for dim in range(1, len(shape)) if shape[dim] in sizes]
 
     def _find(self, kept: set[int]) -> None:
         """Find the tensors that go with the tokens, and refuse those of which it cannot be known."""
         leaves, lengths = self._leaves, self._lengths
         places = [(path, dim) for path, leaf in leaves.items() if id(leaf) not in kept for dim in range(1, leaf.dim())]
-        fitting: dict[tuple[str, int], str] = {}
-        unclear: list[tuple[str, int]] = []
+        fitting: dict[tuple[str, int], str | None] = {}  # None: long enough, and not padded
         for path, dim in places:
             names = _long_enough(leaves[path].shape[dim], lengths)
-            fits = next((name for name in names if _is_padding(leaves[path], dim, lengths[name], self._side)), None)
-            if fits is not None:
-                fitting[path, dim] = fits
-            elif names:
-                unclear.append((path, dim))
+            if names:
+                fits = (name for name in names if _is_padding(leaves[path], dim, lengths[name], self._side))
+                fitting[path, dim] = next(fits, None)
         for name in lengths:
-            sizes = {leaves[path].shape[dim] for (path, dim), fits in fitting.items() if fits == name}
-            self._settle_size(name, sizes)
-        for path, dim in unclear:
-            if leaves[path].shape[dim] in self.padded.values():
-                raise self._is_unclear(path, dim)
-        for (path, dim), name in fitting.items():
+            self._settle_size(name, {leaves[path].shape[dim] for (path, dim), fit in fitting.items() if fit == name})
+        for (path, dim), fit in fitting.items():
+            size = leaves[path].shape[dim]
+            if fit is None and size in self.padded.values():
+                name = path.strip("[].").split("[")[-1].strip("'\"") or "..."
+                raise BatchError(
+                    f"batch{path} {tuple(leaves[path].shape)} has the padded length in dim {dim}, and holds something "
+                    "else than padding beyond the rows' lengths, so it is unclear whether it goes with the tokens. If "
+                    f'it does, name it: trim=("{name}",). If not: trim={{"{name}": ()}}.'
+                )
             # One column beyond every row is the same everywhere in it, whatever it holds: that says nothing.
-            is_evident = self.padded[name] - int(lengths[name].min()) > 1
-            if leaves[path].shape[dim] == self.padded[name] and is_evident:
-                self._trim(path, (dim,), name)
-                self.found[f"{path} dim {dim}"] = name
+            if fit is not None and size == self.padded[fit] and size - int(lengths[fit].min()) > 1:
+                self._trim(path, (dim,), fit)
+                self.found[f"{path} dim {dim}"] = fit
 
     def _settle_size(self, name: str, sizes: set[int]) -> None:
+        """Note the padded length of an input, given the sizes of what fits; raises BatchError unless it is one."""
         lengths = self._lengths[name]
-        known, longest = self.padded.get(name), int(lengths.max())
-        sizes = sizes | ({known} if known else set())
+        longest = int(lengths.max())
+        sizes = sizes | ({self.padded[name]} if self.padded.get(name) else set())
         if len(sizes) > 1 and bool((lengths == longest).all()):
             sizes = {size for size in sizes if size > longest}  # that there is nothing beyond them says little
         if not sizes and longest < 2:
@@ -180,17 +166,14 @@ class PaddedBatch:
             )
         self.padded[name] = sizes.pop()
 
-    def _is_unclear(self, path: str, dim: int) -> BatchError:
-        name = path.strip("[].").split("[")[-1].strip("'\"") or "..."
-        return BatchError(
-            f"batch{path} {tuple(self._leaves[path].shape)} has the padded length in dim {dim}, and holds something "
-            "else than padding beyond the rows' lengths, so it is unclear whether it goes with the tokens. If it does, "
-            f'name it: trim=("{name}",). If not: trim={{"{name}": ()}}.'
-        )
-
     def _trim(self, path: str, dims: Sequence[int], name: str) -> None:
         leaf = self._leaves[path]
-        for dim in dims:
+        for dim in (dim + leaf.dim() if dim < 0 else dim for dim in dims):
+            if not 0 < dim < leaf.dim():
+                raise BatchError(
+                    f"trim= names the dimensions {tuple(dims)} of batch{path} {tuple(leaf.shape)}; expected such from "
+                    f"1 to {leaf.dim() - 1}, since dim 0 counts the rows."
+                )
             size = self.padded.setdefault(name, leaf.shape[dim])
             if size != leaf.shape[dim]:
                 raise BatchError(
@@ -222,18 +205,3 @@ def tokens(size: int, lengths: Tensor, side: str) -> Tensor:
     """Where rows of these lengths have tokens, (rows, size)."""
     places, ends = torch.arange(size, device=lengths.device), lengths[:, None]
     return places < ends if side == "right" else places >= size - ends
-
-
-def _is_named(path: str, name: str | int) -> bool:
-    """Whether a tensor is called that: by its whole path, or by its key, attribute or index."""
-    return path == name or path.endswith(f"[{name!r}]") or path.endswith(f".{name}")
-
-
-def _positive(leaf: Tensor, dims: Sequence[int], path: str) -> tuple[int, ...]:
-    found = tuple(dim + leaf.dim() if dim < 0 else dim for dim in dims)
-    if any(not 0 < dim < leaf.dim() for dim in found):
-        raise BatchError(
-            f"trim= names the dimensions {tuple(dims)} of batch{path} {tuple(leaf.shape)}; expected such from 1 to "
-            f"{leaf.dim() - 1}, since dim 0 counts the rows."
-        )
-    return found

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows, num_rows
-from gradfold.batch.split import Collate, CollateRows, MicroBatch, MicroBatcher, check_collated, split_samples
+from gradfold.batch.split import Collate, MicroBatch, MicroBatcher, check_collated, split_samples
 from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.strategy import Strategy, WrappedStrategy
 from gradfold.engine.window import Window
@@ -37,20 +37,17 @@ class StepTimer(WrappedStrategy):
 
     def __init__(self, strategy: Strategy) -> None:
         super().__init__(strategy)
-        self._parts: Sequence[MicroBatch] = ()
-        self._device = torch.device("cpu")
-        self._elapsed_s: dict[int, float] = {}
+        self._timed: list[tuple[MicroBatch, float]] = []
 
     def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
         """Run the micro-batches as the strategy does."""
         if not self.is_sequential(window.context):
             self.strategy.run(window, indices, snapshot)
             return
-        self._parts, self._device = window.micro_batches, window.device
         for index in indices:
-            start = self._now()
+            start = _now(window.device)
             self.strategy.run(window, [index], snapshot)
-            self._elapsed_s[index] = self._now() - start
+            self._timed.append((window.micro_batches[index], _now(window.device) - start))
 
     def overhead(self) -> float | None:
         """What a micro-step costs beside its tokens, in tokens; None where these micro-batches do not tell.
@@ -58,8 +55,8 @@ class StepTimer(WrappedStrategy):
         A line through those of one row and the larger ones, each at their medians. A power of two, since the cut is to
         change little with the noise of a clock: near the best cut its cost hardly depends on it.
         """
-        largest = max((part.size for part in self._parts), default=0)
-        timed = [(self._parts[index], elapsed_s) for index, elapsed_s in self._elapsed_s.items()]
+        timed = self._timed
+        largest = max((part.size for part, _ in timed), default=0)
         small = [(part.size, s) for part, s in timed if len(part.rows) == 1 and part.size <= largest / 4]
         large = [(part.size, s) for part, s in timed if part.size > largest / 2]
         if not small or not large:
@@ -69,10 +66,11 @@ class StepTimer(WrappedStrategy):
         tokens = largest if rate <= 0 else min(max(short / rate - few, 1.0), largest)
         return float(2 ** round(math.log2(tokens)))
 
-    def _now(self) -> float:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
-        return time.perf_counter()
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 _FIRST_OVERHEAD = 64.0  # padded tokens, until it is measured
@@ -81,28 +79,15 @@ _NUM_PROBES = 3  # micro-batches of one row that are timed
 
 @final
 class TokenBatcher(MicroBatcher):
-    """Splits batches into micro-batches of rows of similar length, under a budget of padded tokens.
-
-    Args:
-        budget: the user's.
-        collate: the user's function, where batches are lists of samples.
-        counts_samples: whether samples are what is weighed, so collation must not change their number.
-
-    Attributes:
-        overhead: of a micro-step, in padded tokens; None until it is measured.
-        is_checked: whether padding was seen not to change the gradient, or whether that cannot be known.
-    """
+    """Splits batches into micro-batches of rows of similar length; see `MicroBatcher` for its arguments."""
 
     unit = "padded tokens"
 
     def __init__(self, budget: TokenBudget, collate: Collate | None = None, counts_samples: bool = False) -> None:
-        super().__init__(budget.max_tokens if isinstance(budget.max_tokens, int) else None)
+        super().__init__(budget.max_tokens if isinstance(budget.max_tokens, int) else None, collate, counts_samples)
         self._budget = budget
-        self._collate = collate
-        self._counts_samples = counts_samples
-        self._samples: Sequence[Any] = ()
-        self.overhead = budget.step_cost.overhead
-        self.is_checked = False
+        self.overhead = budget.step_cost.overhead  # of a micro-step, in padded tokens; None until it is measured
+        self.is_checked = False  # whether padding does not change the gradient, or that cannot be known
         self._has_run = False
         self._is_measuring = False
         self._trimmed: Collection[str] = ()  # paths of the tensors
@@ -119,7 +104,7 @@ class TokenBatcher(MicroBatcher):
         return replace(self._budget, max_tokens=max_tokens, cost=self._cost)
 
     def split(self, batch: Batch) -> list[MicroBatch]:
-        """The micro-batches of a batch, or of a window of micro-batches; see `MicroBatcher`."""
+        """The micro-batches of a batch, or of a window of micro-batches."""
         self._probes, self._trimmed = [], ()
         return super().split(batch)
 
@@ -143,7 +128,9 @@ class TokenBatcher(MicroBatcher):
         widths = {name: length.clamp(min=1) for name, length in found.items()}
         groups = self._plan(widths, limit)
         self._probes.append(partial(find_in_samples, batch, collate, widths, groups))
-        parts = [MicroBatch(self._collate_rows(rows), rows, False, width_of(widths, rows)) for rows in groups]
+        parts = []
+        for rows in groups:
+            parts.append(MicroBatch(collate([batch[row] for row in rows]), rows, width=width_of(widths, rows)))
         if self._counts_samples:
             check_collated(parts)
         return parts
@@ -156,22 +143,9 @@ class TokenBatcher(MicroBatcher):
         self._settle_places(padded.found)
         groups = self._plan(padded.widths, limit)
         self._probes.append(partial(find_in_tensors, padded, found, groups, limit))
-        if len(groups) == 1 and padded.width(groups[0]) == padded.full_width:
+        if len(groups) == 1 and width_of(padded.widths, groups[0]) == padded.full_width:
             return [MicroBatch(batch, groups[0], width=padded.full_width)]
-        return [MicroBatch(padded.of_rows(rows), rows, True, padded.width(rows)) for rows in groups]
-
-    def largest(self, micro_batches: Sequence[MicroBatch]) -> int:
-        """The padded tokens of the largest of some micro-batches."""
-        return max([part.size for part in micro_batches], default=0)
-
-    @property
-    def collate_rows(self) -> CollateRows | None:
-        """What collates rows of the last batch; None where rows need no collation."""
-        return None if self._collate is None else self._collate_rows
-
-    def _collate_rows(self, rows: Rows) -> Batch:
-        assert self._collate is not None
-        return self._collate([self._samples[row] for row in rows])
+        return [MicroBatch(padded.of_rows(rows), rows, True, width_of(padded.widths, rows)) for rows in groups]
 
     def _settle_places(self, places: Mapping[str, str]) -> None:
         """Note what goes with the tokens, as the first batches show it; raise BatchError where this one differs."""
@@ -199,7 +173,13 @@ class TokenBatcher(MicroBatcher):
         if self.is_checked:
             return True
         if not can_check:
-            self._require_position_ids()
+            if self._budget.padding_side == "left" and not any("position_ids" in path for path in self._trimmed):
+                raise OptionError(
+                    'padding_side="left" without a check needs position_ids in the batch, since positions that are '
+                    "counted from the start of a row move when padding is cut off. Leave self_check on, or add them: "
+                    'batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0), and '
+                    'trim=("position_ids",).'
+                )
             return True
         rows = self.padding_probe()
         if rows is not None:
@@ -207,16 +187,11 @@ class TokenBatcher(MicroBatcher):
             self.is_checked = PaddingCheck(window, probe_loss, rows, self._budget.padding_side).run()
         return self.is_checked
 
-    def trust_padding(self) -> None:
-        """Padding does not matter, as is known from elsewhere."""
-        self.is_checked = True
-
     @property
     def _cost(self) -> StepCost:
-        overhead = _FIRST_OVERHEAD if self.overhead is None else self.overhead
-        return StepCost(overhead, self._budget.step_cost.attention)
+        return StepCost(_FIRST_OVERHEAD if self.overhead is None else self.overhead, self._budget.step_cost.attention)
 
-    def timed(self, strategy: Any) -> Any:
+    def timed(self, strategy: Strategy) -> Strategy:
         """A strategy, timed where a micro-step is to be measured."""
         self._timer = StepTimer(strategy) if self._is_measuring else None
         return self._timer or strategy
@@ -231,17 +206,7 @@ class TokenBatcher(MicroBatcher):
 
     def resize(self, num_rows: int, batch: Batch, rows_of_batch: int) -> None:
         """Run as many tokens at once as this many of the longest rows have."""
-        self.size = num_rows * self._budget.longest_of(batch, rows_of_batch)
-
-    def _require_position_ids(self) -> None:
-        """Raise OptionError where padding is on the left, and the batch has no positions."""
-        if self._budget.padding_side == "left" and not any("position_ids" in path for path in self._trimmed):
-            raise OptionError(
-                'padding_side="left" without a check needs position_ids in the batch, since positions that are counted '
-                "from the start of a row move when padding is cut off. Leave self_check on, or add them: "
-                'batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0), and '
-                'trim=("position_ids",).'
-            )
+        self.size = num_rows * max(1, _longest(self._budget.lengths_of(batch, rows_of_batch)))
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned, without which a resumed run would split its batches otherwise."""
@@ -260,21 +225,23 @@ class TokenBatcher(MicroBatcher):
         return True
 
     def _plan(self, widths: Mapping[str, Tensor], max_tokens: int) -> list[Rows]:
-        self._warn_of_long(widths)
-        groups: list[Rows] = [*plan(list(widths.values()), max_tokens, self._cost)]
-        self._is_measuring = self.overhead is None and self._has_run
-        if self._is_measuring:
-            groups = _with_probes(groups)
-        return groups if len(groups) > 1 else [range(len(groups[0]))]  # all, in the batch's own order
-
-    def _warn_of_long(self, widths: Mapping[str, Tensor]) -> None:
-        longest = int(torch.stack(list(widths.values())).sum(0).max())
+        longest = _longest(widths)
         if self.size is not None and longest > self.size and not self._has_warned_of_long:
             self._has_warned_of_long = True
             warn(
                 f"a row of {longest} tokens is longer than max_tokens={self.size}: such rows run alone, whatever "
                 "memory they need. (Said once.)"
             )
+        groups: list[Rows] = [*plan(list(widths.values()), max_tokens, self._cost)]
+        self._is_measuring = self.overhead is None and self._has_run
+        if self._is_measuring:
+            groups = _with_probes(groups)
+        return groups if len(groups) > 1 else [range(len(groups[0]))]  # all, in the batch's own order
+
+
+def _longest(lengths: Mapping[str, Tensor]) -> int:
+    """The tokens of the longest row, all inputs together."""
+    return int(torch.stack(list(lengths.values())).sum(0).max())
 
 
 def _with_probes(groups: list[Rows]) -> list[Rows]:

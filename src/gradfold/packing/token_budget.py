@@ -103,20 +103,12 @@ class TokenBudget:
     def lengths_of(self, batch: Batch, num_rows: int) -> dict[str, Tensor]:
         """For each input the length of every row, (rows,), on the host; raises BatchError where they are not."""
         found = self.lengths(batch)
-        if isinstance(found, Mapping):
-            if not found:
-                raise BatchError(
-                    "lengths= returned an empty dict; expected one length per row, by the name of the input."
-                )
-            return {
-                str(name): _read_lengths(one, num_rows, f"lengths= returned for {name!r}")
-                for name, one in found.items()
-            }
-        return {SINGLE: _read_lengths(found, num_rows, "lengths= returned")}
-
-    def longest_of(self, batch: Batch, num_rows: int) -> int:
-        """The tokens of the longest row, all inputs together."""
-        return max(1, int(torch.stack(list(self.lengths_of(batch, num_rows).values())).sum(0).max()))
+        if not isinstance(found, Mapping):
+            return {SINGLE: _read_lengths(found, num_rows, "lengths= returned")}
+        if not found:
+            raise BatchError("lengths= returned an empty dict; expected one length per row, by the name of the input.")
+        what = "lengths= returned for"
+        return {str(name): _read_lengths(one, num_rows, f"{what} {name!r}") for name, one in found.items()}
 
     def trim_of(self, name: str, names: Sequence[str]) -> dict[str | int, tuple[int, ...] | None]:
         """What the user says of the tensors of an input: their dimensions, None where those are to be found.
@@ -127,10 +119,9 @@ class TokenBudget:
         trim: Any = self.trim
         if name != SINGLE and trim is not None:
             if not isinstance(trim, Mapping) or not set(trim) <= set(names):
-                given = sorted(map(str, trim)) if isinstance(trim, Mapping) else trim
                 raise OptionError(
                     f"lengths= returns several inputs, {', '.join(map(repr, names))}, so trim= has to say of which "
-                    f"each tensor is: trim={{{names[0]!r}: (...)}}. It has {given}."
+                    f"each tensor is: trim={{{names[0]!r}: (...)}}. It has {list(trim)}."
                 )
             trim = trim.get(name)
         if trim is None:

@@ -154,7 +154,8 @@ class Setup:
             distributed=distributed,
             self_check=False,
         )
-        clone._micro_batcher.trust_padding()
+        if clone._token_batcher is not None:
+            clone._token_batcher.is_checked = True
         return clone
 
 
