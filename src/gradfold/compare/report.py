@@ -10,9 +10,10 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib import rc_context
@@ -28,7 +29,6 @@ from matplotlib.patches import Patch
 from gradfold.compare import summary
 from gradfold.compare.arms import ARMS, REFERENCE
 from gradfold.compare.results import Comparison, Row
-from gradfold.compare.serialization import to_plain
 from gradfold.errors import OptionError
 from gradfold.memory.amount import written
 
@@ -235,6 +235,21 @@ def results_json(comparison: Comparison) -> str:
     """The comparison as JSON: what `--json` prints and results.json holds, without the folder of data files."""
     shown = replace(comparison, settings=replace(comparison.settings, data=None))
     return json.dumps(to_plain(shown), indent=1, allow_nan=False)
+
+
+def to_plain(value: Any) -> Any:
+    """The value in dicts, lists and scalars; a number that is not finite is null."""
+    if is_dataclass(value):
+        properties = [name for name, member in vars(type(value)).items() if isinstance(member, property)]
+        names = [field.name for field in fields(value)] + properties
+        return {name: to_plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {key: to_plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:

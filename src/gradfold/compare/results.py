@@ -1,7 +1,7 @@
 """The results of a comparison: what each arm measured, and how far it is from its reference.
 
 An arm's process leaves gradients and weights in files, by the name of their parameter. Distances between the tensors of
-two arms are computed in float64. `serialization.to_plain` writes a `Comparison` as results.json.
+two arms are computed in float64. `report.results_json` writes a `Comparison` as results.json.
 """
 
 from __future__ import annotations
