@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -87,7 +88,7 @@ def doctor(
         print(f"\n{report.failure.traceback}", file=sys.stderr)
     if sarif_file is not None:
         _write(sarif_file, report)
-    print(json.dumps(report.to_dict(), indent=1, allow_nan=False) if as_json else f"\n{text(report)}")
+    print(json.dumps(asdict(report), indent=1, allow_nan=False) if as_json else f"\n{text(report)}")
     if code := exit_code(report):
         raise typer.Exit(code)
 

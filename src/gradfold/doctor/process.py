@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def diagnose(
     if timeout_s is not None and timeout_s <= 0:
         raise OptionError(f"--timeout {timeout_s:g}: expected seconds above 0.")
     with tempfile.TemporaryDirectory(prefix="gradfold-doctor-") as folder:
-        answer = Path(folder, "report.json")
+        answer = Path(folder, "report.pickle")
         request = json.dumps([str(script), list(arguments), num_updates, timeout_s, str(answer)])
         child = subprocess.Popen([sys.executable, "-m", "gradfold.doctor", request], stdout=stdout)
         try:
@@ -56,7 +57,8 @@ def diagnose(
                 child.kill()
                 child.wait()
         if answer.exists():
-            return Report.from_dict(json.loads(answer.read_text("utf-8")))
+            report: Report = pickle.loads(answer.read_bytes())
+            return report
         return Report(str(script), _ending_without_answer(child.returncode, timeout_s), (), {})
 
 
