@@ -21,8 +21,7 @@ from gradfold.compare.data import Sizes, load, split_epoch_for_rank, take_own
 from gradfold.compare.measure import Clock
 from gradfold.distributed.launch import in_parallel
 from gradfold.distributed.process_group import ProcessGroup
-from gradfold.engine.backward import BackPropagation, Weighed
-from gradfold.engine.loss_terms import LossFn, LossOutput
+from gradfold.engine.loss_terms import LossFn
 from gradfold.errors import OptionError
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.train_step import TrainStep
@@ -41,15 +40,7 @@ class Update:
 
 
 class ArmTraining:
-    """An arm at its seeded start, and what its training loop works with.
-
-    Args:
-        arm: the arm that is trained.
-        workload: the workload, of which the arm may train another version of the model.
-        sizes: samples of an update, over all ranks, and samples that each rank runs at once.
-        seed: draws the first weights.
-        group: the processes that share each global batch; None: this process has all of it.
-    """
+    """An arm at its seeded start, and what its training loop works with; `group` as in `Experiment`."""
 
     def __init__(
         self, arm: Arm, workload: Workload, sizes: Sizes, seed: int, group: ProcessGroup | None = None
@@ -111,15 +102,7 @@ class ArmTraining:
     @property
     def loss_fn(self) -> LossFn:
         """The workload's `loss_fn`, timed; of a two-phase loss, each phase."""
-
-        def timed(loss_fn: LossFn) -> LossFn:
-            def call(model: nn.Module, batch: Batch) -> LossOutput:
-                with self.clock.phase("forward"):
-                    return loss_fn(model, batch)
-
-            return call
-
-        return wrap_loss(self.workload.loss_fn, timed)
+        return wrap_loss(self.workload.loss_fn, self.clock.phase("forward"))
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch without its metrics; loss terms are summed."""
@@ -180,19 +163,6 @@ def row_order_control(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterat
     )
 
 
-class TimedBackPropagation(BackPropagation):
-    """The library's own backward pass, timed; `backward=` of the accumulator is not supported with a loss scaler."""
-
-    def __init__(self, clock: Clock, grad_scaler: torch.amp.GradScaler | None) -> None:
-        super().__init__(grad_scaler=grad_scaler)
-        self._clock = clock
-
-    def __call__(self, terms: Weighed, factor: float = 1.0) -> None:
-        """Back-propagate the terms."""
-        with self._clock.phase("backward"):
-            super().__call__(terms, factor)
-
-
 def gradfold(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
     """The library: each global batch in micro-batches, one update."""
     arm = training.arm
@@ -206,7 +176,8 @@ def gradfold(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update
         batch_norm=arm.batch_norm or training.workload.batch_norm,
         self_check=False,  # a gradient that differs is shown here, not refused
     )
-    accumulator._back_propagate = TimedBackPropagation(training.clock, accumulator.grad_scaler)
+    # Timed here, since backward= is not supported with a loss scaler.
+    accumulator._back_propagate = training.clock.phase("backward")(accumulator._back_propagate)
     step = TrainStep(accumulator, training.optimizer)
     for order in epochs:
         for indices in training.global_batches(order):
