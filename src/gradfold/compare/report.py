@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -268,15 +267,14 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 def render_page(comparison: Comparison, figures: Mapping[str, bytes]) -> str:
     """The HTML page, with the figures inside."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("gradfold.compare", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(
-        resources.files("gradfold.compare").joinpath("report.html.jinja").read_text("utf-8")
-    )
-    return template.render(
+    return environment.get_template("report.html.jinja").render(
         comparison=comparison,
-        sizes=comparison.sizes,
-        workload=comparison.workload,
         distances=summary.distance_table(comparison),
         costs=summary.cost_table(comparison),
         footnotes=summary.footnotes(comparison),
