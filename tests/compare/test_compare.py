@@ -32,7 +32,7 @@ from gradfold.compare.data import Sizes, epoch_order, num_samples
 from gradfold.compare.data import load as load_batch
 from gradfold.compare.experiment import Experiment, describe, loss_curve, mean_loss_since
 from gradfold.compare.loops import ArmTraining, Update
-from gradfold.compare.measure import Clock, MemoryMeter, Seconds
+from gradfold.compare.measure import Clock, Seconds, watch_memory
 from gradfold.compare.report import PANELS, draw_figures, render_page, results_json, to_plain
 from gradfold.compare.results import (
     Deviation,
@@ -682,11 +682,11 @@ def test_the_clock_leaves_out_what_is_excluded(monkeypatch: pytest.MonkeyPatch) 
     assert spent.total == 54.0
 
 
-def test_the_memory_meter_sees_what_is_allocated() -> None:
-    meter = MemoryMeter(torch.device("cpu"))
+def test_peak_memory_has_what_is_allocated() -> None:
+    peak_memory = watch_memory(torch.device("cpu"))
     block = torch.ones(64, 2**20 // 4)  # 64 MiB
     del block
-    assert 56 * 2**20 < meter.read().rise_bytes < 96 * 2**20
+    assert 56 * 2**20 < peak_memory().rise_bytes < 96 * 2**20
 
 
 def test_losses_are_averaged_by_weight_and_drawn_in_a_bounded_number_of_points() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradfold.compare.arms import Arm
 from gradfold.compare.data import Sizes, epoch_order, in_float64, take_own, tensors
 from gradfold.compare.loops import ArmTraining, Update
-from gradfold.compare.measure import MemoryMeter
+from gradfold.compare.measure import watch_memory
 from gradfold.compare.results import Curve, Measured, Tensors, save_gradients, save_parameters
 from gradfold.distributed.process_group import ProcessGroup
 from gradfold.errors import is_out_of_memory
@@ -64,7 +64,7 @@ class Experiment:
         updates: list[Update] = []
         self._hook_optimizer(training, updates)
 
-        meter = MemoryMeter(training.device)
+        peak_memory = watch_memory(training.device)
         torch.manual_seed(self.seed)
         training.clock.begin("total")
         for update in training.run(orders):
@@ -72,7 +72,7 @@ class Experiment:
             with training.clock.phase("excluded"):
                 on_update(updates)
         training.clock.end("total")
-        memory = meter.read()
+        memory = peak_memory()
 
         save_parameters(training.model, self.folder, Tensors.FINAL)
         scores = {} if self.workload.evaluate is None else self.workload.evaluate(training.model)
