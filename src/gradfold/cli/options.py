@@ -43,11 +43,7 @@ def interruptible() -> Iterator[None]:
 
 
 def launch_ranks(num_ranks: int | None) -> None:
-    """Where `--nproc` asks for several processes, run this command in them and exit as they do; else return.
-
-    Raises:
-        OptionError: this process is one of several already.
-    """
+    """Where `--nproc` asks for several processes, run this command in them and exit as they do; else return."""
     if num_ranks is None:
         return
     if find_rank_info() is not None:

@@ -90,8 +90,7 @@ class ArmTraining:
     def token_budget(self) -> TokenBudget:
         """The workload's token budget, in proportion to the samples that are run at once.
 
-        Raises:
-            OptionError: the workload has none, or one that is found while it runs.
+        An `OptionError` where it has none, or one that is found while it runs.
         """
         budget = self.workload.token_budget
         if budget is None or budget.max_tokens == "auto":

@@ -219,11 +219,7 @@ def _mixed(color: str, shade: float) -> tuple[float, float, float]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for a report before the work starts.
-
-    Raises:
-        OptionError: it cannot be made.
-    """
+    """Make the folder for a report before the work starts, or raise an `OptionError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -28,17 +28,10 @@ def diagnose(
     timeout_s: float | None = None,
     stdout: IO[str] | None = None,
 ) -> Report:
-    """Run a script under the doctor in a process of its own, with this one's standard streams.
+    """Run a script under the doctor in a process of its own, until it has made so many updates, or its time is over.
 
-    Args:
-        script: the file.
-        arguments: for its `sys.argv`.
-        num_updates: how many updates to record.
-        timeout_s: when to end it.
-        stdout: where its standard output goes, if not to this process's own.
-
-    Raises:
-        OptionError: the file does not exist, or a number is out of range.
+    It has this process's standard streams, unless `stdout` is passed. Raises `OptionError` where there is no such file,
+    or a number is out of range.
     """
     if not script.is_file():
         raise OptionError(f"{script} does not exist; expected a Python script, such as train.py.")

@@ -42,10 +42,8 @@ def cifar10(data: Path | None = None) -> Workload:
 def resnet(data: Path | None = None) -> Workload:
     """BatchNorm by micro-batch statistics, which is not the full batch's gradient; a report shows how far.
 
-    A comparison trains it with GroupNorm too, of which micro-batches give the full batch's gradient.
-
-    Args:
-        data: the folder with the binary version of CIFAR-10; None takes the digits of scikit-learn.
+    A comparison trains it with GroupNorm too, of which micro-batches give the full batch's gradient. `data` is the
+    folder with CIFAR-10; None takes the digits of scikit-learn.
     """
     images = load_digits() if data is None else load_cifar10(data)
     model = partial(ResNet, in_channels=images.train[0].shape[1])

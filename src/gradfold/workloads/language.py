@@ -97,11 +97,8 @@ def masked_token_loss(model: nn.Module, micro_batch: MaskedText) -> tuple[Tensor
 def language_model(data: Path | None = None) -> Workload:
     """Next-word prediction on texts of 1 to 256 words: 128 of them to an update, 16 at once, or the tokens of 16.
 
-    The token budget is what 16 texts of the greatest length take: no way of splitting needs more memory.
-
-    Args:
-        data: the folder with WikiText-2, as text files; where it has no training part, the validation part is trained
-            on. None takes the docstrings of this Python's standard library.
+    The token budget is what 16 texts of the greatest length take: no way of splitting needs more memory. `data` is the
+    folder with WikiText-2; where it has no training part, the validation part is trained on. None takes docstrings.
     """
     source, (texts, test_texts) = (DOCSTRINGS, _docstrings()) if data is None else _wikitext(data)
     vocabulary = Vocabulary.of_most_frequent(texts, _MODEL_WORDS)
