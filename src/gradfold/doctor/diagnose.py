@@ -50,12 +50,10 @@ def _run_record(run: Run, recorder: Recorder) -> RunRecord:
     log, has_ended = recorder.log, run.ending.how == "ended"
     if has_ended:
         recorder.detect_changes()
-    names = {step.optimizer: step.name for step in log.of(Step)}
     histories = []
     for one in recorder.provenances:
-        optimizer, pending = one.optimizer(), log.backwards_at(one.unused if has_ended else ())
-        name = names.get(one.number, "Optimizer") if optimizer is None else type(optimizer).__name__
-        histories.append(OptimizerHistory(one.number, name, pending, log))
+        pending = log.backwards_at(one.unused if has_ended else ())
+        histories.append(OptimizerHistory(one.number, one.name, pending, log))
     has_batch_norms = any(one.graph.batch_norms for one in log.backwards)
     models = _models() if has_batch_norms or recorder.unoptimized.backwards else []
     missing = recorder.unoptimized.unchanged(recorder.optimized_ids())
