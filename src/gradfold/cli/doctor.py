@@ -13,7 +13,6 @@ import typer
 
 from gradfold import __version__
 from gradfold.cli.options import interruptible, print_json
-from gradfold.doctor.finding import Report
 from gradfold.doctor.process import diagnose
 from gradfold.doctor.report import exit_code, rules_page, sarif, text
 from gradfold.errors import OptionError
@@ -83,17 +82,13 @@ def doctor(
     if debug and report.failure is not None:
         print(f"\n{report.failure.traceback}", file=sys.stderr)
     if sarif_file is not None:
-        _write(sarif_file, report)
+        try:
+            sarif_file.write_text(json.dumps(sarif(report, __version__), indent=1), "utf-8")
+        except OSError as error:
+            raise OptionError(f"--sarif {sarif_file}: {error.strerror}.") from error
     if as_json:
         print_json(asdict(report))
     else:
         print(f"\n{text(report)}")
     if code := exit_code(report):
         raise typer.Exit(code)
-
-
-def _write(file: Path, report: Report) -> None:
-    try:
-        file.write_text(json.dumps(sarif(report, __version__), indent=1), "utf-8")
-    except OSError as error:
-        raise OptionError(f"--sarif {file}: {error.strerror}.") from error

@@ -28,9 +28,6 @@ _WIDTH = 100  # where output is not a terminal
 @contextmanager
 def showing_progress(console: Console) -> Iterator[OnProgress]:
     """Bars while the block runs; the value is what to call with each progress."""
-    if not console.is_terminal:
-        yield lambda progress: None
-        return
     bars = Bars(
         TextColumn("{task.description}"),
         BarColumn(bar_width=max(10, min(30, console.width - _WIDTH_BESIDE_BAR))),
@@ -39,6 +36,7 @@ def showing_progress(console: Console) -> Iterator[OnProgress]:
         TextColumn("{task.fields[state]}"),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bars:
         tasks: dict[str, TaskID] = {}
