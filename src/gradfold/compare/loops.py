@@ -63,10 +63,6 @@ class ArmTraining:
 
         return LOOPS[self.arm.loop](self, epochs())
 
-    def global_batches(self, order: Tensor) -> tuple[Tensor, ...]:
-        """The global batches of an epoch, each as indices."""
-        return torch.split(order, self.sizes.global_batch_size)
-
     def micro_batches(self, order: Tensor) -> list[tuple[Tensor, int]]:
         """The micro-batches of an epoch that a data loader hands to this rank, each as indices.
 
@@ -141,7 +137,7 @@ def full_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Upda
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     for order in epochs:
-        for indices in training.global_batches(order):
+        for indices in torch.split(order, training.sizes.global_batch_size):
             batch = training.load(indices)
             training.optimizer.zero_grad()
             with torch.autocast(device, dtype, enabled=precision is not None):
@@ -157,9 +153,8 @@ def full_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Upda
 
 def row_order_control(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
     """The full batch with the rows of each batch in reverse, which changes rounding and nothing else."""
-    return full_batch(
-        training, (torch.cat([part.flip(0) for part in training.global_batches(order)]) for order in epochs)
-    )
+    size = training.sizes.global_batch_size
+    return full_batch(training, (torch.cat([part.flip(0) for part in torch.split(order, size)]) for order in epochs))
 
 
 def gradfold(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
@@ -179,7 +174,7 @@ def gradfold(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update
     accumulator._back_propagate = training.clock.phase("backward")(accumulator._back_propagate)
     step = TrainStep(accumulator, training.optimizer)
     for order in epochs:
-        for indices in training.global_batches(order):
+        for indices in torch.split(order, training.sizes.global_batch_size):
             result = step(take_own(training.workload, indices, training.group))
             weight = float(len(indices)) if isinstance(result.weight, Mapping) else result.weight
             applied = result.applied or accumulator.grad_scaler is None

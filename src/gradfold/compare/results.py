@@ -24,8 +24,6 @@ from gradfold.memory.auto import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory
 from gradfold.verification.reference import difference_norm
 
-__all__ = ["Comparison", "Deviation", "Measured", "Row"]
-
 
 @dataclass(frozen=True)
 class Curve:

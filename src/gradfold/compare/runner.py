@@ -30,8 +30,6 @@ from gradfold.distributed.launch import find_rank_info
 from gradfold.distributed.process_group import ProcessGroup
 from gradfold.workloads import registry
 
-__all__ = ["ArmProgress", "accompany", "compare"]
-
 
 @dataclass(frozen=True)
 class ArmProgress:
@@ -83,8 +81,8 @@ def compare(
             Row(arm, measured.get(arm), deviations(arm, folder, measured, sizes), failures.get(arm)) for arm in arms
         )
     machine = {**describe_machine(), "cores_busy_with_other_programs": round(busy_cores, 2)}
-    settings = replace(settings, data=None)  # a path of this machine
-    return Comparison(settings, sizes, facts, rows, versions(), machine, command_line)
+    versions = {"gradfold": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return Comparison(settings, sizes, facts, rows, versions, machine, command_line)
 
 
 def accompany(settings: Settings, group: ProcessGroup) -> None:
@@ -186,11 +184,6 @@ def _other_programs_s() -> float:
         busy_s = (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
         return busy_s - sum(os.times()[:4])  # user and system, own and of children
     return 0.0
-
-
-def versions() -> dict[str, str]:
-    """The versions of gradfold, torch and Python."""
-    return {"gradfold": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def describe_machine() -> dict[str, Any]:

@@ -10,8 +10,6 @@ from gradfold.compare.data import Sizes, num_samples
 from gradfold.errors import OptionError
 from gradfold.workloads.workload import Workload
 
-__all__ = ["Settings"]
-
 _REQUIREMENTS = {"batch_norm": "BatchNorm by micro-batch", "token_budget": "lengths of samples"}
 
 
