@@ -30,18 +30,12 @@ from gradfold.compare.arms import ARMS, REFERENCE
 from gradfold.compare.results import Comparison, Row
 from gradfold.errors import OptionError
 from gradfold.memory.amount import written
+from gradfold.memory.trace import MemoryBreakdown
 
 _NUM_POINTS = 60
 # Parts of a stacked bar, from dark to light.
 _PHASES = {"forward": 1.0, "backward": 0.68, "update": 0.4, "other": 0.17}
-_KINDS = {
-    "parameters": 1.0,
-    "gradients": 0.8,
-    "optimizer_state": 0.62,
-    "saved_activations": 0.45,
-    "temporaries": 0.28,
-    "inputs": 0.13,
-}
+_KINDS = dict(zip([one.name for one in fields(MemoryBreakdown)], (1.0, 0.8, 0.62, 0.45, 0.28, 0.13), strict=True))
 _INK, _FAINT, _LEGEND = "#22262b", "#6a7079", "#4a4f57"
 _STYLE = {
     "font.size": 10.5,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
 
 from gradfold.compare.arms import ARMS, CONTROL, LOWER_PRECISIONS, REFERENCE, LowerPrecision
 from gradfold.compare.results import Comparison, Deviation, Measured, Row
@@ -62,17 +62,24 @@ def metric(name: str, value: float | None) -> str:
     return share(value) if "accuracy" in name and 0.0 <= value <= 1.0 else number(value)
 
 
-@dataclass(frozen=True)
-class SummaryTable:
-    """A table with a row per arm, in the order of the comparison's rows."""
+class Column(NamedTuple):
+    """A column of figures, or of words with `justify="left"`; its heading may have several lines."""
 
-    headings: Sequence[str]  # a line break is where a narrow heading breaks
-    cells: Sequence[Sequence[str]]  # per arm; of an arm that failed, dashes
-    num_in_first_group: int  # columns that stay together where a terminal is too narrow for all
+    heading: str
+    cells: Sequence[str]
+    justify: Literal["left", "right"] = "right"
+
+    @property
+    def width(self) -> int:
+        """In characters."""
+        return max(map(len, [*self.heading.splitlines(), *self.cells]))
 
 
-def distance_table(comparison: Comparison) -> SummaryTable:
-    """How far each arm is from the full batch, and where its training ended."""
+Columns: TypeAlias = Sequence[Column]
+
+
+def distance_table(comparison: Comparison) -> list[Columns]:
+    """How far each arm is from the full batch, and where its training ended; a cell for each of the rows."""
     distances = {
         "gradient_float32": f"first\ngradient\n{comparison.first_gradients_in}",
         "gradient_float64": "first\ngradient\nfloat64",
@@ -94,7 +101,7 @@ def distance_table(comparison: Comparison) -> SummaryTable:
     return _table(comparison, [*distances.values()], ends, cells)
 
 
-def cost_table(comparison: Comparison) -> SummaryTable:
+def cost_table(comparison: Comparison) -> list[Columns]:
     """What each arm costs in time and memory."""
     times = ["samples/s", "total", "forward", "backward", "update", "other"]
     memories = ["memory\nadded", "peak\nmemory", "peak of\ntensors"]
@@ -114,11 +121,13 @@ def cost_table(comparison: Comparison) -> SummaryTable:
 
 def _table(
     comparison: Comparison, first: list[str], second: list[str], cells: Callable[[Row, Measured], list[str]]
-) -> SummaryTable:
+) -> list[Columns]:
+    """Columns in two groups, each of which stays together where a terminal is too narrow for all."""
     headings = first + second
     failed = ["failed", *[MISSING] * (len(headings) - 1)]
     rows = [failed if row.measured is None else cells(row, row.measured) for row in comparison.rows]
-    return SummaryTable(headings, rows, len(first))
+    columns = [Column(heading, of_column) for heading, *of_column in zip(headings, *rows, strict=True)]
+    return [columns[: len(first)], columns[len(first) :]]
 
 
 def footnotes(comparison: Comparison) -> list[str]:
