@@ -42,11 +42,10 @@ def diagnose(
     with tempfile.TemporaryDirectory(prefix="gradfold-doctor-") as folder:
         answer = Path(folder, "report.pickle")
         request = json.dumps([str(script), list(arguments), num_updates, timeout_s, str(answer)])
-        child = subprocess.Popen([sys.executable, "-m", "gradfold.doctor", request], stdout=stdout)
-        try:
-            _wait(child, answer, timeout_s)
-        finally:
-            if child.poll() is None:
+        with subprocess.Popen([sys.executable, "-m", "gradfold.doctor", request], stdout=stdout) as child:
+            try:
+                _wait(child, answer, timeout_s)
+            finally:
                 child.kill()
                 child.wait()
         if answer.exists():
