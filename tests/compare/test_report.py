@@ -357,7 +357,7 @@ def test_footnotes_warn_of_a_busy_machine(comparison: Comparison) -> None:
         (summary.share(0.00123), "0.123 %"),
         (summary.share(0.974), "97.4 %"),
         (summary.share(math.nan), "NaN"),
-        (summary.deviation(Deviation(None, "why")), summary.MISSING),
+        (summary.share(None), summary.MISSING),
         (summary.seconds(0.0123), "12.3 ms"),
         (summary.seconds(1.234), "1.23 s"),
         (summary.seconds(12.34), "12.3 s"),

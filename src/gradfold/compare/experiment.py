@@ -26,9 +26,6 @@ from gradfold.workloads.workload import Workload
 _WARM_UP_SAMPLES = 2
 _NUM_CURVE_POINTS = 400
 
-OnUpdate = Callable[[Sequence[Update]], None]
-"""Called after each update with all so far."""
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -51,8 +48,8 @@ class Experiment:
         """A training from the seeded start; of a version of the workload or in other sizes, where they are passed."""
         return ArmTraining(self.arm, workload or self.workload, replace(self.sizes, **sizes), self.seed, self.group)
 
-    def run(self, on_update: OnUpdate) -> Measured:
-        """Train the arm and measure it.
+    def run(self, on_update: Callable[[Sequence[Update]], None]) -> Measured:
+        """Train the arm and measure it; `on_update` is called after each update with all so far.
 
         Time and memory are read before the model is evaluated, before gradients are computed in float64 and before
         tensors are tracked; none of these touches them.

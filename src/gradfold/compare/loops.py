@@ -79,10 +79,6 @@ class ArmTraining:
         """The model that the forward pass calls: on several ranks, in a DistributedDataParallel."""
         return self.model if self.group is None else in_parallel(self.model)
 
-    def load(self, indices: Tensor) -> Batch:
-        """The batch of these samples, on the device."""
-        return load(self.workload, indices, self.device)
-
     def token_budget(self) -> TokenBudget:
         """The workload's token budget, in proportion to the samples that are run at once.
 
@@ -138,7 +134,7 @@ def full_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Upda
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     for order in epochs:
         for indices in torch.split(order, training.sizes.global_batch_size):
-            batch = training.load(indices)
+            batch = load(training.workload, indices, training.device)
             training.optimizer.zero_grad()
             with torch.autocast(device, dtype, enabled=precision is not None):
                 loss = training.loss(batch)
@@ -201,7 +197,7 @@ def _step_every(n: int, training: ArmTraining, epochs: Iterable[Tensor]) -> Iter
         window: list[tuple[Tensor, float, int]] = []
         micro_batches = training.micro_batches(order)
         for number, (indices, num) in enumerate(micro_batches, start=1):
-            batch = training.load(indices)
+            batch = load(training.workload, indices, training.device)
             loss = training.loss(batch)
             training.backward(loss / n)
             window.append((loss.detach(), training.weight_of(batch, num), num))

@@ -111,8 +111,7 @@ def draw_memory(axes: Axes, comparison: Comparison) -> None:
         color, memory, tracked = ARMS[row.arm].color, row.measured.memory, row.measured.tracked
         if tracked is not None:
             text = f"{written(tracked.peak_bytes)} of tensors"
-            mib = {kind: getattr(tracked.breakdown, kind) / 2**20 for kind in _KINDS}
-            _draw_stacked(axes, position - 0.19, mib, _KINDS, color, text, height=0.34)
+            _draw_stacked(axes, position - 0.19, tracked.breakdown, _KINDS, color, text, height=0.34, unit=2**20)
         rise = memory.rise_bytes / 2**20
         axes.barh(position + 0.19, rise, facecolor="none", edgecolor=color, hatch="////", height=0.3)
         _label(axes, rise, position + 0.19, f"{written(memory.rise_bytes)} added  (peak {written(memory.peak_bytes)})")
@@ -127,9 +126,8 @@ def draw_time(axes: Axes, comparison: Comparison) -> None:
     for position, row in enumerate(comparison.rows):
         if row.measured is None:
             continue
-        spent = {phase: getattr(row.measured.seconds, phase) for phase in _PHASES}
-        rate = summary.number(row.measured.samples_per_s)
-        text = f"{summary.seconds(row.measured.seconds.total)}  ({rate} samples/s)"
+        spent, rate = row.measured.seconds, summary.number(row.measured.samples_per_s)
+        text = f"{summary.seconds(spent.total)}  ({rate} samples/s)"
         _draw_stacked(axes, position, spent, _PHASES, ARMS[row.arm].color, text, height=0.6)
     _name_arms(axes, comparison.rows, room=1.65)
     _describe(axes, "Time", "training by phase, evaluation left out", "seconds", _patches(_PHASES))
@@ -165,12 +163,13 @@ def _render(comparison: Comparison, panels: Sequence[Callable[[Axes, Comparison]
 
 
 def _draw_stacked(
-    axes: Axes, y: float, parts: Mapping[str, float], shades: Mapping[str, float], color: str, text: str, height: float
+    axes: Axes, y: float, of: object, shades: Mapping[str, float], color: str, text: str, height: float, unit: int = 1
 ) -> None:
-    """A stacked bar with a text beside it."""
+    """A stacked bar of the attributes that have a shade, with a text beside it."""
     left = 0.0
-    for name, length in parts.items():
-        axes.barh(y, length, left=left, color=_mixed(color, shades[name]), height=height)
+    for name, shade in shades.items():
+        length = getattr(of, name) / unit
+        axes.barh(y, length, left=left, color=_mixed(color, shade), height=height)
         left += length
     _label(axes, left, y, text)
 
@@ -236,8 +235,6 @@ def to_plain(value: Any) -> Any:
         return {key: to_plain(one) for key, one in value.items()}
     if isinstance(value, tuple | list):
         return [to_plain(one) for one in value]
-    if isinstance(value, Path):
-        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

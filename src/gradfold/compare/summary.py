@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from gradfold.compare.arms import ARMS, CONTROL, LOWER_PRECISIONS, REFERENCE, LowerPrecision
-from gradfold.compare.results import Comparison, Deviation, Measured, Row
+from gradfold.compare.results import Comparison, Measured, Row
 from gradfold.memory.amount import written
 
 MISSING = "–"  # noqa: RUF001 - a dash, on purpose
@@ -25,8 +25,10 @@ _NOISE = 0.1  # costs closer than this are called about the same
 _NOISE_WHERE_BUSY = 0.5  # equal runs were seen 40 % apart while other programs ran
 
 
-def share(value: float) -> str:
-    """A relative size: a percentage where that can be read, a power of ten below."""
+def share(value: float | None) -> str:
+    """A relative size: a percentage where that can be read, a power of ten below; a dash where there is no number."""
+    if value is None:
+        return MISSING
     if math.isnan(value):
         return "NaN"
     if value == 0.0:
@@ -34,11 +36,6 @@ def share(value: float) -> str:
     if value < 1e-4:
         return f"{value:.1e}"
     return f"{value:.3%}".replace("%", " %") if value < 0.01 else f"{value:.1%}".replace("%", " %")
-
-
-def deviation(value: Deviation) -> str:
-    """A deviation, or a dash where there is no number."""
-    return MISSING if value.value is None else share(value.value)
 
 
 def seconds(value: float) -> str:
@@ -92,7 +89,7 @@ def distance_table(comparison: Comparison) -> list[Columns]:
     ends = ["training\nloss", *[f"held-out\n{name.replace('_', ' ')}" for name in metrics], "updates"]
 
     def cells(row: Row, measured: Measured) -> list[str]:
-        far = [deviation(getattr(row.deviations, name)) for name in distances]
+        far = [share(getattr(row.deviations, name).value) for name in distances]
         if row.is_reference:
             far = ["reference", *[""] * (len(distances) - 1)]
         scores = [metric(name, measured.metrics.get(name)) for name in metrics]
