@@ -80,7 +80,7 @@ class MeasuredMemory:
     @property
     def rise_bytes(self) -> int:
         """What training added to the baseline."""
-        return max(self.peak_bytes - self.baseline_bytes, 0)
+        return self.peak_bytes - self.baseline_bytes
 
 
 def watch_memory(device: torch.device) -> Callable[[], MeasuredMemory]:
@@ -92,4 +92,5 @@ def watch_memory(device: torch.device) -> Callable[[], MeasuredMemory]:
         by, peak_bytes = "process high-water mark", partial(high_water_mark_bytes)
         reset_high_water_mark()
     baseline_bytes = peak_bytes()
-    return lambda: MeasuredMemory(baseline_bytes, peak_bytes(), by)
+    # Linux counts in batches, so the mark may read a little less than before.
+    return lambda: MeasuredMemory(baseline_bytes, max(peak_bytes(), baseline_bytes), by)
