@@ -67,10 +67,7 @@ def epoch_order(num: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
 
 
 def first_global_batch(workload: Workload, size: int | None, least: int, seed: int = 0) -> Tensor:
-    """The indices of an epoch's first global batch, by default of the workload's own size, of `least` samples or more.
-
-    An `OptionError` where the data hold no such batch.
-    """
+    """The indices of an epoch's first global batch of `least` samples or more, or an `OptionError`."""
     total = num_samples(workload)
     size = workload.global_batch_size if size is None else size
     if not least <= size <= total:

@@ -80,10 +80,7 @@ class ArmTraining:
         return self.model if self.group is None else in_parallel(self.model)
 
     def token_budget(self) -> TokenBudget:
-        """The workload's token budget, in proportion to the samples that are run at once.
-
-        An `OptionError` where it has none, or one that is found while it runs.
-        """
+        """The workload's token budget, in proportion to the samples that are run at once; or an `OptionError`."""
         budget = self.workload.token_budget
         if budget is None or budget.max_tokens == "auto":
             raise OptionError(f"workload {self.workload.name!r} has no token budget: leave out --arms token-budget.")

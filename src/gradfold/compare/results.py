@@ -205,6 +205,9 @@ def deviations(name: str, folder: Path, measured: Mapping[str, Measured], sizes:
             return Deviation(None, notes.get(of, "not measured"))
         return _relative(distance(own, reference), distance(reference, {}))
 
+    final, expected = load(folder / name, Tensors.FINAL), load(folder / arm.reference, Tensors.FINAL)
+    start = load(folder / arm.reference, Tensors.START)
+    assert final is not None and expected is not None and start is not None  # both arms ran to their end
     no_last_window = "" if sizes.last_window else "all windows are full"
     if not arm.accumulates:
         no_last_window = "it has no windows"
@@ -212,7 +215,7 @@ def deviations(name: str, folder: Path, measured: Mapping[str, Measured], sizes:
         gradient(Tensors.GRADIENT_FLOAT32),
         gradient(Tensors.GRADIENT_FLOAT64),
         Deviation(None, no_last_window) if no_last_window else gradient(Tensors.LAST_WINDOW_FLOAT64),
-        _of_weights(folder / name, folder / arm.reference),
+        _relative(distance(final, expected), distance(expected, start)),
     )
 
 
@@ -228,12 +231,6 @@ def _incomparable(arm: Arm, folder: Path, measured: Mapping[str, Measured]) -> s
     if start is None or expected is None or distance(start, expected) != 0.0:
         return "it started from other weights: make_model draws random numbers that torch.manual_seed does not set"
     return ""
-
-
-def _of_weights(own: Path, reference: Path) -> Deviation:
-    final, expected, start = load(own, Tensors.FINAL), load(reference, Tensors.FINAL), load(reference, Tensors.START)
-    assert final is not None and expected is not None and start is not None  # both arms ran to their end
-    return _relative(distance(final, expected), distance(expected, start))
 
 
 def _relative(far: float, size: float) -> Deviation:

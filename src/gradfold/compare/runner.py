@@ -86,11 +86,7 @@ def compare(
 
 
 def accompany(settings: Settings, group: ProcessGroup) -> None:
-    """Run the parts of this rank, which is not the first; what it measures is not reported.
-
-    Raises:
-        OptionError, WorkloadError, DataError: as `compare`.
-    """
+    """Run the parts of this rank, which is not the first; what it measures is not reported."""
     settings, sizes, _ = _prepare(settings)
     with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
         for arm in settings.arms or ():

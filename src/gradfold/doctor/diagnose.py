@@ -131,12 +131,11 @@ def _updates_per_epoch(record: RunRecord, history: OptimizerHistory) -> int | No
     return sum(starts[0].at <= window.step.at < until for window in history.windows)
 
 
-def _total(record: RunRecord, kind: type[Fetch] | type[Backward] | type[Read]) -> float:
-    return sum(one.seconds for one in record.log.between(record.since, None, kind))
-
-
 def _seconds(record: RunRecord) -> dict[str, float]:
-    data, backward, reads = (_total(record, kind) for kind in (Fetch, Backward, Read))
+    since = record.log.events[record.since :]
+    data, backward, reads = (
+        sum(one.seconds for one in since if isinstance(one, kind)) for kind in (Fetch, Backward, Read)
+    )
     steps = sum(one.seconds for one in record.log.of(Step) if one.at >= record.since and not one.has_closure)
     rest = max(record.seconds - data - backward - steps - reads, 0.0)
     split = {"data": data, "backward": backward, "step": steps, "reads": reads, "forward_and_rest": rest}

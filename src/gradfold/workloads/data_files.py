@@ -76,10 +76,7 @@ class Mirror:
     sha256: Mapping[str, str]  # by file name
 
     def fetch(self, cache: Path | None = None) -> Path:
-        """The folder that holds the files: downloaded if missing, verified in any case; or a `DataError`.
-
-        It is in `cache`, or in the operating system's folder for caches.
-        """
+        """The folder with the files, in `cache` or the system's: downloaded if missing, verified; or a `DataError`."""
         pooch = import_extra("pooch", f"Downloading {self.name}")
         folder = (Path(pooch.os_cache("gradfold")) if cache is None else cache) / self.name
         for name, sha256 in self.sha256.items():

@@ -1,14 +1,6 @@
 """Labeled images: MNIST, CIFAR-10 and scikit-learn's digits, from a folder that the user names or a download.
 
 A file that is missing, damaged or of another data set, or cannot be downloaded, is a `DataError`.
-
-A file of CIFAR-10's binary version: records of one label byte and 3,072 pixels (red, green, blue plane of 32 x 32).
-
-An IDX file, the format of MNIST:
-
-    00 00 08 D            magic: two zeros, the code of unsigned bytes, the number of dimensions
-    D x uint32            the size of each dimension, big-endian
-    one byte an element   in row-major order
 """
 
 from __future__ import annotations
@@ -107,7 +99,10 @@ def load_digits() -> ImageData:
 
 
 def read_idx(path: Path) -> Tensor:
-    """The array of an IDX file, gzipped or not."""
+    """The array of an IDX file, gzipped or not.
+
+    The format: bytes 00 00 08 (unsigned bytes) and D, D big-endian uint32 sizes, a byte an element in row-major order.
+    """
     content = read_file(path, "an IDX file")
     magic = content[:4]
     if len(magic) < 4 or magic[:3] != _IDX_UNSIGNED_BYTES:
@@ -151,7 +146,7 @@ def _read_mnist_part(folder: Path, part: str) -> Part:
 
 
 def _read_cifar10(paths: Sequence[Path]) -> Part:
-    """The images (N, 3, 32, 32) as unsigned bytes, and labels (N,), of some files."""
+    """The images (N, 3, 32, 32) as unsigned bytes, and labels (N,), of files with records of label, then R, G, B."""
     images, labels = [], []
     for path in paths:
         content = read_file(path, "a CIFAR-10 file")

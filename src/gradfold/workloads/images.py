@@ -28,9 +28,8 @@ def digits() -> Workload:
 
 def mnist(data: Path | None = None) -> Workload:
     """Micro-batches of 32 images, 4 to an update; an epoch of 60,000 ends with a partial global batch."""
-    return _classification(
-        "mnist", load_mnist(data), partial(perceptron, num_pixels=784), _adam, (128, 32), num_epochs=2
-    )
+    model = partial(perceptron, num_pixels=784)
+    return _classification("mnist", load_mnist(data), model, _adam, (128, 32), num_epochs=2)
 
 
 def cifar10(data: Path | None = None) -> Workload:
