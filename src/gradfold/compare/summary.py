@@ -7,7 +7,7 @@ Terminal and HTML page show the same tables and footnotes. Numbers are written a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from gradfold.compare.arms import ARMS, CONTROL, LOWER_PRECISIONS, REFERENCE, LowerPrecision
@@ -138,20 +138,40 @@ def footnotes(comparison: Comparison) -> list[str]:
 def _note(row: Row, comparison: Comparison) -> str:
     if row.measured is None:
         return f"{row.arm} failed: {row.failure}."
-    facts = [_gradient(row), _cause(row, comparison), _last_window(row, comparison), _updates(row, comparison)]
-    text = "; ".join(filter(None, [*facts, *_costs(row, row.measured, comparison)]))
+    text = "; ".join(filter(None, _facts(row, row.measured, comparison)))
     return f"{row.arm}: {text}." if text else ""
+
+
+def _facts(row: Row, own: Measured, comparison: Comparison) -> Iterator[str]:
+    """Gradient, updates, and costs against the full batch of the same model and what else an arm is to beat."""
+    yield from (_gradient(row), _cause(row, comparison), _last_window(row, comparison))
+    reference, arm, at_once = comparison.measured(row.reference), ARMS[row.arm], comparison.sizes.micro_batch_size
+    if own.num_skipped:
+        yield f"its loss scaler skipped {own.num_skipped:,} of {own.num_skipped + own.num_updates:,} updates"
+    elif reference is not None and not arm.accumulates:
+        yield f"{own.num_updates / reference.num_updates:.1f} times as many updates"
+    if reference is not None and not row.is_reference:
+        rise, full = own.memory.rise_bytes, reference.memory.rise_bytes
+        noise = 0 if own.device == "cuda" else _PROCESS_NOISE_BYTES
+        memory = "about the same memory" if abs(rise - full) <= max(_NOISE * full, noise) else "memory"
+        ratio = own.samples_per_s / reference.samples_per_s
+        speed = "about the same speed" if abs(ratio - 1) <= _NOISE else f"{ratio:.2f} times the speed"
+        yield f"{memory} ({written(rise)}, {row.reference} {written(full)}), {speed}"
+    if arm.requires == "token_budget":
+        yield _speed(own, comparison, "gradfold", f"{at_once} samples at once")
+    if own.choice is not None:
+        source = "by an earlier start" if own.choice.is_cached else f"in {seconds(own.choice.elapsed_s)}"
+        yield f"micro-batch {own.choice.micro_batch_size} tuned {source} ({own.choice.reason})"
+        yield _speed(own, comparison, "plain-loop", f"micro-batches of {at_once}")
 
 
 def _gradient(row: Row) -> str:
     """How far the first gradient is off; of an arm without accumulation it is of other samples, and nothing is said."""
     arm, far = ARMS[row.arm], row.deviations
-    if row.is_reference or not arm.accumulates:
-        return ""
-    shown, precision, bound = (far.gradient_float64, "float64", FLOAT64_ROUNDING)
+    shown, precision, bound = far.gradient_float64, "float64", FLOAT64_ROUNDING
     if arm.precision or shown.value is None:
-        shown, precision, bound = (far.gradient_float32, arm.precision or "float32", FLOAT32_ROUNDING)
-    if shown.value is None:
+        shown, precision, bound = far.gradient_float32, arm.precision or "float32", FLOAT32_ROUNDING
+    if row.is_reference or not arm.accumulates or shown.value is None:
         return ""
     if shown.value == 0.0:
         return f"first gradient identical to {row.reference} ({precision})"
@@ -185,39 +205,9 @@ def _last_window(row: Row, comparison: Comparison) -> str:
     return f"the last window of an epoch ({sizes.last_window} samples) {fault}: {share(last.value)} off"
 
 
-def _updates(row: Row, comparison: Comparison) -> str:
-    own, reference = row.measured, comparison.measured(row.reference)
-    if own is not None and own.num_skipped:
-        return f"its loss scaler skipped {own.num_skipped:,} of {own.num_skipped + own.num_updates:,} updates"
-    if own is None or reference is None or ARMS[row.arm].accumulates:
-        return ""
-    return f"{own.num_updates / reference.num_updates:.1f} times as many updates"
-
-
-def _costs(row: Row, own: Measured, comparison: Comparison) -> list[str]:
-    """Memory and speed against the full batch of the same model, and against what else an arm is to beat."""
-    costs = []
-    reference = comparison.measured(row.reference)
-    if reference is not None and not row.is_reference:
-        rise, full = own.memory.rise_bytes, reference.memory.rise_bytes
-        noise = 0 if own.device == "cuda" else _PROCESS_NOISE_BYTES
-        memory = "about the same memory" if abs(rise - full) <= max(_NOISE * full, noise) else "memory"
-        ratio = own.samples_per_s / reference.samples_per_s
-        speed = "about the same speed" if abs(ratio - 1) <= _NOISE else f"{ratio:.2f} times the speed"
-        costs.append(f"{memory} ({written(rise)}, {row.reference} {written(full)}), {speed}")
-    at_once = comparison.sizes.micro_batch_size
-    if ARMS[row.arm].requires == "token_budget":
-        costs += _speed(own, comparison, "gradfold", f"{at_once} samples at once")
-    if own.choice is not None:
-        source = "by an earlier start" if own.choice.is_cached else f"in {seconds(own.choice.elapsed_s)}"
-        costs.append(f"micro-batch {own.choice.micro_batch_size} tuned {source} ({own.choice.reason})")
-        costs += _speed(own, comparison, "plain-loop", f"micro-batches of {at_once}")
-    return costs
-
-
-def _speed(own: Measured, comparison: Comparison, arm: str, how: str) -> list[str]:
+def _speed(own: Measured, comparison: Comparison, arm: str, how: str) -> str:
     other = comparison.measured(arm)
-    return [f"{own.samples_per_s / other.samples_per_s:.2f} times the speed of {arm} with {how}"] if other else []
+    return f"{own.samples_per_s / other.samples_per_s:.2f} times the speed of {arm} with {how}" if other else ""
 
 
 def _what_is_faster(comparison: Comparison, precision: LowerPrecision) -> str:
