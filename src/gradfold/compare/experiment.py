@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradfold.compare.arms import Arm
 from gradfold.compare.data import Sizes, epoch_order, in_float64, take_own, tensors
-from gradfold.compare.loops import ArmTraining, Update
+from gradfold.compare.loops import ArmTraining, Update, mean_loss, num_samples
 from gradfold.compare.measure import watch_memory
 from gradfold.compare.results import Curve, Measured, Tensors, save_gradients, save_parameters
 from gradfold.distributed.process_group import ProcessGroup
@@ -173,18 +173,6 @@ class Experiment:
 def describe(error: BaseException) -> str:
     """An error in one line; out of memory is named first."""
     return f"{'out of memory: ' if is_out_of_memory(error) else ''}{first_line(error)}".rstrip(": ")
-
-
-def num_samples(updates: Iterable[Update]) -> int:
-    """The samples that went into some updates."""
-    return sum(update.num_samples for update in updates)
-
-
-def mean_loss(updates: Iterable[Update]) -> float:
-    """The mean by weight. An update of weight 0 (no token to predict) has the loss NaN, which must not spread."""
-    counted = [update for update in updates if update.weight]
-    weight = sum(update.weight for update in counted)
-    return sum(update.loss * update.weight for update in counted) / weight if weight else float("nan")
 
 
 def mean_loss_since(updates: Sequence[Update], sample: int) -> float:

@@ -39,6 +39,18 @@ class Update:
     applied: bool = True  # False where a loss scaler found an overflow in the gradient and left the update out
 
 
+def num_samples(updates: Iterable[Update]) -> int:
+    """The samples that went into some updates."""
+    return sum(update.num_samples for update in updates)
+
+
+def mean_loss(updates: Iterable[Update]) -> float:
+    """The mean by weight. An update of weight 0 (no token to predict) has the loss NaN, which must not spread."""
+    counted = [update for update in updates if update.weight]
+    weight = sum(update.weight for update in counted)
+    return sum(update.loss * update.weight for update in counted) / weight if weight else float("nan")
+
+
 class ArmTraining:
     """An arm at its seeded start, and what its training loop works with; `group` as in `Experiment`."""
 
@@ -112,13 +124,11 @@ class ArmTraining:
 
     def update(self, window: Sequence[tuple[Tensor, float, int]], applied: bool = True) -> Update:
         """One update from the losses, weights and numbers of samples of its micro-batches, on all ranks."""
-        parts = [(float(loss), weight, num) for loss, weight, num in window]
+        parts = [Update(num, float(loss), weight) for loss, weight, num in window]
         if self.group is not None:
             with self.clock.phase("excluded"):
                 parts = list(chain(*self.group.exchange(parts)))
-        weight = sum(weight for _, weight, _ in parts)
-        loss = sum(loss * weight for loss, weight, _ in parts if weight) / weight if weight else float("nan")
-        return Update(sum(num for _, _, num in parts), loss, weight, applied)
+        return Update(num_samples(parts), mean_loss(parts), sum(part.weight for part in parts), applied)
 
 
 def full_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:

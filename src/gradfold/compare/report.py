@@ -18,7 +18,6 @@ import jinja2
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -154,7 +153,6 @@ def _render(comparison: Comparison, panels: Sequence[Callable[[Axes, Comparison]
     with rc_context(_STYLE):  # type: ignore[arg-type]
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.06, hspace=0.08)
         figure = Figure(figsize=(7.0 * columns, height * rows), dpi=160, layout=layout, facecolor="white")
-        FigureCanvasAgg(figure)
         for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
             draw(axes, comparison)
         image = io.BytesIO()

@@ -21,8 +21,8 @@ from typing import TypeAlias
 import torch
 
 from gradfold.compare.arms import Arm
-from gradfold.compare.experiment import Experiment, describe, num_samples
-from gradfold.compare.loops import Update
+from gradfold.compare.experiment import Experiment, describe
+from gradfold.compare.loops import Update, num_samples
 from gradfold.compare.results import Measured
 from gradfold.compare.settings import Settings
 from gradfold.distributed.launch import RankInfo, child_process_group

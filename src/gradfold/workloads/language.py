@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -30,6 +29,7 @@ _ENCODER_WORDS = 1000
 _ENCODER_MAX_TOKENS = 64
 _MASKED_SHARE = 0.15
 _UNMASKED = -100  # the label of every token that is not masked
+collate_masked = partial(pad_columns, labels=_UNMASKED)
 
 # `language-model`: a sample is a mark and then the words of a text.
 _MODEL_WORDS = 2000
@@ -82,11 +82,6 @@ def mask(tokens: Tensor, generator: torch.Generator) -> MaskedText:
     labels = torch.full_like(tokens, _UNMASKED)
     labels[chosen] = tokens[chosen]
     return {"tokens": tokens.index_fill(0, chosen, MARK), "labels": labels}
-
-
-def collate_masked(samples: Sequence[MaskedText]) -> MaskedText:
-    """The batch of some samples, as long as the longest."""
-    return pad_columns(samples, labels=_UNMASKED)
 
 
 def masked_token_loss(model: nn.Module, micro_batch: MaskedText) -> tuple[Tensor, dict[str, Tensor]]:
