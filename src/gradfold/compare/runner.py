@@ -138,6 +138,7 @@ def _run_arm(arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progre
                 else:
                     outcome = report
         except (EOFError, pickle.UnpicklingError):  # the child has ended, perhaps within a report
+            child.stdout.close()  # or it has not, and must not wait for a reader
             child.wait()
         finally:
             child.kill()
