@@ -21,7 +21,7 @@ from torch import Tensor
 
 import gradfold
 from benchmarks.paired import ratio, time_rounds, write
-from gradfold.compare.measure import MemoryMeter
+from gradfold.compare.measure import watch_memory
 from gradfold.packing.packer import StepCost, plan
 from gradfold.workloads import Workload, load
 
@@ -98,10 +98,10 @@ def peak_memory(name: str, spec: str, data: Path | None) -> int:
     """Bytes that a few windows add, in a process of their own."""
     torch.set_num_threads(1)
     windows = Ways(load(spec, data)).windows(name)
-    ways_meter = MemoryMeter(torch.device("cpu"))
+    peak_memory = watch_memory(torch.device("cpu"))
     for _ in range(2):
         next(windows)
-    return ways_meter.read().rise_bytes
+    return peak_memory().rise_bytes
 
 
 def planning() -> dict[str, Any]:

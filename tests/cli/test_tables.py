@@ -5,12 +5,13 @@ import re
 import pytest
 from rich.console import Console
 
-from gradfold.cli.tables import Column, columns_of, print_wide
+from gradfold.cli.tables import print_wide
+from gradfold.compare.summary import Column
 
 NAMES = [Column("arm", ["full-batch", "gradfold"], "left")]
 GROUPS = [
-    columns_of(["first\ngradient", "last\nwindow"], [["1.2e-16", "25.0 %"], ["0", "1.0e-16"]]),
-    columns_of(["samples/s", "update"], [["21,159", "67.7 ms"], ["3", "0.14 s"]]),
+    [Column("first\ngradient", ["1.2e-16", "0"]), Column("last\nwindow", ["25.0 %", "1.0e-16"])],
+    [Column("samples/s", ["21,159", "3"]), Column("update", ["67.7 ms", "0.14 s"])],
 ]
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from gradfold.compare.data import Sizes
 from gradfold.compare.measure import MeasuredMemory, Seconds
 from gradfold.compare.report import PANELS, draw_gradient_error, make_folder, render_page, write_report
 from gradfold.compare.results import Comparison, Curve, Deviation, Deviations, Measured, Row, WorkloadFacts
-from gradfold.compare.serialization import from_plain
 from gradfold.compare.settings import Settings
 from gradfold.compare.summary import footnotes
 from gradfold.errors import OptionError
@@ -132,6 +131,18 @@ class Sources(HTMLParser):
         self.text += data
 
 
+def assert_holds(plain: Any, value: Any) -> None:
+    """Every field of a dataclass is there, however deep, with its value."""
+    if is_dataclass(value):
+        for field in fields(value):
+            assert_holds(plain[field.name], getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for one, expected in zip(plain, value, strict=True):
+            assert_holds(one, expected)
+    else:
+        assert plain == value
+
+
 def test_the_folder_holds_valid_images_and_valid_json(comparison: Comparison, folder: Path) -> None:
     for name in ("loss", "memory", "time", "gradient_error", "overview"):
         with Image.open(folder / f"{name}.png") as image:
@@ -139,7 +150,7 @@ def test_the_folder_holds_valid_images_and_valid_json(comparison: Comparison, fo
             assert image.width > 1000 and image.height > 400
             assert len(image.convert("RGB").getcolors(2**24) or []) > 50  # something is drawn on it
     results = json.loads((folder / "results.json").read_text("utf-8"))
-    assert from_plain(Comparison, results) == comparison
+    assert_holds(results, comparison)
     assert results["schema_version"] == 1
     assert results["command_line"] == "gradfold compare tiny --out 'my out'"
     assert [one["arm"] for one in results["rows"]] == list(DEFAULT_ARMS)
@@ -346,7 +357,7 @@ def test_footnotes_warn_of_a_busy_machine(comparison: Comparison) -> None:
         (summary.share(0.00123), "0.123 %"),
         (summary.share(0.974), "97.4 %"),
         (summary.share(math.nan), "NaN"),
-        (summary.deviation(Deviation(None, "why")), summary.MISSING),
+        (summary.share(None), summary.MISSING),
         (summary.seconds(0.0123), "12.3 ms"),
         (summary.seconds(1.234), "1.23 s"),
         (summary.seconds(12.34), "12.3 s"),

@@ -13,7 +13,7 @@ from distributed.compare_cases import GLOBAL_BATCH, MICRO_BATCH, ON_ALL, ROWS
 from processes import run, worlds
 from reference import relative_error
 
-from gradfold.cli.launch import launch_ranks, without_nproc
+from gradfold.cli.options import launch_ranks, without_nproc
 from gradfold.compare.data import split_epoch_for_rank, split_for_rank
 from gradfold.errors import OptionError
 

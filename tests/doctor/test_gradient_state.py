@@ -23,7 +23,7 @@ def optimizer(model):
 
 @pytest.fixture
 def provenance(model, optimizer):
-    provenance = GradientProvenance(weakref.ref(optimizer), 0)
+    provenance = GradientProvenance(weakref.ref(optimizer), type(optimizer).__name__, 0)
     model(torch.ones(5, 3)).square().mean().backward()
     provenance.remember()
     provenance.remember_parameters()

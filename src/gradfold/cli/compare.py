@@ -11,23 +11,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gradfold.cli.launch import launch_ranks
-from gradfold.cli.options import (
-    DataOption,
-    GlobalBatchOption,
-    JsonOption,
-    ProcessesOption,
-    SeedOption,
-    WorkloadArgument,
-)
+import gradfold.cli.options as options
 from gradfold.cli.tables import print_comparison, showing_progress
 from gradfold.compare.arms import ARMS, CONTROL, DEFAULT_ARMS, Arm
 from gradfold.compare.report import make_folder, results_json, write_report
-from gradfold.compare.results import Comparison
 from gradfold.compare.runner import accompany
 from gradfold.compare.runner import compare as run_comparison
 from gradfold.compare.settings import Settings
-from gradfold.distributed.launch import INTERRUPTED, find_rank_info, launched_process_group
+from gradfold.distributed.launch import find_rank_info, launched_process_group
 from gradfold.errors import OptionError
 
 _NAMES = f"{', '.join(DEFAULT_ARMS)}, and what the workload's batch_norm or token_budget adds"
@@ -91,8 +82,8 @@ Exit codes: 0 fine, 1 an arm failed, 2 wrong usage.
 
 
 def compare(
-    workload: WorkloadArgument = "digits",
-    global_batch: GlobalBatchOption = None,
+    workload: options.WorkloadArgument = "digits",
+    global_batch: options.GlobalBatchOption = None,
     micro_batch: Annotated[
         str | None,
         typer.Option(
@@ -102,7 +93,7 @@ def compare(
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: the workload's]")] = None,
-    seed: SeedOption = 0,
+    seed: options.SeedOption = 0,
     arms: Annotated[
         str | None,
         typer.Option(help=f"Which arms, in which order, separated by commas. [default: {_NAMES}]", metavar="ARMS"),
@@ -114,16 +105,16 @@ def compare(
             metavar="[bf16|fp16]",
         ),
     ] = None,
-    data: DataOption = None,
+    data: options.DataOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Write report.html, results.json and figures into this folder.", metavar="DIR")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch in each arm. [default: torch's]")] = None,
-    nproc: ProcessesOption = None,
-    as_json: JsonOption = False,
+    nproc: options.ProcessesOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Run the command; `HELP` says what it does."""
-    launch_ranks(nproc)
+    options.launch_ranks(nproc)
     rank_info = find_rank_info()
     settings = Settings(
         workload=workload,
@@ -144,7 +135,13 @@ def compare(
         return
     if out is not None:
         make_folder(out)
-    comparison = _run(settings)
+    with (
+        options.interruptible(),
+        showing_progress(Console(stderr=True)) as on_progress,
+        nullcontext() if settings.num_ranks == 1 else launched_process_group() as group,
+    ):
+        command_line = shlex.join(["gradfold", *sys.argv[1:]])
+        comparison = run_comparison(settings, on_progress=on_progress, command_line=command_line, group=group)
     files = [] if out is None else write_report(comparison, out)
     if as_json:
         print(results_json(comparison))
@@ -158,17 +155,3 @@ def _number(text: str) -> int:
     if not text.lstrip("-").isdecimal():
         raise OptionError(f"--micro-batch {text}: expected the number of samples to run at once, or auto.")
     return int(text)
-
-
-def _run(settings: Settings) -> Comparison:
-    console = Console(stderr=True)
-    try:
-        with (
-            showing_progress(console) as on_progress,
-            nullcontext() if settings.num_ranks == 1 else launched_process_group() as group,
-        ):
-            command_line = shlex.join(["gradfold", *sys.argv[1:]])
-            return run_comparison(settings, on_progress=on_progress, command_line=command_line, group=group)
-    except KeyboardInterrupt:
-        print("gradfold: interrupted", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None

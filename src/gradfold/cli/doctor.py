@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gradfold import __version__
-from gradfold.doctor.finding import Report
+from gradfold.cli.options import interruptible, print_json
 from gradfold.doctor.process import diagnose
 from gradfold.doctor.report import exit_code, rules_page, sarif, text
 from gradfold.errors import OptionError
-
-_INTERRUPTED = 130  # what shells report after Ctrl-C
 
 EPILOG = """
 **Examples**
@@ -76,24 +75,20 @@ def doctor(
     if script is None:
         raise OptionError("missing script: gradfold doctor train.py -- ARGS")
     stdout = sys.stderr if as_json else None
-    try:
+    with interruptible():
         report = diagnose(script, arguments or [], num_updates=updates, timeout_s=timeout, stdout=stdout)
-    except KeyboardInterrupt:
-        print("gradfold: interrupted", file=sys.stderr)
-        raise typer.Exit(_INTERRUPTED) from None
     if os.environ.get("RANK", "0") != "0":  # of several processes one prints
         raise typer.Exit(exit_code(report))
     if debug and report.failure is not None:
         print(f"\n{report.failure.traceback}", file=sys.stderr)
     if sarif_file is not None:
-        _write(sarif_file, report)
-    print(json.dumps(report.to_dict(), indent=1, allow_nan=False) if as_json else f"\n{text(report)}")
+        try:
+            sarif_file.write_text(json.dumps(sarif(report, __version__), indent=1), "utf-8")
+        except OSError as error:
+            raise OptionError(f"--sarif {sarif_file}: {error.strerror}.") from error
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print(f"\n{text(report)}")
     if code := exit_code(report):
         raise typer.Exit(code)
-
-
-def _write(file: Path, report: Report) -> None:
-    try:
-        file.write_text(json.dumps(sarif(report, __version__), indent=1), "utf-8")
-    except OSError as error:
-        raise OptionError(f"--sarif {file}: {error.strerror}.") from error

@@ -13,8 +13,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gradfold.cli.options import DataOption, GlobalBatchOption, JsonOption, WorkloadArgument, print_json
-from gradfold.cli.tables import Column, output_console, print_wide
+from gradfold.cli.tables import output_console, print_wide
 from gradfold.compare.data import first_global_batch, take
+from gradfold.compare.summary import Column
 from gradfold.distributed.fsdp import shard
 from gradfold.distributed.launch import fake_process_group
 from gradfold.memory.budget import read_bytes, written
@@ -112,9 +113,8 @@ def _print(workload: Workload, found: Plan, num_processes: int) -> None:
         for row in savings:
             console.print(Padding(Text(f"{row.saving}: {row.cost}", style="dim"), (0, 0, 0, 2)))
     choice = found.choice
-    updates = (
-        "the whole batch at once" if choice.num_micro_batches == 1 else f"{choice.num_micro_batches:,} to an update"
-    )
+    many = choice.num_micro_batches
+    updates = "the whole batch at once" if many == 1 else f"{many:,} to an update"
     console.print(Text(f"\nMicro-batch {choice.micro_batch_size:,}: {updates}.", style="bold green"))
     for note in found.notes:
         console.print(Text(note, style="dim"))

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from gradfold.compare.results import Comparison
 from gradfold.compare.runner import ArmProgress, OnProgress
-from gradfold.compare.summary import SummaryTable, cost_table, distance_table, footnotes, number
+from gradfold.compare.summary import Column, Columns, cost_table, distance_table, footnotes, number
 
 _WIDTH_BESIDE_BAR = 64  # of the longest name of an arm, percentage, time and loss
 _WIDTH = 100  # where output is not a terminal
@@ -28,9 +27,6 @@ _WIDTH = 100  # where output is not a terminal
 @contextmanager
 def showing_progress(console: Console) -> Iterator[OnProgress]:
     """Bars while the block runs; the value is what to call with each progress."""
-    if not console.is_terminal:
-        yield lambda progress: None
-        return
     bars = Bars(
         TextColumn("{task.description}"),
         BarColumn(bar_width=max(10, min(30, console.width - _WIDTH_BESIDE_BAR))),
@@ -39,6 +35,7 @@ def showing_progress(console: Console) -> Iterator[OnProgress]:
         TextColumn("{task.fields[state]}"),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bars:
         tasks: dict[str, TaskID] = {}
@@ -63,33 +60,12 @@ def _state(progress: ArmProgress) -> str:
     return f"{progress.updates:,} update{'s' * (progress.updates != 1)}, loss {number(progress.loss)}{ending}"
 
 
-class Column(NamedTuple):
-    """A column of figures, or of words with `justify="left"`; its heading may have several lines."""
-
-    heading: str
-    cells: Sequence[str]
-    justify: Literal["left", "right"] = "right"
-
-    @property
-    def width(self) -> int:
-        """In characters."""
-        return max(map(len, [*self.heading.splitlines(), *self.cells]))
-
-
-Columns: TypeAlias = Sequence[Column]
-
-
 def output_console() -> Console:
     """Standard output, as wide as tables need where it is not a terminal and rich assumes 80 columns."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
     return console
-
-
-def columns_of(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
-    """Rows of cells as columns."""
-    return [Column(heading, cells) for heading, *cells in zip(headings, *rows, strict=True)]
 
 
 def print_wide(
@@ -150,8 +126,9 @@ def print_comparison(comparison: Comparison, files: Sequence[Path]) -> None:
     """Print a comparison on standard output."""
     console = output_console()
     console.print(_heading(comparison))
-    _print_summary(console, "\nDistance from the full batch", comparison, distance_table(comparison))
-    _print_summary(console, "\nCost", comparison, cost_table(comparison))
+    arms = Column("arm", [row.arm for row in comparison.rows], "left")
+    print_wide(console, "\nDistance from the full batch", [arms], distance_table(comparison))
+    print_wide(console, "\nCost", [arms], cost_table(comparison))
     console.print()
     for note in footnotes(comparison):
         grid = Table.grid(padding=(0, 1, 0, 0))
@@ -160,12 +137,6 @@ def print_comparison(comparison: Comparison, files: Sequence[Path]) -> None:
     if files:
         report = next(path for path in files if path.suffix == ".html")
         console.print(Text(f"\nReport: {report} (with {len(files) - 1} files beside it)"))
-
-
-def _print_summary(console: Console, title: str, comparison: Comparison, table: SummaryTable) -> None:
-    arms = Column("arm", [row.arm for row in comparison.rows], "left")
-    columns, at = columns_of(table.headings, table.cells), table.num_in_first_group
-    print_wide(console, title, [arms], [columns[:at], columns[at:]])
 
 
 def _heading(comparison: Comparison) -> Text:

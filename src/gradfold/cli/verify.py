@@ -12,16 +12,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from gradfold.cli.launch import launch_ranks
-from gradfold.cli.options import (
-    DataOption,
-    GlobalBatchOption,
-    JsonOption,
-    ProcessesOption,
-    SeedOption,
-    WorkloadArgument,
-    print_json,
-)
+import gradfold.cli.options as options
 from gradfold.cli.tables import output_console, print_words
 from gradfold.compare.data import first_global_batch, take_own
 from gradfold.distributed.launch import find_rank_info, in_parallel, is_first, launched_process_group
@@ -56,9 +47,9 @@ Exit codes: 0 exact, 1 not exact or inconclusive, 2 wrong usage.
 
 
 def verify(
-    workload: WorkloadArgument,
-    data: DataOption = None,
-    global_batch: GlobalBatchOption = None,
+    workload: options.WorkloadArgument,
+    data: options.DataOption = None,
+    global_batch: options.GlobalBatchOption = None,
     micro_batch: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,9 +78,9 @@ def verify(
         Literal["float64", "float32"],
         typer.Option(help="Precision of the copy that is run; in float64 rounding hides nothing."),
     ] = "float64",
-    seed: SeedOption = 0,
-    nproc: ProcessesOption = None,
-    as_json: JsonOption = False,
+    seed: options.SeedOption = 0,
+    nproc: options.ProcessesOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Prove that a workload's accumulated gradient is the whole batch's, or name the cause.
 
@@ -100,7 +91,7 @@ def verify(
     With --nproc 2 (or under torchrun) several processes also accumulate together, each with its part of the batch, and
     their gradient is compared with that of one process with the whole batch.
     """
-    launch_ranks(nproc)
+    options.launch_ranks(nproc)
     sizes = _sizes(micro_batch) if micro_batch else None
     changes: dict[str, Any] = {} if weight is None else {"weight": _weight(weight)}
     if batch_norm is not None:
@@ -122,7 +113,7 @@ def verify(
     if not is_first():
         return
     if as_json:
-        print_json({"workload": chosen.name, "seed": seed, **verdict.to_dict()})
+        options.print_json({"workload": chosen.name, "seed": seed, **verdict.to_dict()})
     else:
         _print(chosen, verdict)
     if not verdict.ok:

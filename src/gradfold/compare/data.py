@@ -46,11 +46,7 @@ class Sizes:
 
 
 def num_samples(workload: Workload) -> int:
-    """The number of training samples.
-
-    Raises:
-        DataError: the data holds no rows, or its tensors disagree in dim 0.
-    """
+    """The number of training samples; a `DataError` where tensors disagree in dim 0."""
     if workload.collate is not None:
         return len(workload.train_data)
     counts = {len(tensor) for tensor in tensors(workload.train_data) if tensor.dim() > 0}
@@ -71,11 +67,7 @@ def epoch_order(num: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
 
 
 def first_global_batch(workload: Workload, size: int | None, least: int, seed: int = 0) -> Tensor:
-    """The indices of an epoch's first global batch, by default of the workload's own size.
-
-    Raises:
-        OptionError: the data holds no batch of this size, or the batch has fewer samples than `least`.
-    """
+    """The indices of an epoch's first global batch of `least` samples or more, or an `OptionError`."""
     total = num_samples(workload)
     size = workload.global_batch_size if size is None else size
     if not least <= size <= total:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradfold.compare.arms import Arm
 from gradfold.compare.data import Sizes, epoch_order, in_float64, take_own, tensors
-from gradfold.compare.loops import ArmTraining, Update
-from gradfold.compare.measure import MemoryMeter
+from gradfold.compare.loops import ArmTraining, Update, mean_loss, num_samples
+from gradfold.compare.measure import watch_memory
 from gradfold.compare.results import Curve, Measured, Tensors, save_gradients, save_parameters
 from gradfold.distributed.process_group import ProcessGroup
 from gradfold.errors import is_out_of_memory
@@ -25,9 +25,6 @@ from gradfold.workloads.workload import Workload
 
 _WARM_UP_SAMPLES = 2
 _NUM_CURVE_POINTS = 400
-
-OnUpdate = Callable[[Sequence[Update]], None]
-"""Called after each update with all so far."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,8 @@ class Experiment:
         """A training from the seeded start; of a version of the workload or in other sizes, where they are passed."""
         return ArmTraining(self.arm, workload or self.workload, replace(self.sizes, **sizes), self.seed, self.group)
 
-    def run(self, on_update: OnUpdate) -> Measured:
-        """Train the arm and measure it.
+    def run(self, on_update: Callable[[Sequence[Update]], None]) -> Measured:
+        """Train the arm and measure it; `on_update` is called after each update with all so far.
 
         Time and memory are read before the model is evaluated, before gradients are computed in float64 and before
         tensors are tracked; none of these touches them.
@@ -64,7 +61,7 @@ class Experiment:
         updates: list[Update] = []
         self._hook_optimizer(training, updates)
 
-        meter = MemoryMeter(training.device)
+        peak_memory = watch_memory(training.device)
         torch.manual_seed(self.seed)
         training.clock.begin("total")
         for update in training.run(orders):
@@ -72,7 +69,7 @@ class Experiment:
             with training.clock.phase("excluded"):
                 on_update(updates)
         training.clock.end("total")
-        memory = meter.read()
+        memory = peak_memory()
 
         save_parameters(training.model, self.folder, Tensors.FINAL)
         scores = {} if self.workload.evaluate is None else self.workload.evaluate(training.model)
@@ -176,18 +173,6 @@ class Experiment:
 def describe(error: BaseException) -> str:
     """An error in one line; out of memory is named first."""
     return f"{'out of memory: ' if is_out_of_memory(error) else ''}{first_line(error)}".rstrip(": ")
-
-
-def num_samples(updates: Iterable[Update]) -> int:
-    """The samples that went into some updates."""
-    return sum(update.num_samples for update in updates)
-
-
-def mean_loss(updates: Iterable[Update]) -> float:
-    """The mean by weight. An update of weight 0 (no token to predict) has the loss NaN, which must not spread."""
-    counted = [update for update in updates if update.weight]
-    weight = sum(update.weight for update in counted)
-    return sum(update.loss * update.weight for update in counted) / weight if weight else float("nan")
 
 
 def mean_loss_since(updates: Sequence[Update], sample: int) -> float:

@@ -21,8 +21,7 @@ from gradfold.compare.data import Sizes, load, split_epoch_for_rank, take_own
 from gradfold.compare.measure import Clock
 from gradfold.distributed.launch import in_parallel
 from gradfold.distributed.process_group import ProcessGroup
-from gradfold.engine.backward import BackPropagation, Weighed
-from gradfold.engine.loss_terms import LossFn, LossOutput
+from gradfold.engine.loss_terms import LossFn
 from gradfold.errors import OptionError
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.train_step import TrainStep
@@ -40,16 +39,20 @@ class Update:
     applied: bool = True  # False where a loss scaler found an overflow in the gradient and left the update out
 
 
-class ArmTraining:
-    """An arm at its seeded start, and what its training loop works with.
+def num_samples(updates: Iterable[Update]) -> int:
+    """The samples that went into some updates."""
+    return sum(update.num_samples for update in updates)
 
-    Args:
-        arm: the arm that is trained.
-        workload: the workload, of which the arm may train another version of the model.
-        sizes: samples of an update, over all ranks, and samples that each rank runs at once.
-        seed: draws the first weights.
-        group: the processes that share each global batch; None: this process has all of it.
-    """
+
+def mean_loss(updates: Iterable[Update]) -> float:
+    """The mean by weight. An update of weight 0 (no token to predict) has the loss NaN, which must not spread."""
+    counted = [update for update in updates if update.weight]
+    weight = sum(update.weight for update in counted)
+    return sum(update.loss * update.weight for update in counted) / weight if weight else float("nan")
+
+
+class ArmTraining:
+    """An arm at its seeded start, and what its training loop works with; `group` as in `Experiment`."""
 
     def __init__(
         self, arm: Arm, workload: Workload, sizes: Sizes, seed: int, group: ProcessGroup | None = None
@@ -72,10 +75,6 @@ class ArmTraining:
 
         return LOOPS[self.arm.loop](self, epochs())
 
-    def global_batches(self, order: Tensor) -> tuple[Tensor, ...]:
-        """The global batches of an epoch, each as indices."""
-        return torch.split(order, self.sizes.global_batch_size)
-
     def micro_batches(self, order: Tensor) -> list[tuple[Tensor, int]]:
         """The micro-batches of an epoch that a data loader hands to this rank, each as indices.
 
@@ -92,16 +91,8 @@ class ArmTraining:
         """The model that the forward pass calls: on several ranks, in a DistributedDataParallel."""
         return self.model if self.group is None else in_parallel(self.model)
 
-    def load(self, indices: Tensor) -> Batch:
-        """The batch of these samples, on the device."""
-        return load(self.workload, indices, self.device)
-
     def token_budget(self) -> TokenBudget:
-        """The workload's token budget, in proportion to the samples that are run at once.
-
-        Raises:
-            OptionError: the workload has none, or one that is found while it runs.
-        """
+        """The workload's token budget, in proportion to the samples that are run at once; or an `OptionError`."""
         budget = self.workload.token_budget
         if budget is None or budget.max_tokens == "auto":
             raise OptionError(f"workload {self.workload.name!r} has no token budget: leave out --arms token-budget.")
@@ -111,15 +102,7 @@ class ArmTraining:
     @property
     def loss_fn(self) -> LossFn:
         """The workload's `loss_fn`, timed; of a two-phase loss, each phase."""
-
-        def timed(loss_fn: LossFn) -> LossFn:
-            def call(model: nn.Module, batch: Batch) -> LossOutput:
-                with self.clock.phase("forward"):
-                    return loss_fn(model, batch)
-
-            return call
-
-        return wrap_loss(self.workload.loss_fn, timed)
+        return wrap_loss(self.workload.loss_fn, self.clock.phase("forward"))
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch without its metrics; loss terms are summed."""
@@ -141,13 +124,11 @@ class ArmTraining:
 
     def update(self, window: Sequence[tuple[Tensor, float, int]], applied: bool = True) -> Update:
         """One update from the losses, weights and numbers of samples of its micro-batches, on all ranks."""
-        parts = [(float(loss), weight, num) for loss, weight, num in window]
+        parts = [Update(num, float(loss), weight) for loss, weight, num in window]
         if self.group is not None:
             with self.clock.phase("excluded"):
                 parts = list(chain(*self.group.exchange(parts)))
-        weight = sum(weight for _, weight, _ in parts)
-        loss = sum(loss * weight for loss, weight, _ in parts if weight) / weight if weight else float("nan")
-        return Update(sum(num for _, _, num in parts), loss, weight, applied)
+        return Update(num_samples(parts), mean_loss(parts), sum(part.weight for part in parts), applied)
 
 
 def full_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
@@ -159,8 +140,8 @@ def full_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Upda
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     for order in epochs:
-        for indices in training.global_batches(order):
-            batch = training.load(indices)
+        for indices in torch.split(order, training.sizes.global_batch_size):
+            batch = load(training.workload, indices, training.device)
             training.optimizer.zero_grad()
             with torch.autocast(device, dtype, enabled=precision is not None):
                 loss = training.loss(batch)
@@ -175,22 +156,8 @@ def full_batch(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Upda
 
 def row_order_control(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
     """The full batch with the rows of each batch in reverse, which changes rounding and nothing else."""
-    return full_batch(
-        training, (torch.cat([part.flip(0) for part in training.global_batches(order)]) for order in epochs)
-    )
-
-
-class TimedBackPropagation(BackPropagation):
-    """The library's own backward pass, timed; `backward=` of the accumulator is not supported with a loss scaler."""
-
-    def __init__(self, clock: Clock, grad_scaler: torch.amp.GradScaler | None) -> None:
-        super().__init__(grad_scaler=grad_scaler)
-        self._clock = clock
-
-    def __call__(self, terms: Weighed, factor: float = 1.0) -> None:
-        """Back-propagate the terms."""
-        with self._clock.phase("backward"):
-            super().__call__(terms, factor)
+    size = training.sizes.global_batch_size
+    return full_batch(training, (torch.cat([part.flip(0) for part in torch.split(order, size)]) for order in epochs))
 
 
 def gradfold(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update]:
@@ -206,10 +173,11 @@ def gradfold(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update
         batch_norm=arm.batch_norm or training.workload.batch_norm,
         self_check=False,  # a gradient that differs is shown here, not refused
     )
-    accumulator._back_propagate = TimedBackPropagation(training.clock, accumulator.grad_scaler)
+    # Timed here, since backward= is not supported with a loss scaler.
+    accumulator._back_propagate = training.clock.phase("backward")(accumulator._back_propagate)
     step = TrainStep(accumulator, training.optimizer)
     for order in epochs:
-        for indices in training.global_batches(order):
+        for indices in torch.split(order, training.sizes.global_batch_size):
             result = step(take_own(training.workload, indices, training.group))
             weight = float(len(indices)) if isinstance(result.weight, Mapping) else result.weight
             applied = result.applied or accumulator.grad_scaler is None
@@ -236,7 +204,7 @@ def _step_every(n: int, training: ArmTraining, epochs: Iterable[Tensor]) -> Iter
         window: list[tuple[Tensor, float, int]] = []
         micro_batches = training.micro_batches(order)
         for number, (indices, num) in enumerate(micro_batches, start=1):
-            batch = training.load(indices)
+            batch = load(training.workload, indices, training.device)
             loss = training.loss(batch)
             training.backward(loss / n)
             window.append((loss.detach(), training.weight_of(batch, num), num))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,7 +36,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block as part of a phase; "excluded" takes it out of the total."""
+        """Time a block, or the function that this decorates, as a phase; "excluded" takes it out of the total."""
         self.begin(name)
         try:
             yield
@@ -79,26 +80,17 @@ class MeasuredMemory:
     @property
     def rise_bytes(self) -> int:
         """What training added to the baseline."""
-        return max(self.peak_bytes - self.baseline_bytes, 0)
+        return self.peak_bytes - self.baseline_bytes
 
 
-class MemoryMeter:
-    """Peak memory since its construction: of torch's allocator on CUDA, else the high-water mark of the process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            reset_high_water_mark()
-        self._baseline_bytes = self._peak_bytes()
-
-    def read(self) -> MeasuredMemory:
-        """The memory up to now."""
-        by = "CUDA allocator" if self._device.type == "cuda" else "process high-water mark"
-        return MeasuredMemory(self._baseline_bytes, self._peak_bytes(), by)
-
-    def _peak_bytes(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return high_water_mark_bytes()
+def watch_memory(device: torch.device) -> Callable[[], MeasuredMemory]:
+    """Watch peak memory from now to the call: of torch's allocator on CUDA, else the high-water mark of the process."""
+    if device.type == "cuda":
+        by, peak_bytes = "CUDA allocator", partial(torch.cuda.max_memory_allocated, device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        by, peak_bytes = "process high-water mark", partial(high_water_mark_bytes)
+        reset_high_water_mark()
+    baseline_bytes = peak_bytes()
+    # Linux counts in batches, so the mark may read a little less than before.
+    return lambda: MeasuredMemory(baseline_bytes, max(peak_bytes(), baseline_bytes), by)

@@ -10,15 +10,14 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from importlib import resources
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -28,21 +27,14 @@ from matplotlib.patches import Patch
 from gradfold.compare import summary
 from gradfold.compare.arms import ARMS, REFERENCE
 from gradfold.compare.results import Comparison, Row
-from gradfold.compare.serialization import to_plain
 from gradfold.errors import OptionError
 from gradfold.memory.budget import written
+from gradfold.memory.tracker import MemoryBreakdown
 
 _NUM_POINTS = 60
 # Parts of a stacked bar, from dark to light.
 _PHASES = {"forward": 1.0, "backward": 0.68, "update": 0.4, "other": 0.17}
-_KINDS = {
-    "parameters": 1.0,
-    "gradients": 0.8,
-    "optimizer_state": 0.62,
-    "saved_activations": 0.45,
-    "temporaries": 0.28,
-    "inputs": 0.13,
-}
+_KINDS = dict(zip([one.name for one in fields(MemoryBreakdown)], (1.0, 0.8, 0.62, 0.45, 0.28, 0.13), strict=True))
 _INK, _FAINT, _LEGEND = "#22262b", "#6a7079", "#4a4f57"
 _STYLE = {
     "font.size": 10.5,
@@ -118,8 +110,7 @@ def draw_memory(axes: Axes, comparison: Comparison) -> None:
         color, memory, tracked = ARMS[row.arm].color, row.measured.memory, row.measured.tracked
         if tracked is not None:
             text = f"{written(tracked.peak_bytes)} of tensors"
-            mib = {kind: getattr(tracked.breakdown, kind) / 2**20 for kind in _KINDS}
-            _draw_stacked(axes, position - 0.19, mib, _KINDS, color, text, height=0.34)
+            _draw_stacked(axes, position - 0.19, tracked.breakdown, _KINDS, color, text, height=0.34, unit=2**20)
         rise = memory.rise_bytes / 2**20
         axes.barh(position + 0.19, rise, facecolor="none", edgecolor=color, hatch="////", height=0.3)
         _label(axes, rise, position + 0.19, f"{written(memory.rise_bytes)} added  (peak {written(memory.peak_bytes)})")
@@ -134,9 +125,8 @@ def draw_time(axes: Axes, comparison: Comparison) -> None:
     for position, row in enumerate(comparison.rows):
         if row.measured is None:
             continue
-        spent = {phase: getattr(row.measured.seconds, phase) for phase in _PHASES}
-        rate = summary.number(row.measured.samples_per_s)
-        text = f"{summary.seconds(row.measured.seconds.total)}  ({rate} samples/s)"
+        spent, rate = row.measured.seconds, summary.number(row.measured.samples_per_s)
+        text = f"{summary.seconds(spent.total)}  ({rate} samples/s)"
         _draw_stacked(axes, position, spent, _PHASES, ARMS[row.arm].color, text, height=0.6)
     _name_arms(axes, comparison.rows, room=1.65)
     _describe(axes, "Time", "training by phase, evaluation left out", "seconds", _patches(_PHASES))
@@ -163,7 +153,6 @@ def _render(comparison: Comparison, panels: Sequence[Callable[[Axes, Comparison]
     with rc_context(_STYLE):  # type: ignore[arg-type]
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.06, hspace=0.08)
         figure = Figure(figsize=(7.0 * columns, height * rows), dpi=160, layout=layout, facecolor="white")
-        FigureCanvasAgg(figure)
         for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
             draw(axes, comparison)
         image = io.BytesIO()
@@ -172,12 +161,13 @@ def _render(comparison: Comparison, panels: Sequence[Callable[[Axes, Comparison]
 
 
 def _draw_stacked(
-    axes: Axes, y: float, parts: Mapping[str, float], shades: Mapping[str, float], color: str, text: str, height: float
+    axes: Axes, y: float, of: object, shades: Mapping[str, float], color: str, text: str, height: float, unit: int = 1
 ) -> None:
-    """A stacked bar with a text beside it."""
+    """A stacked bar of the attributes that have a shade, with a text beside it."""
     left = 0.0
-    for name, length in parts.items():
-        axes.barh(y, length, left=left, color=_mixed(color, shades[name]), height=height)
+    for name, shade in shades.items():
+        length = getattr(of, name) / unit
+        axes.barh(y, length, left=left, color=_mixed(color, shade), height=height)
         left += length
     _label(axes, left, y, text)
 
@@ -220,11 +210,7 @@ def _mixed(color: str, shade: float) -> tuple[float, float, float]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for a report before the work starts.
-
-    Raises:
-        OptionError: it cannot be made.
-    """
+    """Make the folder for a report before the work starts, or raise an `OptionError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -235,6 +221,19 @@ def results_json(comparison: Comparison) -> str:
     """The comparison as JSON: what `--json` prints and results.json holds, without the folder of data files."""
     shown = replace(comparison, settings=replace(comparison.settings, data=None))
     return json.dumps(to_plain(shown), indent=1, allow_nan=False)
+
+
+def to_plain(value: Any) -> Any:
+    """The value in dicts, lists and scalars; a number that is not finite is null."""
+    if is_dataclass(value):
+        properties = [name for name, member in vars(type(value)).items() if isinstance(member, property)]
+        names = [field.name for field in fields(value)] + properties
+        return {name: to_plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {key: to_plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
@@ -253,15 +252,14 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 def render_page(comparison: Comparison, figures: Mapping[str, bytes]) -> str:
     """The HTML page, with the figures inside."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("gradfold.compare", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(
-        resources.files("gradfold.compare").joinpath("report.html.jinja").read_text("utf-8")
-    )
-    return template.render(
+    return environment.get_template("report.html.jinja").render(
         comparison=comparison,
-        sizes=comparison.sizes,
-        workload=comparison.workload,
         distances=summary.distance_table(comparison),
         costs=summary.cost_table(comparison),
         footnotes=summary.footnotes(comparison),

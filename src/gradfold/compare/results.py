@@ -1,7 +1,7 @@
 """The results of a comparison: what each arm measured, and how far it is from its reference.
 
 An arm's process leaves gradients and weights in files, by the name of their parameter. Distances between the tensors of
-two arms are computed in float64. `serialization.to_plain` writes a `Comparison` as results.json.
+two arms are computed in float64. `report.results_json` writes a `Comparison` as results.json.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from gradfold.compare.measure import MeasuredMemory, Seconds
 from gradfold.compare.settings import Settings
 from gradfold.memory.auto import MicroBatchChoice
 from gradfold.memory.measure import PeakMemory
-
-__all__ = ["Comparison", "Deviation", "Measured", "Row"]
+from gradfold.verification.reference import differences
 
 
 @dataclass(frozen=True)
@@ -182,23 +181,15 @@ def save_gradients(model: nn.Module, folder: Path, name: str) -> None:
 
 
 def load(folder: Path, name: str) -> dict[str, Tensor] | None:
-    """The tensors in float64, or None where the arm did not come so far."""
+    """The tensors, or None where the arm did not come so far."""
     path = folder / f"{name}.pt"
-    if not path.exists():
-        return None
-    saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: tensor.double() for key, tensor in saved.items()}
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def norm(tensors: dict[str, Tensor]) -> float:
-    """The Euclidean norm over all tensors."""
-    return float(torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum().sqrt()) if tensors else 0.0
-
-
-def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`left - right` per name, where a missing tensor is zero."""
-    zero = torch.zeros(())
-    return {key: left.get(key, zero) - right.get(key, zero) for key in {**left, **right}}
+def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """||left - right|| over all tensors in float64, where a missing one is zero."""
+    norms = list(differences(left, right).values())
+    return float(torch.tensor(norms, dtype=torch.float64).norm())
 
 
 def deviations(name: str, folder: Path, measured: Mapping[str, Measured], sizes: Sizes) -> Deviations:
@@ -212,8 +203,11 @@ def deviations(name: str, folder: Path, measured: Mapping[str, Measured], sizes:
         own, reference = load(folder / name, of), load(folder / arm.reference, of)
         if own is None or reference is None:
             return Deviation(None, notes.get(of, "not measured"))
-        return _relative(difference(own, reference), norm(reference))
+        return _relative(distance(own, reference), distance(reference, {}))
 
+    final, expected = load(folder / name, Tensors.FINAL), load(folder / arm.reference, Tensors.FINAL)
+    start = load(folder / arm.reference, Tensors.START)
+    assert final is not None and expected is not None and start is not None  # both arms ran to their end
     no_last_window = "" if sizes.last_window else "all windows are full"
     if not arm.accumulates:
         no_last_window = "it has no windows"
@@ -221,7 +215,7 @@ def deviations(name: str, folder: Path, measured: Mapping[str, Measured], sizes:
         gradient(Tensors.GRADIENT_FLOAT32),
         gradient(Tensors.GRADIENT_FLOAT64),
         Deviation(None, no_last_window) if no_last_window else gradient(Tensors.LAST_WINDOW_FLOAT64),
-        _of_weights(folder / name, folder / arm.reference),
+        _relative(distance(final, expected), distance(expected, start)),
     )
 
 
@@ -234,18 +228,10 @@ def _incomparable(arm: Arm, folder: Path, measured: Mapping[str, Measured]) -> s
     if arm.reference not in measured:
         return f"{arm.reference} failed"
     start, expected = load(folder / arm.name, Tensors.START), load(folder / arm.reference, Tensors.START)
-    if start is None or expected is None or norm(difference(start, expected)) != 0.0:
+    if start is None or expected is None or distance(start, expected) != 0.0:
         return "it started from other weights: make_model draws random numbers that torch.manual_seed does not set"
     return ""
 
 
-def _of_weights(own: Path, reference: Path) -> Deviation:
-    final, expected, start = load(own, Tensors.FINAL), load(reference, Tensors.FINAL), load(reference, Tensors.START)
-    assert final is not None and expected is not None and start is not None  # both arms ran to their end
-    return _relative(difference(final, expected), norm(difference(expected, start)))
-
-
-def _relative(distance: dict[str, Tensor], size: float) -> Deviation:
-    if size == 0.0:
-        return Deviation(None, "the full batch's is zero")
-    return Deviation(norm(distance) / size)
+def _relative(far: float, size: float) -> Deviation:
+    return Deviation(far / size) if size else Deviation(None, "the full batch's is zero")

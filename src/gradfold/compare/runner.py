@@ -5,8 +5,8 @@ Beside it, the machine and the versions that a result was measured with; nothing
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -25,16 +25,10 @@ from gradfold import __version__
 from gradfold.compare.arms import ARMS
 from gradfold.compare.data import Sizes
 from gradfold.compare.results import Comparison, Measured, Row, WorkloadFacts, deviations
-from gradfold.compare.serialization import from_plain, to_plain
 from gradfold.compare.settings import Settings
-from gradfold.compare.worker import Task
 from gradfold.distributed.launch import find_rank_info
 from gradfold.distributed.process_group import ProcessGroup
 from gradfold.workloads import registry
-
-__all__ = ["ArmProgress", "accompany", "compare"]
-
-_SECONDS_TO_END = 5.0
 
 
 @dataclass(frozen=True)
@@ -87,16 +81,12 @@ def compare(
             Row(arm, measured.get(arm), deviations(arm, folder, measured, sizes), failures.get(arm)) for arm in arms
         )
     machine = {**describe_machine(), "cores_busy_with_other_programs": round(busy_cores, 2)}
-    settings = replace(settings, data=None)  # a path of this machine
-    return Comparison(settings, sizes, facts, rows, versions(), machine, command_line)
+    versions = {"gradfold": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return Comparison(settings, sizes, facts, rows, versions, machine, command_line)
 
 
 def accompany(settings: Settings, group: ProcessGroup) -> None:
-    """Run the parts of this rank, which is not the first; what it measures is not reported.
-
-    Raises:
-        OptionError, WorkloadError, DataError: as `compare`.
-    """
+    """Run the parts of this rank, which is not the first; what it measures is not reported."""
     settings, sizes, _ = _prepare(settings)
     with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
         for arm in settings.arms or ():
@@ -129,29 +119,30 @@ def _run_arm(arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progre
     progress = ArmProgress(arm, sizes.total_samples, "starting")
     on_progress(progress)
     (folder / arm).mkdir()
-    task = Task(arm, settings, folder / arm, None if ARMS[arm].runs_on_one else find_rank_info())
+    rank_info = None if ARMS[arm].runs_on_one else find_rank_info()
+    task, errors = folder / arm / "task.pickle", folder / arm / "stderr.txt"
+    task.write_bytes(pickle.dumps((ARMS[arm], settings, folder / arm, rank_info)))
+    command = [sys.executable, "-m", "gradfold.compare.worker", str(task)]
     outcome: Measured | str | None = None
-    errors = folder / arm / "stderr.txt"
-    with errors.open("wb") as stderr:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "gradfold.compare.worker", json.dumps(to_plain(task))],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            encoding="utf-8",
-        )
-    assert child.stdout is not None
-    try:
-        for line in child.stdout:
-            ((what, value),) = json.loads(line).items()
-            if what == "progress":
-                progress = replace(progress, state="training", **value)
-                on_progress(progress)
-            else:
-                outcome = from_plain(Measured, value) if what == "measured" else str(value)
-        child.wait()
-    finally:
-        _end(child)
+    with (
+        errors.open("wb") as stderr,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            while True:
+                report = pickle.load(child.stdout)
+                if isinstance(report, dict):
+                    progress = replace(progress, state="training", **report)
+                    on_progress(progress)
+                else:
+                    outcome = report
+        except (EOFError, pickle.UnpicklingError):  # the child has ended, perhaps within a report
+            child.stdout.close()  # or it has not, and must not wait for a reader
+            child.wait()
+        finally:
+            child.kill()
+            child.wait()
     if outcome is None:
         outcome = _describe_exit(child.returncode, errors.read_text(encoding="utf-8", errors="replace"))
     if isinstance(outcome, str):
@@ -160,19 +151,6 @@ def _run_arm(arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progre
     samples, updates, loss = outcome.num_samples, outcome.num_updates, outcome.final_loss
     on_progress(replace(progress, samples=samples, updates=updates, loss=loss, state="finished"))
     return outcome
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """End a child that still runs: terminate first, then kill."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-    if child.stdout is not None:
-        child.stdout.close()
 
 
 def _describe_exit(return_code: int, stderr: str) -> str:
@@ -203,11 +181,6 @@ def _other_programs_s() -> float:
         busy_s = (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
         return busy_s - sum(os.times()[:4])  # user and system, own and of children
     return 0.0
-
-
-def versions() -> dict[str, str]:
-    """The versions of gradfold, torch and Python."""
-    return {"gradfold": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def describe_machine() -> dict[str, Any]:

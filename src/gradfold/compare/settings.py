@@ -10,8 +10,6 @@ from gradfold.compare.data import Sizes, num_samples
 from gradfold.errors import OptionError
 from gradfold.workloads.workload import Workload
 
-__all__ = ["Settings"]
-
 _REQUIREMENTS = {"batch_norm": "BatchNorm by micro-batch", "token_budget": "lengths of samples"}
 
 
@@ -32,11 +30,7 @@ class Settings:
     tunes_micro_batch: bool = False  # by gradfold's arms; the others keep `micro_batch_size`
 
     def check(self) -> None:
-        """Check what can be checked before the workload is built.
-
-        Raises:
-            OptionError: an arm or precision is unknown, an arm is named twice, or a number is out of range.
-        """
+        """Check what can be checked before the workload is built; what cannot work is an `OptionError`."""
         arms = self.arms or ()
         unknown = [name for name in arms if name not in ARMS]
         if unknown or self.arms == ():
@@ -61,12 +55,7 @@ class Settings:
             raise OptionError(f"--seed {self.seed}: expected less than 2**32.")
 
     def arms_for(self, workload: Workload) -> tuple[str, ...]:
-        """The names of the arms that these settings mean for a workload.
-
-        Raises:
-            OptionError: an arm was named that needs a BatchNorm by micro-batch or a token budget, and the workload
-                has none.
-        """
+        """The names of the arms for a workload; an `OptionError` where it has not what a named arm needs."""
         arms = self.arms or default_arms(workload.batch_norm, workload.token_budget)
         for option, what in _REQUIREMENTS.items():
             needless = [name for name in arms if ARMS[name].requires == option]
@@ -79,11 +68,7 @@ class Settings:
         return (*arms, *(name for name in added if name not in arms))
 
     def sizes_for(self, workload: Workload) -> Sizes:
-        """How much is trained on a workload.
-
-        Raises:
-            OptionError: the batches do not fit into each other or into the data.
-        """
+        """How much is trained on a workload; an `OptionError` where batches do not fit into each other or the data."""
         num, num_ranks = num_samples(workload), self.num_ranks
         global_batch = self.global_batch_size or workload.global_batch_size
         # A default follows the number that was asked for; a number that was asked for is never changed.

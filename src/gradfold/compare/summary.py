@@ -7,11 +7,11 @@ Terminal and HTML page show the same tables and footnotes. Numbers are written a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 from gradfold.compare.arms import ARMS, CONTROL, LOWER_PRECISIONS, REFERENCE, LowerPrecision
-from gradfold.compare.results import Comparison, Deviation, Measured, Row
+from gradfold.compare.results import Comparison, Measured, Row
 from gradfold.memory.budget import written
 
 MISSING = "–"  # noqa: RUF001 - a dash, on purpose
@@ -25,8 +25,10 @@ _NOISE = 0.1  # costs closer than this are called about the same
 _NOISE_WHERE_BUSY = 0.5  # equal runs were seen 40 % apart while other programs ran
 
 
-def share(value: float) -> str:
-    """A relative size: a percentage where that can be read, a power of ten below."""
+def share(value: float | None) -> str:
+    """A relative size: a percentage where that can be read, a power of ten below; a dash where there is no number."""
+    if value is None:
+        return MISSING
     if math.isnan(value):
         return "NaN"
     if value == 0.0:
@@ -34,11 +36,6 @@ def share(value: float) -> str:
     if value < 1e-4:
         return f"{value:.1e}"
     return f"{value:.3%}".replace("%", " %") if value < 0.01 else f"{value:.1%}".replace("%", " %")
-
-
-def deviation(value: Deviation) -> str:
-    """A deviation, or a dash where there is no number."""
-    return MISSING if value.value is None else share(value.value)
 
 
 def seconds(value: float) -> str:
@@ -62,17 +59,24 @@ def metric(name: str, value: float | None) -> str:
     return share(value) if "accuracy" in name and 0.0 <= value <= 1.0 else number(value)
 
 
-@dataclass(frozen=True)
-class SummaryTable:
-    """A table with a row per arm, in the order of the comparison's rows."""
+class Column(NamedTuple):
+    """A column of figures, or of words with `justify="left"`; its heading may have several lines."""
 
-    headings: Sequence[str]  # a line break is where a narrow heading breaks
-    cells: Sequence[Sequence[str]]  # per arm; of an arm that failed, dashes
-    num_in_first_group: int  # columns that stay together where a terminal is too narrow for all
+    heading: str
+    cells: Sequence[str]
+    justify: Literal["left", "right"] = "right"
+
+    @property
+    def width(self) -> int:
+        """In characters."""
+        return max(map(len, [*self.heading.splitlines(), *self.cells]))
 
 
-def distance_table(comparison: Comparison) -> SummaryTable:
-    """How far each arm is from the full batch, and where its training ended."""
+Columns: TypeAlias = Sequence[Column]
+
+
+def distance_table(comparison: Comparison) -> list[Columns]:
+    """How far each arm is from the full batch, and where its training ended; a cell for each of the rows."""
     distances = {
         "gradient_float32": f"first\ngradient\n{comparison.first_gradients_in}",
         "gradient_float64": "first\ngradient\nfloat64",
@@ -85,7 +89,7 @@ def distance_table(comparison: Comparison) -> SummaryTable:
     ends = ["training\nloss", *[f"held-out\n{name.replace('_', ' ')}" for name in metrics], "updates"]
 
     def cells(row: Row, measured: Measured) -> list[str]:
-        far = [deviation(getattr(row.deviations, name)) for name in distances]
+        far = [share(getattr(row.deviations, name).value) for name in distances]
         if row.is_reference:
             far = ["reference", *[""] * (len(distances) - 1)]
         scores = [metric(name, measured.metrics.get(name)) for name in metrics]
@@ -94,7 +98,7 @@ def distance_table(comparison: Comparison) -> SummaryTable:
     return _table(comparison, [*distances.values()], ends, cells)
 
 
-def cost_table(comparison: Comparison) -> SummaryTable:
+def cost_table(comparison: Comparison) -> list[Columns]:
     """What each arm costs in time and memory."""
     times = ["samples/s", "total", "forward", "backward", "update", "other"]
     memories = ["memory\nadded", "peak\nmemory", "peak of\ntensors"]
@@ -114,11 +118,13 @@ def cost_table(comparison: Comparison) -> SummaryTable:
 
 def _table(
     comparison: Comparison, first: list[str], second: list[str], cells: Callable[[Row, Measured], list[str]]
-) -> SummaryTable:
+) -> list[Columns]:
+    """Columns in two groups, each of which stays together where a terminal is too narrow for all."""
     headings = first + second
     failed = ["failed", *[MISSING] * (len(headings) - 1)]
     rows = [failed if row.measured is None else cells(row, row.measured) for row in comparison.rows]
-    return SummaryTable(headings, rows, len(first))
+    columns = [Column(heading, of_column) for heading, *of_column in zip(headings, *rows, strict=True)]
+    return [columns[: len(first)], columns[len(first) :]]
 
 
 def footnotes(comparison: Comparison) -> list[str]:
@@ -132,20 +138,40 @@ def footnotes(comparison: Comparison) -> list[str]:
 def _note(row: Row, comparison: Comparison) -> str:
     if row.measured is None:
         return f"{row.arm} failed: {row.failure}."
-    facts = [_gradient(row), _cause(row, comparison), _last_window(row, comparison), _updates(row, comparison)]
-    text = "; ".join(filter(None, [*facts, *_costs(row, row.measured, comparison)]))
+    text = "; ".join(filter(None, _facts(row, row.measured, comparison)))
     return f"{row.arm}: {text}." if text else ""
+
+
+def _facts(row: Row, own: Measured, comparison: Comparison) -> Iterator[str]:
+    """Gradient, updates, and costs against the full batch of the same model and what else an arm is to beat."""
+    yield from (_gradient(row), _cause(row, comparison), _last_window(row, comparison))
+    reference, arm, at_once = comparison.measured(row.reference), ARMS[row.arm], comparison.sizes.micro_batch_size
+    if own.num_skipped:
+        yield f"its loss scaler skipped {own.num_skipped:,} of {own.num_skipped + own.num_updates:,} updates"
+    elif reference is not None and not arm.accumulates:
+        yield f"{own.num_updates / reference.num_updates:.1f} times as many updates"
+    if reference is not None and not row.is_reference:
+        rise, full = own.memory.rise_bytes, reference.memory.rise_bytes
+        noise = 0 if own.device == "cuda" else _PROCESS_NOISE_BYTES
+        memory = "about the same memory" if abs(rise - full) <= max(_NOISE * full, noise) else "memory"
+        ratio = own.samples_per_s / reference.samples_per_s
+        speed = "about the same speed" if abs(ratio - 1) <= _NOISE else f"{ratio:.2f} times the speed"
+        yield f"{memory} ({written(rise)}, {row.reference} {written(full)}), {speed}"
+    if arm.requires == "token_budget":
+        yield _speed(own, comparison, "gradfold", f"{at_once} samples at once")
+    if own.choice is not None:
+        source = "by an earlier start" if own.choice.is_cached else f"in {seconds(own.choice.elapsed_s)}"
+        yield f"micro-batch {own.choice.micro_batch_size} tuned {source} ({own.choice.reason})"
+        yield _speed(own, comparison, "plain-loop", f"micro-batches of {at_once}")
 
 
 def _gradient(row: Row) -> str:
     """How far the first gradient is off; of an arm without accumulation it is of other samples, and nothing is said."""
     arm, far = ARMS[row.arm], row.deviations
-    if row.is_reference or not arm.accumulates:
-        return ""
-    shown, precision, bound = (far.gradient_float64, "float64", FLOAT64_ROUNDING)
+    shown, precision, bound = far.gradient_float64, "float64", FLOAT64_ROUNDING
     if arm.precision or shown.value is None:
-        shown, precision, bound = (far.gradient_float32, arm.precision or "float32", FLOAT32_ROUNDING)
-    if shown.value is None:
+        shown, precision, bound = far.gradient_float32, arm.precision or "float32", FLOAT32_ROUNDING
+    if row.is_reference or not arm.accumulates or shown.value is None:
         return ""
     if shown.value == 0.0:
         return f"first gradient identical to {row.reference} ({precision})"
@@ -179,39 +205,9 @@ def _last_window(row: Row, comparison: Comparison) -> str:
     return f"the last window of an epoch ({sizes.last_window} samples) {fault}: {share(last.value)} off"
 
 
-def _updates(row: Row, comparison: Comparison) -> str:
-    own, reference = row.measured, comparison.measured(row.reference)
-    if own is not None and own.num_skipped:
-        return f"its loss scaler skipped {own.num_skipped:,} of {own.num_skipped + own.num_updates:,} updates"
-    if own is None or reference is None or ARMS[row.arm].accumulates:
-        return ""
-    return f"{own.num_updates / reference.num_updates:.1f} times as many updates"
-
-
-def _costs(row: Row, own: Measured, comparison: Comparison) -> list[str]:
-    """Memory and speed against the full batch of the same model, and against what else an arm is to beat."""
-    costs = []
-    reference = comparison.measured(row.reference)
-    if reference is not None and not row.is_reference:
-        rise, full = own.memory.rise_bytes, reference.memory.rise_bytes
-        noise = 0 if own.device == "cuda" else _PROCESS_NOISE_BYTES
-        memory = "about the same memory" if abs(rise - full) <= max(_NOISE * full, noise) else "memory"
-        ratio = own.samples_per_s / reference.samples_per_s
-        speed = "about the same speed" if abs(ratio - 1) <= _NOISE else f"{ratio:.2f} times the speed"
-        costs.append(f"{memory} ({written(rise)}, {row.reference} {written(full)}), {speed}")
-    at_once = comparison.sizes.micro_batch_size
-    if ARMS[row.arm].requires == "token_budget":
-        costs += _speed(own, comparison, "gradfold", f"{at_once} samples at once")
-    if own.choice is not None:
-        source = "by an earlier start" if own.choice.is_cached else f"in {seconds(own.choice.elapsed_s)}"
-        costs.append(f"micro-batch {own.choice.micro_batch_size} tuned {source} ({own.choice.reason})")
-        costs += _speed(own, comparison, "plain-loop", f"micro-batches of {at_once}")
-    return costs
-
-
-def _speed(own: Measured, comparison: Comparison, arm: str, how: str) -> list[str]:
+def _speed(own: Measured, comparison: Comparison, arm: str, how: str) -> str:
     other = comparison.measured(arm)
-    return [f"{own.samples_per_s / other.samples_per_s:.2f} times the speed of {arm} with {how}"] if other else []
+    return f"{own.samples_per_s / other.samples_per_s:.2f} times the speed of {arm} with {how}" if other else ""
 
 
 def _what_is_faster(comparison: Comparison, precision: LowerPrecision) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def main(request: str) -> None:
 
     def write(this: Run) -> None:
         unfinished = Path(answer).with_suffix(".part")
-        unfinished.write_text(json.dumps(diagnose_run(this).to_dict()), "utf-8")
+        unfinished.write_bytes(pickle.dumps(diagnose_run(this)))
         unfinished.replace(answer)
 
     write(run(Path(script), arguments, num_updates, timeout_s, write))

@@ -50,12 +50,10 @@ def _run_record(run: Run, recorder: Recorder) -> RunRecord:
     log, has_ended = recorder.log, run.ending.how == "ended"
     if has_ended:
         recorder.detect_changes()
-    names = {step.optimizer: step.name for step in log.of(Step)}
     histories = []
     for one in recorder.provenances:
-        optimizer, pending = one.optimizer(), log.backwards_at(one.unused if has_ended else ())
-        name = names.get(one.number, "Optimizer") if optimizer is None else type(optimizer).__name__
-        histories.append(OptimizerHistory(one.number, name, pending, log))
+        pending = log.backwards_at(one.unused if has_ended else ())
+        histories.append(OptimizerHistory(one.number, one.name, pending, log))
     has_batch_norms = any(one.graph.batch_norms for one in log.backwards)
     models = _models() if has_batch_norms or recorder.unoptimized.backwards else []
     missing = recorder.unoptimized.unchanged(recorder.optimized_ids())
@@ -133,12 +131,11 @@ def _updates_per_epoch(record: RunRecord, history: OptimizerHistory) -> int | No
     return sum(starts[0].at <= window.step.at < until for window in history.windows)
 
 
-def _total(record: RunRecord, kind: type[Fetch] | type[Backward] | type[Read]) -> float:
-    return sum(one.seconds for one in record.log.between(record.since, None, kind))
-
-
 def _seconds(record: RunRecord) -> dict[str, float]:
-    data, backward, reads = (_total(record, kind) for kind in (Fetch, Backward, Read))
+    since = record.log.events[record.since :]
+    data, backward, reads = (
+        sum(one.seconds for one in since if isinstance(one, kind)) for kind in (Fetch, Backward, Read)
+    )
     steps = sum(one.seconds for one in record.log.of(Step) if one.at >= record.since and not one.has_closure)
     rest = max(record.seconds - data - backward - steps - reads, 0.0)
     split = {"data": data, "backward": backward, "step": steps, "reads": reads, "forward_and_rest": rest}

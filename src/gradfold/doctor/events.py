@@ -88,7 +88,6 @@ class Step(Event):
     """An optimizer makes a step."""
 
     optimizer: int
-    name: str  # of the optimizer's class
     seconds: float
     backwards: tuple[int, ...]  # those whose sum it used, oldest first
     num_reused: int  # how many of them an earlier step had used

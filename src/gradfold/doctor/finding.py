@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from gradfold.doctor.instrumentation import Failure
@@ -43,14 +43,3 @@ class Report:
     summary: dict[str, Any]  # what the script does, in plain values
     num_ignored: int = 0  # findings that a comment ignores
     failure: Failure | None = None  # of the doctor itself; after it nothing was checked, but by other rules
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> Report:
-        """The report of plain values."""
-        findings = tuple(Finding(**one) for one in values["findings"])
-        failure = None if values["failure"] is None else Failure(**values["failure"])
-        return Report(**{**values, "ending": Ending(**values["ending"]), "findings": findings, "failure": failure})

@@ -37,6 +37,7 @@ class GradientProvenance:
     """The backward passes that the gradients of one optimizer come from."""
 
     optimizer: weakref.ref[Optimizer]
+    name: str  # of the optimizer's class
     number: int  # of the optimizer, in order of making
     backwards: list[int] = field(default_factory=list)  # those whose sum is in `.grad`, oldest first
     num_stepped: int = 0  # how many of the first of them a step has used already

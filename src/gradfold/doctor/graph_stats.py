@@ -45,13 +45,6 @@ def graph_stats(loss: Tensor, may_read: bool) -> GraphStats:
 
     `may_read` is whether to read what operators keep. Not where hooks pack saved tensors: unpacking may run the user's
     code again (checkpointing) or copy from another device.
-
-    Example:
-        >>> import torch
-        >>> layer = torch.nn.Linear(4, 2)
-        >>> stats = graph_stats(layer(torch.ones(3, 4)).mean(), may_read=True)
-        >>> len(stats.leaves), stats.batch_norms, stats.activation_bytes  # the input: 3 x 4 floats
-        (2, [], 48)
     """
     stats, nodes = GraphStats(is_walked=True), list(walk(loss.grad_fn, _MOST_NODES))
     storages: dict[int, int] = {}  # sizes by address

@@ -40,14 +40,6 @@ class Guard:
     """Runs the doctor's own work. After its first `failure` none of it runs any more, and the script goes on.
 
     What is not an `Exception` passes: Ctrl-C, and the stop that ends the script.
-
-    Example:
-        >>> guard = Guard()
-        >>> guard.attempt("a sum", sum, [1, 2])
-        3
-        >>> guard.attempt("a sum", sum, [1, "2"]), guard.failure.error
-        (None, "TypeError: unsupported operand type(s) for +: 'int' and 'str'")
-        >>> guard.attempt("a sum", sum, [1, 2])
     """
 
     def __init__(self) -> None:

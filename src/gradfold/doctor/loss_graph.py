@@ -17,10 +17,7 @@ _SUMS = ("AddBackward0", "SubBackward0")
 _SHAPES = ("View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "Expand", "Permute", "T", "Transpose")
 _COPIES = ("AsStrided", "ToCopy", "Clone", "Alias")
 # Nodes of operators that change the shape, the dtype or the device of their input, and no value.
-UNCHANGED_VALUES = frozenset(f"{name}Backward0" for name in (*_SHAPES, *_COPIES)) | {
-    "CopyBackwards",
-    "SqueezeBackward1",
-}
+UNCHANGED_VALUES = {"CopyBackwards", "SqueezeBackward1", *(f"{name}Backward0" for name in _SHAPES + _COPIES)}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,6 @@ class OptimizerHooks:
             Step,
             recorder.source.here(),
             optimizer=provenance.number,
-            name=type(optimizer).__name__,
             seconds=seconds,
             backwards=backwards,
             num_reused=num_reused,

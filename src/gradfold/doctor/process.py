@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -27,17 +28,10 @@ def diagnose(
     timeout_s: float | None = None,
     stdout: IO[str] | None = None,
 ) -> Report:
-    """Run a script under the doctor in a process of its own, with this one's standard streams.
+    """Run a script under the doctor in a process of its own, until it has made so many updates, or its time is over.
 
-    Args:
-        script: the file.
-        arguments: for its `sys.argv`.
-        num_updates: how many updates to record.
-        timeout_s: when to end it.
-        stdout: where its standard output goes, if not to this process's own.
-
-    Raises:
-        OptionError: the file does not exist, or a number is out of range.
+    It has this process's standard streams, unless `stdout` is passed. Raises `OptionError` where there is no such file,
+    or a number is out of range.
     """
     if not script.is_file():
         raise OptionError(f"{script} does not exist; expected a Python script, such as train.py.")
@@ -46,17 +40,17 @@ def diagnose(
     if timeout_s is not None and timeout_s <= 0:
         raise OptionError(f"--timeout {timeout_s:g}: expected seconds above 0.")
     with tempfile.TemporaryDirectory(prefix="gradfold-doctor-") as folder:
-        answer = Path(folder, "report.json")
+        answer = Path(folder, "report.pickle")
         request = json.dumps([str(script), list(arguments), num_updates, timeout_s, str(answer)])
-        child = subprocess.Popen([sys.executable, "-m", "gradfold.doctor", request], stdout=stdout)
-        try:
-            _wait(child, answer, timeout_s)
-        finally:
-            if child.poll() is None:
+        with subprocess.Popen([sys.executable, "-m", "gradfold.doctor", request], stdout=stdout) as child:
+            try:
+                _wait(child, answer, timeout_s)
+            finally:
                 child.kill()
                 child.wait()
         if answer.exists():
-            return Report.from_dict(json.loads(answer.read_text("utf-8")))
+            report: Report = pickle.loads(answer.read_bytes())
+            return report
         return Report(str(script), _ending_without_answer(child.returncode, timeout_s), (), {})
 
 

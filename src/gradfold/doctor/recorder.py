@@ -67,7 +67,7 @@ class Recorder:
         for provenance in self.provenances:
             if provenance.optimizer() is optimizer:
                 return provenance
-        provenance = GradientProvenance(weakref.ref(optimizer), len(self.provenances))
+        provenance = GradientProvenance(weakref.ref(optimizer), type(optimizer).__name__, len(self.provenances))
         provenance.backwards = self.unoptimized.backwards_of(provenance.watched())
         for other in self.provenances:  # what another optimizer of the same parameters has left
             if other.shares_with(provenance) and any(one.grad is not None for one in provenance.watched()):

@@ -129,12 +129,7 @@ def _wrapped(paragraph: str, indent: str = _INDENT) -> str:
 
 
 def sarif(report: Report, version: str) -> dict[str, Any]:
-    """The report as a SARIF log of one run.
-
-    Args:
-        report: what was found.
-        version: of gradfold.
-    """
+    """The report as a SARIF log of one run; `version` is gradfold's."""
     failure, ending = report.failure, report.ending
     invocation: dict[str, Any] = {
         "executionSuccessful": ending.how in ("ended", "stopped") and failure is None,

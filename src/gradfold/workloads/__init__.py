@@ -9,5 +9,3 @@
 from gradfold.workloads.registry import BUILT_IN as BUILT_IN
 from gradfold.workloads.registry import load as load
 from gradfold.workloads.workload import Workload as Workload
-
-__all__ = ["BUILT_IN", "Workload", "load"]

@@ -20,11 +20,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def import_extra(package: str, purpose: str) -> ModuleType:
-    """Import a package of `gradfold[cli]`; `purpose` is the subject of the message.
-
-    Raises:
-        WorkloadError: it is not installed; the message has the line that installs it.
-    """
+    """A package of `gradfold[cli]`, or a `WorkloadError` with the line that installs it; `purpose` is its subject."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -58,11 +54,7 @@ def listed(folder: Path) -> str:
 
 
 def read_file(path: Path, kind: str, *, must_be_gzipped: bool = False) -> bytes:
-    """The content of a file, decompressed where it is gzipped, whatever its name says.
-
-    Raises:
-        DataError: the file is missing, truncated or corrupt; the message names the `kind` that was expected.
-    """
+    """The content of a file, decompressed where it is gzipped, whatever its name says; or a `DataError`."""
     try:
         content = path.read_bytes()
         is_gzipped = must_be_gzipped or content.startswith(_GZIP_MAGIC)
@@ -84,14 +76,7 @@ class Mirror:
     sha256: Mapping[str, str]  # by file name
 
     def fetch(self, cache: Path | None = None) -> Path:
-        """The folder that holds the files: downloaded if missing, verified in any case.
-
-        It is in `cache`, or in the operating system's folder for caches.
-
-        Raises:
-            DataError: a file cannot be downloaded, or its hash differs.
-            WorkloadError: pooch is not installed.
-        """
+        """The folder with the files, in `cache` or the system's: downloaded if missing, verified; or a `DataError`."""
         pooch = import_extra("pooch", f"Downloading {self.name}")
         folder = (Path(pooch.os_cache("gradfold")) if cache is None else cache) / self.name
         for name, sha256 in self.sha256.items():

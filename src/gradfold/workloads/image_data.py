@@ -1,12 +1,6 @@
 """Labeled images: MNIST, CIFAR-10 and scikit-learn's digits, from a folder that the user names or a download.
 
-A file of CIFAR-10's binary version: records of one label byte and 3,072 pixels (red, green, blue plane of 32 x 32).
-
-An IDX file, the format of MNIST:
-
-    00 00 08 D            magic: two zeros, the code of unsigned bytes, the number of dimensions
-    D x uint32            the size of each dimension, big-endian
-    one byte an element   in row-major order
+A file that is missing, damaged or of another data set, or cannot be downloaded, is a `DataError`.
 """
 
 from __future__ import annotations
@@ -67,11 +61,7 @@ class ImageData:
 
 
 def load_mnist(data: Path | None, mirror: Mirror = MNIST, cache: Path | None = None) -> ImageData:
-    """MNIST: 28 x 28 gray digits, from the folder with the four IDX files, gzipped or not; None downloads them.
-
-    Raises:
-        DataError: a file is missing, damaged or of another data set, or cannot be downloaded.
-    """
+    """MNIST: 28 x 28 gray digits, from the folder with the four IDX files, gzipped or not; None downloads them."""
     folder = mirror.fetch(cache) if data is None else data
     train, test = (
         _normalized(_read_mnist_part(folder, part), 255, mean=(0.1307,), std=(0.3081,)) for part in ("train", "t10k")
@@ -80,16 +70,9 @@ def load_mnist(data: Path | None, mirror: Mirror = MNIST, cache: Path | None = N
 
 
 def load_cifar10(data: Path | None, mirror: Mirror = CIFAR10, cache: Path | None = None) -> ImageData:
-    """CIFAR-10: 32 x 32 color images of ten classes, from the binary version.
+    """CIFAR-10: 32 x 32 color images of ten classes, from the binary version; None downloads it.
 
-    Args:
-        data: the folder that holds `test_batch.bin` and any number of `data_batch_*.bin`, or the folder above it;
-            None downloads them.
-        mirror: where their archive is published.
-        cache: see `Mirror.fetch`.
-
-    Raises:
-        DataError: a file is missing, damaged or of another data set, or cannot be downloaded.
+    The folder holds `test_batch.bin` and any number of `data_batch_*.bin`, or it is the folder above that.
     """
     if data is None:
         (archive,) = mirror.sha256
@@ -118,8 +101,7 @@ def load_digits() -> ImageData:
 def read_idx(path: Path) -> Tensor:
     """The array of an IDX file, gzipped or not.
 
-    Raises:
-        DataError: the file is missing, truncated, corrupt, or not an IDX file.
+    The format: bytes 00 00 08 (unsigned bytes) and D, D big-endian uint32 sizes, a byte an element in row-major order.
     """
     content = read_file(path, "an IDX file")
     magic = content[:4]
@@ -164,7 +146,7 @@ def _read_mnist_part(folder: Path, part: str) -> Part:
 
 
 def _read_cifar10(paths: Sequence[Path]) -> Part:
-    """The images (N, 3, 32, 32) as unsigned bytes, and labels (N,), of some files."""
+    """The images (N, 3, 32, 32) as unsigned bytes, and labels (N,), of files with records of label, then R, G, B."""
     images, labels = [], []
     for path in paths:
         content = read_file(path, "a CIFAR-10 file")

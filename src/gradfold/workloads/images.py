@@ -28,9 +28,8 @@ def digits() -> Workload:
 
 def mnist(data: Path | None = None) -> Workload:
     """Micro-batches of 32 images, 4 to an update; an epoch of 60,000 ends with a partial global batch."""
-    return _classification(
-        "mnist", load_mnist(data), partial(perceptron, num_pixels=784), _adam, (128, 32), num_epochs=2
-    )
+    model = partial(perceptron, num_pixels=784)
+    return _classification("mnist", load_mnist(data), model, _adam, (128, 32), num_epochs=2)
 
 
 def cifar10(data: Path | None = None) -> Workload:
@@ -42,10 +41,8 @@ def cifar10(data: Path | None = None) -> Workload:
 def resnet(data: Path | None = None) -> Workload:
     """BatchNorm by micro-batch statistics, which is not the full batch's gradient; a report shows how far.
 
-    A comparison trains it with GroupNorm too, of which micro-batches give the full batch's gradient.
-
-    Args:
-        data: the folder with the binary version of CIFAR-10; None takes the digits of scikit-learn.
+    A comparison trains it with GroupNorm too, of which micro-batches give the full batch's gradient. `data` is the
+    folder with CIFAR-10; None takes the digits of scikit-learn.
     """
     images = load_digits() if data is None else load_cifar10(data)
     model = partial(ResNet, in_channels=images.train[0].shape[1])

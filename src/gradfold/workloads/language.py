@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -30,6 +29,7 @@ _ENCODER_WORDS = 1000
 _ENCODER_MAX_TOKENS = 64
 _MASKED_SHARE = 0.15
 _UNMASKED = -100  # the label of every token that is not masked
+collate_masked = partial(pad_columns, labels=_UNMASKED)
 
 # `language-model`: a sample is a mark and then the words of a text.
 _MODEL_WORDS = 2000
@@ -84,11 +84,6 @@ def mask(tokens: Tensor, generator: torch.Generator) -> MaskedText:
     return {"tokens": tokens.index_fill(0, chosen, MARK), "labels": labels}
 
 
-def collate_masked(samples: Sequence[MaskedText]) -> MaskedText:
-    """The batch of some samples, as long as the longest."""
-    return pad_columns(samples, labels=_UNMASKED)
-
-
 def masked_token_loss(model: nn.Module, micro_batch: MaskedText) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy averaged over the masked tokens, with the accuracy on them as a metric."""
     return token_loss(model(micro_batch["tokens"]), micro_batch["labels"], ignored=_UNMASKED)
@@ -97,11 +92,8 @@ def masked_token_loss(model: nn.Module, micro_batch: MaskedText) -> tuple[Tensor
 def language_model(data: Path | None = None) -> Workload:
     """Next-word prediction on texts of 1 to 256 words: 128 of them to an update, 16 at once, or the tokens of 16.
 
-    The token budget is what 16 texts of the greatest length take: no way of splitting needs more memory.
-
-    Args:
-        data: the folder with WikiText-2, as text files; where it has no training part, the validation part is trained
-            on. None takes the docstrings of this Python's standard library.
+    The token budget is what 16 texts of the greatest length take: no way of splitting needs more memory. `data` is the
+    folder with WikiText-2; where it has no training part, the validation part is trained on. None takes docstrings.
     """
     source, (texts, test_texts) = (DOCSTRINGS, _docstrings()) if data is None else _wikitext(data)
     vocabulary = Vocabulary.of_most_frequent(texts, _MODEL_WORDS)

@@ -41,11 +41,7 @@ BUILT_IN = {
             "perceptron 64-512-256-128-10 on the 8 x 8 digits of scikit-learn, cross-entropy, Adam",
             "embedded in scikit-learn",
         ),
-        Description(
-            "regression:linear",
-            "nn.Linear(10, 1) on synthetic data, mean squared error, SGD",
-            "synthetic",
-        ),
+        Description("regression:linear", "nn.Linear(10, 1) on synthetic data, mean squared error, SGD", "synthetic"),
         Description(
             "regression:scalar",
             "one weight that learns y = 2x from x = 4 and x = 2; small enough to check by hand",

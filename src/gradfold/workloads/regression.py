@@ -62,11 +62,6 @@ class Scalar(nn.Module):
         return self.weight * x
 
 
-def weight_value(model: nn.Module) -> dict[str, float]:
-    """The weight itself, which ought to become 2."""
-    return {"weight": next(model.parameters()).item()}
-
-
 def scalar() -> Workload:
     """One weight at 1, y = 2x, squared error, SGD 0.01.
 
@@ -85,6 +80,6 @@ def scalar() -> Workload:
         global_batch_size=2,
         micro_batch_size=1,
         shuffle=False,
-        evaluate=weight_value,
+        evaluate=lambda model: {"weight": next(model.parameters()).item()},  # which ought to become 2
         facts={"data": "x = 4, 2 and y = 2x", "training samples": "2"},
     )

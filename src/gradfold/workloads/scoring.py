@@ -33,11 +33,8 @@ def mean_scores(
 ) -> dict[str, float]:
     """The metrics and the loss over all batches, on the model's device and in its precision.
 
-    Args:
-        model: left in the mode in which it was.
-        loss_fn: gives means over a batch.
-        batches: small enough to need less memory than the training around the evaluation.
-        count: over how many samples or tokens the means of a batch go.
+    `loss_fn` gives means over a batch, and `count` over how many samples or tokens they go. Batches are small enough to
+    need less memory than the training around the evaluation.
     """
     totals: defaultdict[str, float] = defaultdict(float)
     num_all = 0

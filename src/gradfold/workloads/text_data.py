@@ -1,4 +1,7 @@
-"""Texts as words and as numbers: docstrings, WikiText and Multi30k; their vocabulary, and samples padded to a batch."""
+"""Texts as words and as numbers: docstrings, WikiText and Multi30k; their vocabulary, and samples padded to a batch.
+
+A file that is missing or damaged is a `DataError`.
+"""
 
 from __future__ import annotations
 
@@ -83,10 +86,8 @@ def read_docstrings(limit: int, folder: Path | None = None) -> list[list[str]]:
     """The words of the first `limit` different docstrings, in lower case.
 
     They are read from the sources in the order of their names, without importing a module, and differ a little between
-    Python versions. `folder` has the sources, instead of this Python's standard library.
-
-    Raises:
-        DataError: the folder does not have that many, as in a Python without its sources.
+    Python versions. `folder` has the sources, instead of this Python's standard library. Fewer than `limit`, as in a
+    Python without its sources, are a `DataError`.
     """
     folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     texts: dict[str, None] = {}  # an ordered set: a text that occurs twice must not be both trained on and held out
@@ -103,9 +104,6 @@ def read_paragraphs(folder: Path, names: Sequence[str]) -> list[list[str]]:
     """The words of every paragraph of a file of WikiText, without headings; `names` is what it may be called.
 
     Source: Merity, Xiong, Bradbury and Socher 2016, "Pointer Sentinel Mixture Models", arXiv 1609.07843.
-
-    Raises:
-        DataError: the file is missing, damaged, or holds no paragraph.
     """
     lines = _read_lines(folder, names)
     paragraphs = [line.split() for line in lines if line.strip() and not _HEADING.fullmatch(line.rstrip() + " ")]
@@ -115,18 +113,10 @@ def read_paragraphs(folder: Path, names: Sequence[str]) -> list[list[str]]:
 
 
 def read_pairs(folder: Path | None, part: str, languages: tuple[str, str]) -> list[tuple[str, str]]:
-    """The sentence pairs of a part of Multi30k; those with a blank side are left out.
+    """The sentence pairs of a part of Multi30k ("train", "val", ...) without those with a blank side.
 
-    Source: Elliott, Frank, Sima'an and Specia 2016, "Multi30K: Multilingual English-German Image Descriptions", arXiv
-    1605.00459.
-
-    Args:
-        folder: holds `train.en.gz` and the like, gzipped or not.
-        part: "train", "val" or "test_2016_flickr".
-        languages: "en" and "de", in this order or the other.
-
-    Raises:
-        DataError: no folder is given, a file is missing or damaged, or the two have different numbers of lines.
+    The folder holds `train.en.gz` and the like, gzipped or not. Source: Elliott, Frank, Sima'an and Specia 2016,
+    "Multi30K: Multilingual English-German Image Descriptions", arXiv 1605.00459.
     """
     if folder is None:
         names = " and ".join(f"{part}.{language}.gz" for language in languages)

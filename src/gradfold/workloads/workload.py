@@ -16,8 +16,6 @@ from gradfold.engine.loss_terms import LossFn
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.weights import WeightOption
 
-__all__ = ["Workload"]
-
 
 @dataclass(frozen=True)
 class Workload:

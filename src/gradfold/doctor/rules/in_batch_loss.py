@@ -24,7 +24,6 @@ Fix:
 
 from __future__ import annotations
 
-from gradfold.doctor.events import Backward
 from gradfold.doctor.history import RunRecord
 from gradfold.doctor.rule import Violation, Violations
 
@@ -32,7 +31,7 @@ from gradfold.doctor.rule import Violation, Violations
 def check(record: RunRecord) -> Violations:
     for history in record.accumulating:
         walked = [one for one in history.micro_batches if one.graph.is_walked]
-        coupled = [one for one in walked if _compares(one)]
+        coupled = [one for one in walked if one.rows > 1 and {one.rows, 2 * one.rows} & {*one.graph.compared_rows}]
         if 2 * len(coupled) <= len(walked):
             continue
         n = history.window_length
@@ -46,7 +45,3 @@ def check(record: RunRecord) -> Violations:
             "statistic, loss)` does. Or use a larger micro-batch.",
             "likely",
         )
-
-
-def _compares(one: Backward) -> bool:
-    return one.rows > 1 and any(size in (one.rows, 2 * one.rows) for size in one.graph.compared_rows)

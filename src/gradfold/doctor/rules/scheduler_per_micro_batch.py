@@ -36,11 +36,8 @@ def check(record: RunRecord) -> Violations:
                 continue
             if _is_made_for_micro_batches(record, history, first):
                 continue
-            end = (
-                f" A schedule of {first.horizon} steps ends after {first.horizon // n} updates."
-                if first.horizon
-                else ""
-            )
+            length = first.horizon
+            end = f" A schedule of {length} steps ends after {length // n} updates." if length else ""
             yield Violation(
                 first.location,
                 f"{first.name} advances in every micro-batch: {len(steps)} steps in {len(history.windows)} updates, "
