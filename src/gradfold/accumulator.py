@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -31,7 +32,7 @@ from gradfold.distributed.ddp import (
 )
 from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
-from gradfold.distributed.turns import FsdpTurns
+from gradfold.distributed.turns import take_turns
 from gradfold.dropout.layer import counter_based_layers, counting, drawing_from_generators, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
@@ -39,7 +40,7 @@ from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.model_checks import check_hooks
 from gradfold.engine.recovery import OnNonFinite, check_on_non_finite, does_not_fit, run_with_recovery
 from gradfold.engine.result import WindowResult
-from gradfold.engine.strategy import Sequential, Strategy
+from gradfold.engine.strategy import Run, Sequential, Strategy
 from gradfold.engine.window import Context, PassListener, Window
 from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, OptionError
 from gradfold.memory.auto import Auto, MicroBatchChoice, read_auto
@@ -246,13 +247,14 @@ class Accumulator:
     def _run(self, window: Window, snapshot: Snapshot) -> Window:
         """Run a window until it is complete; what was halved is checked again, since it has become another one."""
         self._is_checked = False
-        strategy = self._strategy if self.batching is None else self._micro_batcher.timed(self._strategy)
-        if self._context.coordinator is not _ALONE:
-            strategy = self._on_ranks(strategy)
+        strategy = self._strategy
+        run: Run = strategy.run if self.batching is None else self._micro_batcher.timed(strategy)
+        if isinstance(self._context.coordinator, FsdpCoordinator):
+            run = partial(take_turns, self._context.coordinator, run, self.fsdp_reduce == "per_window")
         try:
             while not window.is_complete:
                 self._preflight(window)
-                window = run_with_recovery(window, strategy, snapshot, self._micro_batcher, self._policy)
+                window = run_with_recovery(window, strategy, run, snapshot, self._micro_batcher, self._policy)
         except ModelError as error:
             if not window.failed_sizes:
                 raise
@@ -350,13 +352,6 @@ class Accumulator:
                 "nor with backward=."
             )
         return FsdpCoordinator(group, num_denominators, divide_factor(sharded, group.size))
-
-    def _on_ranks(self, strategy: Strategy) -> Strategy:
-        """A strategy, in turns with other ranks where these hold shards."""
-        coordinator = self._context.coordinator
-        if not isinstance(coordinator, FsdpCoordinator):
-            return strategy
-        return FsdpTurns(strategy, coordinator, self.fsdp_reduce == "per_window")
 
     def _setting(self) -> AbstractContextManager[PassListener]:
         """What goes around the passes of a window: quiet reductions, and dropout that counts."""

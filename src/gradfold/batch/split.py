@@ -315,8 +315,8 @@ class MicroBatcher(ABC):
         return self.largest(micro_batches) <= self.fitting.proven
 
     def timed(self, strategy: Any) -> Any:
-        """A strategy, timed where this window is to show what a micro-step costs."""
-        return strategy
+        """The `run` of a strategy, timed where this window is to show what a micro-step costs."""
+        return strategy.run
 
     def check_padding(self, window: Any, probe_loss: Any, can_check: bool) -> bool:
         """Check that padding does not matter, where micro-batches have less of it than the batch; whether it is known.

@@ -8,7 +8,7 @@ middle of a turn ends the training on all ranks, as it does without gradfold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias, final
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -18,62 +18,54 @@ from gradfold.distributed.coordinators import FsdpCoordinator
 from gradfold.distributed.fsdp import set_reducing, sharded_modules
 from gradfold.engine.loss_terms import loss_terms_of
 from gradfold.engine.prefetch import prefetch
-from gradfold.engine.strategy import Strategy, WrappedStrategy
-from gradfold.engine.window import Context, Window
+from gradfold.engine.strategy import Run
+from gradfold.engine.window import Window
 from gradfold.state.snapshot import Snapshot
 
 NoOpRows: TypeAlias = "tuple[Batch, list[str] | None]"
 """Rows for no-op steps, and the loss terms of positive weight there (None: all)."""
 
 
-@final
-class FsdpTurns(WrappedStrategy):
-    """Another strategy, in as many turns on all ranks; `reduces_once` sums gradients over ranks in the last alone."""
+def take_turns(
+    coordinator: FsdpCoordinator,
+    run: Run,
+    reduces_once: bool,
+    window: Window,
+    indices: Sequence[int],
+    snapshot: Snapshot,
+) -> None:
+    """The micro-batches of positive weight, then no-op steps until all ranks have taken as many turns.
 
-    def __init__(self, strategy: Strategy, coordinator: FsdpCoordinator, reduces_once: bool) -> None:
-        super().__init__(strategy)
-        self._coordinator = coordinator
-        self._reduces_once = reduces_once
+    `reduces_once` sums gradients over ranks in the last turn alone.
+    """
+    coordinator.read_denominators()
+    busy = [index for index in indices if index not in window.zero_weight]
+    num_turns = max(coordinator.num_busy)
+    sharded = sharded_modules(window.context.modules)
+    coordinator.exchange(None)  # all are ready: from here on they are in the middle of turns
+    coordinator.next = None
+    no_op = _no_op_rows(coordinator, window, busy)
+    try:
+        for turn in range(num_turns):
+            set_reducing(sharded, turn == num_turns - 1 or not reduces_once)
+            if turn < len(busy):
+                run(window, [busy[turn]], snapshot)
+            else:
+                window.backward(_no_op_terms(window, *no_op))
+    finally:
+        set_reducing(sharded, True)
+    coordinator.next = "exchange"
 
-    def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
-        """The micro-batches of positive weight, then no-op steps until all ranks have taken as many turns."""
-        coordinator = self._coordinator
-        coordinator.read_denominators()
-        busy = [index for index in indices if index not in window.zero_weight]
-        num_turns = max(coordinator.num_busy)
-        sharded = sharded_modules(window.context.modules)
-        coordinator.exchange(None)  # all are ready: from here on they are in the middle of turns
-        coordinator.next = None
-        no_op = self._no_op_rows(window, busy, num_turns)
-        try:
-            for turn in range(num_turns):
-                set_reducing(sharded, turn == num_turns - 1 or not self._reduces_once)
-                if turn < len(busy):
-                    self.strategy.run(window, [busy[turn]], snapshot)
-                else:
-                    window.backward(_no_op_terms(window, *no_op))
-        finally:
-            set_reducing(sharded, True)
-        coordinator.next = "exchange"
 
-    def is_sequential(self, context: Context) -> bool:
-        """Not where ranks wait for each other."""
-        return False
-
-    def is_whole(self, window: Window) -> bool:
-        """Never: other ranks may have more micro-batches."""
-        return False
-
-    def _no_op_rows(self, window: Window, busy: Sequence[int], num_turns: int) -> NoOpRows:
-        """What runs in no-op steps: rows of positive weight, since 0 times the gradient of others may be NaN."""
-        own = (window.micro_batches[busy[0]].data, window.weights.names_at(busy[0])) if busy else (None, None)
-        num_busy = self._coordinator.num_busy
-        if min(num_busy) > 0 or not num_turns:
-            return own
-        group = self._coordinator.group
-        donor = next(rank for rank, count in enumerate(num_busy) if count)
-        given = group.exchange(own if group.rank == donor else (None, None))[donor]
-        return own if busy else given
+def _no_op_rows(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> NoOpRows:
+    """What runs in no-op steps: rows of positive weight, since 0 times the gradient of others may be NaN."""
+    own = (window.micro_batches[busy[0]].data, window.weights.names_at(busy[0])) if busy else (None, None)
+    is_busy = list(map(bool, coordinator.num_busy))
+    if all(is_busy) or not any(is_busy):
+        return own
+    donor = is_busy.index(True)
+    given = coordinator.group.exchange(own if coordinator.rank == donor else (None, None))[donor]
+    return own if busy else given
 
 
 def _no_op_terms(window: Window, batch: Batch, names: list[str] | None) -> list[tuple[Tensor, float]]:

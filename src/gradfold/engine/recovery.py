@@ -22,7 +22,7 @@ import torch
 from gradfold.batch.split import MicroBatch, MicroBatcher
 from gradfold.engine.non_finite import InspectedWindow, gradient_error, joint_gradient_error
 from gradfold.engine.result import Recovery, Unit
-from gradfold.engine.strategy import Strategy, run_in_order
+from gradfold.engine.strategy import Run, Strategy, run_in_order
 from gradfold.engine.window import Window
 from gradfold.errors import (
     BatchError,
@@ -52,6 +52,7 @@ def check_on_non_finite(on_non_finite: str) -> None:
 def run_with_recovery(
     window: Window,
     strategy: Strategy,
+    run: Run,
     snapshot: Snapshot,
     micro_batcher: MicroBatcher,
     on_non_finite: OnNonFinite | None,
@@ -60,7 +61,8 @@ def run_with_recovery(
 
     Args:
         window: what runs; checked before, since after a recovery it may have other micro-batches.
-        strategy: how it runs where it is not whole.
+        strategy: how it runs.
+        run: that of the strategy, or something around it; called where the window is not whole.
         snapshot: what it goes back to.
         micro_batcher: splits what does not fit.
         on_non_finite: the user's policy; None leaves gradients that are not finite to a loss scaler.
@@ -72,7 +74,7 @@ def run_with_recovery(
         DoesNotFitError: one row does not fit, or the batch cannot be split.
         NonFiniteLossError, NonFiniteGradientError: something is not finite, and that was to be raised.
     """
-    message = _attempt(window, strategy, snapshot, micro_batcher)
+    message = _attempt(window, strategy, run, snapshot, micro_batcher)
     if message is not None:
         release_memory(window.device)
         return _halve(window, snapshot, micro_batcher, message)
@@ -101,13 +103,15 @@ def does_not_fit(window: Window, error: ModelError) -> ModelError | DoesNotFitEr
     )
 
 
-def _attempt(window: Window, strategy: Strategy, snapshot: Snapshot, micro_batcher: MicroBatcher) -> str | None:
+def _attempt(
+    window: Window, strategy: Strategy, run: Run, snapshot: Snapshot, micro_batcher: MicroBatcher
+) -> str | None:
     """Run what is pending; returns the message of an out-of-memory error.
 
     A separate function, since the traceback holds the tensors of the frames that failed until the function returns.
     """
     can_replay = window.context.coordinator.can_replay
-    is_whole = strategy.is_whole(window)
+    is_whole = can_replay and strategy.is_whole(window)  # else other ranks may have more micro-batches
     try:
         is_new = can_replay and not micro_batcher.is_proven(window.micro_batches)
         if is_new and (is_whole or strategy.is_sequential(window.context)):
@@ -118,7 +122,7 @@ def _attempt(window: Window, strategy: Strategy, snapshot: Snapshot, micro_batch
         elif is_whole:
             run_in_order(window, window.pending())
         else:
-            strategy.run(window, window.pending(), snapshot)
+            run(window, window.pending(), snapshot)
     except Exception as error:
         if not can_replay or not is_out_of_memory(error):
             raise
@@ -252,7 +256,7 @@ def _inspect(
     inspected: Window = InspectedWindow(window, window.micro_batches, snapshot)
     inspected.follow(window)
     snapshot.rewind()
-    while (message := _attempt(inspected, strategy, snapshot, micro_batcher)) is not None:
+    while (message := _attempt(inspected, strategy, strategy.run, snapshot, micro_batcher)) is not None:
         release_memory(window.device)
         inspected = _halve(inspected, snapshot, micro_batcher, message)
     assert isinstance(inspected, InspectedWindow)
