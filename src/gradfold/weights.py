@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -100,32 +100,42 @@ def token_count(
     return TokenCount(labels, ignore_index, shift)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Weights:
     """The weights of a window's micro-batches under one name.
 
-    Attributes:
-        total: the sum of the weights, the denominator.
-        normalized: the part of the window's mean that each micro-batch is; all 0 in a window of weight 0.
-        zero_weight: the micro-batches of weight 0.
+    Args:
         values: the weights of the micro-batches.
+        read_total: the denominator; called when it is first needed, since other ranks may have to be waited for.
     """
 
-    total: float
-    normalized: tuple[float, ...]
-    zero_weight: frozenset[int]
     values: tuple[float, ...]
+    read_total: Callable[[], float]
+
+    @cached_property
+    def total(self) -> float:
+        """The denominator: the sum of the weights, of all ranks."""
+        return self.read_total()
+
+    @cached_property
+    def normalized(self) -> tuple[float, ...]:
+        """The part of the window's mean that each micro-batch is; all 0 in a window of weight 0."""
+        return tuple(value / self.total if self.total else 0.0 for value in self.values)
+
+    @cached_property
+    def zero_weight(self) -> frozenset[int]:
+        """The micro-batches of weight 0."""
+        return frozenset(index for index, value in enumerate(self.values) if value == 0)
 
 
 @lru_cache(maxsize=64)  # windows of equal shape have equal weights
-def normalize(values: tuple[float, ...], denominator: float | None = None) -> Weights:
-    """Weights, one per micro-batch, normalized by their own sum, or by a larger denominator."""
+def normalize(values: tuple[float, ...]) -> Weights:
+    """Weights, one per micro-batch, normalized by their own sum."""
     try:
-        total = math.fsum(values) if denominator is None else denominator
+        total = math.fsum(values)
     except OverflowError:
         raise WeightError(f"the sum of micro-batch weights overflows float64: {list(values)}.") from None
-    normalized = tuple(value / total if total else 0.0 for value in values)
-    return Weights(total, normalized, frozenset(index for index, value in enumerate(values) if value == 0), values)
+    return Weights(values, lambda: total)
 
 
 class WindowWeights:
@@ -148,30 +158,30 @@ class WindowWeights:
         self.samples = samples
         self.are_named = named is not None
         self.num_micro_batches = len(samples.values)
-        every = [unnamed] if named is None else list(named.values())
-        self.zero_weight = frozenset.intersection(*(one.zero_weight for one in every if one is not None))
+        self._every = [one for one in (unnamed, *(named or {}).values()) if one is not None]
+        self.zero_weight = frozenset.intersection(*(one.zero_weight for one in self._every))
 
     def wait(self) -> None:
-        """Wait for denominators that are summed over several processes; here they are known."""
+        """Wait for denominators that are summed over several processes."""
+        self.samples.total  # noqa: B018  # reads them
 
-    def others_are_busy(self) -> bool:
-        """Whether a micro-batch of another rank has a positive weight."""
-        return False
+    def are_busy(self) -> bool:
+        """Whether a micro-batch of any rank has a positive weight."""
+        return any(one.total > 0 for one in self._every)
 
     def own_totals(self) -> list[float]:
         """The sum of the weights of these micro-batches under every name, and of their samples."""
-        every = [self.unnamed] if self.named is None else list(self.named.values())
-        return [math.fsum(one.values) for one in (*every, self.samples) if one is not None]
+        return [math.fsum(one.values) for one in (*self._every, self.samples)]
 
-    def over(self, denominators: Sequence[float]) -> WindowWeights:
-        """These weights normalized by larger denominators, in the order of `own_totals()`."""
-        *of_names, of_samples = denominators
-        samples = normalize(self.samples.values, of_samples)
-        if self.named is not None:
-            pairs = zip(self.named.items(), of_names, strict=True)
-            return WindowWeights({name: normalize(one.values, total) for (name, one), total in pairs}, None, samples)
-        assert self.unnamed is not None
-        return WindowWeights(None, normalize(self.unnamed.values, *of_names), samples)
+    def over(self, read: Callable[[], Sequence[float]]) -> WindowWeights:
+        """These weights normalized by larger denominators in the order of `own_totals()`, read when first needed."""
+        *of_names, samples = (
+            Weights(one.values, partial(lambda index: read()[index], index))
+            for index, one in enumerate((*self._every, self.samples))
+        )
+        if self.named is None:
+            return WindowWeights(None, of_names[0], samples)
+        return WindowWeights(dict(zip(self.named, of_names, strict=True)), None, samples)
 
     def of_term(self, name: str) -> Weights:
         """The weights of a loss term.
@@ -181,7 +191,6 @@ class WindowWeights:
         """
         if self.unnamed is not None:
             return self.unnamed
-        self.wait()
         assert self.named is not None
         if name not in self.named:
             raise WeightError(
@@ -194,7 +203,6 @@ class WindowWeights:
         """The weights of a metric: its own, else those of an unnamed loss, else samples."""
         if self.unnamed is not None:
             return self.unnamed
-        self.wait()
         assert self.named is not None
         return self.named.get(name) or self.named.get(UNNAMED) or self.samples
 
@@ -202,7 +210,6 @@ class WindowWeights:
         """The denominator, or one per loss term where weights were given by name."""
         if self.unnamed is not None:
             return self.unnamed.total
-        self.wait()
         return {name: one.total for name, one in (self.named or {}).items() if name in terms or not terms}
 
     def names_at(self, index: int) -> list[str] | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from gradfold.distributed.process_group import ProcessGroup, Reduction
 from gradfold.engine.coordinator import Coordinator, Outputs
@@ -71,7 +71,7 @@ class DataParallelCoordinator(Coordinator):
         if self.receive is None:
             busy = own.num_micro_batches - len(own.zero_weight)
             self.receive = self.group.begin_gather([0.0, float(busy), *own.own_totals()])
-        return _GlobalWeights(own, self)
+        return own.over(self.read_denominators)
 
     def read_denominators(self) -> list[float]:
         """The end of [A]: the denominators, summed over ranks."""
@@ -160,42 +160,6 @@ class FsdpCoordinator(DataParallelCoordinator):
     def all_finite(self, is_finite: bool) -> bool:
         """Whether loss and gradient are finite on all ranks, each of which sees a shard."""
         return self.group.all_well(is_finite)
-
-
-class _GlobalWeights(WindowWeights):
-    """Weights whose denominators are being summed: `named`, `unnamed` and `samples` wait for them."""
-
-    def __init__(self, own: WindowWeights, coordinator: DataParallelCoordinator) -> None:
-        self._own = own
-        self._coordinator = coordinator
-        self.zero_weight = own.zero_weight
-        self.are_named = own.are_named
-        self.num_micro_batches = own.num_micro_batches
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("named", "unnamed", "samples"):
-            raise AttributeError(name)
-        self.wait()
-        return vars(self)[name]
-
-    def wait(self) -> None:
-        """Wait for the denominators."""
-        if "samples" not in vars(self):
-            larger = self._own.over(self._coordinator.read_denominators())
-            self.named, self.unnamed, self.samples = larger.named, larger.unnamed, larger.samples
-
-    def others_are_busy(self) -> bool:
-        """Whether a micro-batch of another rank has a positive weight."""
-        self.wait()
-        return max(self._coordinator.num_busy) > 0
-
-    def own_totals(self) -> list[float]:
-        """The sum of the weights of these micro-batches under every name, and of their samples."""
-        return self._own.own_totals()
-
-    def names_at(self, index: int) -> list[str] | None:
-        """The names under which a micro-batch has a positive weight."""
-        return self._own.names_at(index)
 
 
 def _check_alike(reports: Sequence[WindowReport]) -> None:

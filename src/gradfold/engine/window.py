@@ -311,7 +311,7 @@ class Window:
         self.current = index
         is_alone = len(self.zero_weight) == len(self.micro_batches)
         has_metrics = self._metrics is not None and bool(self._metrics.names)
-        if has_metrics or (is_alone and self.weights.others_are_busy()):
+        if has_metrics or (is_alone and self.weights.are_busy()):
             with torch.no_grad():
                 output = self.call(index)
             if isinstance(output, tuple):
