@@ -12,6 +12,7 @@ from reference import assert_same_state, state
 from torch import nn
 
 from gradfold.state import buffers as buffers_module
+from gradfold.state import external as external_module
 from gradfold.state import gradients as gradients_module
 from gradfold.state import snapshot as snapshot_module
 from gradfold.state.buffers import BufferKeeper
@@ -200,10 +201,10 @@ class TestSavepoint:
             if has_gradient:
                 model.linear(torch.ones(3, 2)).sum().backward()
             snapshot.set_savepoint()
-            assert not snapshot._savepoint.is_touched()
+            assert snapshot.return_to_savepoint(), "there is nothing to undo"
+            snapshot.set_savepoint()
             moved = torch.rand(1), torch.get_rng_state()
             getattr(model.linear, which).sum().backward()
-            assert snapshot._savepoint.is_touched()
             assert not snapshot.return_to_savepoint()
             assert torch.equal(torch.get_rng_state(), moved[1]), "nothing is undone"
 
@@ -212,7 +213,7 @@ class TestSavepoint:
             model.linear(torch.ones(3, 2)).sum().backward()
             snapshot.set_savepoint()
             model.linear.weight.grad = model.linear.weight.grad.clone()
-            assert snapshot._savepoint.is_touched()
+            assert not snapshot.return_to_savepoint()
 
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_a_buffer_that_has_moved_in_this_window_is_a_trace(self, model, when):
@@ -369,6 +370,13 @@ class TestProbe:
             assert fails
         assert_as_before(everything(model), before, "", is_probe=True)
         assert seen == []
+
+    def test_all_modules_are_kept_however_many_objects_there_are(self, monkeypatch):
+        monkeypatch.setattr(external_module, "_MAX_OBJECTS", 2)
+        model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(9)])
+        with Snapshot(model, list(model.modules()), list(model.parameters()), probe=(lambda: None,)):
+            model[8].note = 1
+        assert not hasattr(model[8], "note")
 
     def test_a_rewind_sets_the_generators_of_the_host_back_too(self):
         model, snapshot = self.opened()

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from gradfold.errors import is_out_of_memory
 from gradfold.messages import warn
+from gradfold.state.attributes import is_expanded
 from gradfold.torch_private import NormBase, set_versions
 
 _VERSION = attrgetter("_version")
@@ -105,7 +106,7 @@ class BufferKeeper:
                 if place.key in changed:
                     if place.is_rebound():
                         place.module._buffers[place.name] = place.tensor
-                    if not _is_expanded(place.tensor):
+                    if not is_expanded(place.tensor):
                         place.tensor.copy_(copy)
         for module, name in self._missing:
             _take_away(module, name)
@@ -220,13 +221,6 @@ def _take_away(module: nn.Module, name: str) -> None:
         module.reset_running_stats()  # a lazy layer that has run cannot be made lazy again
     else:
         module._buffers[name] = None
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether one element stands for many, so that nothing can be written, by us or by a forward pass."""
-    return tensor.layout is torch.strided and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
 
 
 def _copies(places: list[_BufferLocation]) -> list[Tensor]:

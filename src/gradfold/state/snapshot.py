@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from gradfold.state.attributes import ModuleAttributes
 from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.external import ExternalState
 from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
-from gradfold.state.rng import HostRandomState, RandomState
+from gradfold.state.rng import RandomState
 
 TRAINING, _BUFFERS, _IS_TRAINED = attrgetter("training"), attrgetter("_buffers"), attrgetter("requires_grad")
 
@@ -75,19 +74,15 @@ class Snapshot:
         self._frozen = FrozenKeeper(copies_all=probe is not None) if frozen is None else frozen
         self._sums = sums
         self._probe = probe
-        self._attributes: ModuleAttributes | None = None
-        self._host_random_state: HostRandomState | None = None
         self._external: ExternalState | None = None
         self._is_discarded = False
-        self._savepoint: Savepoint | None = None
+        self._savepoint: tuple[RandomState, list[tuple[Tensor | None, int]]] | None = None
 
     def __enter__(self) -> Snapshot:
         self._modes = list(map(TRAINING, self._modules))
         self._random_state = self._beginning = self._record()
         if self._probe is not None:
-            self._attributes = ModuleAttributes(self._modules)
-            self._host_random_state = HostRandomState.record()
-            self._external = ExternalState(self._model, *self._probe)
+            self._external = ExternalState(*self._probe, *self._modules)
         if self._has_buffers:
             self._buffers.open(self._modules)
         if self._has_frozen:
@@ -95,9 +90,7 @@ class Snapshot:
         self.gradients = GradientBuffer(self._parameters, self._sums)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if error is not None or self._probe is not None:
                 self._roll_back()
@@ -135,9 +128,9 @@ class Snapshot:
             self._buffers.restore()
             self._buffers.open(self._modules)
         self._frozen.restore()
+        if self._external is not None:
+            self._external.random_states.restore()
         self._beginning.restore()
-        if self._host_random_state is not None:
-            self._host_random_state.restore()
 
     def empty_gradients(self) -> None:
         """Drop the new gradients."""
@@ -156,7 +149,7 @@ class Snapshot:
 
     def has_drawn_on_host(self) -> str | None:
         """The module whose global generator has moved since the beginning, if one has; of a probe."""
-        return None if self._host_random_state is None else self._host_random_state.moved()
+        return None if self._external is None else self._external.random_states.moved_on_host()
 
     def changed_buffers(self) -> list[str]:
         """The names of the buffers that differ from those on entry."""
@@ -164,7 +157,8 @@ class Snapshot:
 
     def set_savepoint(self) -> None:
         """A micro-batch begins."""
-        self._savepoint = Savepoint(self._parameters, self._record())
+        # The gradients themselves: a new one may get the address, and so the id, of one that is gone.
+        self._savepoint = self._record(), list(map(_mark, self._parameters))
 
     def return_to_savepoint(self) -> bool:
         """Undo the micro-batch that began last; False, and nothing is undone, where that is impossible.
@@ -172,10 +166,14 @@ class Snapshot:
         What cannot be undone alone: gradients that a backward pass has added to, and buffers that any forward
         pass of this window has changed, since only their values on entry are kept.
         """
-        savepoint, self._savepoint = self._savepoint, None
-        if savepoint is None or savepoint.is_touched() or self._buffers.have_changed() or self._frozen.moved():
+        if self._savepoint is None:
             return False
-        savepoint.random_state.restore()
+        (random_state, marks), self._savepoint = self._savepoint, None
+        now = map(_mark, self._parameters)
+        is_touched = any(one[0] is not mark[0] or one[1] != mark[1] for one, mark in zip(now, marks, strict=True))
+        if is_touched or self._buffers.have_changed() or self._frozen.moved():
+            return False
+        random_state.restore()
         return True
 
     def _record(self) -> RandomState:
@@ -186,8 +184,8 @@ class Snapshot:
     def _roll_back(self) -> None:
         restore_each(
             self._restore_modes,
-            self._put_gradients_back,
-            *(one.restore for one in (self._attributes, self._external, self._host_random_state) if one is not None),
+            lambda: self.gradients.put_back(self._model.parameters()),
+            *([] if self._external is None else [self._external.restore]),
             self._random_state.restore,
             self._frozen.restore,  # last, since these may warn
             self._buffers.restore,
@@ -197,9 +195,6 @@ class Snapshot:
         for module, mode in zip(self._modules, self._modes, strict=True):
             if module.training is not mode:
                 module.training = mode
-
-    def _put_gradients_back(self) -> None:
-        self.gradients.put_back(self._model.parameters())
 
 
 def restore_each(step: Callable[[], None], *others: Callable[[], None]) -> None:
@@ -211,24 +206,8 @@ def restore_each(step: Callable[[], None], *others: Callable[[], None]) -> None:
             restore_each(*others)
 
 
-class Savepoint:
-    """The gradients and the random state at the start of a micro-batch."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], random_state: RandomState) -> None:
-        self.random_state = random_state
-        self._parameters = parameters
-        # The tensors themselves: a new one may get the address, and so the id, of one that is gone.
-        self._marks = [_mark(parameter) for parameter in parameters]
-
-    def is_touched(self) -> bool:
-        """Whether a gradient has changed since."""
-        return any(
-            gradient is not parameter.grad or (gradient is not None and gradient._version != version)
-            for parameter, (gradient, version) in zip(self._parameters, self._marks, strict=True)
-        )
-
-
 def _mark(parameter: nn.Parameter) -> tuple[Tensor | None, int]:
+    """The gradient, and how often it was written to."""
     gradient = parameter.grad
     return gradient, 0 if gradient is None else gradient._version
 

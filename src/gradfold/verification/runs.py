@@ -23,7 +23,7 @@ from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.rng_replay import RecordedRandomness
 from gradfold.self_check.self_check import without_warnings
 from gradfold.self_check.torch_private import input_dtypes
-from gradfold.state.rng import HostRandomState, RandomState
+from gradfold.state.rng import RandomStates
 from gradfold.verification.reference import difference_norm, full_batch_gradient, gradients, relative_error
 from gradfold.verification.rng_order import WindowRandomness
 from gradfold.verification.setup import Setup, clone_accumulator
@@ -72,15 +72,15 @@ def run_whole(setup: Setup, model: nn.Module | None = None) -> WholeRun:
     recorded = RecordedRandomness() if shared is None else shared[0]
     mode = recorded if shared is None else setup.randomness_of(recorded, range(setup.num_rows))
     with setup.running():
-        torch_state, host_state = RandomState.record(model.parameters()), HostRandomState.record()
+        states = RandomStates.record(model.parameters())
         batch = setup.whole_batch()
-        collate_drew = torch_state.has_moved() or host_state.moved() is not None
+        collate_drew = states.torch.has_moved() or states.moved_on_host() is not None
         try:
             with mode, counter_based_dropout(model, update=0, num_rows=setup.num_rows):  # as in a first window
                 found, loss = full_batch_gradient(model, loss_fn, batch)
         finally:
             mode.restore_generators()
-        drew = "collate" if collate_drew else host_state.moved()
+        drew = "collate" if collate_drew else states.moved_on_host()
     leaves = [leaf for leaf in map(leaf_of, nodes) if leaf is not None]
     return WholeRun(found, loss, recorded, leaves, set().union(*map(input_dtypes, nodes)), drew)
 
