@@ -14,13 +14,13 @@ import gc
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal, TypeAlias
 
 import torch
 
 from gradfold.batch.split import MicroBatch, MicroBatcher
-from gradfold.engine.non_finite import InspectedWindow, gradient_error, joint_gradient_error
+from gradfold.engine.non_finite import gradient_error, inspect_each, joint_gradient_error
 from gradfold.engine.result import Recovery, Unit
 from gradfold.engine.strategy import Run, Strategy, run_in_order
 from gradfold.engine.window import Window
@@ -74,7 +74,14 @@ def run_with_recovery(
         DoesNotFitError: one row does not fit, or the batch cannot be split.
         NonFiniteLossError, NonFiniteGradientError: something is not finite, and that was to be raised.
     """
-    message = _attempt(window, strategy, run, snapshot, micro_batcher)
+    can_replay = window.context.coordinator.can_replay
+    is_whole = can_replay and strategy.is_whole(window)  # else other ranks may have more micro-batches
+    is_new = can_replay and not micro_batcher.is_proven(window.micro_batches)
+    if is_new and (is_whole or strategy.is_sequential(window.context)):
+        run = _run_with_savepoints
+    elif is_whole:
+        run = run_in_order
+    message = _attempt(window, run, snapshot)
     if message is not None:
         release_memory(window.device)
         return _halve(window, snapshot, micro_batcher, message)
@@ -103,31 +110,25 @@ def does_not_fit(window: Window, error: ModelError) -> ModelError | DoesNotFitEr
     )
 
 
-def _attempt(
-    window: Window, strategy: Strategy, run: Run, snapshot: Snapshot, micro_batcher: MicroBatcher
-) -> str | None:
+def _attempt(window: Window, run: Run, snapshot: Snapshot) -> str | None:
     """Run what is pending; returns the message of an out-of-memory error.
 
     A separate function, since the traceback holds the tensors of the frames that failed until the function returns.
     """
-    can_replay = window.context.coordinator.can_replay
-    is_whole = can_replay and strategy.is_whole(window)  # else other ranks may have more micro-batches
     try:
-        is_new = can_replay and not micro_batcher.is_proven(window.micro_batches)
-        if is_new and (is_whole or strategy.is_sequential(window.context)):
-            for index in window.pending():
-                snapshot.set_savepoint()
-                run_in_order(window, [index])
-                window.done |= {index}
-        elif is_whole:
-            run_in_order(window, window.pending())
-        else:
-            run(window, window.pending(), snapshot)
+        run(window, window.pending(), snapshot)
     except Exception as error:
-        if not can_replay or not is_out_of_memory(error):
+        if not window.context.coordinator.can_replay or not is_out_of_memory(error):
             raise
         return str(error) or type(error).__name__
     return None
+
+
+def _run_with_savepoints(window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
+    for index in indices:
+        snapshot.set_savepoint()
+        run_in_order(window, [index])
+        window.done |= {index}
 
 
 def _settle(window: Window, snapshot: Snapshot, checks_gradient: bool) -> bool:
@@ -253,15 +254,15 @@ def _inspect(
     """Run the window again, one gradient at a time; gives the offending micro-batches, with their parameters."""
     for index in range(len(window.micro_batches)):
         window.check_unchanged(index)
-    inspected: Window = InspectedWindow(window, window.micro_batches, snapshot)
-    inspected.follow(window)
+    window = window.again(window.micro_batches)
+    found: dict[int, tuple[str, ...]] = {}
     snapshot.rewind()
-    while (message := _attempt(inspected, strategy, strategy.run, snapshot, micro_batcher)) is not None:
+    while (message := _attempt(window, partial(inspect_each, strategy.run, found), snapshot)) is not None:
         release_memory(window.device)
-        inspected = _halve(inspected, snapshot, micro_batcher, message)
-    assert isinstance(inspected, InspectedWindow)
-    inspected.losses.settle()
-    return inspected, dict.fromkeys(inspected.losses.non_finite(), ()) | inspected.bad
+        window = _halve(window, snapshot, micro_batcher, message)
+    window.losses.settle()
+    bad = {index: found[id(part)] for index, part in enumerate(window.micro_batches) if found[id(part)]}
+    return window, dict.fromkeys(window.losses.non_finite(), ()) | bad
 
 
 def _check_totals(whole: WindowWeights, parts: WindowWeights) -> None:

@@ -103,7 +103,7 @@ class Strategy(ABC):
         return error
 
 
-def run_in_order(window: Passes, indices: Sequence[int]) -> None:
+def run_in_order(window: Passes, indices: Sequence[int], snapshot: Snapshot | None = None) -> None:
     """One micro-batch after another, as if each were alone."""
     for index in indices:
         window.backward(window.forward(index))

@@ -205,20 +205,16 @@ class Window:
             *(self.context, self.loss_fn, micro_batches, self.weight, self.back_propagate, self.listener),
             self.runs_zero_weight,
         )
-        window.follow(self, done)
-        return window
-
-    def follow(self, earlier: Window, done: Mapping[int, int] = MappingProxyType({})) -> None:
-        """Take over what another window over the same rows has seen; `done` as for `again`."""
-        self.num_samples = earlier.num_samples
-        self.recoveries = earlier.recoveries
-        self.failed_sizes = earlier.failed_sizes
-        self.done = frozenset(done.values())
+        window.num_samples = self.num_samples
+        window.recoveries = self.recoveries
+        window.failed_sizes = self.failed_sizes
+        window.done = frozenset(done.values())
         for before, now in done.items():
-            self._versions[now] = earlier._versions[before]
-        self.losses.carry_over(earlier.losses, done)
-        if earlier._metrics is not None:
-            self.metrics.carry_over(earlier._metrics, done)
+            window._versions[now] = self._versions[before]
+        window.losses.carry_over(self.losses, done)
+        if self._metrics is not None:
+            window.metrics.carry_over(self._metrics, done)
+        return window
 
     @property
     def metrics(self) -> Metrics:

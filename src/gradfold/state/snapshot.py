@@ -131,6 +131,7 @@ class Snapshot:
         if self._external is not None:
             self._external.random_states.restore()
         self._beginning.restore()
+        self._savepoint = None
 
     def empty_gradients(self) -> None:
         """Drop the new gradients."""
