@@ -18,9 +18,9 @@ import torch
 import torch.distributed
 from torch import nn
 
-from gradfold.distributed.fsdp import group_of, refuse_unsharded, sharded_modules
+from gradfold.distributed.fsdp import refuse_unsharded, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup
-from gradfold.distributed.torch_private import sync_buffers
+from gradfold.distributed.torch_private import group_of, sync_buffers
 from gradfold.errors import DistributedError, OptionError
 
 DistributedOption: TypeAlias = Literal[False] | None
