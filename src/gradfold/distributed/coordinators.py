@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal, TypeVar
 
 from gradfold.distributed.process_group import ProcessGroup, Reduction
@@ -51,9 +50,7 @@ class DataParallelCoordinator(Coordinator):
         self.num_rows: list[int] = []
         self.next: Literal["denominators", "exchange", "commit"] | None = "denominators"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         at, self.next = self.next, None
         if error is None:
             return

@@ -79,7 +79,11 @@ class BackPropagation:
         # A new one each time: where a parameter of one element is viewed on its way to the loss, autograd makes this
         # memory its .grad, and the next micro-batch would add to both. A hook may write to it, too.
         if loss.dtype.itemsize < 4 and torch.tensor(weight, dtype=loss.dtype).item() != weight:
-            _warn_of_rounding(loss.dtype)
+            # Python shows a warning once per place, which is what is wanted here.
+            warn(
+                f"the loss is {loss.dtype}, so the weight of a micro-batch is rounded to it (by up to 2e-3 in "
+                "bfloat16). Let loss_fn take the mean in float32: losses.float().mean().",
+            )
         grad_output = loss.new_full((), weight)
         if self._grad_scaler is None:
             return grad_output
@@ -127,11 +131,3 @@ def _check_signature(backward: BackwardFn, scalar: Tensor) -> None:
             "the gradient argument; pass it on: loss.backward(gradient=gradient).",
             0.0,
         ) from None
-
-
-def _warn_of_rounding(dtype: torch.dtype) -> None:
-    # Python shows a warning once per place, which is what is wanted here.
-    warn(
-        f"the loss is {dtype}, so the weight of a micro-batch is rounded to it (by up to 2e-3 in bfloat16). Let "
-        "loss_fn take the mean in float32: losses.float().mean().",
-    )

@@ -14,7 +14,7 @@ DistributedError with its text. So an error on one rank rolls the window back on
 
 from __future__ import annotations
 
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 from gradfold.engine.loss_terms import LossTerms
@@ -37,7 +37,7 @@ class Outputs(Protocol):
         """Their metrics."""
 
 
-class Coordinator:
+class Coordinator(AbstractContextManager["Coordinator"]):
     """One process by itself: there is nothing to coordinate.
 
     Attributes:
@@ -53,12 +53,7 @@ class Coordinator:
     can_probe = True
     grad_factor = 1.0
 
-    def __enter__(self) -> Coordinator:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         pass
 
     def over_all_ranks(self, own: WindowWeights) -> WindowWeights:

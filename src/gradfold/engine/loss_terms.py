@@ -53,16 +53,9 @@ def loss_terms_of(output: LossOutput) -> dict[str, Tensor]:
 
 def _read(values: list[Tensor | float], device: torch.device) -> list[float]:
     """Kept values as numbers, in one transfer."""
-    waiting: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            waiting.append(value.to(device))  # a model on several devices may have its terms on them
-    if not waiting:
-        return values  # type: ignore[return-value]  # none is a tensor
-    numbers: list[float] = torch.stack(waiting).tolist() if len(waiting) > 1 else [waiting[0].item()]
-    if len(numbers) == len(values):
-        return numbers
-    read = iter(numbers)
+    # A model on several devices may have its terms on them.
+    waiting = [value.to(device) for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(waiting).tolist() if len(waiting) > 1 else map(Tensor.item, waiting))
     for index, value in enumerate(values):
         if isinstance(value, Tensor):
             values[index] = next(read)

@@ -306,7 +306,7 @@ class Window:
         """Run a micro-batch of weight 0, if it may have metrics."""
         self.current = index
         is_alone = len(self.zero_weight) == len(self.micro_batches)
-        has_metrics = self._metrics is not None and bool(self._metrics.names)
+        has_metrics = self._metrics is not None and bool(self._metrics.all_names)
         if has_metrics or (is_alone and self.weights.are_busy()):
             with torch.no_grad():
                 output = self.call(index)

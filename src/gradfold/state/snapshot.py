@@ -1,22 +1,8 @@
 """A snapshot: what a run may change, saved, so that it can be put back.
 
-There is one, for windows as for the runs that gradfold makes to find something out (self-check, verify, "auto"):
-
-| what is put back                                    | window | probe |
-|-----------------------------------------------------|--------|-------|
-| `training` flags of modules                         | yes    | yes   |
-| `.grad` of parameters, and of tensors set aside     | yes    | yes   |
-| buffers, and frozen parameters that `loss_fn` moves | yes    | yes   |
-| torch's random state                                | yes    | yes   |
-| attributes of modules                               |        | yes   |
-| numpy's and Python's random state                   |        | yes   |
-| containers that the user's functions hold           |        | yes   |
-
-A window puts back only if it fails. Attributes, host generators and the user's objects are the user's. A probe puts
-everything back, whether or not it fails.
-
-A window can also begin again (`rewind`), or return to the savepoint of the last micro-batch, if only the random state
-has moved since; or it is discarded, which leaves no gradient at all.
+There is one, for windows as for probes: the runs that gradfold makes to find something out (self-check, verify). What
+each of them puts back is a table in docs/design.md. A window can also begin again (`rewind`), or return to the
+savepoint of the last micro-batch, if only the random state has moved since; or it leaves no gradient at all.
 """
 
 from __future__ import annotations
