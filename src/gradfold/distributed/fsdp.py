@@ -7,7 +7,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,8 @@ import torch.distributed
 from torch import nn
 
 from gradfold.distributed.torch_private import (
-    FullyShardCall,
     bare_instance,
     fully_shard_calls,
-    fully_shard_state,
     own_attributes,
     parameter_groups,
     whole_parameter,
@@ -105,38 +103,13 @@ class ShardingRecipe:
         placed = {whole: placements.get(id(own)) for own, whole in pairs}
         found: dict[int, nn.Parameter] = {}
         for call in self._calls:
-            made = self._repeat(call, model, placed)
+            made = call.repeat(model, placed, self._mesh)
             shards = zip(call.shards, made.shards, strict=True)
             found |= {id(old.sharded_param): new.sharded_param for old, new in shards}
-        self._prefetch(model)
-        return found
-
-    def _repeat(self, call: FullyShardCall, model: nn.Module, placed: Mapping[nn.Parameter, Any]) -> FullyShardCall:
-        from torch.distributed.fsdp import fully_shard
-
-        modules: Any = [model.get_submodule(name) for name in call.names]
-        options: dict[str, Any] = {"mesh": self._mesh}
-        if call.group is not None:
-            options = {
-                "mesh": call.group.mesh_info.mesh,
-                "reshard_after_forward": call.reshard_after_forward,
-                "shard_placement_fn": placed.get,
-                "offload_policy": call.group.offload_policy,
-            }
-        ignored = {whole for whole, placement in placed.items() if placement is None}
-        target = modules if len(modules) > 1 else modules[0]
-        fully_shard(target, mp_policy=call.precision, ignored_params=ignored, **options)
-        made = FullyShardCall(call.names, fully_shard_state(modules[0]))
-        made.take_settings(call)
-        return made
-
-    def _prefetch(self, model: nn.Module) -> None:
-        """What is gathered ahead, where the user has said so."""
-        modules: dict[int, Any] = {id(call.state): model.get_submodule(call.names[0]) for call in self._calls}
+        modules = {id(call.state): model.get_submodule(call.names[0]) for call in self._calls}
         for call in self._calls:
-            module, (forward, backward) = modules[id(call.state)], call.prefetched
-            module.set_modules_to_forward_prefetch([modules[id(one)] for one in forward])
-            module.set_modules_to_backward_prefetch([modules[id(one)] for one in backward])
+            call.repeat_prefetch(modules)
+        return found
 
     def _shards(self) -> Iterator[Any]:
         for call in self._calls:

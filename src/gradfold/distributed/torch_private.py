@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ def gathered_parameters(sharded: Sequence[FSDPModule]) -> list[nn.Parameter]:
     return [whole for whole in found if whole is not None]
 
 
+# What `FSDPModule.set_...` changes and that changes what memory is taken.
 _SETTINGS = ("reshard_after_backward", "unshard_in_backward", "reduce_scatter_max_input_buffers", "all_reduce_grads")
 
 
@@ -97,11 +98,6 @@ class FullyShardCall:
         return [] if self.group is None else list(self.group.fsdp_params)
 
     @property
-    def precision(self) -> Any:
-        """The MixedPrecisionPolicy."""
-        return self.state._mp_policy
-
-    @property
     def reshard_after_forward(self) -> bool | int | None:
         """As it was passed to fully_shard, of a call with a group."""
         if self.state._auto_reshard_after_forward or self.group is None:
@@ -112,15 +108,37 @@ class FullyShardCall:
         size: int = after.shard_mesh_size
         return size
 
-    @property
-    def prefetched(self) -> tuple[list[Any], list[Any]]:
-        """The states of the modules that are gathered ahead in forward and in backward passes."""
-        return self.state._states_to_forward_prefetch, self.state._states_to_backward_prefetch
+    def repeat(self, model: nn.Module, placed: Mapping[nn.Parameter, Any], mesh: Any) -> FullyShardCall:
+        """The same call on a copy without shards.
 
-    def take_settings(self, other: FullyShardCall) -> None:
-        """Have the settings of another call that `FSDPModule.set_...` changes and that change what memory is taken."""
-        for name in _SETTINGS if other.group is not None else ():
-            setattr(self.group, name, getattr(other.group, name))
+        Args:
+            model: the copy.
+            placed: how each of its parameters is sharded; None: not at all.
+            mesh: for a call without a group.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        modules: Any = [model.get_submodule(name) for name in self.names]
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": self.state._mp_policy}
+        if self.group is not None:
+            options |= {
+                "mesh": self.group.mesh_info.mesh,
+                "reshard_after_forward": self.reshard_after_forward,
+                "shard_placement_fn": placed.get,
+                "offload_policy": self.group.offload_policy,
+            }
+        ignored = {whole for whole, placement in placed.items() if placement is None}
+        fully_shard(modules if len(modules) > 1 else modules[0], ignored_params=ignored, **options)
+        made = FullyShardCall(self.names, fully_shard_state(modules[0]))
+        for name in _SETTINGS if self.group is not None else ():
+            setattr(made.group, name, getattr(self.group, name))
+        return made
+
+    def repeat_prefetch(self, modules: Mapping[int, Any]) -> None:
+        """What is gathered ahead, where the user has said so; `modules`: of the copy, by `id` of the calls' records."""
+        module, state = modules[id(self.state)], self.state
+        module.set_modules_to_forward_prefetch([modules[id(one)] for one in state._states_to_forward_prefetch])
+        module.set_modules_to_backward_prefetch([modules[id(one)] for one in state._states_to_backward_prefetch])
 
 
 def fully_shard_calls(model: nn.Module, sharded: Sequence[FSDPModule]) -> list[FullyShardCall]:
