@@ -148,16 +148,12 @@ class WindowWeights:
 
     Attributes:
         zero_weight: the micro-batches of weight 0 under every name.
-        are_named: whether weights have names.
-        num_micro_batches: how many are weighed.
     """
 
     def __init__(self, named: dict[str, Weights] | None, unnamed: Weights | None, samples: Weights) -> None:
         self.named = named
         self.unnamed = unnamed
         self.samples = samples
-        self.are_named = named is not None
-        self.num_micro_batches = len(samples.values)
         self._every = [one for one in (unnamed, *(named or {}).values()) if one is not None]
         self.zero_weight = frozenset.intersection(*(one.zero_weight for one in self._every))
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from gradfold.distributed.process_group import ProcessGroup, Reduction
-from gradfold.engine.coordinator import Coordinator, Outputs
-from gradfold.engine.loss_terms import TermSums
+from gradfold.engine.coordinator import Coordinator
+from gradfold.engine.loss_terms import LossTerms, TermSums
 from gradfold.errors import DistributedError
 from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import WindowWeights
@@ -27,7 +27,6 @@ class WindowReport:
     """What a rank reports at the end of its micro-batches."""
 
     losses: TermSums
-    metrics: dict[str, tuple[float, float]]
     gradients: list[str | None]
     found: list[bool]
 
@@ -66,7 +65,7 @@ class DataParallelCoordinator(Coordinator):
     def over_all_ranks(self, own: WindowWeights) -> WindowWeights:
         """The beginning of [A]: weights whose denominators are being summed."""
         if self.receive is None:
-            busy = own.num_micro_batches - len(own.zero_weight)
+            busy = len(own.samples.values) - len(own.zero_weight)
             self.receive = self.group.begin_gather([0.0, float(busy), *own.own_totals()])
         return own.over(self.read_denominators)
 
@@ -83,24 +82,22 @@ class DataParallelCoordinator(Coordinator):
             self.denominators = [math.fsum(of_ranks) for of_ranks in totals]
         return self.denominators
 
-    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
+    def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """[B] and [C]."""
         self.read_denominators()
-        window.losses.settle()
+        losses.settle()
         # Whatever takes memory comes before the exchange: after it the others wait.
         reduction, zeros = Reduction(self.group, gradients.parameters), gradients.zeros()
-        reports = self._join_outputs(window, gradients.layouts(), gradients.are_found())
+        reports = self._join(losses, gradients.layouts(), gradients.are_found())
         _check_alike(reports)
         layouts = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
         reduction.run(gradients.in_layouts(layouts, zeros))
         self.next = "commit"
 
-    def _join_outputs(self, window: Outputs, layouts: list[str | None], found: list[bool]) -> list[WindowReport]:
+    def _join(self, losses: LossTerms, layouts: list[str | None], found: list[bool]) -> list[WindowReport]:
         """Make losses and metrics those of all ranks; what each of them reports."""
-        losses, metrics = window.losses, window.metrics
-        reports = self.exchange(WindowReport(losses.own_sums(), metrics.sums(), layouts, found))
+        reports = self.exchange(WindowReport(losses.own_sums(), layouts, found))
         losses.join([report.losses for report in reports])
-        metrics.join([report.metrics for report in reports])
         return reports
 
     def commit(self) -> None:
@@ -148,10 +145,10 @@ class FsdpCoordinator(DataParallelCoordinator):
         super().__init__(group, num_denominators)
         self.grad_factor = grad_factor
 
-    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
+    def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """[B]; gradients are summed already."""
-        window.losses.settle()
-        self._join_outputs(window, [], [])
+        losses.settle()
+        self._join(losses, [], [])
         self.next = "commit"
 
     def all_finite(self, is_finite: bool) -> bool:

@@ -15,26 +15,13 @@ DistributedError with its text. So an error on one rank rolls the window back on
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from gradfold.engine.loss_terms import LossTerms
-from gradfold.engine.metrics import Metrics
 from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import WindowWeights
 
 T = TypeVar("T")
-
-
-class Outputs(Protocol):
-    """The losses and metrics of a window."""
-
-    @property
-    def losses(self) -> LossTerms:
-        """Their losses."""
-
-    @property
-    def metrics(self) -> Metrics:
-        """Their metrics."""
 
 
 class Coordinator(AbstractContextManager["Coordinator"]):
@@ -60,7 +47,7 @@ class Coordinator(AbstractContextManager["Coordinator"]):
         """Weights of this rank's micro-batches, normalized by the denominators of all ranks."""
         return own
 
-    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
+    def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """Every micro-batch has run: make losses, metrics and gradients those of all ranks."""
 
     def commit(self) -> None:

@@ -134,11 +134,11 @@ def _run_with_savepoints(window: Window, indices: Sequence[int], snapshot: Snaps
 def _settle(window: Window, snapshot: Snapshot, checks_gradient: bool) -> bool:
     """Every micro-batch has run: losses and gradients become those of all ranks; whether they are finite."""
     coordinator = window.context.coordinator
-    coordinator.end(window, snapshot.gradients)
+    coordinator.end(window.losses, snapshot.gradients)
     flags = snapshot.settle()
     is_finite = window.losses.settle(flags if checks_gradient else [])
-    if window.weights.are_named:
-        window.check_names()
+    if window.weights.named is not None:
+        window.weights.check_names(window.losses.all_names, window.losses.metrics.all_names)
     return coordinator.all_finite(is_finite)
 
 

@@ -34,7 +34,6 @@ from gradfold.batch.split import ROWS, MicroBatch, versions
 from gradfold.engine.backward import BackPropagation, Weighed
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn, LossTerms, read_pair
-from gradfold.engine.metrics import Metrics
 from gradfold.engine.prefetch import prefetch
 from gradfold.engine.result import Recovery, WindowResult
 from gradfold.errors import BatchError, ModelError
@@ -150,7 +149,7 @@ class Window:
     Attributes:
         model, device: of the context.
         num_samples: rows of the batch of this rank.
-        losses, metrics: what `loss_fn` returned so far.
+        losses: what `loss_fn` returned so far, with the metrics.
         weights: of the micro-batches, normalized by the denominators of all ranks.
         zero_weight: the micro-batches of weight 0.
         current: the micro-batch whose forward pass began last.
@@ -184,7 +183,6 @@ class Window:
         self.weights = context.coordinator.over_all_ranks(own)
         self.zero_weight = own.zero_weight
         self.losses = LossTerms(micro_batches, self.weights, device)
-        self._metrics: Metrics | None = None
         self._take = None if device.type == "cpu" else prefetch(micro_batches, device)
         self.num_samples = sum(sizes)
         self.done: frozenset[int] = frozenset()
@@ -212,16 +210,7 @@ class Window:
         for before, now in done.items():
             window._versions[now] = self._versions[before]
         window.losses.carry_over(self.losses, done)
-        if self._metrics is not None:
-            window.metrics.carry_over(self._metrics, done)
         return window
-
-    @property
-    def metrics(self) -> Metrics:
-        """What `loss_fn` returned beside the loss."""
-        if self._metrics is None:
-            self._metrics = Metrics(self.micro_batches, self.weights, self.device)
-        return self._metrics
 
     def pending(self) -> list[int]:
         """The micro-batches to run, in order; those of weight 0 last, when the names of the metrics are known."""
@@ -242,7 +231,7 @@ class Window:
         output = self.call(index, loss_fn)
         if isinstance(output, tuple):
             output, metrics = read_pair(output)
-            self.metrics.add(index, metrics)
+            self.losses.metrics.add(index, metrics)
         return self.losses.add(index, output)
 
     def backward(self, weighed: Weighed) -> None:
@@ -282,10 +271,6 @@ class Window:
                 "again on the same rows. Write to a copy instead: inputs = inputs.clone()."
             )
 
-    def check_names(self) -> None:
-        """Raise WeightError where a weight has no loss term or metric, once the losses are settled."""
-        self.weights.check_names(self.losses.all_names, self.metrics.all_names)
-
     def completed(self) -> Window:
         """All micro-batches have run, and loss and gradient are as they will be handed over."""
         self.is_complete = True
@@ -294,9 +279,6 @@ class Window:
     def result(self) -> WindowResult:
         """Loss, metrics and counts of a complete window."""
         loss, metrics = self.losses.close()
-        if self._metrics is not None:
-            self._metrics.check_names(self.losses.all_names)
-            metrics.update(self._metrics.close())
         num_run = len(self.micro_batches) - (0 if self.runs_zero_weight else len(self.zero_weight))
         unnamed = self.weights.unnamed
         weight = unnamed.total if unnamed is not None else self.weights.total(self.losses.all_names)
@@ -306,10 +288,9 @@ class Window:
         """Run a micro-batch of weight 0, if it may have metrics."""
         self.current = index
         is_alone = len(self.zero_weight) == len(self.micro_batches)
-        has_metrics = self._metrics is not None and bool(self._metrics.all_names)
-        if has_metrics or (is_alone and self.weights.are_busy()):
+        if self.losses.has_metrics or (is_alone and self.weights.are_busy()):
             with torch.no_grad():
                 output = self.call(index)
             if isinstance(output, tuple):
-                self.metrics.add(index, read_pair(output)[1])
+                self.losses.metrics.add(index, read_pair(output)[1])
         return []

@@ -16,7 +16,7 @@ import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -35,7 +35,7 @@ _MAX_BYTES = 2**20  # of a tensor to copy: a larger one is data, or a weight
 _MISSING = object()
 
 
-class ExternalState:
+class ExternalState(AbstractContextManager["ExternalState"]):
     """Saves what functions and modules reach, and puts back what has changed at the end of a `with` block.
 
     Modules are saved with attributes and buffers, and all generators with their states. A `functools` cache that grew
@@ -57,9 +57,6 @@ class ExternalState:
         buffers.open(modules)
         undo = [undo for one in reached for undo in _undo(one)]
         self._steps = [*undo, attributes.restore, buffers.restore, self.random_states.restore]
-
-    def __enter__(self) -> ExternalState:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.restore()
