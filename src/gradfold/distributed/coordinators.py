@@ -87,11 +87,12 @@ class DataParallelCoordinator(Coordinator):
         self.read_denominators()
         losses.settle()
         # Whatever takes memory comes before the exchange: after it the others wait.
-        reduction, zeros = Reduction(self.group, gradients.parameters), gradients.zeros()
-        reports = self._join(losses, gradients.layouts(), gradients.are_found())
+        reduction, layouts = Reduction(self.group, gradients.parameters), gradients.layouts()
+        gradients.fill()
+        reports = self._join(losses, layouts, gradients.are_found())
         _check_alike(reports)
-        layouts = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
-        reduction.run(gradients.in_layouts(layouts, zeros))
+        common = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
+        reduction.run(gradients.in_layouts(common))
         self.next = "commit"
 
     def _join(self, losses: LossTerms, layouts: list[str | None], found: list[bool]) -> list[WindowReport]:
