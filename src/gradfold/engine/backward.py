@@ -99,7 +99,16 @@ def probe(backward: BackwardFn, device: torch.device) -> None:
     Frameworks that count micro-batches themselves divide by their number, a second time.
     """
     scalar = torch.ones((), device=device, requires_grad=True)
-    _check_signature(backward, scalar)
+    try:
+        inspect.signature(backward).bind(scalar, gradient=scalar)
+    except ValueError:  # a builtin without a signature
+        pass
+    except TypeError as error:
+        raise BackwardError(
+            f"backward= cannot be called as backward(loss, gradient=gradient): {error}. The weight of a micro-batch is "
+            "the gradient argument; pass it on: loss.backward(gradient=gradient).",
+            0.0,
+        ) from None
     with torch.enable_grad():
         backward(scalar * 1.0, gradient=torch.full((), 3.0, device=device))
     if scalar.grad is None:
@@ -118,16 +127,3 @@ def probe(backward: BackwardFn, device: torch.device) -> None:
             "through backward= is not supported by this version.",
             factor,
         )
-
-
-def _check_signature(backward: BackwardFn, scalar: Tensor) -> None:
-    try:
-        inspect.signature(backward).bind(scalar, gradient=scalar)
-    except ValueError:  # a builtin without a signature
-        return
-    except TypeError as error:
-        raise BackwardError(
-            f"backward= cannot be called as backward(loss, gradient=gradient): {error}. The weight of a micro-batch is "
-            "the gradient argument; pass it on: loss.backward(gradient=gradient).",
-            0.0,
-        ) from None

@@ -42,8 +42,12 @@ def read_terms(loss: Loss) -> dict[str, Tensor]:
         raise LossError(_not_a_loss(loss))
     for name, term in terms.items():
         if term.dim() or not term.is_floating_point():
-            is_output = terms is loss and "loss" in terms  # of transformers, a mapping with the logits in it
-            raise LossError(_not_a_loss(loss) if is_output else _not_a_mean(name, term))
+            if terms is loss and "loss" in terms:  # of transformers, a mapping with the logits in it
+                raise LossError(_not_a_loss(loss))
+            raise LossError(
+                f"the loss term {name!r} has shape {tuple(term.shape)} and dtype {term.dtype}; expected a 0-d floating "
+                "point tensor, the mean over the micro-batch: use reduction='mean', or write loss.mean()."
+            )
     return dict(terms)
 
 
@@ -69,13 +73,6 @@ def _not_a_loss(output: object) -> str:
     return (
         f"loss_fn returned a {type(output).__name__}; expected a 0-d tensor (a mean), a dict of them by term, or a "
         f"pair of such a loss and a dict of metrics.{hint}"
-    )
-
-
-def _not_a_mean(name: str, term: Tensor) -> str:
-    return (
-        f"the loss term {name!r} has shape {tuple(term.shape)} and dtype {term.dtype}; expected a 0-d floating point "
-        "tensor, the mean over the micro-batch: use reduction='mean', or write loss.mean()."
     )
 
 

@@ -138,16 +138,10 @@ class Window:
     """The micro-batches of one update, and the losses and metrics of those that are done.
 
     Args:
-        context: what it runs in.
         loss_fn: the user's, under autocast with `precision=`.
-        micro_batches: as they were split.
-        weight: the user's option.
-        back_propagate: the backward pass.
-        listener: notified of each forward pass.
         runs_zero_weight: whether micro-batches of weight 0 run like the others, which depend on their rows.
 
     Attributes:
-        model, device: of the context.
         num_samples: rows of the batch of this rank.
         losses: what `loss_fn` returned so far, with the metrics.
         weights: of the micro-batches, normalized by the denominators of all ranks.

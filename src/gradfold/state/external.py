@@ -99,7 +99,8 @@ def _parts(one: Any, is_root: bool) -> Iterable[Any]:
         return [*(value for name, value in vars(one).items() if name not in OF_EVERY_MODULE), *one.children()]
     if type(one) in (*_CONTAINERS, tuple):
         return list(one.values() if isinstance(one, Mapping) else one) if len(one) <= _MAX_INSIDE else ()
-    if _is_users_object(one):
+    is_object = hasattr(one, "__dict__") and not isinstance(one, (type, types.ModuleType))
+    if is_object and (isinstance(one, types.SimpleNamespace) or _is_users(type(one))):
         return [vars(one)]
     return vars(one).values() if is_root and hasattr(one, "__dict__") else ()
 
@@ -147,12 +148,6 @@ def _contents(cell: types.CellType) -> list[Any]:
         return [cell.cell_contents]
     except ValueError:
         return []
-
-
-def _is_users_object(one: Any) -> bool:
-    if isinstance(one, (type, types.ModuleType, types.FunctionType, nn.Module)) or not hasattr(one, "__dict__"):
-        return False
-    return isinstance(one, types.SimpleNamespace) or _is_users(type(one))
 
 
 def _is_users(one: types.ModuleType | types.FunctionType | type) -> bool:
