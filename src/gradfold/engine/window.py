@@ -19,7 +19,7 @@ docs/design.md has the drawing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from types import MappingProxyType
@@ -73,12 +73,8 @@ class Context:
 
     def update(self) -> None:
         """A new window begins: look at the model again."""
-        modules = self.modules
-        if not (
-            _are_same(self._children, _values(_CHILDREN, modules))
-            and _are_same(self._types, list(map(type, modules)))
-            and _are_same(self._tensors, _values(_PARAMETERS, modules))
-        ):
+        now = _parts_of(self.modules)
+        if len(now) != len(self._parts) or not all(map(is_, now, self._parts)):
             self._walk()
         modes = list(map(TRAINING, self.modules))
         if modes != self.modes:
@@ -102,9 +98,7 @@ class Context:
 
     def _walk(self) -> None:
         self.modules = list(self.model.modules())
-        self._children = _values(_CHILDREN, self.modules)
-        self._types = list(map(type, self.modules))
-        self._tensors = _values(_PARAMETERS, self.modules)
+        self._parts = _parts_of(self.modules)
         self.parameters = parameters_of(self.modules)
         self.modes = list(map(TRAINING, self.modules))
         self.version += 1
@@ -116,12 +110,10 @@ _CHILDREN, _PARAMETERS, _VALUES = attrgetter("_modules"), attrgetter("_parameter
 _HOOKS, _POST_ACCUMULATE_HOOKS = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
-def _values(of: Callable[[nn.Module], Any], modules: list[nn.Module]) -> list[Any]:
-    return list(chain.from_iterable(map(_VALUES, map(of, modules))))
-
-
-def _are_same(ours: list[Any], theirs: list[Any]) -> bool:
-    return len(ours) == len(theirs) and all(map(is_, ours, theirs))
+def _parts_of(modules: list[nn.Module]) -> list[Any]:
+    """The children, types and parameters of modules."""
+    dicts = chain(map(_CHILDREN, modules), map(_PARAMETERS, modules))
+    return [*map(type, modules), *chain.from_iterable(map(_VALUES, dicts))]
 
 
 class PassListener:

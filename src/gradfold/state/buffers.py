@@ -1,9 +1,8 @@
 """The buffers that forward passes change: found once, kept during each window, restored when it fails.
 
 BatchNorm's running statistics do not bump their version counters, and `self.ema = ...` rebinds a buffer without one.
-So the first window keeps every buffer and compares by value and identity when it closes; later windows keep only those
-that had changed, all running statistics in training mode, and those whose version counter has moved since. A changed
-`training` flag starts over.
+So the first window keeps and compares every buffer; later ones only those that had changed, all running statistics in
+training mode, and those whose version counter has moved since. A changed `training` flag starts over.
 """
 
 from __future__ import annotations
@@ -107,13 +106,8 @@ class BufferKeeper:
 
     def changed(self, model: nn.Module) -> list[str]:
         """The names of the buffers that differ from what they were when the window opened."""
-        changed = {one.key for one in self._changes()}
-        return [
-            f"{path}.{name}" if path else name
-            for path, module in model.named_modules()
-            for name in module._buffers
-            if (id(module), name) in changed
-        ]
+        paths = {id(module): f"{path}." if path else "" for path, module in model.named_modules()}
+        return [paths[id(one.module)] + one.name for one in self._changes()]
 
     @torch.no_grad()
     def restore(self) -> None:
