@@ -9,7 +9,7 @@ from torch import nn
 import gradfold
 from gradfold.batch.split import MicroBatch
 from gradfold.engine.backward import BackPropagation
-from gradfold.engine.non_finite import gradient_error, inspect_each
+from gradfold.engine.recovery import gradient_error, inspect_each
 from gradfold.engine.strategy import Sequential
 from gradfold.engine.window import Context, PassListener, Window
 from gradfold.errors import NonFiniteGradientError

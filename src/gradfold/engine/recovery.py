@@ -1,10 +1,8 @@
 """Recovery: a window runs until it is complete, through out-of-memory errors and gradients that are not finite.
 
 Out of memory: the micro-batch that failed is halved, and with it all that are as large and not done. Where it has
-changed nothing, the micro-batches that are done are kept; else the window begins again. The batch, its denominator and
-the number of updates stay the same.
-
-Not finite: the micro-batches run again, one gradient at a time, to see which one it comes from.
+changed nothing, the micro-batches that are done are kept; else the window begins again. Not finite: the micro-batches
+run again, one gradient at a time, to see which one it comes from.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Literal, TypeAlias
@@ -20,7 +18,6 @@ from typing import Literal, TypeAlias
 import torch
 
 from gradfold.batch.split import MicroBatch, MicroBatcher
-from gradfold.engine.non_finite import gradient_error, inspect_each, joint_gradient_error
 from gradfold.engine.result import Recovery, Unit
 from gradfold.engine.strategy import Run, Strategy, run_in_order
 from gradfold.engine.window import Window
@@ -34,10 +31,13 @@ from gradfold.errors import (
     is_out_of_memory,
 )
 from gradfold.messages import join_names
+from gradfold.state.gradients import non_finite_names
 from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 OnNonFinite: TypeAlias = Literal["raise", "skip_update", "skip_micro_batch"]
+
+_LOOK_FOR = "Look for sqrt or norm at 0, division by a standard deviation of 0, or overflow."
 
 
 def check_on_non_finite(on_non_finite: str) -> None:
@@ -263,6 +263,56 @@ def _inspect(
     window.losses.settle()
     bad = {index: found[id(part)] for index, part in enumerate(window.micro_batches) if found[id(part)]}
     return window, dict.fromkeys(window.losses.non_finite(), ()) | bad
+
+
+def inspect_each(
+    run: Run, found: dict[int, tuple[str, ...]], window: Window, indices: Sequence[int], snapshot: Snapshot
+) -> None:
+    """Run micro-batches one by one, and drop each gradient.
+
+    `found` gets the parameters whose gradient is not finite, by the `id` of a micro-batch, whose index may change.
+    """
+    for index in indices:
+        snapshot.set_savepoint()
+        run(window, [index], snapshot)
+        found[id(window.micro_batches[index])] = non_finite_names(window.model)
+        snapshot.empty_gradients()
+        window.done |= {index}
+
+
+def gradient_error(window: Window, bad: Mapping[int, tuple[str, ...]]) -> NonFiniteGradientError:
+    """The error that names the first offending micro-batch; `bad`: these, with the names of parameters."""
+    if not bad:
+        return NonFiniteGradientError(
+            "the gradient of the batch is not finite, and no micro-batch was found whose own gradient is not finite: "
+            "their sum overflows, or loss_fn does not return the same twice.",
+            None,
+            range(window.num_samples),
+            (),
+        )
+    index = min(bad)
+    part, names = window.micro_batches[index], bad[index]
+    return NonFiniteGradientError(
+        f"the loss of micro-batch {index} of {len(window.micro_batches)}{part.where} is finite, its gradient of "
+        f"{join_names(names, 3)} is not. {_LOOK_FOR} "
+        'on_non_finite="skip_micro_batch" leaves such micro-batches out, "skip_update" such batches.',
+        index,
+        part.rows,
+        names,
+    )
+
+
+def joint_gradient_error(window: Window) -> NonFiniteGradientError:
+    """The error for micro-batches that share one gradient."""
+    names = non_finite_names(window.model)
+    return NonFiniteGradientError(
+        f"the gradient of the batch is not finite ({join_names(names, 3)}), though its losses are. All micro-batches "
+        f"share one backward pass, so the offending one cannot be named. {_LOOK_FOR} "
+        'on_non_finite="skip_update" leaves such batches out.',
+        None,
+        range(window.num_samples),
+        names,
+    )
 
 
 def _check_totals(whole: WindowWeights, parts: WindowWeights) -> None:
