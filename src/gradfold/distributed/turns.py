@@ -1,8 +1,8 @@
 """Turns: the micro-batches of ranks that hold a shard of every parameter each (fully_shard).
 
-Forward passes gather parameters and backward passes sum gradients, on all ranks at once. So all ranks take as many
-turns as the one with the most micro-batches; the others run no-op steps, whose loss has weight 0. An error in the
-middle of a turn ends the training on all ranks, as it does without gradfold.
+Passes gather parameters and sum gradients on all ranks at once. So all take as many turns as the one with the most
+micro-batches; the others run no-op steps, whose loss has weight 0. An error in the middle of a turn ends the training
+on all ranks, as it does without gradfold.
 """
 
 from __future__ import annotations

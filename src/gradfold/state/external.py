@@ -1,8 +1,5 @@
 """External state: what a user's functions hold in closures and globals and may change, saved and put back.
 
-A list of losses, a counter, a dict of masks, a generator, the moving average of a teacher: runs that are to have no
-side effect change these as they change the model, and runs on fake tensors leave fake ones there, which fail later.
-
 Followed are closures, defaults, the globals that code names, `functools.partial`, bound methods, attributes of modules
 and of objects of the user's own classes, and what plain containers hold. Not followed: classes, properties, iterators,
 files, and what installed packages keep (but for modules, whose state is in their attributes).
