@@ -22,7 +22,7 @@ from gradfold.batchnorm.policy import (
     check_batch_norm,
     refuse_batch_statistics,
 )
-from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator
+from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator, take_turns
 from gradfold.distributed.ddp import (
     DistributedOption,
     check_distributed,
@@ -32,7 +32,6 @@ from gradfold.distributed.ddp import (
 )
 from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
-from gradfold.distributed.turns import take_turns
 from gradfold.dropout.layer import counter_based_layers, counting, drawing_from_generators, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator

@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
+from torch import Tensor
+
+from gradfold.batch.nesting import Batch
+from gradfold.batch.split import MicroBatch
+from gradfold.distributed.fsdp import set_reducing, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup, Reduction
 from gradfold.engine.coordinator import Coordinator
-from gradfold.engine.loss_terms import LossTerms, TermSums
+from gradfold.engine.loss_terms import LossTerms, TermSums, loss_terms_of
+from gradfold.engine.prefetch import prefetch
+from gradfold.engine.strategy import Run
+from gradfold.engine.window import Window
 from gradfold.errors import DistributedError
 from gradfold.state.gradients import GradientBuffer
+from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 T = TypeVar("T")
+
+NoOpRows: TypeAlias = "tuple[Batch, list[str] | None]"
+"""Rows for no-op steps, and the loss terms of positive weight there (None: all)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ class DataParallelCoordinator(Coordinator):
 class FsdpCoordinator(DataParallelCoordinator):
     """Several processes that hold a shard of every parameter each (FSDP2).
 
-    Forward passes gather parameters and backward passes sum gradients, on all ranks at once: see `turns.py`. Nothing
+    Forward passes gather parameters and backward passes sum gradients, on all ranks at once: see `take_turns`. Nothing
     can run again on one rank alone.
     """
 
@@ -175,3 +187,52 @@ def _common(layouts: Sequence[str | None]) -> str | None:
     """How ranks sum the gradient of one parameter: sparse where every one that has it has it so."""
     found = {layout for layout in layouts if layout not in (None, "frozen")}
     return None if not found else "sparse" if found == {"sparse"} else "dense"
+
+
+def take_turns(
+    coordinator: FsdpCoordinator,
+    run: Run,
+    reduces_once: bool,
+    window: Window,
+    indices: Sequence[int],
+    snapshot: Snapshot,
+) -> None:
+    """Take as many turns as the rank with the most micro-batches of positive weight, with no-op steps at the end.
+
+    `reduces_once` sums gradients over ranks in the last turn alone. An error in the middle of a turn ends the training
+    on all ranks, as it does without gradfold.
+    """
+    coordinator.read_denominators()
+    busy = [index for index in indices if index not in window.zero_weight]
+    num_turns = max(coordinator.num_busy)
+    sharded = sharded_modules(window.context.modules)
+    coordinator.exchange(None)  # all are ready: from here on they are in the middle of turns
+    coordinator.next = None
+    no_op = _no_op_rows(coordinator, window, busy)
+    try:
+        for turn in range(num_turns):
+            set_reducing(sharded, turn == num_turns - 1 or not reduces_once)
+            if turn < len(busy):
+                run(window, [busy[turn]], snapshot)
+            else:
+                window.backward(_no_op_terms(window, *no_op))
+    finally:
+        set_reducing(sharded, True)
+    coordinator.next = "exchange"
+
+
+def _no_op_rows(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> NoOpRows:
+    """What runs in no-op steps: rows of positive weight, since 0 times the gradient of others may be NaN."""
+    own = (window.micro_batches[busy[0]].data, window.weights.names_at(busy[0])) if busy else (None, None)
+    is_busy = list(map(bool, coordinator.num_busy))
+    if all(is_busy) or not any(is_busy):
+        return own
+    donor = is_busy.index(True)
+    given = coordinator.group.exchange(own if coordinator.rank == donor else (None, None))[donor]
+    return own if busy else given
+
+
+def _no_op_terms(window: Window, batch: Batch, names: list[str] | None) -> list[tuple[Tensor, float]]:
+    data = prefetch([MicroBatch(batch, range(0))], window.device)(0)
+    terms = loss_terms_of(window.loss_fn(window.model, data))
+    return [(term, 0.0) for name, term in terms.items() if names is None or name in names]
