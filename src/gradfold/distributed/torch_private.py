@@ -109,13 +109,7 @@ class FullyShardCall:
         return size
 
     def repeat(self, model: nn.Module, placed: Mapping[nn.Parameter, Any], mesh: Any) -> FullyShardCall:
-        """The same call on a copy without shards.
-
-        Args:
-            model: the copy.
-            placed: how each of its parameters is sharded; None: not at all.
-            mesh: for a call without a group.
-        """
+        """The same call on a copy; `placed`: how its parameters are sharded, if at all; `mesh`: without a group."""
         from torch.distributed.fsdp import fully_shard
 
         modules: Any = [model.get_submodule(name) for name in self.names]

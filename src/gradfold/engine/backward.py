@@ -30,23 +30,14 @@ class BackwardFn(Protocol):
 
 
 class BackPropagation:
-    """Back-propagates weighted loss terms.
-
-    Args:
-        backward: what to call instead of torch's own function.
-        grad_scaler: scales grad_outputs.
-    """
+    """Back-propagates weighted loss terms, by `backward` in place of torch's own function where it is given."""
 
     def __init__(self, backward: BackwardFn | None = None, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         self._backward = backward
         self._grad_scaler = grad_scaler
 
     def __call__(self, terms: Weighed, factor: float = 1.0) -> None:
-        """Back-propagate the sum of `factor * weight * term`.
-
-        Raises:
-            LossError: there are terms, and none requires grad.
-        """
+        """Back-propagate the sum of `factor * weight * term`; LossError where no term requires grad."""
         if len(terms) == 1 and self._backward is None:
             ((loss, weight),) = terms
             if type(loss) is Tensor and loss.requires_grad and type(weight) is float:  # the usual case, faster

@@ -21,22 +21,14 @@ LossFn: TypeAlias = Callable[[Any, Any], LossOutput]
 
 
 def read_pair(output: LossOutput) -> tuple[Loss, Mapping[str, Any]]:
-    """The loss and the metrics of an output that has both.
-
-    Raises:
-        LossError: it has not.
-    """
+    """The loss and the metrics of an output; LossError where it does not have both."""
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
         return output
     raise LossError(_not_a_loss(output))
 
 
 def read_terms(loss: Loss) -> dict[str, Tensor]:
-    """The terms of a loss by name.
-
-    Raises:
-        LossError: it is not a loss, or a term is not a 0-d floating point tensor.
-    """
+    """The terms of a loss by name; LossError where it is not a loss, or a term not a 0-d floating point tensor."""
     terms = {UNNAMED: loss} if isinstance(loss, Tensor) else loss
     if not isinstance(terms, Mapping) or not terms or not all(isinstance(term, Tensor) for term in terms.values()):
         raise LossError(_not_a_loss(loss))
@@ -172,10 +164,9 @@ class LossTerms:
             self.metrics.carry_over(earlier._metrics, places)
 
     def settle(self, flags: Sequence[Tensor] = ()) -> bool:
-        """Every micro-batch is done: read the losses from the device, and these flags, in one transfer.
+        """Every micro-batch is done: read losses and flags from the device in one transfer.
 
-        Returns:
-            Whether the loss is finite and every flag is 0.
+        Gives whether the loss is finite and every flag is 0.
         """
         values = _read([*self._values.values(), *flags], self._device)
         self._values = dict(zip(self._values, values, strict=False))

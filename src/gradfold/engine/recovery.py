@@ -57,18 +57,10 @@ def run_with_recovery(
     micro_batcher: MicroBatcher,
     on_non_finite: OnNonFinite | None,
 ) -> Window:
-    """Run what is pending of a window.
+    """Run what is pending of a window; returns it complete, or the one to check and run next.
 
-    Args:
-        window: what runs; checked before, since after a recovery it may have other micro-batches.
-        strategy: how it runs.
-        run: that of the strategy, or something around it; called where the window is not whole.
-        snapshot: what it goes back to.
-        micro_batcher: splits what does not fit.
-        on_non_finite: the user's policy; None leaves gradients that are not finite to a loss scaler.
-
-    Returns:
-        The window, complete; or the one to check and run next.
+    `run` is that of the strategy, or something around it, and is called where the window is not whole. Without a policy
+    `on_non_finite` gradients that are not finite are left to a loss scaler.
 
     Raises:
         DoesNotFitError: one row does not fit, or the batch cannot be split.
@@ -100,10 +92,8 @@ def run_with_recovery(
     return _completed(window, strategy, snapshot)
 
 
-def does_not_fit(window: Window, error: ModelError) -> ModelError | DoesNotFitError:
-    """A refusal of a window, which may be due to micro-batches that were halved on out-of-memory."""
-    if not window.failed_sizes:
-        return error
+def does_not_fit(window: Window, error: ModelError) -> DoesNotFitError:
+    """A refusal of a window whose micro-batches were halved on out-of-memory."""
     return DoesNotFitError(
         f"{_listed(window)} do not fit in memory at once, and fewer cannot be run: {error}",
         tuple(window.failed_sizes),

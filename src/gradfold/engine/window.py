@@ -48,9 +48,6 @@ class Context:
     A walk through a model costs about 0.7 us per module. A check that nothing has changed since the last walk costs a
     fifth of that: children, types and parameters are the same objects in the same places.
 
-    Args:
-        model: the model that is trained.
-
     Attributes:
         modules: all modules, each once.
         modes: their `training` flags.
@@ -206,12 +203,7 @@ class Window:
         return [index for index in (*busy, *sorted(self.zero_weight)) if index not in self.done]
 
     def forward(self, index: int, loss_fn: LossFn | None = None) -> Weighed:
-        """Run the forward pass of a micro-batch; returns its loss terms, with their graph and normalized weights.
-
-        Args:
-            index: of the micro-batch.
-            loss_fn: replaces the user's.
-        """
+        """Run the forward pass of a micro-batch, of the user's loss or another one; returns its weighed loss terms."""
         if index in self.zero_weight and not self.runs_zero_weight:
             return self._forward_zero_weight(index)
         output = self.call(index, loss_fn)

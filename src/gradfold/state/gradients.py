@@ -38,9 +38,7 @@ class GradientBuffer:
     Several losses may be back-propagated into one `.grad`: their sum is there when the window closes, in the *same*
     tensors as before, since flat buffers and optimizers may refer to them.
 
-    Args:
-        parameters: the parameters whose fields these are.
-        sums: what their gradients are summed in; None: each in its own dtype.
+    Without `sums` each gradient is summed in its own dtype.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], sums: SumDtype | None = None) -> None:

@@ -29,9 +29,7 @@ class Snapshot:
     """Saves on entry to a `with` block, and puts back on any exception; that of a probe always puts back.
 
     Args:
-        model: the model that runs.
-        modules: all of its modules, since a walk through them takes time.
-        parameters: all of its parameters.
+        modules, parameters: all of the model's, since a walk through it takes time.
         buffers: knows which buffers earlier windows have changed; None: a new one.
         frozen: likewise of the frozen parameters.
         sums: what gradients are summed in, as for `GradientBuffer`.
@@ -95,11 +93,7 @@ class Snapshot:
         self._beginning = self._record()
 
     def settle(self) -> list[Tensor]:
-        """The last micro-batch is done: bring the new gradients into the form in which they are handed over.
-
-        Returns:
-            Flags, 0-d on the device, of which one is not 0 where a gradient is not finite.
-        """
+        """The last micro-batch is done, and gradients get their final form; gives flags as `non_finite_flags`."""
         self.gradients.settle()
         if self._has_buffers:
             self._buffers.learn()
