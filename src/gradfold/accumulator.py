@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from gradfold.batchnorm.policy import (
     check_batch_norm,
     refuse_batch_statistics,
 )
-from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator
+from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator, take_turns
 from gradfold.distributed.ddp import (
     DistributedOption,
     check_distributed,
@@ -31,7 +32,6 @@ from gradfold.distributed.ddp import (
 )
 from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
-from gradfold.distributed.turns import FsdpTurns
 from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
@@ -39,7 +39,7 @@ from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.model_checks import check_hooks
 from gradfold.engine.recovery import OnNonFinite, check_on_non_finite, does_not_fit, run_with_recovery
 from gradfold.engine.result import WindowResult
-from gradfold.engine.strategy import Sequential, Strategy
+from gradfold.engine.strategy import Run, Sequential, Strategy
 from gradfold.engine.window import Context, PassListener, Window
 from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, OptionError
 from gradfold.memory.auto import Auto, MicroBatchChoice, read_auto
@@ -251,14 +251,14 @@ class Accumulator:
     def _run(self, window: Window, snapshot: Snapshot) -> Window:
         """Run a window until it is complete; what was halved is checked again, since it has become another one."""
         self._is_checked = False
-        strategy = self._strategy if self._token_batcher is None else self._token_batcher.timed(self._strategy)
-        coordinator = self._context.coordinator
+        strategy, coordinator = self._strategy, self._context.coordinator
+        run: Run = strategy.run if self._token_batcher is None else self._token_batcher.timed(strategy)
         if isinstance(coordinator, FsdpCoordinator):
-            strategy = FsdpTurns(strategy, coordinator, self.fsdp_reduce == "per_window")
+            run = partial(take_turns, coordinator, run, self.fsdp_reduce == "per_window")
         try:
             while not window.is_complete:
                 self._preflight(window)
-                window = run_with_recovery(window, strategy, snapshot, self._micro_batcher, self._policy)
+                window = run_with_recovery(window, strategy, run, snapshot, self._micro_batcher, self._policy)
         except ModelError as error:
             if not window.failed_sizes:
                 raise

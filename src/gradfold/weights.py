@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -100,25 +100,42 @@ def token_count(
     return TokenCount(labels, ignore_index, shift)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Weights:
-    """The weights of a window's micro-batches under one name."""
+    """The weights of a window's micro-batches under one name.
 
-    total: float  # the denominator
-    normalized: tuple[float, ...]  # the values over the denominator; all 0 where it is 0
-    zero_weight: frozenset[int]  # the micro-batches of weight 0
+    Args:
+        values: the weights of the micro-batches.
+        read_total: the denominator; called when it is first needed, since other ranks may have to be waited for.
+    """
+
     values: tuple[float, ...]
+    read_total: Callable[[], float]
+
+    @cached_property
+    def total(self) -> float:
+        """The denominator: the sum of the weights, of all ranks."""
+        return self.read_total()
+
+    @cached_property
+    def normalized(self) -> tuple[float, ...]:
+        """The part of the window's mean that each micro-batch is; all 0 in a window of weight 0."""
+        return tuple(value / self.total if self.total else 0.0 for value in self.values)
+
+    @cached_property
+    def zero_weight(self) -> frozenset[int]:
+        """The micro-batches of weight 0."""
+        return frozenset(index for index, value in enumerate(self.values) if value == 0)
 
 
 @lru_cache(maxsize=64)  # windows of equal shape have equal weights
-def normalize(values: tuple[float, ...], denominator: float | None = None) -> Weights:
-    """Weights, one per micro-batch, normalized by their own sum, or by a larger denominator."""
+def normalize(values: tuple[float, ...]) -> Weights:
+    """Weights, one per micro-batch, normalized by their own sum."""
     try:
-        total = math.fsum(values) if denominator is None else denominator
+        total = math.fsum(values)
     except OverflowError:
         raise WeightError(f"the sum of micro-batch weights overflows float64: {list(values)}.") from None
-    normalized = tuple(value / total if total else 0.0 for value in values)
-    return Weights(total, normalized, frozenset(index for index, value in enumerate(values) if value == 0), values)
+    return Weights(values, lambda: total)
 
 
 class WindowWeights:
@@ -138,27 +155,27 @@ class WindowWeights:
         self.unnamed = unnamed
         self.samples = samples
         self.are_named = unnamed is None
-        self.num_micro_batches = len(samples.values)
-        self.zero_weight = frozenset.intersection(*(one.zero_weight for one in self._every()))
-
-    def _every(self) -> list[Weights]:
-        return list(self.named.values()) if self.unnamed is None else [self.unnamed]
+        self._every = list(named.values()) if unnamed is None else [unnamed]
+        self.zero_weight = frozenset.intersection(*(one.zero_weight for one in self._every))
 
     def wait(self) -> None:
-        """Wait for denominators that are summed over several processes; here they are known."""
+        """Wait for denominators that are summed over several processes."""
+        self.samples.total  # noqa: B018  # reads them
 
-    def others_are_busy(self) -> bool:
-        """Whether a micro-batch of another rank has a positive weight."""
-        return False
+    def are_busy(self) -> bool:
+        """Whether a micro-batch of any rank has a positive weight."""
+        return any(one.total > 0 for one in self._every)
 
     def own_totals(self) -> list[float]:
         """The sum of the weights of these micro-batches under every name, and of their samples."""
-        return [math.fsum(one.values) for one in (*self._every(), self.samples)]
+        return [math.fsum(one.values) for one in (*self._every, self.samples)]
 
-    def over(self, denominators: Sequence[float]) -> WindowWeights:
-        """These weights normalized by larger denominators, in the order of `own_totals()`."""
-        every = zip((*self._every(), self.samples), denominators, strict=True)
-        *larger, samples = [normalize(one.values, total) for one, total in every]
+    def over(self, read: Callable[[], Sequence[float]]) -> WindowWeights:
+        """These weights normalized by larger denominators in the order of `own_totals()`, read when first needed."""
+        *larger, samples = (
+            Weights(one.values, partial(lambda index: read()[index], index))
+            for index, one in enumerate((*self._every, self.samples))
+        )
         named = dict(zip(self.named, larger, strict=False))  # none where one weight counts for all
         return WindowWeights(named, None if self.are_named else larger[0], samples)
 

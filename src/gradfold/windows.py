@@ -25,7 +25,6 @@ from gradfold.distributed.fsdp import sharded_modules
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossTerms
-from gradfold.engine.metrics import Metrics
 from gradfold.engine.model_checks import check_hooks
 from gradfold.engine.window import Context
 from gradfold.errors import LossError, OptionError, WeightError, WindowError
@@ -61,7 +60,6 @@ class LoopWindow(MicroBatchWindow[T]):
         self._coordinator = context.coordinator
         self._weights = self._coordinator.over_all_ranks(weigh(weight, self._parts))
         self.losses = LossTerms(self._parts, self._weights, context.device)
-        self.metrics = Metrics(self._parts, self._weights, context.device)
         self._back_propagate = BackPropagation(backward)
         layers = batch_statistics_layers(context.model) if len(micro_batches) > 1 else {}
         if batch_norm is None:
@@ -156,7 +154,7 @@ class LoopWindow(MicroBatchWindow[T]):
         try:
             with self._coordinator, without_reductions(self._context.modules):
                 yield
-                self._coordinator.end(self, gradients)
+                self._coordinator.end(self.losses, gradients)
                 gradients.settle()
                 self._coordinator.commit()
         except BaseException:

@@ -1,4 +1,4 @@
-"""An inspected window: one gradient at a time, to see whose is not finite, and the error that says so."""
+"""Inspected micro-batches: one gradient at a time, to see whose is not finite, and the error that says so."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 import gradfold
 from gradfold.batch.split import MicroBatch
 from gradfold.engine.backward import BackPropagation
-from gradfold.engine.non_finite import InspectedWindow, gradient_error
-from gradfold.engine.strategy import run_in_order
+from gradfold.engine.recovery import gradient_error, inspect_each
+from gradfold.engine.strategy import Sequential
 from gradfold.engine.window import Context, PassListener, Window
 from gradfold.errors import NonFiniteGradientError
 from gradfold.state.snapshot import Snapshot
@@ -38,55 +38,61 @@ def micro_batches(slopes):
     return [MicroBatch(one, range(index, index + 1)) for index, one in enumerate(slopes)]
 
 
-def make(model, slopes):
-    """An inspected window of micro-batches of one row, each of weight 1."""
-    context = Context(model)
-    snapshot = Snapshot(model, context.modules, context.parameters).__enter__()
-    parts = micro_batches(slopes)
-    window = Window(context, slope_loss, parts, "samples", BackPropagation(), PassListener())
-    return InspectedWindow(window, parts, snapshot)
+class Inspected:
+    """Micro-batches of one row, each of weight 1, and what is found in them."""
 
+    def __init__(self, model, slopes):
+        context = Context(model)
+        self.snapshot = Snapshot(model, context.modules, context.parameters).__enter__()
+        parts = micro_batches([{name: slope * len(slopes) for name, slope in one.items()} for one in slopes])
+        self.window = Window(context, slope_loss, parts, "samples", BackPropagation(), PassListener())
+        self.found = {}
 
-def inspect(model, slopes, indices=None):
-    window = make(model, [{name: slope * len(slopes) for name, slope in one.items()} for one in slopes])
-    run_in_order(window, range(len(slopes)) if indices is None else indices)
-    return window
+    def run(self, indices=None):
+        indices = self.window.pending() if indices is None else indices
+        inspect_each(Sequential(slope_loss).run, self.found, self.window, indices, self.snapshot)
+        return self
+
+    @property
+    def bad(self):
+        parts = self.window.micro_batches
+        return {index: self.found[id(part)] for index, part in enumerate(parts) if self.found[id(part)]}
 
 
 def test_each_micro_batch_is_looked_at_by_itself(model):
     nan, inf = float("nan"), float("inf")
-    window = inspect(model, [{"a": 1}, {"b": nan}, {"a": 1, "b": 1}, {"a": -inf, "b": inf}, {"b": 2}])
+    window = Inspected(model, [{"a": 1}, {"b": nan}, {"a": 1, "b": 1}, {"a": -inf, "b": inf}, {"b": 2}]).run()
     assert window.bad == {1: ("b",), 3: ("a", "b")}
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_gradients_that_only_sum_to_infinity_are_not_bad(model):
-    assert inspect(model, [{"a": torch.full((3,), 1e38)}] * 2).bad == {}  # 3e38 each
+    assert Inspected(model, [{"a": torch.full((3,), 1e38)}] * 2).run().bad == {}  # 3e38 each
 
 
 def test_a_second_run_forgets_the_first(model):
     """On out-of-memory the window begins again, in other micro-batches."""
     slopes = [{"a": float("nan")}, {"a": 1}]
-    window = inspect(model, slopes)
-    assert window.bad == {0: ("a",)}
-    window = window.again(micro_batches(slopes[::-1]))
-    run_in_order(window, [0, 1])
-    assert window.bad == {1: ("a",)}
+    inspected = Inspected(model, slopes).run()
+    assert inspected.bad == {0: ("a",)}
+    inspected.window = inspected.window.again(micro_batches(slopes[::-1]))
+    assert inspected.run().bad == {1: ("a",)}
 
 
 def test_micro_batches_that_are_kept_stay_bad(model):
     """On out-of-memory a micro-batch that has left no trace is halved, and those before it are not run again."""
     nan = float("nan")
-    window = make(model, [{"a": 1}, {"b": nan}, {"a": 1}])
-    run_in_order(window, [0, 1])
-    smaller = window.again(micro_batches([{"a": 1}, {"a": 1}, {"b": nan}, {"a": nan}]), {0: 0, 1: 2})
-    assert smaller.pending() == [1, 3]
-    run_in_order(smaller, smaller.pending())
-    assert smaller.bad == {2: ("b",), 3: ("a",)}
+    inspected = Inspected(model, [{"a": 1}, {"b": nan}, {"a": 1}]).run([0, 1])
+    assert inspected.window.pending() == [2]
+    first, second = inspected.window.micro_batches[:2]
+    smaller = micro_batches([{"a": 1}, {"a": nan}])
+    inspected.window = inspected.window.again([first, smaller[0], second, smaller[1]], {0: 0, 1: 2})
+    assert inspected.window.pending() == [1, 3]
+    assert inspected.run().bad == {2: ("b",), 3: ("a",)}
 
 
 def test_an_order_of_its_own_keeps_the_indices(model):
-    assert inspect(model, [{"a": 1}, {"a": float("nan")}, {"a": 1}], [2, 0, 1]).bad == {1: ("a",)}
+    assert Inspected(model, [{"a": 1}, {"a": float("nan")}, {"a": 1}]).run([2, 0, 1]).bad == {1: ("a",)}
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip_micro_batch"])

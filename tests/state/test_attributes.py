@@ -57,6 +57,15 @@ def test_tensors_get_their_contents_back_and_new_attributes_go():
     assert module.total is total and total.tolist() == [0, 0, 0] and not hasattr(module, "other")
 
 
+def test_an_expanded_tensor_which_cannot_be_written_to_is_left_alone():
+    module, base = nn.Linear(2, 2), torch.zeros(1)
+    module.rows = base.expand(3)
+    saved = ModuleAttributes([module])
+    base.add_(1)
+    saved.restore()
+    assert module.rows.tolist() == [1, 1, 1]
+
+
 class Cached(nn.Module):
     """Keeps a tensor that every forward pass replaces, in a dict."""
 

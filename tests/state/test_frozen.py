@@ -133,7 +133,7 @@ def test_only_what_moves_is_copied():
     keeper.open(list(model.parameters()))
     assert not keeper.moved() and not keeper._copies
     follow(model)
-    assert [id(one) for one in keeper.moved()] == [id(one) for one in model.teacher.parameters()]
+    assert [id(one) for one, _ in keeper.moved()] == [id(one) for one in model.teacher.parameters()]
     keeper.learn()
     model.student.requires_grad_(False)
     keeper.open(list(model.parameters()))

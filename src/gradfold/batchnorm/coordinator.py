@@ -7,7 +7,6 @@ pass, and once at the end of either. There a rank that has failed says so: the o
 from __future__ import annotations
 
 from contextlib import suppress
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -23,9 +22,7 @@ class SynchronizedCoordinator(DataParallelCoordinator):
     can_replay = False
     _may_be_waited_for = True  # by other ranks, until the backward pass of this one is done
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None and self._may_be_waited_for and self.receive is not None and self.next is not None:
             with suppress(DistributedError):  # where others have failed before their first status
                 self.read_denominators()

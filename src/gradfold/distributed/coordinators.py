@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
+from torch import Tensor
+
+from gradfold.batch.nesting import Batch
+from gradfold.batch.split import MicroBatch
+from gradfold.distributed.fsdp import set_reducing, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup, Reduction
-from gradfold.engine.coordinator import Coordinator, Outputs
-from gradfold.engine.loss_terms import TermSums
+from gradfold.engine.coordinator import Coordinator
+from gradfold.engine.loss_terms import LossTerms, TermSums, loss_terms_of
+from gradfold.engine.prefetch import prefetch
+from gradfold.engine.strategy import Run
+from gradfold.engine.window import Window
 from gradfold.errors import DistributedError
 from gradfold.state.gradients import GradientBuffer
+from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 T = TypeVar("T")
+
+NoOpRows: TypeAlias = "tuple[Batch, list[str] | None]"
+"""Rows for no-op steps, and the loss terms of positive weight there (None: all)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,6 @@ class WindowReport:
     """What a rank reports at the end of its micro-batches."""
 
     losses: TermSums
-    metrics: dict[str, tuple[float, float]]
     gradients: list[str | None]
     found: list[bool]
 
@@ -51,9 +61,7 @@ class DataParallelCoordinator(Coordinator):
         self.num_rows: list[int] = []
         self.next: Literal["denominators", "exchange", "commit"] | None = "denominators"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         at, self.next = self.next, None
         if error is None:
             return
@@ -69,9 +77,9 @@ class DataParallelCoordinator(Coordinator):
     def over_all_ranks(self, own: WindowWeights) -> WindowWeights:
         """The beginning of [A]: weights whose denominators are being summed."""
         if self.receive is None:
-            busy = own.num_micro_batches - len(own.zero_weight)
+            busy = len(own.samples.values) - len(own.zero_weight)
             self.receive = self.group.begin_gather([0.0, float(busy), *own.own_totals()])
-        return _GlobalWeights(own, self)
+        return own.over(self.read_denominators)
 
     def read_denominators(self) -> list[float]:
         """The end of [A]: the denominators, summed over ranks."""
@@ -86,24 +94,23 @@ class DataParallelCoordinator(Coordinator):
             self.denominators = [math.fsum(of_ranks) for of_ranks in totals]
         return self.denominators
 
-    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
+    def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """[B] and [C]."""
         self.read_denominators()
-        window.losses.settle()
+        losses.settle()
         # Whatever takes memory comes before the exchange: after it the others wait.
-        reduction, zeros = Reduction(self.group, gradients.parameters), gradients.zeros()
-        reports = self._join_outputs(window, gradients.layouts(), gradients.are_found())
+        reduction, layouts = Reduction(self.group, gradients.parameters), gradients.layouts()
+        gradients.fill()
+        reports = self._join(losses, layouts, gradients.are_found())
         _check_alike(reports)
-        layouts = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
-        reduction.run(gradients.in_layouts(layouts, zeros))
+        common = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
+        reduction.run(gradients.in_layouts(common))
         self.next = "commit"
 
-    def _join_outputs(self, window: Outputs, layouts: list[str | None], found: list[bool]) -> list[WindowReport]:
+    def _join(self, losses: LossTerms, layouts: list[str | None], found: list[bool]) -> list[WindowReport]:
         """Make losses and metrics those of all ranks; what each of them reports."""
-        losses, metrics = window.losses, window.metrics
-        reports = self.exchange(WindowReport(losses.own_sums(), metrics.sums(), layouts, found))
+        reports = self.exchange(WindowReport(losses.own_sums(), layouts, found))
         losses.join([report.losses for report in reports])
-        metrics.join([report.metrics for report in reports])
         return reports
 
     def commit(self) -> None:
@@ -141,7 +148,7 @@ class DataParallelCoordinator(Coordinator):
 class FsdpCoordinator(DataParallelCoordinator):
     """Several processes that hold a shard of every parameter each (FSDP2).
 
-    Forward passes gather parameters and backward passes sum gradients, on all ranks at once: see `turns.py`. Nothing
+    Forward passes gather parameters and backward passes sum gradients, on all ranks at once: see `take_turns`. Nothing
     can run again on one rank alone.
     """
 
@@ -151,51 +158,15 @@ class FsdpCoordinator(DataParallelCoordinator):
         super().__init__(group, num_denominators)
         self.grad_factor = grad_factor
 
-    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
+    def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """[B]; gradients are summed already."""
-        window.losses.settle()
-        self._join_outputs(window, [], [])
+        losses.settle()
+        self._join(losses, [], [])
         self.next = "commit"
 
     def all_finite(self, is_finite: bool) -> bool:
         """Whether loss and gradient are finite on all ranks, each of which sees a shard."""
         return self.group.all_well(is_finite)
-
-
-class _GlobalWeights(WindowWeights):
-    """Weights whose denominators are being summed: `named`, `unnamed` and `samples` wait for them."""
-
-    def __init__(self, own: WindowWeights, coordinator: DataParallelCoordinator) -> None:
-        self._own = own
-        self._coordinator = coordinator
-        self.zero_weight = own.zero_weight
-        self.are_named = own.are_named
-        self.num_micro_batches = own.num_micro_batches
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("named", "unnamed", "samples"):
-            raise AttributeError(name)
-        self.wait()
-        return vars(self)[name]
-
-    def wait(self) -> None:
-        """Wait for the denominators."""
-        if "samples" not in vars(self):
-            larger = self._own.over(self._coordinator.read_denominators())
-            self.named, self.unnamed, self.samples = larger.named, larger.unnamed, larger.samples
-
-    def others_are_busy(self) -> bool:
-        """Whether a micro-batch of another rank has a positive weight."""
-        self.wait()
-        return max(self._coordinator.num_busy) > 0
-
-    def own_totals(self) -> list[float]:
-        """The sum of the weights of these micro-batches under every name, and of their samples."""
-        return self._own.own_totals()
-
-    def names_at(self, index: int) -> list[str] | None:
-        """The names under which a micro-batch has a positive weight."""
-        return self._own.names_at(index)
 
 
 def _check_alike(reports: Sequence[WindowReport]) -> None:
@@ -216,3 +187,52 @@ def _common(layouts: Sequence[str | None]) -> str | None:
     """How ranks sum the gradient of one parameter: sparse where every one that has it has it so."""
     found = {layout for layout in layouts if layout not in (None, "frozen")}
     return None if not found else "sparse" if found == {"sparse"} else "dense"
+
+
+def take_turns(
+    coordinator: FsdpCoordinator,
+    run: Run,
+    reduces_once: bool,
+    window: Window,
+    indices: Sequence[int],
+    snapshot: Snapshot,
+) -> None:
+    """Take as many turns as the rank with the most micro-batches of positive weight, with no-op steps at the end.
+
+    `reduces_once` sums gradients over ranks in the last turn alone. An error in the middle of a turn ends the training
+    on all ranks, as it does without gradfold.
+    """
+    coordinator.read_denominators()
+    busy = [index for index in indices if index not in window.zero_weight]
+    num_turns = max(coordinator.num_busy)
+    sharded = sharded_modules(window.context.modules)
+    coordinator.exchange(None)  # all are ready: from here on they are in the middle of turns
+    coordinator.next = None
+    no_op = _no_op_rows(coordinator, window, busy)
+    try:
+        for turn in range(num_turns):
+            set_reducing(sharded, turn == num_turns - 1 or not reduces_once)
+            if turn < len(busy):
+                run(window, [busy[turn]], snapshot)
+            else:
+                window.backward(_no_op_terms(window, *no_op))
+    finally:
+        set_reducing(sharded, True)
+    coordinator.next = "exchange"
+
+
+def _no_op_rows(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> NoOpRows:
+    """What runs in no-op steps: rows of positive weight, since 0 times the gradient of others may be NaN."""
+    own = (window.micro_batches[busy[0]].data, window.weights.names_at(busy[0])) if busy else (None, None)
+    is_busy = list(map(bool, coordinator.num_busy))
+    if all(is_busy) or not any(is_busy):
+        return own
+    donor = is_busy.index(True)
+    given = coordinator.group.exchange(own if coordinator.rank == donor else (None, None))[donor]
+    return own if busy else given
+
+
+def _no_op_terms(window: Window, batch: Batch, names: list[str] | None) -> list[tuple[Tensor, float]]:
+    data = prefetch([MicroBatch(batch, range(0))], window.device)(0)
+    terms = loss_terms_of(window.loss_fn(window.model, data))
+    return [(term, 0.0) for name, term in terms.items() if names is None or name in names]

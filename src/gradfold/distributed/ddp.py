@@ -1,8 +1,6 @@
 """DistributedDataParallel: its modules are found anywhere in a model, and their own reductions are switched off.
 
-gradfold reduces gradients once per window, after its last backward pass. So forward *and* backward passes of these
-modules run under `no_sync`. `find_process_group` gives the processes that train a model, by either wrapper.
-
+gradfold reduces gradients once per window, so forward *and* backward passes of these modules run under `no_sync`.
 Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html (`no_sync`: "the
 forward pass should be included inside the context manager").
 """
@@ -18,9 +16,9 @@ import torch
 import torch.distributed
 from torch import nn
 
-from gradfold.distributed.fsdp import group_of, refuse_unsharded, sharded_modules
+from gradfold.distributed.fsdp import refuse_unsharded, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup
-from gradfold.distributed.torch_private import sync_buffers
+from gradfold.distributed.torch_private import group_of, sync_buffers
 from gradfold.errors import DistributedError, OptionError
 
 DistributedOption: TypeAlias = Literal[False] | None

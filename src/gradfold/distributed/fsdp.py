@@ -7,7 +7,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +15,11 @@ import torch.distributed
 from torch import nn
 
 from gradfold.distributed.torch_private import (
-    FullyShardCall,
     bare_instance,
-    flat,
-    fully_shard_state,
-    gathered,
-    grouped_modules,
+    fully_shard_calls,
     own_attributes,
     parameter_groups,
-    whole_size,
+    whole_parameter,
 )
 from gradfold.errors import DistributedError
 
@@ -62,16 +58,6 @@ def set_reducing(sharded: Sequence[FSDPModule], is_last: bool) -> None:
         module.set_requires_gradient_sync(is_last, recurse=False)
 
 
-def group_of(sharded: Sequence[FSDPModule]) -> torch.distributed.ProcessGroup:
-    """All data-parallel ranks: those of the mesh, of both its dimensions where shards are replicated (HSDP)."""
-    meshes = {group.mesh_info.mesh for module in sharded for group in parameter_groups(module)}
-    if len(meshes) != 1:
-        raise DistributedError("the model's fully_shard modules have different device meshes; use one.")
-    (mesh,) = meshes
-    group: torch.distributed.ProcessGroup = flat(mesh).get_group()
-    return group
-
-
 def refuse_unsharded(modules: Sequence[nn.Module]) -> None:
     """Raise DistributedError where a trained parameter has no shards."""
     for module in modules:
@@ -88,9 +74,10 @@ class ShardingRecipe:
     """How fully_shard was applied to a model, innermost calls first; DistributedError where it cannot be repeated."""
 
     def __init__(self, model: nn.Module) -> None:
-        reshard(list(model.modules()))  # else some of its parameters may be those that were gathered
+        modules = list(model.modules())
+        reshard(modules)  # else some of its parameters may be those that were gathered
         self._model = model
-        self._calls = list(_calls(model))
+        self._calls = fully_shard_calls(model, sharded_modules(modules))
         for shard in self._shards():
             if shard.is_dtensor:
                 raise DistributedError("fully_shard of a tensor-parallel model cannot be repeated on a copy.")
@@ -98,12 +85,7 @@ class ShardingRecipe:
 
     def whole_parameters(self) -> dict[int, nn.Parameter]:
         """New parameters without contents, as they were before they were sharded, by `id` of the shard."""
-        found = {}
-        for shard in self._shards():
-            sharded = shard.sharded_param
-            whole = torch.empty(whole_size(shard), dtype=sharded.dtype, device=shard.device)
-            found[id(sharded)] = nn.Parameter(whole, sharded.requires_grad)
-        return found
+        return {id(shard.sharded_param): whole_parameter(shard) for shard in self._shards()}
 
     def copy(self, memo: dict[int, Any]) -> nn.Module:
         """A copy of the model without shards; what `memo` has by `id` stands in, as for `copy.deepcopy`."""
@@ -121,60 +103,17 @@ class ShardingRecipe:
         placed = {whole: placements.get(id(own)) for own, whole in pairs}
         found: dict[int, nn.Parameter] = {}
         for call in self._calls:
-            made = self._repeat(call, model, placed)
+            made = call.repeat(model, placed, self._mesh)
             shards = zip(call.shards, made.shards, strict=True)
             found |= {id(old.sharded_param): new.sharded_param for old, new in shards}
-        self._prefetch(model)
-        return found
-
-    def _repeat(self, call: FullyShardCall, model: nn.Module, placed: Mapping[nn.Parameter, Any]) -> FullyShardCall:
-        from torch.distributed.fsdp import fully_shard
-
-        modules: Any = [model.get_submodule(name) for name in call.names]
-        options: dict[str, Any] = {"mesh": self._mesh}
-        if call.group is not None:
-            options = {
-                "mesh": call.group.mesh_info.mesh,
-                "reshard_after_forward": call.reshard_after_forward,
-                "shard_placement_fn": placed.get,
-                "offload_policy": call.group.offload_policy,
-            }
-        ignored = {whole for whole, placement in placed.items() if placement is None}
-        target = modules if len(modules) > 1 else modules[0]
-        fully_shard(target, mp_policy=call.precision, ignored_params=ignored, **options)
-        made = FullyShardCall(call.names, fully_shard_state(modules[0]))
-        made.take_settings(call)
-        return made
-
-    def _prefetch(self, model: nn.Module) -> None:
-        """What is gathered ahead, where the user has said so."""
-        modules: dict[int, Any] = {id(call.state): model.get_submodule(call.names[0]) for call in self._calls}
+        modules = {id(call.state): model.get_submodule(call.names[0]) for call in self._calls}
         for call in self._calls:
-            module, (forward, backward) = modules[id(call.state)], call.prefetched
-            module.set_modules_to_forward_prefetch([modules[id(one)] for one in forward])
-            module.set_modules_to_backward_prefetch([modules[id(one)] for one in backward])
+            call.repeat_prefetch(modules)
+        return found
 
     def _shards(self) -> Iterator[Any]:
         for call in self._calls:
             yield from call.shards
-
-
-def _calls(model: nn.Module) -> Iterator[FullyShardCall]:
-    names = {id(module): name for name, module in model.named_modules()}
-    states: dict[int, Any] = {}
-    for module in reversed(sharded_modules(list(model.modules()))):
-        state = fully_shard_state(module)
-        states.pop(id(state), None)  # where it groups several modules, all that is inside them comes first
-        states[id(state)] = state
-    for state in states.values():
-        yield FullyShardCall(tuple(names[id(module)] for module in grouped_modules(state)), state)
-
-
-def gathered_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The whole parameters that stand in for shards while passes run; none before the first forward pass."""
-    groups = [group for module in sharded_modules(modules) for group in parameter_groups(module)]
-    shards = [shard for group in groups for shard in group.fsdp_params]
-    return [whole for shard in shards if (whole := gathered(shard)) is not None]
 
 
 def shard(model: nn.Module, layers: str | None) -> None:

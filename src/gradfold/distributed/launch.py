@@ -28,13 +28,7 @@ INTERRUPTED = 130  # what shells report after Ctrl-C
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The rank of this process among those that were started with it.
-
-    Args:
-        rank: its number, from 0.
-        size: how many there are.
-        local_rank: its number on this machine.
-    """
+    """The rank of this process among those that were started with it, `local_rank` among those on this machine."""
 
     rank: int
     size: int

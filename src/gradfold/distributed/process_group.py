@@ -157,13 +157,10 @@ class Reduction:
 
 
 class TuningGroup:
-    """The processes that pick one micro-batch size together: one by itself, or ranks in step.
+    """The processes that pick one micro-batch size together: one by itself (None), or ranks in step.
 
     Where each rank holds a shard of every parameter, no rank can run a forward pass alone. So all try the same sizes at
     the same time, by the same clock, and choose the same: every call is a collective.
-
-    Args:
-        ranks: None: this process by itself.
     """
 
     def __init__(self, ranks: ProcessGroup | None = None) -> None:

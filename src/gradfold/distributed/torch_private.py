@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from gradfold.errors import DistributedError
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.fsdp import FSDPModule
 
 
@@ -45,27 +48,30 @@ def parameter_groups(module: FSDPModule) -> list[Any]:
     return groups
 
 
-def grouped_modules(state: Any) -> list[nn.Module]:
-    """The modules that one fully_shard call was applied to."""
-    return list(state._modules)
+def group_of(sharded: Sequence[FSDPModule]) -> ProcessGroup:
+    """All data-parallel ranks: those of the mesh, of both its dimensions where shards are replicated (HSDP)."""
+    meshes = {group.mesh_info.mesh for module in sharded for group in parameter_groups(module)}
+    if len(meshes) != 1:
+        raise DistributedError("the model's fully_shard modules have different device meshes; use one.")
+    (mesh,) = meshes
+    group: ProcessGroup = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+    return group
 
 
-def flat(mesh: Any) -> Any:
-    """A device mesh with one dimension, of the same ranks."""
-    return mesh if mesh.ndim == 1 else mesh._flatten()
+def whole_parameter(shard: Any) -> nn.Parameter:
+    """A new parameter without contents, as it was before it was sharded."""
+    sharded = shard.sharded_param
+    return nn.Parameter(torch.empty(shard._orig_size, dtype=sharded.dtype, device=shard.device), sharded.requires_grad)
 
 
-def whole_size(shard: Any) -> Any:
-    """The shape of a parameter before it was sharded."""
-    return shard._orig_size
+def gathered_parameters(sharded: Sequence[FSDPModule]) -> list[nn.Parameter]:
+    """The whole parameters that stand in for shards while passes run; none before the first forward pass."""
+    groups = [group for module in sharded for group in parameter_groups(module)]
+    found = [getattr(shard, "_unsharded_param", None) for group in groups for shard in group.fsdp_params]
+    return [whole for whole in found if whole is not None]
 
 
-def gathered(shard: Any) -> nn.Parameter | None:
-    """The whole parameter that stands in for a shard while passes run; None before the first forward pass."""
-    whole: nn.Parameter | None = getattr(shard, "_unsharded_param", None)
-    return whole
-
-
+# What `FSDPModule.set_...` changes and that changes what memory is taken.
 _SETTINGS = ("reshard_after_backward", "unshard_in_backward", "reduce_scatter_max_input_buffers", "all_reduce_grads")
 
 
@@ -92,11 +98,6 @@ class FullyShardCall:
         return [] if self.group is None else list(self.group.fsdp_params)
 
     @property
-    def precision(self) -> Any:
-        """The MixedPrecisionPolicy."""
-        return self.state._mp_policy
-
-    @property
     def reshard_after_forward(self) -> bool | int | None:
         """As it was passed to fully_shard, of a call with a group."""
         if self.state._auto_reshard_after_forward or self.group is None:
@@ -107,15 +108,42 @@ class FullyShardCall:
         size: int = after.shard_mesh_size
         return size
 
-    @property
-    def prefetched(self) -> tuple[list[Any], list[Any]]:
-        """The states of the modules that are gathered ahead in forward and in backward passes."""
-        return self.state._states_to_forward_prefetch, self.state._states_to_backward_prefetch
+    def repeat(self, model: nn.Module, placed: Mapping[nn.Parameter, Any], mesh: Any) -> FullyShardCall:
+        """The same call on a copy; `placed`: how its parameters are sharded, if at all; `mesh`: without a group."""
+        from torch.distributed.fsdp import fully_shard
 
-    def take_settings(self, other: FullyShardCall) -> None:
-        """Have the settings of another call that `FSDPModule.set_...` changes and that change what memory is taken."""
-        for name in _SETTINGS if other.group is not None else ():
-            setattr(self.group, name, getattr(other.group, name))
+        modules: Any = [model.get_submodule(name) for name in self.names]
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": self.state._mp_policy}
+        if self.group is not None:
+            options |= {
+                "mesh": self.group.mesh_info.mesh,
+                "reshard_after_forward": self.reshard_after_forward,
+                "shard_placement_fn": placed.get,
+                "offload_policy": self.group.offload_policy,
+            }
+        ignored = {whole for whole, placement in placed.items() if placement is None}
+        fully_shard(modules if len(modules) > 1 else modules[0], ignored_params=ignored, **options)
+        made = FullyShardCall(self.names, fully_shard_state(modules[0]))
+        for name in _SETTINGS if self.group is not None else ():
+            setattr(made.group, name, getattr(self.group, name))
+        return made
+
+    def repeat_prefetch(self, modules: Mapping[int, Any]) -> None:
+        """What is gathered ahead, where the user has said so; `modules`: of the copy, by `id` of the calls' records."""
+        module, state = modules[id(self.state)], self.state
+        module.set_modules_to_forward_prefetch([modules[id(one)] for one in state._states_to_forward_prefetch])
+        module.set_modules_to_backward_prefetch([modules[id(one)] for one in state._states_to_backward_prefetch])
+
+
+def fully_shard_calls(model: nn.Module, sharded: Sequence[FSDPModule]) -> list[FullyShardCall]:
+    """The calls of fully_shard that were made on a model with these modules, innermost first."""
+    names = {id(module): name for name, module in model.named_modules()}
+    states: dict[int, Any] = {}
+    for module in reversed(sharded):
+        state = fully_shard_state(module)
+        states.pop(id(state), None)  # where it groups several modules, all that is inside them comes first
+        states[id(state)] = state
+    return [FullyShardCall(tuple(names[id(one)] for one in state._modules), state) for state in states.values()]
 
 
 def bare_instance(module: FSDPModule) -> nn.Module:

@@ -7,7 +7,7 @@ Start with `window.py`, whose steps [1] to [6] the other files implement:
     backward.py       `BackPropagation` of weighted loss terms, through torch or `backward=`
     loss_terms.py     `LossTerms` and their means over the window; `metrics.py` does so for `Metrics`
     prefetch.py       micro-batches on their way to the device
-    recovery.py       `run_with_recovery`; `non_finite.py` finds the offending micro-batch
+    recovery.py       `run_with_recovery`, which also finds the offending micro-batch
     coordinator.py    `Coordinator`: what ranks tell each other, here for one process
     model_checks.py   hooks, dropout and lazy layers; `graph.py` walks through the autograd graph
 

@@ -30,23 +30,14 @@ class BackwardFn(Protocol):
 
 
 class BackPropagation:
-    """Back-propagates weighted loss terms.
-
-    Args:
-        backward: what to call instead of torch's own function.
-        grad_scaler: scales grad_outputs.
-    """
+    """Back-propagates weighted loss terms, by `backward` in place of torch's own function where it is given."""
 
     def __init__(self, backward: BackwardFn | None = None, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         self._backward = backward
         self._grad_scaler = grad_scaler
 
     def __call__(self, terms: Weighed, factor: float = 1.0) -> None:
-        """Back-propagate the sum of `factor * weight * term`.
-
-        Raises:
-            LossError: there are terms, and none requires grad.
-        """
+        """Back-propagate the sum of `factor * weight * term`; LossError where no term requires grad."""
         if len(terms) == 1 and self._backward is None:
             ((loss, weight),) = terms
             if type(loss) is Tensor and loss.requires_grad and type(weight) is float:  # the usual case, faster
@@ -79,7 +70,11 @@ class BackPropagation:
         # A new one each time: where a parameter of one element is viewed on its way to the loss, autograd makes this
         # memory its .grad, and the next micro-batch would add to both. A hook may write to it, too.
         if loss.dtype.itemsize < 4 and torch.tensor(weight, dtype=loss.dtype).item() != weight:
-            _warn_of_rounding(loss.dtype)
+            # Python shows a warning once per place, which is what is wanted here.
+            warn(
+                f"the loss is {loss.dtype}, so the weight of a micro-batch is rounded to it (by up to 2e-3 in "
+                "bfloat16). Let loss_fn take the mean in float32: losses.float().mean().",
+            )
         grad_output = loss.new_full((), weight)
         if self._grad_scaler is None:
             return grad_output
@@ -95,7 +90,16 @@ def probe(backward: BackwardFn, device: torch.device) -> None:
     Frameworks that count micro-batches themselves divide by their number, a second time.
     """
     scalar = torch.ones((), device=device, requires_grad=True)
-    _check_signature(backward, scalar)
+    try:
+        inspect.signature(backward).bind(scalar, gradient=scalar)
+    except ValueError:  # a builtin without a signature
+        pass
+    except TypeError as error:
+        raise BackwardError(
+            f"backward= cannot be called as backward(loss, gradient=gradient): {error}. The weight of a micro-batch is "
+            "the gradient argument; pass it on: loss.backward(gradient=gradient).",
+            0.0,
+        ) from None
     with torch.enable_grad():
         backward(scalar * 1.0, gradient=torch.full((), 3.0, device=device))
     if scalar.grad is None:
@@ -114,24 +118,3 @@ def probe(backward: BackwardFn, device: torch.device) -> None:
             "through backward= is not supported by this version.",
             factor,
         )
-
-
-def _check_signature(backward: BackwardFn, scalar: Tensor) -> None:
-    try:
-        inspect.signature(backward).bind(scalar, gradient=scalar)
-    except ValueError:  # a builtin without a signature
-        return
-    except TypeError as error:
-        raise BackwardError(
-            f"backward= cannot be called as backward(loss, gradient=gradient): {error}. The weight of a micro-batch is "
-            "the gradient argument; pass it on: loss.backward(gradient=gradient).",
-            0.0,
-        ) from None
-
-
-def _warn_of_rounding(dtype: torch.dtype) -> None:
-    # Python shows a warning once per place, which is what is wanted here.
-    warn(
-        f"the loss is {dtype}, so the weight of a micro-batch is rounded to it (by up to 2e-3 in bfloat16). Let "
-        "loss_fn take the mean in float32: losses.float().mean().",
-    )

@@ -14,30 +14,17 @@ DistributedError with its text. So an error on one rank rolls the window back on
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 from gradfold.engine.loss_terms import LossTerms
-from gradfold.engine.metrics import Metrics
 from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import WindowWeights
 
 T = TypeVar("T")
 
 
-class Outputs(Protocol):
-    """The losses and metrics of a window."""
-
-    @property
-    def losses(self) -> LossTerms:
-        """Their losses."""
-
-    @property
-    def metrics(self) -> Metrics:
-        """Their metrics."""
-
-
-class Coordinator:
+class Coordinator(AbstractContextManager["Coordinator"]):
     """One process by itself: there is nothing to coordinate.
 
     Attributes:
@@ -53,19 +40,14 @@ class Coordinator:
     can_probe = True
     grad_factor = 1.0
 
-    def __enter__(self) -> Coordinator:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         pass
 
     def over_all_ranks(self, own: WindowWeights) -> WindowWeights:
         """Weights of this rank's micro-batches, normalized by the denominators of all ranks."""
         return own
 
-    def end(self, window: Outputs, gradients: GradientBuffer) -> None:
+    def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """Every micro-batch has run: make losses, metrics and gradients those of all ranks."""
 
     def commit(self) -> None:

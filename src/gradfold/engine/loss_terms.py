@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradfold.batch.split import MicroBatch
+from gradfold.engine.metrics import Metrics
 from gradfold.errors import LossError, NonFiniteLossError
 from gradfold.weights import UNNAMED, WindowWeights
 
@@ -20,29 +21,25 @@ LossFn: TypeAlias = Callable[[Any, Any], LossOutput]
 
 
 def read_pair(output: LossOutput) -> tuple[Loss, Mapping[str, Any]]:
-    """The loss and the metrics of an output that has both.
-
-    Raises:
-        LossError: it has not.
-    """
+    """The loss and the metrics of an output; LossError where it does not have both."""
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
         return output
     raise LossError(_not_a_loss(output))
 
 
 def read_terms(loss: Loss) -> dict[str, Tensor]:
-    """The terms of a loss by name.
-
-    Raises:
-        LossError: it is not a loss, or a term is not a 0-d floating point tensor.
-    """
+    """The terms of a loss by name; LossError where it is not a loss, or a term not a 0-d floating point tensor."""
     terms = {UNNAMED: loss} if isinstance(loss, Tensor) else loss
     if not isinstance(terms, Mapping) or not terms or not all(isinstance(term, Tensor) for term in terms.values()):
         raise LossError(_not_a_loss(loss))
     for name, term in terms.items():
         if term.dim() or not term.is_floating_point():
-            is_output = terms is loss and "loss" in terms  # of transformers, a mapping with the logits in it
-            raise LossError(_not_a_loss(loss) if is_output else _not_a_mean(name, term))
+            if terms is loss and "loss" in terms:  # of transformers, a mapping with the logits in it
+                raise LossError(_not_a_loss(loss))
+            raise LossError(
+                f"the loss term {name!r} has shape {tuple(term.shape)} and dtype {term.dtype}; expected a 0-d floating "
+                "point tensor, the mean over the micro-batch: use reduction='mean', or write loss.mean()."
+            )
     return dict(terms)
 
 
@@ -53,16 +50,9 @@ def loss_terms_of(output: LossOutput) -> dict[str, Tensor]:
 
 def _read(values: list[Tensor | float], device: torch.device) -> list[float]:
     """Kept values as numbers, in one transfer."""
-    waiting: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            waiting.append(value.to(device))  # a model on several devices may have its terms on them
-    if not waiting:
-        return values  # type: ignore[return-value]  # none is a tensor
-    numbers: list[float] = torch.stack(waiting).tolist() if len(waiting) > 1 else [waiting[0].item()]
-    if len(numbers) == len(values):
-        return numbers
-    read = iter(numbers)
+    # A model on several devices may have its terms on them.
+    waiting = [value.to(device) for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(waiting).tolist() if len(waiting) > 1 else map(Tensor.item, waiting))
     for index, value in enumerate(values):
         if isinstance(value, Tensor):
             values[index] = next(read)
@@ -78,23 +68,17 @@ def _not_a_loss(output: object) -> str:
     )
 
 
-def _not_a_mean(name: str, term: Tensor) -> str:
-    return (
-        f"the loss term {name!r} has shape {tuple(term.shape)} and dtype {term.dtype}; expected a 0-d floating point "
-        "tensor, the mean over the micro-batch: use reduction='mean', or write loss.mean()."
-    )
-
-
 @dataclass(frozen=True)
 class TermSums:
-    """By term, the weighted sum of losses; and their dtype, None where there are no terms."""
+    """By term, the weighted sum of losses; their dtype, None where there are no terms; and `Metrics.sums`."""
 
     values: Mapping[str, float]
     dtype: torch.dtype | None
+    metrics: Mapping[str, tuple[float, float]]
 
 
 class LossTerms:
-    """The loss terms of a window's micro-batches, and their means over the window.
+    """The loss terms of a window's micro-batches, with metrics beside them, and their means over the window.
 
     Attributes:
         normalized: by name of a term, the normalized weight of each micro-batch; empty before the first.
@@ -112,6 +96,19 @@ class LossTerms:
         self._taken: list[int] = []  # micro-batches so far
         self.sums: dict[str, float] = {}
         self._of_all: Sequence[TermSums] = ()  # where several processes train together: of all, in one order
+        self._metrics: Metrics | None = None
+
+    @property
+    def metrics(self) -> Metrics:
+        """What `loss_fn` returned beside the loss."""
+        if self._metrics is None:
+            self._metrics = Metrics(self._micro_batches, self._weights, self._device)
+        return self._metrics
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether metrics came with some loss so far."""
+        return self._metrics is not None and bool(self._metrics.all_names)
 
     @property
     def all_names(self) -> set[str]:
@@ -163,12 +160,13 @@ class LossTerms:
         self._values = {
             (name, places[index]): value for (name, index), value in earlier._values.items() if index in places
         }
+        if earlier._metrics is not None:
+            self.metrics.carry_over(earlier._metrics, places)
 
     def settle(self, flags: Sequence[Tensor] = ()) -> bool:
-        """Every micro-batch is done: read the losses from the device, and these flags, in one transfer.
+        """Every micro-batch is done: read losses and flags from the device in one transfer.
 
-        Returns:
-            Whether the loss is finite and every flag is 0.
+        Gives whether the loss is finite and every flag is 0.
         """
         values = _read([*self._values.values(), *flags], self._device)
         self._values = dict(zip(self._values, values, strict=False))
@@ -185,25 +183,31 @@ class LossTerms:
 
     def own_sums(self) -> TermSums:
         """The sums of these micro-batches, once settled."""
-        return TermSums(self.sums, self._dtype)
+        return TermSums(self.sums, self._dtype, self.metrics.sums())
 
     def join(self, of_all: Sequence[TermSums]) -> None:
         """Take the sums of all processes, in one order, to be the loss when it is settled again."""
         self._of_all = of_all
         self._dtype = next((sums.dtype for sums in of_all if sums.dtype is not None), self._dtype)
+        self.metrics.join([sums.metrics for sums in of_all])
 
     def close(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the settled window and the mean of each named term; 0-d, detached, on the device.
+        """The loss of the settled window, and by name the mean of each term and the metrics.
 
-        Averaged in float64. NaN where all weights are 0; a term of weight 0 adds nothing to the loss.
+        Losses are 0-d, detached, on the device, and averaged in float64. NaN where all weights are 0; a term of weight
+        0 adds nothing to the loss.
         """
-        if not self.sums:
-            return self._scalar(math.nan, torch.float32), {}
-        if self._of_unnamed is not None:
-            return self._scalar(self.sums[UNNAMED], self._dtype), {}
-        names = [name for name in dict.fromkeys([*self.normalized, *self.sums]) if name != UNNAMED]
-        means = {name: self._scalar(self.sums.get(name, math.nan), self._dtype) for name in names}
-        return self._scalar(sum(self.sums.values()), self._dtype), means
+        is_empty = not self.sums
+        loss = self._scalar(math.nan, None) if is_empty else self._scalar(sum(self.sums.values()), self._dtype)
+        means: dict[str, Tensor] = {}
+        if self._of_unnamed is None and not is_empty:
+            for name in dict.fromkeys([*self.normalized, *self.sums]):
+                if name != UNNAMED:
+                    means[name] = self._scalar(self.sums.get(name, math.nan), self._dtype)
+        if self._metrics is not None:
+            self._metrics.check_names(self.all_names)
+            means |= self._metrics.close()
+        return loss, means
 
     def non_finite(self) -> set[int]:
         """The micro-batches of a settled window whose loss is NaN or infinite."""

@@ -25,11 +25,6 @@ class Metrics:
         self._values: dict[str, dict[int, Tensor]] = {}
         self._of_all: Sequence[Mapping[str, tuple[float, float]]] = ()
 
-    @property
-    def names(self) -> Collection[str]:
-        """The names that came so far."""
-        return self._values
-
     def add(self, index: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of micro-batch `index`."""
         for name, value in metrics.items():

@@ -26,15 +26,9 @@ def dropping_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_hooks(model: nn.Module, parameters: Sequence[nn.Parameter], warned_of: set[str]) -> None:
-    """Look for hooks on parameters, which would see the gradient of each micro-batch instead of that of the batch.
+    """Warn of hooks that see the gradient of each micro-batch; HookError where one would act after each.
 
-    Args:
-        model: the model that is trained.
-        parameters: all of its parameters.
-        warned_of: names that were warned of before; grows.
-
-    Raises:
-        HookError: a hook would act after each micro-batch.
+    `warned_of`: the names that were warned of before, to which new ones are added.
     """
     if [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]:
         names = [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]

@@ -23,8 +23,8 @@ class Prefetcher:
     """Hands out micro-batches on a device, while the host keeps its own.
 
     At most two micro-batches are on the device: the one in use and the next. Copies to CUDA run on a separate stream,
-    and overlap the computation when the batch is in pinned memory
-    (`DataLoader(pin_memory=True)`). The CUDA path has not been run on a GPU yet.
+    and overlap the computation when the batch is in pinned memory (`DataLoader(pin_memory=True)`). The CUDA
+    path has not been run on a GPU yet.
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], device: torch.device) -> None:
@@ -48,17 +48,12 @@ class Prefetcher:
         return map_leaves(self._to_device, self._micro_batches[index].data)
 
     def _to_device(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return self._tensor_to_device(leaf)
-        return leaf.to(self._device) if hasattr(leaf, "to") else leaf  # a packed sequence, a batch of graphs
-
-    def _tensor_to_device(self, tensor: Tensor) -> Tensor:
-        if tensor.device == self._device:
-            return tensor
-        if self._stream is None or not tensor.is_cpu:
-            return tensor.to(self._device, non_blocking=True)
+        if not isinstance(leaf, Tensor):
+            return leaf.to(self._device) if hasattr(leaf, "to") else leaf  # a packed sequence, a batch of graphs
+        if self._stream is None or not leaf.is_cpu:
+            return leaf.to(self._device, non_blocking=True)
         with torch.cuda.stream(self._stream):
-            return tensor.to(self._device, non_blocking=True)
+            return leaf.to(self._device, non_blocking=True)
 
     def _wait(self, stream: torch.cuda.Stream, batch: Batch) -> None:
         current = torch.cuda.current_stream(self._device)

@@ -1,10 +1,8 @@
 """Recovery: a window runs until it is complete, through out-of-memory errors and gradients that are not finite.
 
 Out of memory: the micro-batch that failed is halved, and with it all that are as large and not done. Where it has
-changed nothing, the micro-batches that are done are kept; else the window begins again. The batch, its denominator and
-the number of updates stay the same.
-
-Not finite: the micro-batches run again, one gradient at a time, to see which one it comes from.
+changed nothing, the micro-batches that are done are kept; else the window begins again. Not finite: the micro-batches
+run again, one gradient at a time, to see which one it comes from.
 """
 
 from __future__ import annotations
@@ -12,17 +10,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal, TypeAlias
 
 import torch
 
 from gradfold.batch.split import MicroBatch, MicroBatcher, split_further
-from gradfold.engine.non_finite import InspectedWindow, gradient_error, joint_gradient_error
 from gradfold.engine.result import Recovery, Unit
-from gradfold.engine.strategy import Strategy, run_in_order
+from gradfold.engine.strategy import Run, Strategy, run_in_order
 from gradfold.engine.window import Window
 from gradfold.errors import (
     BatchError,
@@ -34,10 +31,13 @@ from gradfold.errors import (
     is_out_of_memory,
 )
 from gradfold.messages import join_names
+from gradfold.state.gradients import non_finite_names
 from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 OnNonFinite: TypeAlias = Literal["raise", "skip_update", "skip_micro_batch"]
+
+_LOOK_FOR = "Look for sqrt or norm at 0, division by a standard deviation of 0, or overflow."
 
 
 def check_on_non_finite(on_non_finite: str) -> None:
@@ -52,27 +52,28 @@ def check_on_non_finite(on_non_finite: str) -> None:
 def run_with_recovery(
     window: Window,
     strategy: Strategy,
+    run: Run,
     snapshot: Snapshot,
     micro_batcher: MicroBatcher,
     on_non_finite: OnNonFinite | None,
 ) -> Window:
-    """Run what is pending of a window.
+    """Run what is pending of a window; returns it complete, or the one to check and run next.
 
-    Args:
-        window: what runs; checked before, since after a recovery it may have other micro-batches.
-        strategy: how it runs where it is not whole.
-        snapshot: what it goes back to.
-        micro_batcher: splits what does not fit.
-        on_non_finite: the user's policy; None leaves gradients that are not finite to a loss scaler.
-
-    Returns:
-        The window, complete; or the one to check and run next.
+    `run` is that of the strategy, or something around it, and is called where the window is not whole. Without a policy
+    `on_non_finite` gradients that are not finite are left to a loss scaler.
 
     Raises:
         DoesNotFitError: one row does not fit, or the batch cannot be split.
         NonFiniteLossError, NonFiniteGradientError: something is not finite, and that was to be raised.
     """
-    message = _attempt(window, strategy, snapshot, micro_batcher)
+    can_replay = window.context.coordinator.can_replay
+    is_whole = can_replay and strategy.is_whole(window)  # else other ranks may have more micro-batches
+    is_new = can_replay and micro_batcher.largest(window.micro_batches) > micro_batcher.fitting.proven
+    if is_new and (is_whole or strategy.is_sequential(window.context)):
+        run = _run_with_savepoints
+    elif is_whole:
+        run = run_in_order
+    message = _attempt(window, run, snapshot)
     if message is not None:
         release_memory(window.device)
         return _halve(window, snapshot, micro_batcher, message)
@@ -91,49 +92,43 @@ def run_with_recovery(
     return _completed(window, strategy, snapshot)
 
 
-def does_not_fit(window: Window, error: ModelError) -> ModelError | DoesNotFitError:
-    """A refusal of a window, which may be due to micro-batches that were halved on out-of-memory."""
-    if not window.failed_sizes:
-        return error
+def does_not_fit(window: Window, error: ModelError) -> DoesNotFitError:
+    """A refusal of a window whose micro-batches were halved on out-of-memory."""
     return DoesNotFitError(
         f"{_listed(window)} do not fit in memory at once, and fewer cannot be run: {error}",
         tuple(window.failed_sizes),
     )
 
 
-def _attempt(window: Window, strategy: Strategy, snapshot: Snapshot, micro_batcher: MicroBatcher) -> str | None:
+def _attempt(window: Window, run: Run, snapshot: Snapshot) -> str | None:
     """Run what is pending; returns the message of an out-of-memory error.
 
     A separate function, since the traceback holds the tensors of the frames that failed until the function returns.
     """
-    can_replay = window.context.coordinator.can_replay
-    is_whole = strategy.is_whole(window)
     try:
-        is_new = can_replay and micro_batcher.largest(window.micro_batches) > micro_batcher.fitting.proven
-        if is_new and (is_whole or strategy.is_sequential(window.context)):
-            for index in window.pending():
-                snapshot.set_savepoint()
-                run_in_order(window, [index])
-                window.done |= {index}
-        elif is_whole:
-            run_in_order(window, window.pending())
-        else:
-            strategy.run(window, window.pending(), snapshot)
+        run(window, window.pending(), snapshot)
     except Exception as error:
-        if not can_replay or not is_out_of_memory(error):
+        if not window.context.coordinator.can_replay or not is_out_of_memory(error):
             raise
         return str(error) or type(error).__name__
     return None
 
 
+def _run_with_savepoints(window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
+    for index in indices:
+        snapshot.set_savepoint()
+        run_in_order(window, [index])
+        window.done |= {index}
+
+
 def _settle(window: Window, snapshot: Snapshot, checks_gradient: bool) -> bool:
     """Every micro-batch has run: losses and gradients become those of all ranks; whether they are finite."""
     coordinator = window.context.coordinator
-    coordinator.end(window, snapshot.gradients)
+    coordinator.end(window.losses, snapshot.gradients)
     flags = snapshot.settle()
     is_finite = window.losses.settle(flags if checks_gradient else [])
-    if window.weights.are_named:
-        window.check_names()
+    if window.weights.named is not None:
+        window.weights.check_names(window.losses.all_names, window.losses.metrics.all_names)
     return coordinator.all_finite(is_finite)
 
 
@@ -249,15 +244,65 @@ def _inspect(
     """Run the window again, one gradient at a time; gives the offending micro-batches, with their parameters."""
     for index in range(len(window.micro_batches)):
         window.check_unchanged(index)
-    inspected: Window = InspectedWindow(window, window.micro_batches, snapshot)
-    inspected.follow(window)
+    window = window.again(window.micro_batches)
+    found: dict[int, tuple[str, ...]] = {}
     snapshot.rewind()
-    while (message := _attempt(inspected, strategy, snapshot, micro_batcher)) is not None:
+    while (message := _attempt(window, partial(inspect_each, strategy.run, found), snapshot)) is not None:
         release_memory(window.device)
-        inspected = _halve(inspected, snapshot, micro_batcher, message)
-    assert isinstance(inspected, InspectedWindow)
-    inspected.losses.settle()
-    return inspected, dict.fromkeys(inspected.losses.non_finite(), ()) | inspected.bad
+        window = _halve(window, snapshot, micro_batcher, message)
+    window.losses.settle()
+    bad = {index: found[id(part)] for index, part in enumerate(window.micro_batches) if found[id(part)]}
+    return window, dict.fromkeys(window.losses.non_finite(), ()) | bad
+
+
+def inspect_each(
+    run: Run, found: dict[int, tuple[str, ...]], window: Window, indices: Sequence[int], snapshot: Snapshot
+) -> None:
+    """Run micro-batches one by one, and drop each gradient.
+
+    `found` gets the parameters whose gradient is not finite, by the `id` of a micro-batch, whose index may change.
+    """
+    for index in indices:
+        snapshot.set_savepoint()
+        run(window, [index], snapshot)
+        found[id(window.micro_batches[index])] = non_finite_names(window.model)
+        snapshot.empty_gradients()
+        window.done |= {index}
+
+
+def gradient_error(window: Window, bad: Mapping[int, tuple[str, ...]]) -> NonFiniteGradientError:
+    """The error that names the first offending micro-batch; `bad`: these, with the names of parameters."""
+    if not bad:
+        return NonFiniteGradientError(
+            "the gradient of the batch is not finite, and no micro-batch was found whose own gradient is not finite: "
+            "their sum overflows, or loss_fn does not return the same twice.",
+            None,
+            range(window.num_samples),
+            (),
+        )
+    index = min(bad)
+    part, names = window.micro_batches[index], bad[index]
+    return NonFiniteGradientError(
+        f"the loss of micro-batch {index} of {len(window.micro_batches)}{part.where} is finite, its gradient of "
+        f"{join_names(names, 3)} is not. {_LOOK_FOR} "
+        'on_non_finite="skip_micro_batch" leaves such micro-batches out, "skip_update" such batches.',
+        index,
+        part.rows,
+        names,
+    )
+
+
+def joint_gradient_error(window: Window) -> NonFiniteGradientError:
+    """The error for micro-batches that share one gradient."""
+    names = non_finite_names(window.model)
+    return NonFiniteGradientError(
+        f"the gradient of the batch is not finite ({join_names(names, 3)}), though its losses are. All micro-batches "
+        f"share one backward pass, so the offending one cannot be named. {_LOOK_FOR} "
+        'on_non_finite="skip_update" leaves such batches out.',
+        None,
+        range(window.num_samples),
+        names,
+    )
 
 
 def _check_totals(whole: WindowWeights, parts: WindowWeights) -> None:

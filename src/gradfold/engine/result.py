@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -50,14 +51,8 @@ class Recovery:
             text = f"the gradient of {where} was not finite: left out"
         else:
             text = f"the gradient of {where} was not finite: no update"
-        changed = [
-            name
-            for name, has_changed in (
-                ("random numbers", self.changes_randomness),
-                ("BatchNorm's statistics", self.changes_batch_statistics),
-            )
-            if has_changed
-        ]
+        names = ("random numbers", "BatchNorm's statistics")
+        changed = list(compress(names, (self.changes_randomness, self.changes_batch_statistics)))
         return text + (f" ({' and '.join(changed)} differ from those of a run without the fault)" if changed else "")
 
 

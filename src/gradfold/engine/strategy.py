@@ -7,8 +7,8 @@ The plain order is `Sequential`. Losses and layers that couple the samples of a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, final
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.window import Context, Window
 from gradfold.errors import NotDecomposableError
 from gradfold.state.snapshot import Snapshot
+
+Run: TypeAlias = Callable[[Any, Sequence[int], Snapshot], None]
+"""`Strategy.run`, or something around it: a timer, turns of ranks."""
 
 
 class Passes(Protocol):
@@ -102,7 +105,7 @@ class Strategy(ABC):
         return error
 
 
-def run_in_order(window: Passes, indices: Sequence[int]) -> None:
+def run_in_order(window: Passes, indices: Sequence[int], snapshot: Snapshot | None = None) -> None:
     """One micro-batch after another, as if each were alone."""
     for index in indices:
         window.backward(window.forward(index))
@@ -119,34 +122,3 @@ class Sequential(Strategy):
     def is_sequential(self, context: Context) -> bool:
         """Always."""
         return True
-
-
-class WrappedStrategy(Strategy):
-    """A strategy around another one. Abstract; `run` is to be written.
-
-    Args:
-        strategy: the other one.
-    """
-
-    def __init__(self, strategy: Strategy) -> None:
-        super().__init__(strategy.probe_loss)
-        self.strategy = strategy
-        self.probes_loss = strategy.probes_loss
-        self.runs_zero_weight = strategy.runs_zero_weight
-        self.has_own_gradients = strategy.has_own_gradients
-
-    def is_sequential(self, context: Context) -> bool:
-        """As the other one."""
-        return self.strategy.is_sequential(context)
-
-    def is_whole(self, window: Window) -> bool:
-        """As the other one."""
-        return self.strategy.is_whole(window)
-
-    def depends_on_split(self, context: Context) -> bool:
-        """As the other one."""
-        return self.strategy.depends_on_split(context)
-
-    def find_offender(self, window: Window) -> int | None:
-        """As the other one."""
-        return self.strategy.find_offender(window)

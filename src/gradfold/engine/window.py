@@ -19,7 +19,7 @@ docs/design.md has the drawing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from types import MappingProxyType
@@ -34,7 +34,6 @@ from gradfold.batch.split import ROWS, MicroBatch, versions
 from gradfold.engine.backward import BackPropagation, Weighed
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn, LossTerms, read_pair
-from gradfold.engine.metrics import Metrics
 from gradfold.engine.prefetch import prefetch
 from gradfold.engine.result import Recovery, WindowResult
 from gradfold.errors import BatchError, ModelError
@@ -48,9 +47,6 @@ class Context:
 
     A walk through a model costs about 0.7 us per module. A check that nothing has changed since the last walk costs a
     fifth of that: children, types and parameters are the same objects in the same places.
-
-    Args:
-        model: the model that is trained.
 
     Attributes:
         modules: all modules, each once.
@@ -74,12 +70,8 @@ class Context:
 
     def update(self) -> None:
         """A new window begins: look at the model again."""
-        modules = self.modules
-        if not (
-            _are_same(self._children, _values(_CHILDREN, modules))
-            and _are_same(self._types, list(map(type, modules)))
-            and _are_same(self._tensors, _values(_PARAMETERS, modules))
-        ):
+        now = _parts_of(self.modules)
+        if len(now) != len(self._parts) or not all(map(is_, now, self._parts)):
             self._walk()
         modes = list(map(TRAINING, self.modules))
         if modes != self.modes:
@@ -103,9 +95,7 @@ class Context:
 
     def _walk(self) -> None:
         self.modules = list(self.model.modules())
-        self._children = _values(_CHILDREN, self.modules)
-        self._types = list(map(type, self.modules))
-        self._tensors = _values(_PARAMETERS, self.modules)
+        self._parts = _parts_of(self.modules)
         self.parameters = parameters_of(self.modules)
         self.modes = list(map(TRAINING, self.modules))
         self.version += 1
@@ -117,12 +107,10 @@ _CHILDREN, _PARAMETERS, _VALUES = attrgetter("_modules"), attrgetter("_parameter
 _HOOKS, _POST_ACCUMULATE_HOOKS = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
-def _values(of: Callable[[nn.Module], Any], modules: list[nn.Module]) -> list[Any]:
-    return list(chain.from_iterable(map(_VALUES, map(of, modules))))
-
-
-def _are_same(ours: list[Any], theirs: list[Any]) -> bool:
-    return len(ours) == len(theirs) and all(map(is_, ours, theirs))
+def _parts_of(modules: list[nn.Module]) -> list[Any]:
+    """The children, types and parameters of modules."""
+    dicts = chain(map(_CHILDREN, modules), map(_PARAMETERS, modules))
+    return [*map(type, modules), *chain.from_iterable(map(_VALUES, dicts))]
 
 
 class PassListener:
@@ -139,18 +127,12 @@ class Window:
     """The micro-batches of one update, and the losses and metrics of those that are done.
 
     Args:
-        context: what it runs in.
         loss_fn: the user's, under autocast with `precision=`.
-        micro_batches: as they were split.
-        weight: the user's option.
-        back_propagate: the backward pass.
-        listener: notified of each forward pass.
         runs_zero_weight: whether micro-batches of weight 0 run like the others, which depend on their rows.
 
     Attributes:
-        model, device: of the context.
         num_samples: rows of the batch of this rank.
-        losses, metrics: what `loss_fn` returned so far.
+        losses: what `loss_fn` returned so far, with the metrics.
         weights: of the micro-batches, normalized by the denominators of all ranks.
         zero_weight: the micro-batches of weight 0.
         current: the micro-batch whose forward pass began last.
@@ -184,7 +166,6 @@ class Window:
         self.weights = context.coordinator.over_all_ranks(own)
         self.zero_weight = own.zero_weight
         self.losses = LossTerms(micro_batches, self.weights, device)
-        self._metrics: Metrics | None = None
         self._take = None if device.type == "cpu" else prefetch(micro_batches, device)
         self.num_samples = sum(sizes)
         self.done: frozenset[int] = frozenset()
@@ -205,27 +186,14 @@ class Window:
             *(self.context, self.loss_fn, micro_batches, self.weight, self.back_propagate, self.listener),
             self.runs_zero_weight,
         )
-        window.follow(self, done)
-        return window
-
-    def follow(self, earlier: Window, done: Mapping[int, int] = MappingProxyType({})) -> None:
-        """Take over what another window over the same rows has seen; `done` as for `again`."""
-        self.num_samples = earlier.num_samples
-        self.recoveries = earlier.recoveries
-        self.failed_sizes = earlier.failed_sizes
-        self.done = frozenset(done.values())
+        window.num_samples = self.num_samples
+        window.recoveries = self.recoveries
+        window.failed_sizes = self.failed_sizes
+        window.done = frozenset(done.values())
         for before, now in done.items():
-            self._versions[now] = earlier._versions[before]
-        self.losses.carry_over(earlier.losses, done)
-        if earlier._metrics is not None:
-            self.metrics.carry_over(earlier._metrics, done)
-
-    @property
-    def metrics(self) -> Metrics:
-        """What `loss_fn` returned beside the loss."""
-        if self._metrics is None:
-            self._metrics = Metrics(self.micro_batches, self.weights, self.device)
-        return self._metrics
+            window._versions[now] = self._versions[before]
+        window.losses.carry_over(self.losses, done)
+        return window
 
     def pending(self) -> list[int]:
         """The micro-batches to run, in order; those of weight 0 last, when the names of the metrics are known."""
@@ -235,18 +203,13 @@ class Window:
         return [index for index in (*busy, *sorted(self.zero_weight)) if index not in self.done]
 
     def forward(self, index: int, loss_fn: LossFn | None = None) -> Weighed:
-        """Run the forward pass of a micro-batch; returns its loss terms, with their graph and normalized weights.
-
-        Args:
-            index: of the micro-batch.
-            loss_fn: replaces the user's.
-        """
+        """Run the forward pass of a micro-batch, of the user's loss or another one; returns its weighed loss terms."""
         if index in self.zero_weight and not self.runs_zero_weight:
             return self._forward_zero_weight(index)
         output = self.call(index, loss_fn)
         if isinstance(output, tuple):
             output, metrics = read_pair(output)
-            self.metrics.add(index, metrics)
+            self.losses.metrics.add(index, metrics)
         return self.losses.add(index, output)
 
     def backward(self, weighed: Weighed) -> None:
@@ -286,10 +249,6 @@ class Window:
                 "again on the same rows. Write to a copy instead: inputs = inputs.clone()."
             )
 
-    def check_names(self) -> None:
-        """Raise WeightError where a weight has no loss term or metric, once the losses are settled."""
-        self.weights.check_names(self.losses.all_names, self.metrics.all_names)
-
     def completed(self) -> Window:
         """All micro-batches have run, and loss and gradient are as they will be handed over."""
         self.is_complete = True
@@ -298,9 +257,6 @@ class Window:
     def result(self) -> WindowResult:
         """Loss, metrics and counts of a complete window."""
         loss, metrics = self.losses.close()
-        if self._metrics is not None:
-            self._metrics.check_names(self.losses.all_names)
-            metrics.update(self._metrics.close())
         num_run = len(self.micro_batches) - (0 if self.runs_zero_weight else len(self.zero_weight))
         unnamed = self.weights.unnamed
         weight = unnamed.total if unnamed is not None else self.weights.total(self.losses.all_names)
@@ -310,10 +266,9 @@ class Window:
         """Run a micro-batch of weight 0, if it may have metrics."""
         self.current = index
         is_alone = len(self.zero_weight) == len(self.micro_batches)
-        has_metrics = self._metrics is not None and bool(self._metrics.names)
-        if has_metrics or (is_alone and self.weights.others_are_busy()):
+        if self.losses.has_metrics or (is_alone and self.weights.are_busy()):
             with torch.no_grad():
                 output = self.call(index)
             if isinstance(output, tuple):
-                self.metrics.add(index, read_pair(output)[1])
+                self.losses.metrics.add(index, read_pair(output)[1])
         return []

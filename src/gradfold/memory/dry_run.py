@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from gradfold.batch.nesting import Batch, cut_rows, every_leaf, map_tensors
 from gradfold.batch.rows import num_rows
 from gradfold.batch.split import Collate
-from gradfold.distributed.fsdp import ShardingRecipe, gathered_parameters, set_reducing, sharded_modules
+from gradfold.distributed.fsdp import ShardingRecipe, set_reducing, sharded_modules
+from gradfold.distributed.torch_private import gathered_parameters
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, read_pair, read_terms
@@ -215,7 +216,8 @@ class DryRun:
                     metrics.append({name: one.detach() for name, one in of_batch.items() if isinstance(one, Tensor)})
                 terms = read_terms(output)
                 del output
-                own = set(map(id, [*parameters, *gathered_parameters(modules)]))  # gathered by the forward pass
+                gathered = gathered_parameters(sharded_modules(modules))  # by the forward pass
+                own = set(map(id, [*parameters, *gathered]))
                 _back_propagate(terms.values(), own, is_fake=isinstance(parameters[0], FakeTensor))
                 del terms
         gradients.settle()

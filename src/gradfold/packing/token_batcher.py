@@ -20,7 +20,7 @@ from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows, num_rows
 from gradfold.batch.split import Collate, MicroBatch, MicroBatcher, check_collated, split_samples
 from gradfold.engine.loss_terms import LossFn
-from gradfold.engine.strategy import Strategy, WrappedStrategy
+from gradfold.engine.strategy import Run, Strategy
 from gradfold.engine.window import Window
 from gradfold.errors import BatchError, OptionError
 from gradfold.messages import warn
@@ -31,22 +31,21 @@ from gradfold.packing.token_budget import TokenBudget
 from gradfold.state.snapshot import Snapshot
 
 
-@final
-class StepTimer(WrappedStrategy):
-    """A strategy whose micro-batches are timed, forward and backward, where they run one after another."""
+class StepTimer:
+    """Times the micro-batches of a strategy, forward and backward, where they run one after another."""
 
     def __init__(self, strategy: Strategy) -> None:
-        super().__init__(strategy)
+        self._strategy = strategy
         self._timed: list[tuple[MicroBatch, float]] = []
 
     def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
         """Run the micro-batches as the strategy does."""
-        if not self.is_sequential(window.context):
-            self.strategy.run(window, indices, snapshot)
+        if not self._strategy.is_sequential(window.context):
+            self._strategy.run(window, indices, snapshot)
             return
         for index in indices:
             start = _now(window.device)
-            self.strategy.run(window, [index], snapshot)
+            self._strategy.run(window, [index], snapshot)
             self._timed.append((window.micro_batches[index], _now(window.device) - start))
 
     def overhead(self) -> float | None:
@@ -191,10 +190,10 @@ class TokenBatcher(MicroBatcher):
     def _cost(self) -> StepCost:
         return StepCost(_FIRST_OVERHEAD if self.overhead is None else self.overhead, self._budget.step_cost.attention)
 
-    def timed(self, strategy: Strategy) -> Strategy:
-        """A strategy, timed where a micro-step is to be measured."""
+    def timed(self, strategy: Strategy) -> Run:
+        """The `run` of a strategy, timed where a micro-step is to be measured."""
         self._timer = StepTimer(strategy) if self._is_measuring else None
-        return self._timer or strategy
+        return (self._timer or strategy).run
 
     def learn(self, micro_batches: Sequence[MicroBatch]) -> None:
         """A window of these micro-batches has gone through without a fault; learn from what was timed."""

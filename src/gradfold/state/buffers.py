@@ -1,16 +1,17 @@
 """The buffers that forward passes change: found once, kept during each window, restored when it fails.
 
 BatchNorm's running statistics do not bump their version counters, and `self.ema = ...` rebinds a buffer without one.
-So the first window keeps every buffer and compares by value and identity when it closes; later windows keep only those
-that had changed, all running statistics in training mode, and those whose version counter has moved since. A changed
-`training` flag starts over.
+So the first window keeps and compares every buffer; later ones only those that had changed, all running statistics in
+training mode, and those whose version counter has moved since. A changed `training` flag starts over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from gradfold.errors import is_out_of_memory
 from gradfold.messages import warn
+from gradfold.state.attributes import is_expanded
 from gradfold.torch_private import NormBase, set_versions
 
 _VERSION = attrgetter("_version")
@@ -25,20 +27,49 @@ _MAX_FROZEN_BYTES = 2**26  # of all frozen parameters, to copy before one is kno
 
 
 @dataclass(frozen=True, slots=True)
-class _BufferLocation:
-    """A buffer's place in the model and the tensor that stood there when the window opened."""
+class _Buffer:
+    """A place for a buffer, and what stood there when the window opened.
+
+    Attributes:
+        tensor: None where there was none yet, or that of a lazy module that has not run.
+        copy: of its values; None where no change is expected.
+    """
 
     module: nn.Module
     name: str
-    tensor: Tensor
-    version: int
+    tensor: Tensor | None = None
+    version: int = 0
+    copy: Tensor | None = None
 
     @property
     def key(self) -> tuple[int, str]:
         return id(self.module), self.name
 
-    def is_rebound(self) -> bool:
-        return getattr(self.module, self.name, None) is not self.tensor  # a scripted module's `_buffers` has no `get`
+    @property
+    def now(self) -> Any:
+        return getattr(self.module, self.name, None)  # a scripted module's `_buffers` has no `get`
+
+    def shows_change(self) -> bool:
+        """Whether it was made, rebound, or written to by what moves the version counter."""
+        if self.tensor is None:
+            return self.now is not None and not is_lazy(self.now)
+        return self.tensor is not self.now or self.tensor._version != self.version
+
+    def put_back(self) -> bool:
+        """Undo a change; False where there is no copy."""
+        if self.tensor is None:
+            if isinstance(self.module, NormBase):
+                self.module.reset_running_stats()  # a lazy layer that has run cannot be made lazy again
+            else:
+                self.module._buffers[self.name] = None
+            return True
+        if self.copy is None:
+            return False
+        if self.tensor is not self.now:
+            self.module._buffers[self.name] = self.tensor
+        if not is_expanded(self.tensor):
+            self.tensor.copy_(self.copy)
+        return True
 
 
 class BufferKeeper:
@@ -47,81 +78,85 @@ class BufferKeeper:
     def __init__(self) -> None:
         self._modes: list[tuple[int, bool]] | None = None
         self._changing: set[tuple[int, str]] | None = None  # None: not known yet
-        self._kept: list[tuple[_BufferLocation, Tensor]] = []
-        self._unkept: list[_BufferLocation] = []
-        self._missing: list[tuple[nn.Module, str]] = []  # None, or of a lazy module that has not run
+        self._found: list[_Buffer] = []
 
     def open(self, modules: Sequence[nn.Module]) -> None:
         """Copy the buffers of these modules that may change."""
-        places = _places(modules)
-        self._missing = _missing(modules)
         modes = [(id(module), module.training) for module in modules]
         if modes != self._modes:
             self._modes, self._changing = modes, None
-        keep = [place for place in places if self._may_change(place)]
-        self._kept = [(place, copy) for place, copy in zip(keep, _copies(keep), strict=True)]
-        self._unkept = [place for place in places if not self._may_change(place)]
+        self._found = list(self._find(modules))
 
     def learn(self) -> None:
         """Note what this window has changed; the copies stay."""
-        if not self._kept and not self._unkept and not self._missing:
+        if not self._found:
             return
         if self._changing is None:
-            self._changing = _changed(self._kept)
-        self._changing |= {place.key for place in self._unkept if _shows_change(place)}
-        # A buffer that this window made (a codebook, a moving average) will go on changing.
-        self._changing |= {
-            (id(module), name) for module, name in self._missing if module._buffers.get(name) is not None
-        }
+            self._changing = {one.key for one in self._changes()}
+        else:  # one that this window made (a codebook, a moving average) will go on changing
+            self._changing |= {one.key for one in self._found if one.copy is None and one.shows_change()}
 
     def close(self) -> None:
         """Drop the copies."""
-        self._kept, self._unkept, self._missing = [], [], []
+        self._found = []
 
     def have_changed(self) -> bool:
         """Whether some buffer differs from what it was when the window opened."""
-        return bool(
-            _changed(self._kept)
-            or any(map(_shows_change, self._unkept))
-            or any(module._buffers.get(name) is not None for module, name in self._missing)
-        )
+        return bool(self._changes())
 
     def changed(self, model: nn.Module) -> list[str]:
         """The names of the buffers that differ from what they were when the window opened."""
-        changed = _changed(self._kept)
-        return [
-            f"{path}.{name}" if path else name
-            for path, module in model.named_modules()
-            for name in module._buffers
-            if (id(module), name) in changed
-        ]
+        paths = {id(module): f"{path}." if path else "" for path, module in model.named_modules()}
+        return [paths[id(one.module)] + one.name for one in self._changes()]
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Put back the values of the buffers when the window opened, in the same tensors."""
-        changed = _changed_if_known(self._kept)
-        with torch.no_grad():
-            for place, copy in self._kept:
-                # What is unchanged is not written to: that would move its version counter.
-                if place.key in changed:
-                    if place.is_rebound():
-                        place.module._buffers[place.name] = place.tensor
-                    if not _is_expanded(place.tensor):
-                        place.tensor.copy_(copy)
-        for module, name in self._missing:
-            _take_away(module, name)
-        lost = [f"{type(place.module).__name__}.{place.name}" for place in self._unkept if _shows_change(place)]
+        try:
+            changes = self._changes()  # what is unchanged is not written to: that would move its version counter
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            changes = [one for one in self._found if one.copy is not None or one.shows_change()]
+        lost = [f"{type(one.module).__name__}.{one.name}" for one in changes if not one.put_back()]
         self._changing = None
-        self._kept, self._unkept, self._missing = [], [], []
+        self._found = []
         if lost:
             warn(
                 f"a failed window changed buffers that no window had changed before: {', '.join(lost)}. They keep "
                 "their new values; everything else was restored.",
             )
 
-    def _may_change(self, place: _BufferLocation) -> bool:
-        if self._changing is None or place.key in self._changing:
+    def _find(self, modules: Sequence[nn.Module]) -> Iterator[_Buffer]:
+        copies: dict[int, Tensor] = {}  # by tensor, which may stand in several places
+        for module in modules:
+            for name, tensor in module._buffers.items():
+                if tensor is None or is_lazy(tensor):
+                    yield _Buffer(module, name)
+                elif not tensor.is_inference():
+                    if self._may_change(module, name) and id(tensor) not in copies:
+                        copies[id(tensor)] = tensor.detach().clone()
+                    yield _Buffer(module, name, tensor, tensor._version, copies.get(id(tensor)))
+
+    def _may_change(self, module: nn.Module, name: str) -> bool:
+        if self._changing is None or (id(module), name) in self._changing:
             return True
-        return isinstance(place.module, NormBase) and place.module.training
+        return isinstance(module, NormBase) and module.training
+
+    def _changes(self) -> list[_Buffer]:
+        """What has changed; values are compared on the device and read in one transfer each."""
+        changes: list[_Buffer] = []
+        unclear: dict[torch.device, list[tuple[_Buffer, Tensor]]] = {}
+        for one in self._found:
+            if one.shows_change():
+                changes.append(one)
+            # Sparse tensors cannot be compared, but nothing changes them behind their version counters.
+            elif one.tensor is not None and one.copy is not None and one.copy.layout is torch.strided:
+                unclear.setdefault(one.copy.device, []).append((one, (one.tensor != one.copy).any()))
+        for compared in unclear.values():
+            buffers, flags = zip(*compared, strict=True)
+            changes += compress(buffers, torch.stack(flags).tolist())
+        return changes
 
 
 class FrozenKeeper:
@@ -151,36 +186,36 @@ class FrozenKeeper:
             known = [one for one in self._frozen if not is_lazy(one)]
             trained = (one for one in parameters if one.requires_grad)
             copies_all = self._copies_all and _num_bytes(known) <= max(_MAX_FROZEN_BYTES, _num_bytes(trained))
-            for parameter in known:
-                if copies_all or id(parameter) in self._moving:
-                    self._copies[id(parameter)] = parameter.detach().clone()
+            kept = [one for one in known if copies_all or id(one) in self._moving]
+            self._copies = {id(one): one.detach().clone() for one in kept}
 
     def learn(self) -> None:
         """Note which have moved."""
-        self._moving |= set(map(id, self.moved()))
+        self._moving |= {id(one) for one, _ in self.moved()}
 
-    def moved(self) -> list[nn.Parameter]:
-        """The parameters that have moved since the opening."""
+    def moved(self) -> list[tuple[nn.Parameter, int]]:
+        """The parameters that have moved since the opening, each with its version then."""
         now = list(map(_VERSION, self._frozen))
         if now == self._versions:
             return []
-        return [one for one, before, after in zip(self._frozen, self._versions, now, strict=True) if before != after]
+        versions = zip(self._frozen, self._versions, now, strict=True)
+        return [(one, before) for one, before, after in versions if before != after]
 
     def close(self) -> None:
         """Let the copies go."""
         self._frozen, self._versions, self._copies = [], [], {}
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Put back what was copied; warn of the rest."""
-        moved = self.moved()
-        self._moving |= set(map(id, moved))
-        lost = [tuple(parameter.shape) for parameter in moved if id(parameter) not in self._copies]
-        with torch.no_grad():
-            for parameter, version in zip(self._frozen, self._versions, strict=True):
-                if parameter._version != version and id(parameter) in self._copies:
-                    parameter.copy_(self._copies[id(parameter)])
-                    # The window around a probe shall not find that something has moved.
-                    set_versions((parameter,), (version,))
+        lost = []
+        for parameter, version in self.moved():
+            self._moving.add(id(parameter))
+            if id(parameter) not in self._copies:
+                lost.append(tuple(parameter.shape))
+                continue
+            parameter.copy_(self._copies[id(parameter)])
+            set_versions((parameter,), (version,))  # the window around a probe shall not find that it has moved
         self._versions = list(map(_VERSION, self._frozen))
         if lost:
             warn(
@@ -191,78 +226,3 @@ class FrozenKeeper:
 
 def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(one.nbytes for one in parameters if not is_lazy(one))
-
-
-def _places(modules: Iterable[nn.Module]) -> list[_BufferLocation]:
-    return [
-        _BufferLocation(module, name, tensor, tensor._version)
-        for module in modules
-        for name, tensor in module._buffers.items()
-        if tensor is not None and not is_lazy(tensor) and not tensor.is_inference()
-    ]
-
-
-def _missing(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, name)
-        for module in modules
-        for name, tensor in module._buffers.items()
-        if tensor is None or is_lazy(tensor)
-    ]
-
-
-def _take_away(module: nn.Module, name: str) -> None:
-    """Undo what gave a value to a buffer that had none."""
-    tensor = module._buffers.get(name)
-    if tensor is None or is_lazy(tensor):
-        return
-    if isinstance(module, NormBase):
-        module.reset_running_stats()  # a lazy layer that has run cannot be made lazy again
-    else:
-        module._buffers[name] = None
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether one element stands for many, so that nothing can be written, by us or by a forward pass."""
-    return tensor.layout is torch.strided and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-
-
-def _copies(places: list[_BufferLocation]) -> list[Tensor]:
-    """A copy per place; a tensor that stands in several places is copied once."""
-    copies = {id(place.tensor): place.tensor for place in places}
-    with torch.no_grad():
-        copies = {key: tensor.detach().clone() for key, tensor in copies.items()}
-    return [copies[id(place.tensor)] for place in places]
-
-
-def _shows_change(place: _BufferLocation) -> bool:
-    return place.is_rebound() or place.tensor._version != place.version
-
-
-def _changed(kept: list[tuple[_BufferLocation, Tensor]]) -> set[tuple[int, str]]:
-    """The places that differ from their copies; values are compared on the device and read in one transfer each."""
-    changed = {place.key for place, _ in kept if _shows_change(place)}
-    # Sparse tensors cannot be compared, but nothing changes them behind their version counters.
-    unclear = [(place, copy) for place, copy in kept if place.key not in changed and copy.layout is torch.strided]
-    differs: dict[torch.device, list[Tensor]] = {}
-    order: dict[torch.device, list[_BufferLocation]] = {}
-    for place, copy in unclear:
-        differs.setdefault(copy.device, []).append((place.tensor != copy).any())
-        order.setdefault(copy.device, []).append(place)
-    for device, flags in differs.items():
-        for place, flag in zip(order[device], torch.stack(flags).tolist(), strict=True):
-            if flag:
-                changed.add(place.key)
-    return changed
-
-
-def _changed_if_known(kept: list[tuple[_BufferLocation, Tensor]]) -> set[tuple[int, str]]:
-    """The places that differ from their copies; all of them where memory does not suffice to compare."""
-    try:
-        return _changed(kept)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return {place.key for place, _ in kept}

@@ -1,8 +1,5 @@
 """External state: what a user's functions hold in closures and globals and may change, saved and put back.
 
-A list of losses, a counter, a dict of masks, a generator, the moving average of a teacher: runs that are to have no
-side effect change these as they change the model, and runs on fake tensors leave fake ones there, which fail later.
-
 Followed are closures, defaults, the globals that code names, `functools.partial`, bound methods, attributes of modules
 and of objects of the user's own classes, and what plain containers hold. Not followed: classes, properties, iterators,
 files, and what installed packages keep (but for modules, whose state is in their attributes).
@@ -16,7 +13,7 @@ import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -24,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradfold.state.attributes import ModuleAttributes, put_back_container, put_back_tensor
+from gradfold.state.attributes import OF_EVERY_MODULE, ModuleAttributes, keep_contents
 from gradfold.state.buffers import BufferKeeper
 from gradfold.state.rng import RandomStates
 
@@ -32,28 +29,31 @@ _CONTAINERS = (list, deque, set, dict, defaultdict, OrderedDict, Counter)
 _MAX_OBJECTS = 20_000  # to follow, which takes some milliseconds
 _MAX_INSIDE = 1_000  # a container of more holds data
 _MAX_BYTES = 2**20  # of a tensor to copy: a larger one is data, or a weight
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, children, hooks
 _MISSING = object()
 
 
-class ExternalState:
+class ExternalState(AbstractContextManager["ExternalState"]):
     """Saves what functions and modules reach, and puts back what has changed at the end of a `with` block.
 
     Modules are saved with attributes and buffers, and all generators with their states. A `functools` cache that grew
     is cleared.
+
+    Args:
+        roots: functions, callable objects and modules; kept all, however many there are.
+
+    Attributes:
+        random_states: at the beginning.
     """
 
     def __init__(self, *roots: Any) -> None:
         reached = list(reach(*roots))
         modules = [one for one in reached if isinstance(one, nn.Module)]
-        random_states = RandomStates.record(chain.from_iterable(one.parameters(recurse=False) for one in modules))
+        parameters = chain.from_iterable(one.parameters(recurse=False) for one in modules)
+        self.random_states = RandomStates.record(parameters)
         attributes, buffers = ModuleAttributes(modules), BufferKeeper()
         buffers.open(modules)
         undo = [undo for one in reached for undo in _undo(one)]
-        self._steps = [*undo, attributes.restore, buffers.restore, random_states.restore]
-
-    def __enter__(self) -> ExternalState:
-        return self
+        self._steps = [*undo, attributes.restore, buffers.restore, self.random_states.restore]
 
     def __exit__(self, *_: object) -> None:
         self.restore()
@@ -69,7 +69,7 @@ def reach(*roots: Any) -> Iterator[Any]:
     """Everything that functions, callable objects and modules hold and name, each once."""
     ahead, own = deque(roots), set(map(id, roots))
     seen: dict[int, Any] = {}  # with the objects, whose ids are theirs while they live
-    while ahead and len(seen) < _MAX_OBJECTS:
+    while ahead and len(seen) < max(_MAX_OBJECTS, len(roots)):
         one = ahead.popleft()
         if id(one) not in seen:
             seen[id(one)] = one
@@ -93,10 +93,11 @@ def _parts(one: Any, is_root: bool) -> Iterable[Any]:
     if isinstance(one, partial):
         return [one.func, *one.args, *one.keywords.values()]
     if isinstance(one, nn.Module):
-        return [*(value for name, value in vars(one).items() if name not in _OF_EVERY_MODULE), *one.children()]
+        return [*(value for name, value in vars(one).items() if name not in OF_EVERY_MODULE), *one.children()]
     if type(one) in (*_CONTAINERS, tuple):
         return list(one.values() if isinstance(one, Mapping) else one) if len(one) <= _MAX_INSIDE else ()
-    if _is_users_object(one):
+    is_object = hasattr(one, "__dict__") and not isinstance(one, (type, types.ModuleType))
+    if is_object and (isinstance(one, types.SimpleNamespace) or _is_users(type(one))):
         return [vars(one)]
     return vars(one).values() if is_root and hasattr(one, "__dict__") else ()
 
@@ -104,16 +105,13 @@ def _parts(one: Any, is_root: bool) -> Iterable[Any]:
 def _undo(one: Any) -> Iterator[Callable[[], object]]:
     """What puts an object back into its present state."""
     numpy = sys.modules.get("numpy")
-    if type(one) in _CONTAINERS:
-        yield partial(put_back_container, one, one.copy())
+    if type(one) in _CONTAINERS or (isinstance(one, Tensor) and one.nbytes <= _MAX_BYTES):
+        undo = keep_contents(one)
+        yield from [] if undo is None else [undo]
     elif isinstance(one, types.CellType):
         yield partial(_put_back_cell, one, _contents(one))
     elif isinstance(one, types.FunctionType) and _is_users(one):
         yield from (partial(_put_back_name, *each) for each in _named(one))
-    elif isinstance(one, Tensor):
-        is_writable = one.layout is torch.strided and not one.is_inference() and 0 not in one.stride()
-        if is_writable and one.nbytes <= _MAX_BYTES:
-            yield partial(put_back_tensor, one, one._version, one.detach().clone())
     elif isinstance(one, functools._lru_cache_wrapper):
         yield partial(_clear_if_grown, one, one.cache_info().misses)
     elif isinstance(one, torch.Generator) or (numpy is not None and isinstance(one, numpy.random.RandomState)):
@@ -147,12 +145,6 @@ def _contents(cell: types.CellType) -> list[Any]:
         return [cell.cell_contents]
     except ValueError:
         return []
-
-
-def _is_users_object(one: Any) -> bool:
-    if isinstance(one, (type, types.ModuleType, types.FunctionType, nn.Module)) or not hasattr(one, "__dict__"):
-        return False
-    return isinstance(one, types.SimpleNamespace) or _is_users(type(one))
 
 
 def _is_users(one: types.ModuleType | types.FunctionType | type) -> bool:

@@ -38,9 +38,7 @@ class GradientBuffer:
     Several losses may be back-propagated into one `.grad`: their sum is there when the window closes, in the *same*
     tensors as before, since flat buffers and optimizers may refer to them.
 
-    Args:
-        parameters: the parameters whose fields these are.
-        sums: what their gradients are summed in; None: each in its own dtype.
+    Without `sums` each gradient is summed in its own dtype.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], sums: SumDtype | None = None) -> None:
@@ -73,23 +71,20 @@ class GradientBuffer:
         found = {id(parameter) for parameter, _ in self._found}
         return [id(parameter) in found for parameter in self.parameters]
 
-    def zeros(self) -> list[Tensor | None]:
-        """Of each parameter that has no new gradient: zeros, for the case that another process has one."""
-        return [
-            torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-            if parameter.grad is None and parameter.requires_grad
-            else None
-            for parameter in self.parameters
-        ]
+    def fill(self) -> None:
+        """Zeros where a parameter has no new gradient, for the case that another process has one."""
+        for parameter in self.parameters:
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
 
-    def in_layouts(self, layouts: Sequence[str | None], zeros: Sequence[Tensor | None]) -> list[Tensor]:
-        """The new gradients, dense or sparse as said, with zeros where other processes have one."""
+    def in_layouts(self, layouts: Sequence[str | None]) -> list[Tensor]:
+        """The new gradients, filled, each dense or sparse as said; those that no process has are dropped."""
         found = []
-        for parameter, layout, zero in zip(self.parameters, layouts, zeros, strict=True):
-            if layout in (None, "frozen"):
+        for parameter, layout in zip(self.parameters, layouts, strict=True):
+            gradient = parameter.grad
+            if layout is None or gradient is None:
+                parameter.grad = None
                 continue
-            gradient = zero if parameter.grad is None else parameter.grad
-            assert gradient is not None
             if layout == "sparse":
                 gradient = gradient.coalesce() if gradient.is_sparse else gradient.to_sparse(1)  # as an embedding's
             elif gradient.is_sparse:
@@ -269,7 +264,14 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
 
     As `torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients.
     """
-    values = _values(parameters)
+    values = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            parameter.grad = gradient = gradient.coalesce()
+            gradient = gradient.values()
+        if gradient is not None:
+            values.append(gradient)
     norm = torch.nn.utils.get_total_norm(values)
     if hasattr(norm, "full_tensor"):  # of shards: over all ranks
         norm = norm.full_tensor()
@@ -279,16 +281,3 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     for value in values:
         value.mul_(factor.to(value.device))
     return norm
-
-
-def _values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    values = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-            values.append(parameter.grad.values())
-        else:
-            values.append(parameter.grad)
-    return values

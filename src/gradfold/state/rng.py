@@ -74,48 +74,37 @@ def _which(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # there is one, and its functions take no device
 
 
-class HostRandomState(NamedTuple):
-    """States of the global generators of Python and numpy (None where numpy is not loaded)."""
+class RandomStates(NamedTuple):
+    """The random states of torch, and of the global generators of Python and numpy (None where it is not loaded)."""
 
+    torch: RandomState
     python: Any
     numpy: Any
 
     @classmethod
-    def record(cls) -> HostRandomState:
-        """The states now."""
-        numpy = sys.modules.get("numpy")
-        return cls(random.getstate(), None if numpy is None else numpy.random.get_state())
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-    def moved(self) -> str | None:
-        """The module whose generator is in another state now, if one is."""
-        now = HostRandomState.record()
-        if now.python != self.python:
-            return "random"
-        if now.numpy is None:
-            return None
-        # A name, the words of the state as an array, the position in them, and a cached normal number.
-        is_same = self.numpy is not None and now.numpy[2:] == self.numpy[2:] and (now.numpy[1] == self.numpy[1]).all()
-        return None if is_same else "numpy.random"
-
-
-class RandomStates(NamedTuple):
-    """The random states of torch, numpy and Python."""
-
-    torch: RandomState
-    host: HostRandomState
-
-    @classmethod
     def record(cls, tensors: Iterable[Tensor]) -> RandomStates:
         """The states now, of the devices of some tensors."""
-        return cls(RandomState.record(tensors), HostRandomState.record())
+        return cls(RandomState.record(tensors), *_host_states())
 
     def restore(self) -> None:
         """Set the generators back."""
         self.torch.restore()
-        self.host.restore()
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    def moved_on_host(self) -> str | None:
+        """The module whose global generator is in another state now, if one is."""
+        python, numpy = _host_states()
+        if python != self.python:
+            return "random"
+        if numpy is None:
+            return None
+        # A name, the words of the state as an array, the position in them, and a cached normal number.
+        is_same = self.numpy is not None and numpy[2:] == self.numpy[2:] and (numpy[1] == self.numpy[1]).all()
+        return None if is_same else "numpy.random"
+
+
+def _host_states() -> tuple[Any, Any]:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()

@@ -1,22 +1,8 @@
 """A snapshot: what a run may change, saved, so that it can be put back.
 
-There is one, for windows as for the runs that gradfold makes to find something out (self-check, verify, "auto"):
-
-| what is put back                                    | window | probe |
-|-----------------------------------------------------|--------|-------|
-| `training` flags of modules                         | yes    | yes   |
-| `.grad` of parameters, and of tensors set aside     | yes    | yes   |
-| buffers, and frozen parameters that `loss_fn` moves | yes    | yes   |
-| torch's random state                                | yes    | yes   |
-| attributes of modules                               |        | yes   |
-| numpy's and Python's random state                   |        | yes   |
-| containers that the user's functions hold           |        | yes   |
-
-A window puts back only if it fails. Attributes, host generators and the user's objects are the user's. A probe puts
-everything back, whether or not it fails.
-
-A window can also begin again (`rewind`), or return to the savepoint of the last micro-batch, if only the random state
-has moved since; or it is discarded, which leaves no gradient at all.
+There is one, for windows as for probes: the runs that gradfold makes to find something out (self-check, verify). What
+each of them puts back is a table in docs/design.md. A window can also begin again (`rewind`), or return to the
+savepoint of the last micro-batch, if only the random state has moved since; or it leaves no gradient at all.
 """
 
 from __future__ import annotations
@@ -24,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,7 +20,7 @@ from gradfold.state.attributes import ModuleAttributes
 from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.external import ExternalState
 from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
-from gradfold.state.rng import HostRandomState, RandomState
+from gradfold.state.rng import RandomState
 
 TRAINING, _BUFFERS, _IS_TRAINED = attrgetter("training"), attrgetter("_buffers"), attrgetter("requires_grad")
 
@@ -44,9 +29,7 @@ class Snapshot:
     """Saves on entry to a `with` block, and puts back on any exception; that of a probe always puts back.
 
     Args:
-        model: the model that runs.
-        modules: all of its modules, since a walk through them takes time.
-        parameters: all of its parameters.
+        modules, parameters: all of the model's, since a walk through it takes time.
         buffers: knows which buffers earlier windows have changed; None: a new one.
         frozen: likewise of the frozen parameters.
         sums: what gradients are summed in, as for `GradientBuffer`.
@@ -75,19 +58,15 @@ class Snapshot:
         self._frozen = FrozenKeeper(copies_all=probe is not None) if frozen is None else frozen
         self._sums = sums
         self._probe = probe
-        self._attributes: ModuleAttributes | None = None
-        self._host_random_state: HostRandomState | None = None
         self._external: ExternalState | None = None
         self._is_discarded = False
-        self._savepoint: Savepoint | None = None
+        self._savepoint: tuple[RandomState, list[tuple[Tensor | None, int]]] | None = None
 
     def __enter__(self) -> Snapshot:
         self._modes = list(map(TRAINING, self._modules))
         self._random_state = self._beginning = self._record()
         if self._probe is not None:
-            self._attributes = ModuleAttributes(self._modules)
-            self._host_random_state = HostRandomState.record()
-            self._external = ExternalState(self._model, *self._probe)
+            self._external = ExternalState(*self._probe, *self._modules)
         if self._has_buffers:
             self._buffers.open(self._modules)
         if self._has_frozen:
@@ -95,9 +74,7 @@ class Snapshot:
         self.gradients = GradientBuffer(self._parameters, self._sums)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if error is not None or self._probe is not None:
                 self._roll_back()
@@ -116,11 +93,7 @@ class Snapshot:
         self._beginning = self._record()
 
     def settle(self) -> list[Tensor]:
-        """The last micro-batch is done: bring the new gradients into the form in which they are handed over.
-
-        Returns:
-            Flags, 0-d on the device, of which one is not 0 where a gradient is not finite.
-        """
+        """The last micro-batch is done, and gradients get their final form; gives flags as `non_finite_flags`."""
         self.gradients.settle()
         if self._has_buffers:
             self._buffers.learn()
@@ -135,9 +108,10 @@ class Snapshot:
             self._buffers.restore()
             self._buffers.open(self._modules)
         self._frozen.restore()
+        if self._external is not None:
+            self._external.random_states.restore()
         self._beginning.restore()
-        if self._host_random_state is not None:
-            self._host_random_state.restore()
+        self._savepoint = None
 
     def empty_gradients(self) -> None:
         """Drop the new gradients."""
@@ -156,7 +130,7 @@ class Snapshot:
 
     def has_drawn_on_host(self) -> str | None:
         """The module whose global generator has moved since the beginning, if one has; of a probe."""
-        return None if self._host_random_state is None else self._host_random_state.moved()
+        return None if self._external is None else self._external.random_states.moved_on_host()
 
     def changed_buffers(self) -> list[str]:
         """The names of the buffers that differ from those on entry."""
@@ -164,7 +138,8 @@ class Snapshot:
 
     def set_savepoint(self) -> None:
         """A micro-batch begins."""
-        self._savepoint = Savepoint(self._parameters, self._record())
+        # The gradients themselves: a new one may get the address, and so the id, of one that is gone.
+        self._savepoint = self._record(), list(map(_mark, self._parameters))
 
     def return_to_savepoint(self) -> bool:
         """Undo the micro-batch that began last; False, and nothing is undone, where that is impossible.
@@ -172,10 +147,14 @@ class Snapshot:
         What cannot be undone alone: gradients that a backward pass has added to, and buffers that any forward
         pass of this window has changed, since only their values on entry are kept.
         """
-        savepoint, self._savepoint = self._savepoint, None
-        if savepoint is None or savepoint.is_touched() or self._buffers.have_changed() or self._frozen.moved():
+        if self._savepoint is None:
             return False
-        savepoint.random_state.restore()
+        (random_state, marks), self._savepoint = self._savepoint, None
+        now = map(_mark, self._parameters)
+        is_touched = any(one[0] is not mark[0] or one[1] != mark[1] for one, mark in zip(now, marks, strict=True))
+        if is_touched or self._buffers.have_changed() or self._frozen.moved():
+            return False
+        random_state.restore()
         return True
 
     def _record(self) -> RandomState:
@@ -186,8 +165,8 @@ class Snapshot:
     def _roll_back(self) -> None:
         restore_each(
             self._restore_modes,
-            self._put_gradients_back,
-            *(one.restore for one in (self._attributes, self._external, self._host_random_state) if one is not None),
+            lambda: self.gradients.put_back(self._model.parameters()),
+            *([] if self._external is None else [self._external.restore]),
             self._random_state.restore,
             self._frozen.restore,  # last, since these may warn
             self._buffers.restore,
@@ -197,9 +176,6 @@ class Snapshot:
         for module, mode in zip(self._modules, self._modes, strict=True):
             if module.training is not mode:
                 module.training = mode
-
-    def _put_gradients_back(self) -> None:
-        self.gradients.put_back(self._model.parameters())
 
 
 def restore_each(step: Callable[[], None], *others: Callable[[], None]) -> None:
@@ -211,24 +187,8 @@ def restore_each(step: Callable[[], None], *others: Callable[[], None]) -> None:
             restore_each(*others)
 
 
-class Savepoint:
-    """The gradients and the random state at the start of a micro-batch."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], random_state: RandomState) -> None:
-        self.random_state = random_state
-        self._parameters = parameters
-        # The tensors themselves: a new one may get the address, and so the id, of one that is gone.
-        self._marks = [_mark(parameter) for parameter in parameters]
-
-    def is_touched(self) -> bool:
-        """Whether a gradient has changed since."""
-        return any(
-            gradient is not parameter.grad or (gradient is not None and gradient._version != version)
-            for parameter, (gradient, version) in zip(self._parameters, self._marks, strict=True)
-        )
-
-
 def _mark(parameter: nn.Parameter) -> tuple[Tensor | None, int]:
+    """The gradient, and how often it was written to."""
     gradient = parameter.grad
     return gradient, 0 if gradient is None else gradient._version
 
