@@ -127,7 +127,7 @@ def _settle(window: Window, snapshot: Snapshot, checks_gradient: bool) -> bool:
     coordinator.end(window.losses, snapshot.gradients)
     flags = snapshot.settle()
     is_finite = window.losses.settle(flags if checks_gradient else [])
-    if window.weights.named is not None:
+    if window.weights.are_named:
         window.weights.check_names(window.losses.all_names, window.losses.metrics.all_names)
     return coordinator.all_finite(is_finite)
 
