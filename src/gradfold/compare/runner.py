@@ -73,7 +73,7 @@ def compare(
         folder = Path(name)
         for arm in arms:
             num_busy_cores = watch_other_programs()
-            outcomes[arm] = _of_all_ranks(_run_arm(arm, settings, sizes, folder, on_progress), group)
+            outcomes[arm] = _of_all_ranks(*_run_arm(arm, settings, sizes, folder, on_progress), group)
             busy_cores = max(busy_cores, num_busy_cores())
         measured = {arm: outcome for arm, outcome in outcomes.items() if isinstance(outcome, Measured)}
         failures = {arm: outcome for arm, outcome in outcomes.items() if isinstance(outcome, str)}
@@ -91,7 +91,8 @@ def accompany(settings: Settings, group: ProcessGroup) -> None:
     with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
         for arm in settings.arms or ():
             runs = not ARMS[arm].runs_on_one
-            _of_all_ranks(_run_arm(arm, settings, sizes, Path(name), lambda _: None) if runs else "", group)
+            outcome = _run_arm(arm, settings, sizes, Path(name), lambda _: None) if runs else ("", 0.0)
+            _of_all_ranks(*outcome, group)
 
 
 def _prepare(settings: Settings) -> tuple[Settings, Sizes, WorkloadFacts]:
@@ -102,11 +103,11 @@ def _prepare(settings: Settings) -> tuple[Settings, Sizes, WorkloadFacts]:
     return replace(settings, arms=settings.arms_for(workload)), settings.sizes_for(workload), facts
 
 
-def _of_all_ranks(outcome: Measured | str, group: ProcessGroup | None) -> Measured | str:
+def _of_all_ranks(outcome: Measured | str, ended_s: float, group: ProcessGroup | None) -> Measured | str:
     """The first rank's measurement, or the earliest failure of any: the other ranks may have waited for that one."""
     if group is None:
         return outcome
-    outcomes = group.exchange((time.time(), outcome))
+    outcomes = group.exchange((ended_s, outcome))
     failures = [(at, rank, one) for rank, (at, one) in enumerate(outcomes) if isinstance(one, str) and one]
     if not failures:
         return outcome
@@ -114,8 +115,10 @@ def _of_all_ranks(outcome: Measured | str, group: ProcessGroup | None) -> Measur
     return failure if rank == 0 else f"on rank {rank}: {failure}"
 
 
-def _run_arm(arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progress: OnProgress) -> Measured | str:
-    """Run one arm in a child process: what it measured, or why it failed."""
+def _run_arm(
+    arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progress: OnProgress
+) -> tuple[Measured | str, float]:
+    """Run one arm in a child process: what it measured, or why it failed; and when it said so."""
     progress = ArmProgress(arm, sizes.total_samples, "starting")
     on_progress(progress)
     (folder / arm).mkdir()
@@ -136,7 +139,10 @@ def _run_arm(arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progre
                     progress = replace(progress, state="training", **report)
                     on_progress(progress)
                 else:
-                    outcome = report
+                    outcome, ended_s = (
+                        report,
+                        time.time(),
+                    )  # its end breaks connections of other ranks
         except (EOFError, pickle.UnpicklingError):  # the child has ended, perhaps within a report
             child.stdout.close()  # or it has not, and must not wait for a reader
             child.wait()
@@ -144,13 +150,14 @@ def _run_arm(arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progre
             child.kill()
             child.wait()
     if outcome is None:
+        ended_s = time.time()
         outcome = _describe_exit(child.returncode, errors.read_text(encoding="utf-8", errors="replace"))
     if isinstance(outcome, str):
         on_progress(replace(progress, state="failed"))
-        return outcome.replace(str(Path.home()), "~")
+        return outcome.replace(str(Path.home()), "~"), ended_s
     samples, updates, loss = outcome.num_samples, outcome.num_updates, outcome.final_loss
     on_progress(replace(progress, samples=samples, updates=updates, loss=loss, state="finished"))
-    return outcome
+    return outcome, ended_s
 
 
 def _describe_exit(return_code: int, stderr: str) -> str:
