@@ -106,6 +106,8 @@ CHANGES = {
     "deleted": lambda self: delattr(self, "ema"),
     "rebound to None": lambda self: setattr(self, "ema", None),
     "rebound to another shape": lambda self: setattr(self, "ema", torch.zeros(7)),
+    "resized in place": lambda self: self.ema.resize_(7).zero_(),
+    "resized in place to nothing": lambda self: self.ema.resize_(0),
 }
 
 
@@ -117,6 +119,29 @@ def test_a_first_window_that_fails_puts_back_whatever_way_a_buffer_was_changed(c
     model(INPUTS)
     keeper.restore()
     assert model.ema is held and model.ema.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_buffer_that_its_first_forward_pass_sizes(fails):
+    def size(model):
+        if not model.seen.numel():
+            model.seen.resize_(2).zero_()
+        model.seen.add_(1)
+        model.calls += 1
+        if fails and model.calls == 3:
+            raise ValueError("a fault")
+
+    model = Holder(size, seen=torch.empty(0))
+    model.calls = 0
+    accumulator = gradfold.Accumulator(model, lambda model, batch: model(batch).square().mean(), micro_batch_size=2)
+    if fails:
+        accumulator = gradfold.Accumulator(model, accumulator.loss_fn, micro_batch_size=2, self_check=False)
+        with pytest.raises(ValueError, match="a fault"):
+            accumulator.backward(INPUTS)
+        assert model.seen.shape == (0,)
+    else:
+        accumulator.backward(INPUTS)
+        assert model.seen.tolist() == [4, 4], "the passes of the self-check do not count"
 
 
 @pytest.mark.parametrize("change", [CHANGES[name] for name in ("in place", "rebound", "through .data", "a view of it")])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradfold.state import rng
 from gradfold.state.rng import RandomState
 
 
@@ -98,3 +99,21 @@ def test_no_accelerator_is_asked_for_parameters_on_the_cpu_or_without_storage(de
 
 def test_parameters_that_do_not_exist_yet_are_no_obstacle():
     RandomState.record(nn.LazyLinear(2).parameters()).restore()
+
+
+@pytest.mark.parametrize("module", [None, SimpleNamespace()])
+def test_a_backend_without_a_random_state_has_none_to_keep(monkeypatch, module):
+    def find(device):
+        if module is None:
+            raise RuntimeError(f"Device {str(device)!r} does not have a corresponding module")
+        return module
+
+    monkeypatch.setattr(torch, "get_device_module", find)
+    rng._has_state.cache_clear()
+    device = torch.device("lazy", 0 if module is None else 1)
+    state = RandomState.record([SimpleNamespace(device=device, is_cpu=False, is_meta=False)])
+    rng._has_state.cache_clear()
+    assert state.accelerators == () and not state.has_moved()
+    drawn = torch.rand(2)
+    state.restore()
+    assert torch.equal(torch.rand(2), drawn)

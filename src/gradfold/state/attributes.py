@@ -1,67 +1,87 @@
-"""The attributes of modules that are neither parameters nor buffers: saved, and put back.
+"""The attributes of modules and of their parameters: saved, and put back.
 
-A counter, a loss that a layer stores, a list that is appended to, a tensor that is changed in place.
+A counter, a loss that a layer stores, a list that is appended to, a tensor that is changed in place; the gradients per
+sample that a hook keeps on a parameter. Parameters and buffers themselves have keepers of their own.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, children and hooks have their own keepers
 
+# Their subclasses may forbid to be emptied, or keep more than their items (a frozen config, a model's output).
+CONTAINERS = (list, deque, set, dict, defaultdict, OrderedDict, Counter)
+
 
 class ModuleAttributes:
-    """The attributes of some modules, saved. Objects inside of attributes are not followed."""
+    """The attributes of some modules and their parameters, saved. Objects inside of attributes are not followed."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._kept = [(module, dict(vars(module))) for module in modules]
-        self._undo = [
-            undo
+        modules = list(modules)
+        parameters = chain.from_iterable(module.parameters(recurse=False) for module in modules)
+        owners: Iterable[Any] = chain(modules, parameters)
+        self._kept = [(one, _attributes_of(one)) for one in owners]
+        self._contents = [
+            contents
             for _, attributes in self._kept
-            for name, value in attributes.items()
-            if name not in OF_EVERY_MODULE and (undo := keep_contents(value)) is not None
+            for value in attributes.values()
+            if (contents := keep_contents(value)) is not None
         ]
 
     def restore(self) -> None:
         """Bind every attribute to what it was bound to, with the contents that it had."""
-        for module, attributes in self._kept:
-            now = vars(module)
-            for name in now.keys() - attributes.keys():
+        for owner, attributes in self._kept:
+            now = vars(owner)
+            for name in _attributes_of(owner).keys() - attributes.keys():
                 del now[name]
             now.update(attributes)
-        for undo in self._undo:
-            undo()
+        for contents in self._contents:
+            contents.restore()
 
 
-def keep_contents(value: Any) -> Callable[[], None] | None:
-    """What gives a container or a tensor its present contents again; None for other values, which are not copied."""
-    if isinstance(value, (list, dict, set, deque)):
-        return partial(_put_back_container, value, value.copy())
+class Contents(NamedTuple):
+    """A container or a tensor, and a copy of what was in it."""
+
+    value: Any
+    copy: Any
+    version: int  # of a tensor
+
+    def have_changed(self) -> bool:
+        """Whether something else is in it now."""
+        if isinstance(self.value, Tensor):
+            return bool(self.value._version != self.version)
+        return _items(self.value) != _items(self.copy)
+
+    def restore(self) -> None:
+        """Put back what was in it, if that has changed."""
+        if not self.have_changed():
+            return
+        if isinstance(self.value, Tensor):
+            with torch.no_grad():
+                if self.value.shape != self.copy.shape:
+                    self.value.resize_(self.copy.shape)
+                self.value.copy_(self.copy)
+        else:
+            self.value.clear()
+            (self.value.extend if isinstance(self.value, (list, deque)) else self.value.update)(self.copy)
+
+
+def keep_contents(value: Any) -> Contents | None:
+    """A copy of the contents of a container or a tensor; None of other values, which are not copied."""
+    if type(value) in CONTAINERS:
+        return Contents(value, value.copy(), 0)
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
     if value.is_inference() or is_expanded(value):  # inference tensors have no version; nothing writes to either
         return None
-    return partial(_put_back_tensor, value, value._version, value.detach().clone())
-
-
-def _put_back_container(container: Any, saved: Any) -> None:
-    """By identity: tensors have no truth value, and what compares equal may be another object."""
-    now, before = ([*one, *one.values()] if isinstance(one, Mapping) else [*one] for one in (container, saved))
-    if list(map(id, now)) != list(map(id, before)):
-        container.clear()
-        (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
-
-
-def _put_back_tensor(tensor: Tensor, version: int, content: Tensor) -> None:
-    if tensor._version != version:
-        with torch.no_grad():
-            tensor.copy_(content)
+    return Contents(value, value.detach().clone(), value._version)
 
 
 def is_expanded(tensor: Tensor) -> bool:
@@ -69,3 +89,12 @@ def is_expanded(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
+
+
+def _attributes_of(owner: nn.Module | nn.Parameter) -> dict[str, Any]:
+    return {name: value for name, value in vars(owner).items() if name not in OF_EVERY_MODULE}
+
+
+def _items(container: Any) -> list[int]:
+    """By identity: tensors have no truth value, and what compares equal may be another object."""
+    return [id(one) for one in ([*container, *container.values()] if isinstance(container, Mapping) else container)]

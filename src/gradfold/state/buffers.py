@@ -53,7 +53,8 @@ class _Buffer:
         """Whether it was made, rebound, or written to by what moves the version counter."""
         if self.tensor is None:
             return self.now is not None and not is_lazy(self.now)
-        return self.tensor is not self.now or self.tensor._version != self.version
+        is_resized = self.copy is not None and self.tensor.shape != self.copy.shape
+        return self.tensor is not self.now or self.tensor._version != self.version or is_resized
 
     def put_back(self) -> bool:
         """Undo a change; False where there is no copy."""
@@ -67,6 +68,8 @@ class _Buffer:
             return False
         if self.tensor is not self.now:
             self.module._buffers[self.name] = self.tensor
+        if self.tensor.shape != self.copy.shape:  # an observer's, which its first forward pass sizes
+            self.tensor.resize_(self.copy.shape)
         if not is_expanded(self.tensor):
             self.tensor.copy_(self.copy)
         return True

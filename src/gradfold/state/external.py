@@ -1,8 +1,8 @@
 """External state: what a user's functions hold in closures and globals and may change, saved and put back.
 
-Followed are closures, defaults, the globals that code names, `functools.partial`, bound methods, attributes of modules
-and of objects of the user's own classes, and what plain containers hold. Not followed: classes, properties, iterators,
-files, and what installed packages keep (but for modules, whose state is in their attributes).
+Followed are closures, defaults, the globals that code names, `functools.partial`, bound methods, attributes and hooks
+of modules, attributes of objects of the user's own classes, and what plain containers hold. Not followed: classes,
+properties, iterators, files, and what installed packages keep (but for modules, whose state is in their attributes).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import random
 import sys
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradfold.state.attributes import OF_EVERY_MODULE, ModuleAttributes, keep_contents
+from gradfold.state.attributes import CONTAINERS, OF_EVERY_MODULE, ModuleAttributes, keep_contents
 from gradfold.state.buffers import BufferKeeper
 from gradfold.state.rng import RandomStates
 
-_CONTAINERS = (list, deque, set, dict, defaultdict, OrderedDict, Counter)
 _MAX_OBJECTS = 20_000  # to follow, which takes some milliseconds
 _MAX_INSIDE = 1_000  # a container of more holds data
 _MAX_BYTES = 2**20  # of a tensor to copy: a larger one is data, or a weight
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MISSING = object()
 
 
@@ -93,8 +93,9 @@ def _parts(one: Any, is_root: bool) -> Iterable[Any]:
     if isinstance(one, partial):
         return [one.func, *one.args, *one.keywords.values()]
     if isinstance(one, nn.Module):
-        return [*(value for name, value in vars(one).items() if name not in OF_EVERY_MODULE), *one.children()]
-    if type(one) in (*_CONTAINERS, tuple):
+        own = (value for name, value in vars(one).items() if name not in OF_EVERY_MODULE)
+        return [*own, *chain.from_iterable(vars(one)[name].values() for name in _HOOKS), *one.children()]
+    if type(one) in (*CONTAINERS, tuple):
         return list(one.values() if isinstance(one, Mapping) else one) if len(one) <= _MAX_INSIDE else ()
     is_object = hasattr(one, "__dict__") and not isinstance(one, (type, types.ModuleType))
     if is_object and (isinstance(one, types.SimpleNamespace) or _is_users(type(one))):
@@ -105,9 +106,9 @@ def _parts(one: Any, is_root: bool) -> Iterable[Any]:
 def _undo(one: Any) -> Iterator[Callable[[], object]]:
     """What puts an object back into its present state."""
     numpy = sys.modules.get("numpy")
-    if type(one) in _CONTAINERS or (isinstance(one, Tensor) and one.nbytes <= _MAX_BYTES):
-        undo = keep_contents(one)
-        yield from [] if undo is None else [undo]
+    if type(one) in CONTAINERS or (isinstance(one, Tensor) and one.nbytes <= _MAX_BYTES):
+        contents = keep_contents(one)
+        yield from [] if contents is None else [contents.restore]
     elif isinstance(one, types.CellType):
         yield partial(_put_back_cell, one, _contents(one))
     elif isinstance(one, types.FunctionType) and _is_users(one):

@@ -9,6 +9,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +29,13 @@ class RandomState(NamedTuple):
         """The states now, of the CPU and of the accelerators that hold some of `tensors`."""
         # Reading a state copies it on the host; on CUDA it is a seed and an offset, without waiting for the device.
         devices = {tensor.device for tensor in tensors if not tensor.is_cpu and not tensor.is_meta}
-        states = [(device, torch.get_device_module(device).get_rng_state(*_which(device))) for device in devices]
+        states = [(device, _state(device)) for device in devices if _has_state(device)]
         return cls(torch.get_rng_state(), tuple(states))
 
     def has_moved(self) -> bool:
         """Whether some generator is in another state now."""
         return not _is_same(self.cpu, torch.get_rng_state()) or any(
-            not _is_same(state, torch.get_device_module(device).get_rng_state(*_which(device)))
-            for device, state in self.accelerators
+            not _is_same(state, _state(device)) for device, state in self.accelerators
         )
 
     def is_same(self, other: RandomState) -> bool:
@@ -58,6 +58,20 @@ class RandomState(NamedTuple):
         torch.set_rng_state(self.cpu)
         for device, state in self.accelerators:
             torch.get_device_module(device).set_rng_state(state, *_which(device))
+
+
+@cache
+def _has_state(device: torch.device) -> bool:
+    """Whether torch knows the random state of a device; not of every backend (a lazy one has no module)."""
+    try:
+        return hasattr(torch.get_device_module(device), "get_rng_state")
+    except RuntimeError:
+        return False
+
+
+def _state(device: torch.device) -> Tensor:
+    state: Tensor = torch.get_device_module(device).get_rng_state(*_which(device))
+    return state
 
 
 def _seeded(device: torch.device, seed: int) -> Tensor:
