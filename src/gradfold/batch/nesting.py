@@ -90,7 +90,7 @@ def _attributes(batch: Any) -> dict[str, Any]:
 
 
 def cut_rows(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
-    """Cut into parts of these numbers of rows, as views; a 0-d tensor is the same for all rows."""
+    """Cut into parts of these numbers of rows, as views; each has a copy of every 0-d tensor, which it may change."""
     kind = type(batch)
     if (kind is tuple or kind is list) and set(map(type, batch)) == {Tensor}:  # the usual case, faster
         return [kind(leaves) for leaves in zip(*[_cut(leaf, sizes) for leaf in batch], strict=True)]
@@ -104,7 +104,7 @@ def cut_rows(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
 
 def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     if tensor.dim() == 0:
-        return [tensor] * len(sizes)
+        return [tensor.clone() for _ in sizes]
     if tensor.is_sparse:
         return [tensor.narrow_copy(0, stop - size, size) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
     # Autograd knows these parts as separate tensors that share memory, so a model may change its input in

@@ -32,7 +32,7 @@ class MicroBatch(NamedTuple):
 
     data: Batch  # what `loss_fn` takes
     rows: Rows  # in the order of `data`; empty where they are not counted
-    is_cut: bool = False  # whether every tensor with rows is a view or copy that was made for this micro-batch
+    is_cut: bool = False  # whether every tensor is a view or copy that was made for this micro-batch
     width: int | None = None  # the padded length of its rows, where padded tokens are what is limited
 
     @property
@@ -51,8 +51,8 @@ _FORM = attrgetter("dtype", "ndim")
 
 
 def versions(part: MicroBatch) -> list[int]:
-    """The version counters of the tensors with rows, which tell whether something was written to them."""
-    leaves = [leaf for leaf in every_leaf(part.data) if isinstance(leaf, Tensor) and leaf.dim()]
+    """The version counters of the tensors, which tell whether something was written to them."""
+    leaves = [leaf for leaf in every_leaf(part.data) if isinstance(leaf, Tensor)]
     return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
 
 
