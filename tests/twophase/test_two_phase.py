@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import two_phase_cases as cases
-from reference import gradients, relative_error
+from reference import full_batch_gradient, gradients, relative_error
 from torch import nn
 from two_phase_cases import CASES, SIZE, numbers
 
@@ -799,3 +799,21 @@ def test_a_loss_that_is_cut_off_from_its_statistics_is_refused():
     loss_fn = gradfold.TwoPhaseLoss(embed, lambda model, found: found["pair"][0].detach().square().mean())
     with pytest.raises(gradfold.LossError, match="the loss does not require grad"):
         gradfold.Accumulator(towers(), loss_fn, micro_batch_size=5, self_check=False).backward(pairs())
+
+
+@pytest.mark.parametrize("size", [1, 2, None])
+@pytest.mark.parametrize("make", [lambda weight: weight[None], lambda weight: weight.view(1, -1).expand(1, 2)])
+def test_a_statistic_that_reaches_its_parameter_through_views_alone(make, size):
+    """Autograd may then make the memory of an incoming gradient the parameter's own, and add to it."""
+
+    def statistic(model, batch):
+        return (batch @ model.weight.T + make(model.bias)).sum(0)
+
+    def loss(model, total):
+        return (total - 1).square().sum()
+
+    model, batch = nn.Linear(3, 2).double(), torch.randn(6, 3).double()
+    expected = full_batch_gradient(model, lambda model: loss(model, statistic(model, batch)))
+    two_phase = gradfold.TwoPhaseLoss(statistic, loss, combine="sum")
+    gradfold.Accumulator(model, two_phase, micro_batch_size=size, self_check=False).backward(batch)
+    assert relative_error(gradients(model), expected) <= 1e-12

@@ -114,7 +114,8 @@ class Statistics:
             if not whole.requires_grad:
                 self.missed.add(self._paths[number])
             elif whole.grad is not None:
-                weighed.append((leaf, self._part(index, number, whole.grad)))
+                # A copy: through views alone, autograd would make this memory a parameter's .grad, and add to it.
+                weighed.append((leaf, self._part(index, number, whole.grad).clone()))
         return weighed
 
     @torch.no_grad()
