@@ -36,7 +36,7 @@ from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_op
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn
-from gradfold.engine.model_checks import check_hooks
+from gradfold.engine.model_checks import check_hooks, refuse_split_dependent_layers
 from gradfold.engine.recovery import OnNonFinite, check_on_non_finite, does_not_fit, run_with_recovery
 from gradfold.engine.result import WindowResult
 from gradfold.engine.strategy import Run, Sequential, Strategy
@@ -297,6 +297,7 @@ class Accumulator:
                 layers = batch_statistics_layers(context.model)
                 refuse_batch_statistics(layers, len(window.micro_batches), window.num_samples)
             if check is not None:
+                refuse_split_dependent_layers(context.model)
                 is_settled &= self._check_decomposable(check, window)
         self._passed = kind if is_settled else None
         self._terms = None

@@ -1,4 +1,4 @@
-"""Checks of a model: hooks on parameters, layers that draw random numbers, lazy layers."""
+"""Checks of a model: hooks on parameters, layers that draw random numbers or depend on the split, lazy layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import chain
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gradfold.errors import HookError, ModelError
+from gradfold.errors import HookError, ModelError, NotDecomposableError
 from gradfold.messages import join_names, warn
 
 
@@ -38,6 +38,21 @@ def check_hooks(model: nn.Module, parameters: Sequence[nn.Parameter], warned_of:
             "hook and act once after accumulator.backward(batch).",
             tuple(names),
         )
+    named = list(model.named_parameters())
+    if stepping := tuple(name for name, parameter in named if hasattr(parameter, "_in_backward_optimizers")):
+        raise HookError(
+            f"{join_names(stepping, 3)}: an optimizer in the backward pass (_apply_optimizer_in_backward) would step "
+            "after every micro-batch, on a part of the gradient. Make an optimizer of its own, and step it once after "
+            "accumulator.backward(batch).",
+            stepping,
+        )
+    if sampled := tuple(name for name, parameter in named if hasattr(parameter, "grad_sample")):
+        raise HookError(
+            f"{join_names(sampled, 3)}: gradients per sample (grad_sample, of Opacus) would be multiplied by the "
+            "weight of their micro-batch before they are clipped. Leave gradfold out, and split the batch with "
+            "opacus.utils.batch_memory_manager.BatchMemoryManager.",
+            sampled,
+        )
     new = [name for name in parameters_with_hooks(model, parameters) if name not in warned_of]
     if new:
         warned_of.update(new)
@@ -52,6 +67,49 @@ def parameters_with_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) 
     if not [parameter for parameter in parameters if parameter._backward_hooks]:
         return []
     return [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
+
+
+def refuse_split_dependent_layers(model: nn.Module) -> None:
+    """Raise NotDecomposableError where a layer is known to depend on how the batch is split."""
+    for kind, (cause, text) in _SPLIT_DEPENDENT.items():
+        names = [name or "the model itself" for name, module in model.named_modules() if kind(module)]
+        if names:
+            raise NotDecomposableError(f"{join_names(names, 3)}: {text} self_check=False accepts it.", cause, "loss")
+
+
+def _counts_frequencies(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return False
+    return module.scale_grad_by_freq and module.weight.requires_grad
+
+
+def _iterates_on_norm(module: nn.Module) -> bool:
+    kinds = map(type, (module, *module._forward_pre_hooks.values()))
+    return module.training and any(kind.__name__ in ("_SpectralNorm", "SpectralNorm") for kind in kinds)
+
+
+def _observes(module: nn.Module) -> bool:
+    return all(bool(getattr(module, flag, False)) for flag in ("observer_enabled", "fake_quant_enabled"))
+
+
+_SPLIT_DEPENDENT = {
+    _counts_frequencies: (
+        "coupled",
+        "scale_grad_by_freq=True divides gradients by how often a word occurs in the micro-batch, not in the batch. "
+        "Leave it out, or count the words of the whole batch before the split.",
+    ),
+    _iterates_on_norm: (
+        "state",
+        "spectral norm in training mode refines its estimate of the norm in every forward pass, so each micro-batch is "
+        "divided by another number. Call .eval() on its parametrization for the window, and let it take one step per "
+        "update.",
+    ),
+    _observes: (
+        "state",
+        "the observer of a fake quantization moves its range in every forward pass, so each micro-batch is rounded to "
+        "another grid. Freeze it for the window: model.apply(torch.ao.quantization.disable_observer).",
+    ),
+}
 
 
 def refuse_lazy(model: nn.Module, asking: str) -> None:

@@ -14,7 +14,7 @@ from gradfold.batch.rows import name_rows, num_rows
 from gradfold.batch.split import MicroBatch
 from gradfold.engine.model_checks import dropping_modules
 from gradfold.engine.prefetch import prefetch
-from gradfold.errors import BatchError, is_out_of_memory
+from gradfold.errors import BatchError, HookError, is_out_of_memory
 from gradfold.messages import first_line
 from gradfold.self_check.comparison import GradientComparison, perturbed, tolerance_of
 from gradfold.self_check.probe_run import ProbeResult, ProbeRun, Shares
@@ -115,7 +115,7 @@ class SplitExperiment:
                 return None
             parts = self._run_parts(whole, [mode, mode])
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, HookError):
                 raise
             return None  # `run` meets it again, unless it is of the mode
         if generators.states or probe.snapshot.has_drawn() or probe.snapshot.has_drawn_on_host():

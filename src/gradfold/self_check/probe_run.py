@@ -8,16 +8,20 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradfold.batch.nesting import Batch, in_own_containers, map_tensors
 from gradfold.batch.split import MicroBatch, versions
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, loss_terms_of
+from gradfold.errors import HookError
+from gradfold.messages import join_names
 from gradfold.state.gradients import parameters_of
 from gradfold.state.snapshot import Snapshot
 
 _MAX_ELEMENTS = 2**17  # of all gradients together that are compared
+_MAX_WATCHED = 64  # of each parameter, to see whether it has moved
 
 Shares: TypeAlias = Callable[[str], float]
 """From the name of a loss term to the normalized weight with which it is back-propagated."""
@@ -45,6 +49,7 @@ class ProbeRun:
         self._frozen = frozen
         self._own = set(map(id, self.parameters))
         self._changes_inputs = False
+        self._has_run = False
 
     def __enter__(self) -> ProbeRun:
         self.snapshot.__enter__()
@@ -66,7 +71,11 @@ class ProbeRun:
             weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
             leaves = graph_leaves(term for term, _ in weighted)  # all but those behind a reentrant checkpoint
             self.snapshot.gradients.set_aside(leaf for leaf in leaves if id(leaf) not in self._own)
+            watched = None if self._has_run else [(one._version, _values(one)) for one in self.parameters]
             self._back_propagate(weighted)
+        if watched is not None:
+            self._has_run = True
+            self._refuse_steps(watched)
         self._changes_inputs |= versions(MicroBatch(batch, ())) != before
         gradients = sample_gradients(self.parameters)
         self.drop_gradient()
@@ -82,6 +91,22 @@ class ProbeRun:
     def drop_gradient(self) -> None:
         """Begin another window, after steps."""
         self.snapshot.empty_gradients()
+
+    def _refuse_steps(self, watched: Sequence[tuple[int, Tensor | None]]) -> None:
+        """Raise HookError where the backward pass has changed parameters, which is too late to be undone."""
+        moved = {
+            id(parameter)
+            for parameter, (version, value) in zip(self.parameters, watched, strict=True)
+            if parameter._version != version and not _are_equal(value, _values(parameter))
+        }
+        if moved:
+            names = tuple(name for name, parameter in self.model.named_parameters() if id(parameter) in moved)
+            raise HookError(
+                f"{join_names(names, 3)}: changed by the backward pass of a micro-batch, so something steps there (an "
+                "optimizer in a hook, also of an AccumulateGrad node), on a part of the gradient. It has stepped once, "
+                "in this check. Remove the hook, and step once after accumulator.backward(batch).",
+                names,
+            )
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         return loss_terms_of(self._loss_fn(self.model, batch))
@@ -107,3 +132,12 @@ def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
     values = values[:: -(-len(values) // quota)]
     values = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
     return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+
+
+def _values(parameter: nn.Parameter) -> Tensor | None:
+    """Some elements of a trained parameter, which show whether something has stepped."""
+    return _sample(parameter.detach(), _MAX_WATCHED) if parameter.requires_grad and not is_lazy(parameter) else None
+
+
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is None or other is None or torch.equal(one, other)
