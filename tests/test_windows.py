@@ -536,3 +536,131 @@ class TestBatchNorm:
         for window in gradfold.windows(parts, 2, model=model):
             loop(window, model)
         assert relative_error(gradients(model), expected) < 1e-12
+
+
+class TestLock:
+    """Nothing but the window's own backward passes may change gradients before it ends."""
+
+    def run(self, before=lambda *_: None, after=lambda *_: None, model=None, optimizer=torch.optim.SGD):
+        model, parts = make(2, 3, 3, model=model)
+        optimizer = optimizer(model.parameters(), 0.1)
+        (window,) = gradfold.windows(parts, 3, model=model)
+        for batch in window:
+            before(optimizer, model)
+            window.backward(loss_fn(model, batch))
+            after(optimizer, model)
+        expected = full_batch_gradient(model, lambda model: loss_fn(model, joined(parts)))
+        assert relative_error(gradients(model), expected) <= 1e-12
+
+    @pytest.mark.parametrize("where", ["before", "after"])
+    @pytest.mark.parametrize("to_none", [True, False])
+    def test_zero_grad_is_refused(self, where, to_none):
+        with pytest.raises(WindowError, match=r"the gradient of 0\.weight was changed \(zero_grad"):
+            self.run(**{where: lambda optimizer, _: optimizer.zero_grad(set_to_none=to_none)})
+
+    @pytest.mark.parametrize("where", ["before", "after"])
+    @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+    def test_a_step_is_refused_before_it_is_made(self, where, optimizer):
+        model, before = nn.Linear(3, 1).double(), None
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(WindowError, match=rf"{optimizer.__name__}\.step would move weight and bias"):
+            self.run(**{where: lambda optimizer, _: optimizer.step()}, model=model, optimizer=optimizer)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    def test_a_step_by_hand_is_found(self):
+        def step(_, model):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+
+        with pytest.raises(WindowError, match=r"0\.weight was changed inside the loop"):
+            self.run(after=step)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda _, model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
+            lambda _, model: model(torch.ones(1, 3).double()).sum().backward(),
+            lambda _, model: model[0].weight.grad.mul_(2),
+        ],
+    )
+    def test_clipping_and_second_losses_are_refused(self, change):
+        with pytest.raises(WindowError, match=r"the gradient of 0\.weight was changed"):
+            self.run(after=change)
+
+    @pytest.mark.parametrize(
+        "harmless",
+        [
+            lambda _, model: sum(float(parameter.grad.norm()) for parameter in model.parameters()),
+            lambda _, model: model.eval().train(),
+            lambda _, model: torch.optim.SGD([torch.zeros(2, requires_grad=True)], 0.1).step(),
+        ],
+    )
+    def test_a_look_at_gradients_and_a_step_of_another_model_are_no_matter(self, harmless):
+        self.run(after=harmless)
+
+    def test_zeroing_before_the_first_backward_is_no_matter(self):
+        calls = []
+
+        def zero_once(optimizer, _):
+            if not calls:
+                optimizer.zero_grad()
+            calls.append(1)
+
+        self.run(before=zero_once)
+
+    def test_a_forward_pass_may_renormalize_its_embedding(self):
+        class Words(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.words, self.out = nn.Embedding(5, 3, max_norm=0.5), nn.Linear(3, 1)
+
+            def forward(self, _):
+                return self.out(self.words(torch.tensor([[1, 2]])).mean(1))
+
+        model, parts = make(2, 2, model=Words())
+        (window,) = gradfold.windows(parts, 2, model=model)
+        loop(window, model, lambda model, batch: (model(batch[0]) - batch[1].mean()).square().mean())
+
+    def test_optimizers_step_as_ever_behind_the_loop_and_after_one_that_was_left(self):
+        model, parts = make(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for window in gradfold.windows(parts, 2, model=model):
+            loop(window, model)
+            optimizer.step()
+        with pytest.raises(ZeroDivisionError):
+            for window in gradfold.windows(parts, 2, model=model):
+                for _ in window:
+                    raise ZeroDivisionError
+        gc.collect()
+        optimizer.step()
+
+
+class TestRecycledMemory:
+    def loader(self, write, sizes=(2, 2, 2)):
+        inputs, targets = torch.zeros(2, 3).double(), torch.zeros(2, 1).double()
+        for number, rows in enumerate(sizes):
+            write(inputs, number)
+            yield inputs[:rows], targets[:rows]
+
+    WRITES = (
+        lambda inputs, number: inputs.copy_(torch.full((2, 3), number + 1.0)),
+        lambda inputs, number: inputs.numpy().fill(number + 1.0),
+    )
+
+    @pytest.mark.parametrize("write", WRITES)
+    @pytest.mark.parametrize("with_model", [True, False])
+    def test_a_loader_that_fills_one_buffer_again_is_refused(self, write, with_model):
+        options = {"model": make()[0]} if with_model else {}
+        with pytest.raises(BatchError, match="written to micro-batch 0 of a window after it gave it out"):
+            list(gradfold.windows(self.loader(write), 3, **options))
+
+    @pytest.mark.parametrize("write", WRITES)
+    def test_windows_of_one_micro_batch_are_done_before_the_next_write(self, write):
+        assert len(list(gradfold.windows(self.loader(write), 1))) == 3
+
+    def test_views_of_one_tensor_and_the_same_batch_again_are_no_matter(self):
+        data = torch.arange(12.0)
+        assert len(list(gradfold.windows(data.split(3), 4))) == 1
+        assert len(list(gradfold.windows([data] * 4, 4))) == 1
+        assert len(list(gradfold.windows([torch.tensor(1), torch.eye(3).T[1:], torch.empty(0)], 3))) == 1

@@ -10,7 +10,7 @@ from typing import TypeVar, final, overload
 from torch import Tensor, nn
 
 from gradfold.batch.loaded_window import LoadedWindow, MicroBatchWindow
-from gradfold.batch.nesting import rows_if_any
+from gradfold.batch.nesting import contents_of, rows_if_any
 from gradfold.batch.split import MicroBatch, join_batches
 from gradfold.batchnorm.per_micro_batch import WindowStatistics
 from gradfold.batchnorm.policy import (
@@ -27,7 +27,8 @@ from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossTerms
 from gradfold.engine.model_checks import check_hooks
 from gradfold.engine.window import Context
-from gradfold.errors import LossError, OptionError, WeightError, WindowError
+from gradfold.engine.window_lock import WindowLock
+from gradfold.errors import BatchError, LossError, OptionError, WeightError, WindowError
 from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import UNNAMED, Weight, weigh
 from gradfold.weights import check_option as check_weight
@@ -42,7 +43,7 @@ class LoopWindow(MicroBatchWindow[T]):
     """The micro-batches of one update, for a loop body that calls `window.backward(loss)`.
 
     Iterate over it once. The weights of all micro-batches are known before the first, so every gradient has its exact
-    weight. If the loop body fails, nothing is rolled back.
+    weight. `zero_grad` or `step` inside the loop is an error. If the loop body fails, nothing is rolled back.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LoopWindow(MicroBatchWindow[T]):
         self._done: set[int] = set()
         self._loss: Tensor | None = None
         self._is_started = False
+        self._lock = WindowLock(context.model)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -84,12 +86,13 @@ class LoopWindow(MicroBatchWindow[T]):
         self._is_started = True
         try:
             with self._statistics:
-                with self._as_one():
+                with self._as_one(), self._lock:
                     for index, part in enumerate(self._parts):
                         self._current = index
                         self._statistics.listen()
                         yield part.data
                         self._check_backward(index)
+                        self._lock.check(after_backward=True)
                 if not self.losses.settle():
                     self.losses.refuse_non_finite()
                 loss, _ = self.losses.close()
@@ -105,7 +108,8 @@ class LoopWindow(MicroBatchWindow[T]):
             loss: 0-d, the mean over the micro-batch. Several losses of one micro-batch: sum them first.
 
         Raises:
-            WindowError: there is no current micro-batch, or it had its backward already.
+            WindowError: there is no current micro-batch, it had its backward already, or something has changed
+                gradients since the last one.
             LossError: the loss is not 0-d, or does not require grad.
         """
         if self._current is None:
@@ -118,10 +122,12 @@ class LoopWindow(MicroBatchWindow[T]):
             )
         if not isinstance(loss, Tensor):
             raise LossError(f"window.backward takes the loss, one 0-d tensor; got a {type(loss).__name__}.")
+        self._lock.check()
         weighed = self.losses.add(self._current, loss)
         self._done.add(self._current)
         self._statistics.pause()
         self._back_propagate(weighed)
+        self._lock.close()
 
     @property
     def loss(self) -> Tensor:
@@ -225,6 +231,7 @@ def windows(
 
     Raises:
         OptionError: an argument cannot work.
+        BatchError: while iterating: the loader fills the same memory again.
         WindowError: while iterating: the loop over a window was left before its end.
 
     >>> import gradfold
@@ -258,8 +265,14 @@ def windows(
 
 def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[LoadedWindow[T]]:
     micro_batches = iter(loader)
-    while group := list(islice(micro_batches, num_micro_batches)):
-        yield LoadedWindow(group)
+    while group := [(part, contents_of(part)) for part in islice(micro_batches, num_micro_batches)]:
+        for index, (part, contents) in enumerate(group):
+            if contents_of(part) != contents:
+                raise BatchError(
+                    f"the loader has written to micro-batch {index} of a window after it gave it out: it fills the "
+                    "same memory again, and a window holds several at once. Let it give out copies: tensor.clone()."
+                )
+        yield LoadedWindow([part for part, _ in group])
 
 
 def _loop_windows(

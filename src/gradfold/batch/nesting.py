@@ -24,6 +24,9 @@ Batch = Any  # checked where rows are counted, since a type for "any nesting" wo
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
 
+_FEW = 64  # numbers of a tensor that tell whether it was written to
+
+
 def map_tensors(fn: Callable[[Tensor], Any], batch: Batch) -> Batch:
     """Rebuild a nesting with `fn(tensor)` in the place of each tensor; everything else is shared, not copied."""
     return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, batch)
@@ -152,6 +155,23 @@ def _is_equal(a: object, b: object) -> bool:
     if isinstance(a, PackedSequence) and isinstance(b, PackedSequence):
         return torch.equal(a.data, b.data) and torch.equal(a.batch_sizes, b.batch_sizes)
     return a is b or (isinstance(a, CONSTANTS) and type(a) is type(b) and a == b)
+
+
+def contents_of(batch: Batch) -> list[Hashable]:
+    """What tells the tensors of a batch from what they hold after something was written to them.
+
+    Version counters, and a few numbers of those on the host, whose memory numpy may write to.
+    """
+    tensors = [leaf for leaf in every_leaf(batch) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    return [(one._version, _few_bytes(one)) for one in tensors]
+
+
+def _few_bytes(tensor: Tensor) -> bytes:
+    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+        return b""
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[..., :1].reshape(-1)
+    few = flat[:: -(-len(flat) // _FEW)].resolve_conj().resolve_neg().contiguous()
+    return bytes(few.view(torch.uint8).tolist())
 
 
 def every_leaf(batch: Batch) -> list[Any]:
