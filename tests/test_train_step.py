@@ -468,3 +468,90 @@ def test_the_written_lines_for_a_closure_train_as_the_full_batch():
     other.step(full)
     for one, expected in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-8, atol=1e-10)
+
+
+class Masters(torch.optim.AdamW):
+    """Steps float32 copies of its own."""
+
+    def __init__(self, low, **options):
+        self.low = list(low)
+        self.high = [one.detach().float().clone() for one in self.low]
+        super().__init__(self.high, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for low, high in zip(self.low, self.high, strict=True):
+            high.grad = low.grad.float()
+        super().step()
+        for low, high in zip(self.low, self.high, strict=True):
+            low.copy_(high)
+
+
+class Wrapper:
+    """As frameworks wrap an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self):
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, Wrapper])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+def test_an_optimizer_may_hold_master_weights(wrap, max_grad_norm):
+    model, batch = nn.Linear(3, 1).double(), (torch.randn(8, 3).double(), torch.randn(8, 1).double())
+    twin = copy.deepcopy(model)
+    step = step_for(model, wrap(Masters(model.parameters(), lr=0.1)), max_grad_norm=max_grad_norm)
+    optimizer = Masters(twin.parameters(), lr=0.1)
+    for _ in range(3):
+        result = step(batch)
+        twin.zero_grad()
+        loss_fn(twin, batch).backward()
+        if max_grad_norm is not None:
+            norm = nn.utils.clip_grad_norm_(twin.parameters(), max_grad_norm)
+            torch.testing.assert_close(result.grad_norm, norm)
+        optimizer.step()
+    assert relative_error(model.state_dict(), twin.state_dict()) <= 1e-6
+
+
+def test_an_optimizer_of_another_model_and_masters_with_a_scaler_are_refused():
+    model = nn.Linear(3, 1)
+    with pytest.raises(TrainStepError, match="no parameter of the optimizer belongs"):
+        step_for(model, Masters(copy.deepcopy(model).parameters()))
+    accumulator = gradfold.Accumulator(model, loss_fn, precision="fp16")
+    with pytest.raises(TrainStepError, match="loss scaler is not supported"):
+        gradfold.TrainStep(accumulator, Masters(model.parameters()))
+
+
+class Timm:
+    """A schedule that is told the epoch."""
+
+    def step(self, epoch, metric=None):
+        raise NotImplementedError
+
+    def state_dict(self):
+        return {}
+
+    load_state_dict = state_dict
+
+
+class PerUpdate(Timm):
+    def step(self, *, num_updates):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("schedule", [Timm(), PerUpdate()])
+def test_schedules_that_need_an_argument_are_refused_before_an_update(schedule):
+    model, _ = make()
+    with pytest.raises(TrainStepError, match=rf"{type(schedule).__name__}.step cannot be called as step\(\)"):
+        step_for(model, torch.optim.SGD(model.parameters(), 0.1), schedule)
+
+
+def test_a_scheduler_that_cannot_be_stepped_is_refused():
+    model, _ = make()
+    with pytest.raises(TrainStepError, match="expected a learning-rate scheduler"):
+        step_for(model, torch.optim.SGD(model.parameters(), 0.1), object())

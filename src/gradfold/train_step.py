@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gradfold.accumulator import Accumulator
@@ -52,7 +52,8 @@ class TrainStep:
 
     Args:
         accumulator: makes the gradient.
-        optimizer: any torch optimizer whose `step()` needs no closure.
+        optimizer: any torch optimizer whose `step()` needs no closure. It may hold weights of its own (float32 ones of
+            a bfloat16 model), if it keeps the model's parameters, too; then these gradients are clipped.
         scheduler: stepped once per applied update. Step a schedule that counts epochs yourself, once per epoch.
         max_grad_norm: clip the gradient of the whole batch to this 2-norm, over all the optimizer's parameters;
             `math.inf` measures it without clipping.
@@ -63,8 +64,8 @@ class TrainStep:
         samples: rows of all batches so far, skipped ones included: the position in the data.
 
     Raises:
-        TrainStepError: the optimizer needs a closure, or the scheduler needs a metric; the message has the lines to
-            write instead.
+        TrainStepError: the optimizer needs a closure, or the scheduler's `step` needs an argument; the message has the
+            lines to write instead.
 
     >>> import torch, gradfold
     >>> model = torch.nn.Linear(10, 1)
@@ -84,16 +85,10 @@ class TrainStep:
         scheduler: Scheduler | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        _check_parts(accumulator, optimizer)
+        self._has_masters = _has_masters(accumulator, optimizer)
         _refuse_closure(getattr(optimizer, "optimizer", optimizer))  # Accelerate and Fabric wrap what they prepare
-        if isinstance(getattr(scheduler, "scheduler", scheduler), ReduceLROnPlateau):
-            raise TrainStepError(
-                "ReduceLROnPlateau needs a metric, usually once per epoch, which TrainStep does not know. Leave it out "
-                "of TrainStep and write, after each epoch,\n"
-                "    scheduler.step(validation_loss)"
-            )
-        if scheduler is not None and not callable(getattr(scheduler, "step", None)):
-            raise TrainStepError(f"scheduler is {scheduler!r}; expected a learning-rate scheduler or None.")
+        if scheduler is not None:
+            _check_scheduler(getattr(scheduler, "scheduler", scheduler))
         is_limit = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool) and max_grad_norm > 0
         if max_grad_norm is not None and not is_limit:
             raise OptionError(f"max_grad_norm={max_grad_norm!r}; expected a positive number or None.")
@@ -121,8 +116,9 @@ class TrainStep:
             scaler.unscale_(self.optimizer)
         grad_norm = None
         if self.max_grad_norm is not None:
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            grad_norm = clip_norm(parameters, self.max_grad_norm)
+            stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            model = self.accumulator.model
+            grad_norm = clip_norm(model.parameters() if self._has_masters else stepped, self.max_grad_norm)
         if scaler is None:
             self.optimizer.step()
             applied = True
@@ -167,7 +163,12 @@ class TrainStep:
             self.scheduler.load_state_dict(state["scheduler"])
 
 
-def _check_parts(accumulator: object, optimizer: object) -> None:
+def _has_masters(accumulator: object, optimizer: object) -> bool:
+    """Whether the optimizer steps with weights of its own.
+
+    Raises:
+        TrainStepError: it knows nothing of the model, or is no optimizer.
+    """
     if not isinstance(accumulator, Accumulator):
         raise TrainStepError(
             f"accumulator is a {type(accumulator).__name__}; expected a gradfold.Accumulator: "
@@ -177,11 +178,29 @@ def _check_parts(accumulator: object, optimizer: object) -> None:
     if groups is None:
         raise TrainStepError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
     own = {id(parameter) for parameter in accumulator.model.parameters()}
-    if not any(id(parameter) in own for group in groups for parameter in group["params"]):
+    if any(id(parameter) in own for group in groups for parameter in group["params"]):
+        return False
+    if not own.intersection(_ids_inside(list(vars(getattr(optimizer, "optimizer", optimizer)).values()))):
         raise TrainStepError(
             f"no parameter of the optimizer belongs to the accumulator's {type(accumulator.model).__name__}: its steps "
             "would train nothing. Build the optimizer from accumulator.model.parameters(), after the model is final."
         )
+    if accumulator.grad_scaler is not None:
+        raise TrainStepError(
+            "a loss scaler is not supported with an optimizer that holds weights of its own: it looks for gradients "
+            "that are not finite in these. Train in bfloat16, or in a loop of your own."
+        )
+    return True
+
+
+def _ids_inside(value: object) -> set[int]:
+    """Of tensors, and of those in lists, tuples, dicts and modules."""
+    if isinstance(value, Tensor):
+        return {id(value)}
+    if isinstance(value, nn.Module):
+        return set(map(id, value.parameters()))
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return set().union(*map(_ids_inside, inside))
 
 
 def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
@@ -203,3 +222,25 @@ def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
             "        return accumulator.backward(batch).loss\n"
             "    optimizer.step(closure)"
         )
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Raise TrainStepError unless it is stepped without arguments."""
+    step = getattr(scheduler, "step", None)
+    if not callable(step):
+        raise TrainStepError(f"scheduler is {scheduler!r}; expected a learning-rate scheduler or None.")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TrainStepError(
+            "ReduceLROnPlateau needs a metric, usually once per epoch, which TrainStep does not know. Leave it out of "
+            "TrainStep and write, after each epoch,\n"
+            "    scheduler.step(validation_loss)"
+        )
+    try:
+        inspect.signature(step).bind()
+    except TypeError as error:
+        raise TrainStepError(
+            f"{type(scheduler).__name__}.step cannot be called as step(): {error}. Leave it out of TrainStep, and step "
+            "it after each update or epoch with what it needs: scheduler.step(epoch)."
+        ) from None
+    except ValueError:  # a builtin without a signature
+        return
