@@ -40,7 +40,7 @@ from gradfold.engine.model_checks import check_hooks, refuse_split_dependent_lay
 from gradfold.engine.recovery import OnNonFinite, check_on_non_finite, does_not_fit, run_with_recovery
 from gradfold.engine.result import WindowResult
 from gradfold.engine.strategy import Run, Sequential, Strategy
-from gradfold.engine.window import Context, PassListener, Window
+from gradfold.engine.window import Context, GraphForm, PassListener, Window
 from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, OptionError
 from gradfold.memory.auto import Auto, MicroBatchChoice, read_auto
 from gradfold.memory.auto_tune import AutoTuner
@@ -48,7 +48,7 @@ from gradfold.memory.dry_run import DryRun
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.precision import PrecisionOption, read_option
-from gradfold.self_check.self_check import SelfCheck
+from gradfold.self_check.self_check import LOOK_AGAIN, SelfCheck
 from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.gradients import GradientBuffer
 from gradfold.state.snapshot import Snapshot
@@ -188,10 +188,11 @@ class Accumulator:
         self._buffers, self._frozen = BufferKeeper(), FrozenKeeper()
         self._warned_hooks: set[str] = set()
         self._passed: object = None  # the kind of window that needs no checks any more
-        self._terms: tuple[str, ...] | None = None  # of the loss of the last window of that kind
+        self._form: GraphForm | None = None  # of the loss of the last window of that kind, and the names of its terms
         self._seen_version = -1  # of the context when it was searched for counter-based dropout
         self._has_dropout = False
-        self._is_checked = False  # whether the self-check has seen this window
+        self._is_due = False  # whether the self-check may still have to see this window before it runs
+        self._is_checked = False  # whether it has
 
     def backward(self, batch: Batch) -> WindowResult:
         """Add the gradient of the loss of the whole batch to `.grad`.
@@ -250,7 +251,7 @@ class Accumulator:
 
     def _run(self, window: Window, snapshot: Snapshot) -> Window:
         """Run a window until it is complete; what was halved is checked again, since it has become another one."""
-        self._is_checked = False
+        self._is_due, self._is_checked = True, False
         strategy, coordinator = self._strategy, self._context.coordinator
         run: Run = strategy.run if self._token_batcher is None else self._token_batcher.timed(strategy)
         if isinstance(coordinator, FsdpCoordinator):
@@ -263,17 +264,21 @@ class Accumulator:
             if not window.failed_sizes:
                 raise
             raise does_not_fit(window, error) from error
-        terms = tuple(window.losses.normalized)
-        if terms != self._terms:
-            self._note_terms(window, terms)
+        form = *sorted(window.losses.normalized), *window.form
+        if form != self._form:
+            self._check_form(window, form)
+            self._form = form
         return window
 
-    def _note_terms(self, window: Window, terms: tuple[str, ...]) -> None:
-        """Have the self-check run again where the loss has terms that it has not seen."""
-        self._terms = terms
-        if self._self_check is not None and self._strategy.probes_loss and not self._strategy.is_whole(window):
-            self._self_check.note_terms(terms)
-            if not self._self_check.is_settled:
+    def _check_form(self, window: Window, form: GraphForm) -> None:
+        """Look at a loss that is new, before its gradient is handed over."""
+        check = self._self_check if self._context.coordinator.can_probe else None
+        if check is None or not self._strategy.probes_loss or self._strategy.is_whole(window):
+            return
+        terms = tuple(window.losses.normalized)
+        if check.is_new(terms, form, self._is_checked):
+            self._look(check, window, terms)
+            if not check.is_settled:
                 self._passed = None
 
     # Checks before a window runs
@@ -285,7 +290,8 @@ class Accumulator:
         context = window.context
         is_whole = self._strategy.is_whole(window)
         kind = (context.version, is_whole, form_of(window.micro_batches[0].data), context.coordinator.num_ranks)
-        if kind == self._passed and (is_whole or not context.has_hooks()):
+        is_known = kind == self._passed and (is_whole or not context.has_hooks())
+        if is_known and (is_whole or self.num_windows not in LOOK_AGAIN):
             return
         check = self._self_check if context.coordinator.can_probe else None
         is_settled = True
@@ -300,29 +306,37 @@ class Accumulator:
                 refuse_split_dependent_layers(context.model)
                 is_settled &= self._check_decomposable(check, window)
         self._passed = kind if is_settled else None
-        self._terms = None
+        self._form = None
 
     def _check_decomposable(self, check: SelfCheck, window: Window) -> bool:
         """Have the first micro-batch checked, where that is due; whether nothing is left to check."""
-        is_checked, self._is_checked = self._is_checked, True
-        if not is_checked and check.is_due(window):
-            layers = self._strategy.split_dependent_layers(window.context)
-            if layers is None:
-                return True
-            try:
-                with keyed(counter_based_layers(window.context.modules), None):  # they draw as torch's do
-                    check.check(window, self._micro_batcher.collate_rows, layers.values())
-            except NotDecomposableError as error:
-                explained = self._strategy.explain(error)
-                if explained is error:
-                    raise
-                raise explained from error
-            try:
-                self._strategy.judge(check.is_passed)
-            except GradfoldError:
-                check.forget()
-                raise
+        is_due, self._is_due = self._is_due and check.is_due(window, self.num_windows), False
+        if is_due and not self._look(check, window):
+            return True
         return check.is_settled
+
+    def _look(self, check: SelfCheck, window: Window, terms: tuple[str, ...] = ()) -> bool:
+        """Have a window checked; `terms`: new ones of the loss, which it has. False where it cannot be checked."""
+        layers = self._strategy.split_dependent_layers(window.context)
+        if layers is None:
+            return False
+        self._is_checked = True
+        try:
+            with keyed(counter_based_layers(window.context.modules), None):  # they draw as torch's do
+                check.check(window, self._micro_batcher.collate_rows, layers.values(), terms)
+        except NotDecomposableError as error:
+            self._passed = None
+            explained = self._strategy.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+        try:
+            self._strategy.judge(check.is_passed)
+        except GradfoldError:
+            self._passed = None
+            check.forget()
+            raise
+        return True
 
     # What a window runs in
 

@@ -167,7 +167,7 @@ def _has_masters(accumulator: object, optimizer: object) -> bool:
     """Whether the optimizer steps with weights of its own.
 
     Raises:
-        TrainStepError: it knows nothing of the model, or is no optimizer.
+        TrainStepError: it knows nothing of the model, or is another kind of object.
     """
     if not isinstance(accumulator, Accumulator):
         raise TrainStepError(

@@ -57,11 +57,18 @@ def test_a_sum_is_told_from_a_mean(share):
     assert compared(share, lambda a, b: a + b, *means()).explain() == ("sum", None)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-def test_a_backward_pass_that_ignores_its_grad_output_is_told(share):
+@pytest.mark.parametrize("unscaled", [1e-3, 0.3, 1.0])
+def test_the_part_of_a_gradient_that_does_not_follow_grad_output_is_told(unscaled):
     a, b = means()
-    whole = [share * one + (1 - share) * other for one, other in zip(a, b, strict=True)]
-    assert comparison_of(whole, a, b, share).explain() == ("grad_output", None)
+    whole = [0.3 * one + 0.7 * other for one, other in zip(a, b, strict=True)]
+    found = comparison_of(whole, a, b, 0.3)
+    runs = {f: [(unscaled + (1 - unscaled) * f) * one for one in whole] for f in (0.3, 0.7)}
+    nothing = torch.zeros(len(found.lengths))
+    assert found.unscaled(runs, nothing) == pytest.approx(unscaled, rel=1e-6)
+    assert found.unscaled(runs, nothing + 10) is None, "rounding may do as much"
+    assert found.unscaled({f: [f * one for one in whole] for f in (0.3, 0.7)}, nothing) is None
+    rounded = {0.3: [0.31 * one for one in whole], 0.7: [0.69 * one for one in whole]}  # as small types do
+    assert found.unscaled(rounded, nothing) is None
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ ONCE = {
 @pytest.mark.parametrize("name", ONCE)
 def test_whole_and_parts_run_once(name):
     make, loss_fn = ONCE[name]
-    assert runs(make(), loss_fn) == [*CHECKED, *WINDOW]
+    again = [6, 6] if make is Counting else []  # one part after itself, which may depend on what it has left
+    assert runs(make(), loss_fn) == [*CHECKED, *again, *WINDOW]
 
 
 def test_what_draws_without_a_layer_of_dropout_runs_again_with_its_randomness_recorded():
@@ -165,9 +166,9 @@ def test_wrong_losses_with_dropout_are_found():
         runs(net(nn.Dropout(0.3)), rooted)
 
 
-def test_a_part_whose_loss_is_not_a_number_is_found():
-    with pytest.raises(gradfold.NotDecomposableError):
-        runs(net(), lambda model, batch: squares(model, batch) + (0.0 if len(batch[0]) != 2 else torch.nan))
+def test_a_part_whose_loss_is_not_a_number_proves_nothing_if_no_micro_batch_is_like_it():
+    seen = runs(net(), lambda model, batch: squares(model, batch) + (torch.nan if len(batch[0]) == 2 else 0.0))
+    assert seen == [*CHECKED, 16, 8, 8, *WINDOW]  # the micro-batches together, and each by itself
 
 
 def test_batch_norm_by_micro_batch_is_checked_in_evaluation_mode_alone():

@@ -390,7 +390,7 @@ class TestProbe:
             assert snapshot.has_drawn_on_host() == "numpy.random"
             snapshot.rewind()
             model.run()
-            assert [*model.history[2:], model.note] == first
+            assert [*model.history[1:], model.note] == first, "attributes go back, too"
 
     def test_it_names_the_buffers_that_have_changed(self):
         model, snapshot = self.opened()

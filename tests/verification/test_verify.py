@@ -14,8 +14,8 @@ from reference import assert_same_state, state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo.case import Module, classes, images, net, pad, sentences, tagger, tokens, two_views
+from zoo.coupled import contrastive
 from zoo.right import convolution, cross_entropy, token_cross_entropy
-from zoo.unknowable import contrastive
 
 import gradfold
 from gradfold.messages import join_names

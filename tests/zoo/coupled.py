@@ -11,7 +11,6 @@ from torch import nn
 from zoo.case import Case, Module, case, classes, masks, net, pad, sentences, setup, two_views
 from zoo.case import values as targets
 from zoo.right import cross_entropy
-from zoo.unknowable import contrastive
 
 COUPLED: list[Case] = []
 coupled = functools.partial(case, COUPLED, guard="wrong", cause="coupled")
@@ -22,6 +21,11 @@ WHOLE = "No weight helps: `TwoPhaseLoss(statistic, loss)`, or the batch whole (`
 # --- Contrastive and metric learning
 
 
+def contrastive(model, batch):
+    first, second = (F.normalize(model(view), dim=1) for view in batch)
+    return F.cross_entropy(first @ second.T / 0.2, torch.arange(len(first)))
+
+
 @coupled(
     "contrastive with negatives from the batch (InfoNCE)",
     remedy=WHOLE,
@@ -29,6 +33,15 @@ WHOLE = "No weight helps: `TwoPhaseLoss(statistic, loss)`, or the batch whole (`
 )
 def info_nce():
     return setup(net(), contrastive, two_views())
+
+
+@coupled(
+    "the same, one row at a time",
+    remedy=WHOLE,
+    why="A row alone has no negatives, and no gradient; two micro-batches together have.",
+)
+def info_nce_by_row():
+    return setup(net(), contrastive, two_views(), micro_batch_size=1)
 
 
 @coupled("two towers (CLIP)", remedy=WHOLE, why="Captions are told apart from those of the same micro-batch only.")

@@ -24,8 +24,9 @@ Two questions settle most cases:
 2. *What does the mean divide by?* That number, counted per micro-batch, is the `weight=`.
 
 The self-check answers them, too. In the first window of several micro-batches it runs the first one whole and in two
-unequal parts, and compares gradients. It raises `NotDecomposableError` with the cause, warns if something hides the
-answer, and is silent otherwise.
+unequal parts, and compares gradients. Before it refuses a loss as coupled it runs two micro-batches together and each
+by itself, since parts that no micro-batch would be prove nothing. It raises `NotDecomposableError` with the cause,
+warns if something hides the answer, and is silent otherwise.
 
 Every line below is a test of what gradfold says. That a set-up is equal or not is also shown in plain torch, by a
 hand-written loop in float64 against the whole batch (except SyncBatchNorm, which needs a GPU). The set-ups are in

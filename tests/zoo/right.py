@@ -617,3 +617,33 @@ def one_shift():
         return cross_entropy(model, (batch[0].roll(int(torch.randint(0, 4, ())), 1), batch[1]))
 
     return setup(net(), loss_fn, classes())
+
+
+def grouped(model, batch):
+    """Four answers per question; the advantages of a group are standardized within it (GRPO)."""
+    rewards = batch["rewards"].view(-1, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten()
+    scores = F.log_softmax(model(batch["x"]), 1).gather(1, batch["actions"][:, None])[:, 0]
+    return -(scores * advantages).mean()
+
+
+@right(
+    "groups of 4 rows that belong together (GRPO), in micro-batches of whole groups",
+    why="A mean over groups. It does not run on a part of a group, and no micro-batch is one.",
+)
+def groups_of_rows():
+    x, actions = classes()
+    return setup(net(), grouped, {"x": x, "actions": actions, "rewards": torch.randn(16)})
+
+
+@right(
+    "a model that fails on few rows",
+    why="It runs on micro-batches, and on two together; that it fails on a part of one proves nothing.",
+)
+def too_few_rows():
+    def loss_fn(model, batch):
+        if len(batch[0]) < 8:
+            raise RuntimeError("expected at least 8 rows")
+        return cross_entropy(model, batch)
+
+    return setup(net(), loss_fn, classes())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from zoo.case import Case, case, classes, net, setup, tagger, tokens, two_views
+from zoo.case import Case, case, classes, net, setup, tagger, tokens
 from zoo.right import cross_entropy, token_cross_entropy
 
 UNKNOWABLE: list[Case] = []
@@ -91,45 +91,6 @@ def annealed():
     return setup(net(), Annealed(), classes())
 
 
-def grouped(model, batch):
-    """Four answers per question; the advantages of a group are standardized within it (GRPO)."""
-    rewards = batch["rewards"].view(-1, 4)
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten()
-    scores = F.log_softmax(model(batch["x"]), 1).gather(1, batch["actions"][:, None])[:, 0]
-    return -(scores * advantages).mean()
-
-
-@warns(
-    "groups of 4 rows that belong together (GRPO)",
-    proof=True,
-    why="Exact as long as micro-batches hold whole groups, but it does not run on a part of a group.",
-    remedy="Make a group one row, shape (groups, 4, ...); or keep `micro_batch_size` a multiple of 4",
-)
-def groups_of_rows():
-    x, actions = classes()
-    return setup(net(), grouped, {"x": x, "actions": actions, "rewards": torch.randn(16)})
-
-
-@warns(
-    "a model that fails on few rows",
-    proof=True,
-    why="It runs on the micro-batch, not on a part of it, which the self-check would compare it with.",
-    remedy="Let the model take any number of rows",
-)
-def too_few_rows():
-    def loss_fn(model, batch):
-        if len(batch[0]) < 8:
-            raise RuntimeError("expected at least 8 rows")
-        return cross_entropy(model, batch)
-
-    return setup(net(), loss_fn, classes())
-
-
-def contrastive(model, batch):
-    first, second = (F.normalize(model(view), dim=1) for view in batch)
-    return F.cross_entropy(first @ second.T / 0.2, torch.arange(len(first)))
-
-
 @undecided(
     "all rows are the same",
     why="Every part has the same gradient, so every weighting gives it. Looked at again in later windows.",
@@ -138,15 +99,6 @@ def contrastive(model, batch):
 def same_rows():
     x, y = classes()
     return setup(net(), cross_entropy, (x[:1].expand(16, 4).clone(), y[:1].expand(16).clone()))
-
-
-@undecided(
-    "one row at a time",
-    why="A row cannot be split, so `micro_batch_size=1` hides everything, here a contrastive loss without negatives.",
-    remedy="A `micro_batch_size` of 2 or more for the first window, or `gradfold.verify`",
-)
-def one_row_at_a_time():
-    return setup(net(), contrastive, two_views(), micro_batch_size=1)
 
 
 @undecided(

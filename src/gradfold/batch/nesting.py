@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from gradfold.errors import BatchError
+
 Batch = Any  # checked where rows are counted, since a type for "any nesting" would accept everything too
 
 # The same for every row.
@@ -114,6 +116,31 @@ def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     # place, as it may with a whole batch. With slices the first such change would tie all of them to its graph.
     parts: Sequence[Tensor] = torch.unsafe_split_with_sizes(tensor, list(sizes))
     return parts
+
+
+def join_rows(batches: Sequence[Batch]) -> Batch:
+    """Batches of one nesting as one, row after row: the opposite of `cut_rows`.
+
+    Raises:
+        BatchError: they are not alike, or what is the same for every row of one is not so for all.
+    """
+    leaves = list(map(every_leaf, batches))
+    if len({len(one) for one in leaves}) > 1:
+        raise BatchError("micro-batches of different structure cannot be joined")
+    joined = iter([_join(column) for column in zip(*leaves, strict=True)])
+    return map_leaves(lambda leaf: next(joined), batches[0])
+
+
+def _join(column: Sequence[Any]) -> Any:
+    first = column[0]
+    if isinstance(first, Tensor) and first.dim():
+        try:
+            return torch.cat(tuple(column))
+        except (RuntimeError, TypeError) as error:
+            raise BatchError(f"micro-batches cannot be joined ({error})") from error
+    if all(_is_equal(first, other) for other in column):
+        return first
+    raise BatchError("what all rows share differs between micro-batches, so they cannot be joined")
 
 
 def rows_if_any(batch: Batch) -> int | None:

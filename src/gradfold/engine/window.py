@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,28 @@ def _parts_of(modules: list[nn.Module]) -> list[Any]:
     return [*map(type, modules), *chain.from_iterable(map(_VALUES, dicts))]
 
 
+GraphForm: TypeAlias = tuple[str, ...]
+"""The names of the last operators of a graph, which tell one loss from another, whatever the sizes."""
+
+_MAX_FORM = 8  # operators
+
+
+def _form_of(weighed: Weighed) -> GraphForm:
+    """The form of the graph behind the terms of a loss, breadth first."""
+    nodes, names = [], []
+    for term, _ in weighed:
+        nodes.append(term.grad_fn)
+    for node in nodes:  # which grow meanwhile
+        if node is None:
+            continue
+        names.append(node.name())
+        if len(names) == _MAX_FORM:
+            break
+        for following, _ in node.next_functions:
+            nodes.append(following)
+    return tuple(names)
+
+
 class PassListener:
     """Notified of each forward pass and its rows, for what depends on them (counter-based dropout)."""
 
@@ -141,6 +163,7 @@ class Window:
         failed_sizes: what did not fit, in rows or padded tokens.
         is_skipped: whether the window leaves no gradient.
         is_complete: whether all micro-batches have run, and loss and gradient are as they will be handed over.
+        form: of the graph of the first loss.
     """
 
     def __init__(
@@ -175,6 +198,7 @@ class Window:
         self.failed_sizes: list[int] = []
         self.is_skipped = False
         self.is_complete = False
+        self.form: GraphForm = ()
         self._versions: list[list[int] | None] = [None] * len(micro_batches)
         for index, part in enumerate(micro_batches):
             if not part.is_cut:  # what was split off begins at version 0
@@ -210,7 +234,10 @@ class Window:
         if isinstance(output, tuple):
             output, metrics = read_pair(output)
             self.losses.metrics.add(index, metrics)
-        return self.losses.add(index, output)
+        weighed = self.losses.add(index, output)
+        if not self.form:
+            self.form = _form_of(weighed)
+        return weighed
 
     def backward(self, weighed: Weighed) -> None:
         """Back-propagate what a forward pass gave."""

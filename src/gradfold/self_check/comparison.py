@@ -6,7 +6,7 @@ For a mean, whole = share * first + (1 - share) * second. Where that fails anoth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,6 +112,11 @@ class GradientComparison:
         return float(self.errors.max())
 
     @property
+    def is_zero(self) -> bool:
+        """Whether there is no gradient at all."""
+        return not any(one.any() for one in (self.whole, self.first, self.second))
+
+    @property
     def fits(self) -> bool:
         """Whether the parts make up the whole, to rounding."""
         return self.error <= self.tolerance
@@ -132,15 +137,33 @@ class GradientComparison:
             return 0.0
         return float((self._sizes_of(self.first / self.share - self.second / (1 - self.share)) / self._sizes).max())
 
-    def differences(self, other: Gradients) -> Tensor:
-        """How far another run of the whole is from this one, on the scale of `errors`."""
-        present = [gradient for gradient in other if gradient is not None]
-        if list(map(len, present)) != self.lengths:
+    def differences(self, other: Gradients, one: Gradients | None = None) -> Tensor:
+        """How far a run is from another one, or from the whole, on the scale of `errors`."""
+        runs = [[gradient for gradient in run if gradient is not None] for run in (other, one) if run is not None]
+        if any(list(map(len, present)) != self.lengths for present in runs):
             return torch.full((len(self.lengths),), torch.inf)
-        return self._sizes_of(self.whole - _on_host(present)) / self._sizes
+        found = list(map(_on_host, runs))
+        return self._sizes_of(found[0] - (self.whole if one is None else found[1])) / self._sizes
+
+    def unscaled(self, scaled: Mapping[float, Gradients], noise: Tensor) -> float | None:
+        """The part of the gradient, relative, that stays where grad_outputs are multiplied by these factors.
+
+        The gradient is affine in them where that part is the same for every factor. None: there is no such part, or
+        rounding explains it, which moves each parameter's gradient by `noise` on the scale of `errors`.
+        """
+        rests = []
+        for factor, gradients in scaled.items():
+            present = [gradient for gradient in gradients if gradient is not None]
+            if list(map(len, present)) != self.lengths:
+                return None
+            rests.append((_on_host(present) - factor * self.whole) / (1 - factor))
+        sizes = torch.stack(list(map(self._sizes_of, rests))).amin(0)
+        is_proof = sizes > torch.clamp(noise, min=PROOF * self.tolerance) * self._sizes
+        is_proof &= self._sizes_of(rests[0] - rests[1]) < 0.1 * sizes
+        return float(rests[0].norm() / self.whole.norm()) if bool(is_proof.any()) else None
 
     def explain(self) -> tuple[str, float | None]:
-        """What holds instead: "sum", "grad_output", "weights" (with the first part's share that fits) or "coupled"."""
+        """What holds instead: "sum", "weights" (with the first part's share that fits) or "coupled"."""
         share, rest, tolerance = self.share, 1 - self.share, self.tolerance
         lengths = torch.tensor(self.lengths)
         scale = (self._sizes * lengths.double().sqrt()).repeat_interleave(lengths)
@@ -149,8 +172,6 @@ class GradientComparison:
         a, b = first / (share or 1), second / (rest or 1)  # the means; a part of zero weight has a gradient of zero
         if float((whole - a - b).norm()) < bound / ((share or 1) * (rest or 1)):
             return "sum", None
-        if float((whole - share * first - rest * second).norm()) < bound:
-            return "grad_output", None
         gap = a - b
         fitting = float((whole - b).dot(gap) / gap.dot(gap))  # brings the mean closest; NaN where there is no gap
         if -1e-3 <= fitting <= 1 + 1e-3 and len(whole) > 2:

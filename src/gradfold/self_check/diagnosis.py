@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch, leaves_by_path
-from gradfold.engine.model_checks import parameters_with_hooks
 from gradfold.errors import LossError, NotDecomposableError
-from gradfold.self_check.comparison import NOISE, PROOF, GradientComparison
+from gradfold.messages import join_names
+from gradfold.self_check.comparison import NOISE, PROOF, GradientComparison, Gradients
 from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, SplitResult, UndecidedError
 from gradfold.self_check.probe_run import ProbeResult
 
 _IGNORED = (-100, -1, 0, 255)  # labels that are commonly ignored; -100 is torch's own
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _CLOSE = 2e-3  # of shares
+
+_FACTORS = (0.3, 0.7)  # of grad_outputs, which a gradient follows where the backward pass is linear in them
 
 
 def refuse_empty_part(experiment: SplitExperiment, result: SplitResult) -> None:
@@ -39,11 +41,11 @@ def refuse_empty_part(experiment: SplitExperiment, result: SplitResult) -> None:
 def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposableError:
     """Why parts differ from the whole by more than `PROOF` tolerances, once nothing but the loss explains that.
 
-    Raises UndecidedError where hooks or rounding may explain it, CannotKnowError where randomness, state or weights do.
+    Raises:
+        UndecidedError: rounding may explain it.
+        CannotKnowError: randomness, hidden state or the weights explain it.
     """
     comparison = result.comparison
-    if parameters_with_hooks(experiment.probe.model, experiment.probe.parameters):
-        raise UndecidedError  # hooks see the gradient of each micro-batch, of which the user is warned
     suspicious = comparison.errors > PROOF * comparison.tolerance
     again = comparison.differences(experiment.record_whole().gradients)
     if bool((again > comparison.errors / 4)[suspicious].any()):
@@ -51,8 +53,17 @@ def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposabl
             "two runs over the same rows gave different gradients: loss_fn keeps state outside of buffers, or has "
             "random numbers of its own"
         )
-    if not bool((comparison.errors > NOISE * _noise(experiment, comparison))[suspicious].any()):
-        raise UndecidedError
+    runs: list[Gradients] = [experiment.record_whole(random_seed=random_seed).gradients for random_seed in range(4)]
+    noise = torch.stack(list(map(comparison.differences, runs))).amax(0)  # what rounding the parameters moves
+    scaled = {factor: experiment.record_whole(factor=factor).gradients for factor in _FACTORS}
+    unscaled = comparison.unscaled(scaled, NOISE * noise)
+    if unscaled is not None:
+        return _ignores_grad_output(experiment.seen_or_first(list(result.whole.losses)), unscaled)
+    for factor, gradients in scaled.items():  # and what rounding the grad_outputs moves, which small types lose
+        rescaled = [None if gradient is None else gradient / factor for gradient in gradients]
+        noise = torch.maximum(noise, comparison.differences(rescaled))
+    if not bool((comparison.errors > NOISE * noise)[suspicious].any()):
+        raise UndecidedError(f"the parts were {comparison.error:.1e} off, which rounding may explain")
     if experiment.recorded.values:
         shared = experiment.run_with_shared_randomness()
         if not shared.error > PROOF * shared.tolerance:
@@ -70,13 +81,28 @@ def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposabl
     return _find_cause(experiment, comparison, experiment.seen_or_first(terms))
 
 
-def _noise(experiment: SplitExperiment, comparison: GradientComparison) -> Tensor:
-    """What rounding moves, per parameter: of the parameters, and of the grad_outputs, which small types lose."""
-    runs = [experiment.record_whole(random_seed=random_seed).gradients for random_seed in range(4)]
-    for factor in (0.3, 0.7) if comparison.explain()[0] != "grad_output" else ():
-        scaled = experiment.record_whole(factor=factor).gradients
-        runs.append([None if gradient is None else gradient / factor for gradient in scaled])
-    return torch.stack(list(map(comparison.differences, runs))).amax(0)
+def refuse_left_state(experiment: SplitExperiment, result: SplitResult) -> None:
+    """Raise NotDecomposableError where a pass depends on what the one before it has left on the model."""
+    names = experiment.probe.snapshot.changed_attributes()
+    if not names:
+        return
+    first, second = experiment.run_part_twice()
+    comparison = result.comparison
+    if bool((comparison.differences(second.gradients, first.gradients) > PROOF * comparison.tolerance).any()):
+        text = _TEXTS["state"].format(off="one after the other", state=join_names(names, 3))
+        term = experiment.seen_or_first(list(result.whole.losses))
+        raise NotDecomposableError(f"{name_term(term)} {text}", "state", term)
+
+
+def _ignores_grad_output(term: str, unscaled: float) -> NotDecomposableError:
+    part = "" if 0.99 < unscaled < 1.01 else f" in a part of the gradient ({unscaled:.1%} of it)"
+    return NotDecomposableError(
+        f"{name_term(term)} has a backward pass that ignores its incoming gradient (grad_output){part}, which carries "
+        "the weight of the micro-batch. Multiply by grad_output in its backward(). An auxiliary loss that is attached "
+        'to a tensor, or back-propagated inside loss_fn, belongs in a term of its own: return {"loss": loss, "aux": '
+        "aux}.",
+        *("grad_output", term),
+    )
 
 
 def _check_weights(experiment: SplitExperiment, whole: ProbeResult) -> None:
@@ -94,37 +120,48 @@ def _find_cause(experiment: SplitExperiment, comparison: GradientComparison, ter
     cause, fitting = comparison.explain()
     if fitting is not None:
         return _other_weights(experiment, term, comparison.share, fitting)
-    buffers: list[str] = []
+    state: list[str] = []
     if cause == "coupled":
         if experiment.recorded.uses_batch_norm:
             cause = "batch_norm"
-        elif buffers := _buffers_that_explain(experiment, term):
+        elif state := _state_that_explains(experiment, comparison, term):
             cause = "state"
-    text = _TEXTS[cause].format(off=f"{comparison.error:.1%} off", buffers=", ".join(buffers[:3]))
+        elif experiment.fits_when_padded_alike(term):
+            return NotDecomposableError(f"{name_term(term)} {PADDING_TEXT}", cause, term)
+    text = _TEXTS[cause].format(off=f"{comparison.error:.1%} off", state=join_names(state, 3) if state else "")
     return NotDecomposableError(f"{name_term(term)} {text}", cause, term)
 
 
-def _buffers_that_explain(experiment: SplitExperiment, term: str) -> list[str]:
-    """The buffers that forward passes change, if the parts fit where both begin with the same values."""
-    whole = experiment.record_whole()
-    buffers = experiment.probe.snapshot.changed_buffers()
-    if not buffers:
-        return []
-    rewound = experiment.compare(whole, experiment.run_parts(whole, rewind_between=True), term)
-    return buffers if rewound.fits else []
+def _state_that_explains(experiment: SplitExperiment, comparison: GradientComparison, term: str) -> list[str]:
+    """The buffers, attributes and frozen parameters that forward passes change, if the loss depends on them.
 
+    It does where the parts fit if both begin with the same values, or where the whole has another gradient after a
+    run of its first part.
+    """
+    whole, snapshot = experiment.record_whole(), experiment.probe.snapshot
+    state = [*snapshot.changed_buffers(), *snapshot.changed_attributes(), *snapshot.moved_parameters()]
+    if not state:
+        return []
+    if experiment.compare(whole, experiment.run_parts(whole, rewind_between=True), term).fits:
+        return state
+    after = comparison.differences(experiment.run_whole_after_part().gradients)
+    return state if bool((after > PROOF * comparison.tolerance).any()) else []
+
+
+PADDING_TEXT = (
+    "depends on the padding of the batch: padded alike, the parts make up the whole, but collate pads a micro-batch to "
+    "another length than the batch. Mask the padding in the model and in the loss, or pad every sample to one length."
+)
 
 # What is wrong, how far it is off, and what to write; after "the loss" or "the loss term 'name'".
 _TEXTS = {
     "sum": "is a sum over the rows, not a mean, so its size depends on how the batch is split. Return the mean: "
     "reduction='mean', or divide by the number of things summed and pass that number as weight=.",
-    "grad_output": "has a backward pass that ignores its incoming gradient (grad_output), which carries the weight of "
-    "the micro-batch. Multiply by grad_output in its backward().",
     "batch_norm": "normalizes by the statistics of the batch (functional batch_norm with training=True), and a "
     'micro-batch has other ones ({off}). Write batch_norm="exact" to normalize by the whole batch, or use group_norm '
     "or training=False.",
-    "state": "depends on buffers that forward passes change ({buffers}), so a part sees other values than the whole "
-    "({off}). Freeze them while gradients accumulate, or change them once per update.",
+    "state": "depends on what forward passes change ({state}), so a part sees other values than the whole ({off}). "
+    "Freeze it while gradients accumulate, or change it once per update.",
     "coupled": "makes the samples of a batch depend on each other (in-batch negatives, statistics over the batch, rows "
     "that are mixed): no weighting of two parts gives the gradient of the whole ({off}). Write the loss in two "
     "functions, what each row gives and what is made of all rows: loss_fn = gradfold.TwoPhaseLoss(statistic, loss), "

@@ -27,8 +27,20 @@ class CannotKnowError(Exception):
     """Nothing can be said about this loss, for the reason in the message. Internal: it ends in a warning."""
 
 
+class PartFailedError(CannotKnowError):
+    """A part cannot be run, or weighed; other parts may. Internal."""
+
+
 class UndecidedError(Exception):
-    """These rows do not tell; others may. Internal."""
+    """These rows do not tell, for the reason in the message; others may. Internal.
+
+    Attributes:
+        fits: whether the parts make up the whole, though that proves nothing.
+    """
+
+    def __init__(self, reason: str, fits: bool = False) -> None:
+        super().__init__(reason)
+        self.fits = fits
 
 
 class SplitResult(NamedTuple):
@@ -44,7 +56,8 @@ class SplitExperiment:
 
     `recollated` are the parts as a collate function makes them, with a padding of their own. They run where no random
     numbers are drawn, which could not be handed to rows of another length. `share` is the normalized weight of the
-    micro-batch in its window. Raises BatchError where it cannot be split, CannotKnowError where weight= fails.
+    micro-batch in its window; `parts` are given where they are not cut by rows. Raises BatchError where it cannot be
+    split, CannotKnowError where its parts have no weight.
     """
 
     def __init__(
@@ -55,10 +68,12 @@ class SplitExperiment:
         weight: WeightOption,
         recollated: Sequence[Batch] | None = None,
         share: Shares = lambda name: 1.0,
+        parts: Sequence[Batch] | None = None,
     ) -> None:
         try:
-            num_rows(whole)
-            first, second = cut_rows(whole, [len(own) for own in rows])
+            if parts is None:
+                num_rows(whole)
+            first, second = parts or cut_rows(whole, [len(own) for own in rows])
         except (BatchError, RuntimeError):
             if recollated is None:
                 raise
@@ -68,11 +83,12 @@ class SplitExperiment:
             self.whole_weights = weigh(weight, [MicroBatch(whole, range(self.num_rows))])
             self.part_weights = weigh(weight, [MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
         except Exception as error:
-            raise CannotKnowError(f"weight= fails on a part of a micro-batch ({first_line(error)})") from error
+            raise PartFailedError(f"weight= fails on a part of a micro-batch ({first_line(error)})") from error
         batches = [MicroBatch(data, range(0)) for data in (whole, first, second, *(recollated or ()))]
-        self._whole, *parts = map(prefetch(batches, probe.parameters[0].device), range(len(batches)))
-        self.parts, self._recollated = parts[:2], parts[2:] or parts[:2]
+        self._whole, *moved = map(prefetch(batches, probe.parameters[0].device), range(len(batches)))
+        self.parts, self.recollated = moved[:2], moved[2:]
         self._running = self.parts  # these or the recollated ones
+        self.are_collated = bool(recollated or parts)
         self.probe = probe
         self.rows = rows
         self.weight = weight
@@ -108,7 +124,7 @@ class SplitExperiment:
         if dropping_modules(probe.model):
             return None
         mode = None if is_compiled(probe.modules) else generators
-        self._running = self._recollated
+        self._running = self.recollated or self.parts
         try:
             whole = self._run_whole(mode)
             if probe.snapshot.has_drawn():
@@ -129,7 +145,7 @@ class SplitExperiment:
         random numbers cannot be handed to rows or a part fails.
         """
         whole = self.record_whole()
-        self._running = self.parts if self.recorded.values else self._recollated
+        self._running = self.parts if self.recorded.values else self.recollated or self.parts
         return self._result(whole, self.run_parts(whole), self.recorded.dtypes)
 
     def compare(self, whole: ProbeResult, parts: list[ProbeResult], term: str | None = None) -> GradientComparison:
@@ -137,8 +153,8 @@ class SplitExperiment:
         share = self.share_of_part(0, term or self.seen_or_first(whole.losses))
         first, second = parts
         comparison = GradientComparison.of(whole.gradients, first.gradients, second.gradients, share, self._tolerance)
-        if comparison is None:
-            raise UndecidedError
+        if comparison is None or comparison.is_zero:
+            raise UndecidedError("there was no gradient")
         return comparison
 
     def record_whole(self, only: str | None = None, factor: float = 1.0, random_seed: int | None = None) -> ProbeResult:
@@ -160,6 +176,40 @@ class SplitExperiment:
             self._dims |= mode.dims
         return results
 
+    def run_part_twice(self) -> tuple[ProbeResult, ProbeResult]:
+        """The second part, and again after itself."""
+        self.probe.snapshot.rewind()
+        first, second = (self.probe.run(self._running[1], self.shares_in_window(1), self._mode(1)) for _ in range(2))
+        return first, second
+
+    def _mode(self, index: int) -> RowRandomness | None:
+        """Of a part, or of the whole (2); None without random numbers."""
+        rows = (*self.rows, range(self.num_rows))[index]
+        return RowRandomness(self.recorded, self.num_rows, rows) if self.recorded.values else None
+
+    def run_whole_after_part(self) -> ProbeResult:
+        """The whole again, after its first part: another gradient shows that it depends on what a pass leaves."""
+        self.probe.snapshot.rewind()
+        self.probe.run(self._running[0], self.shares_in_window(0), self._mode(0))
+        return self.probe.run(self._whole, self._share, self._mode(2))
+
+    def fits_when_padded_alike(self, term: str) -> bool:
+        """Whether parts cut from the whole, with its padding, make it up where those that were collated do not."""
+        if not self.are_collated or self.recorded.values:
+            return False
+        try:
+            parts = cut_rows(self._whole, [len(rows) for rows in self.rows])
+        except (BatchError, RuntimeError):
+            return False
+        running, self._running = self._running, parts
+        try:
+            whole = self.record_whole()
+            return self.compare(whole, self.run_parts(whole), term).fits
+        except (CannotKnowError, UndecidedError):
+            return False
+        finally:
+            self._running = running
+
     def run_with_shared_randomness(self) -> GradientComparison:
         """Whole and parts with the same random numbers for every row."""
         every = range(self.num_rows), *self.rows
@@ -177,9 +227,11 @@ class SplitExperiment:
         host = self.probe.snapshot.has_drawn_on_host()
         if host is not None:
             raise CannotKnowError(f"loss_fn draws from {host}, whose numbers cannot be handed to rows")
-        has_weight = any(self.share_of_part(index, name) for name in result.losses for index in (0, 1))
-        if not has_weight or not all(math.isfinite(float(loss)) for loss in result.losses.values()):
-            raise UndecidedError  # nothing to see, or something that the window itself will say
+        weighed = [name for name in result.losses if any(self.share_of_part(index, name) for index in (0, 1))]
+        if not weighed:
+            raise UndecidedError("the rows weighed nothing")
+        if not all(math.isfinite(float(result.losses[name])) for name in weighed):
+            raise UndecidedError("the loss was not finite")  # as the window itself will say
         return result
 
     def _run_parts(
@@ -198,7 +250,7 @@ class SplitExperiment:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                raise CannotKnowError(
+                raise PartFailedError(
                     f"loss_fn fails on {self.name_part(index)} of a micro-batch that it takes as a whole "
                     f"({first_line(error)})"
                 ) from error

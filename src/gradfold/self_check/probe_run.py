@@ -15,6 +15,7 @@ from gradfold.batch.split import MicroBatch, versions
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, loss_terms_of
+from gradfold.engine.model_checks import parameters_with_hooks
 from gradfold.errors import HookError
 from gradfold.messages import join_names
 from gradfold.state.gradients import parameters_of
@@ -35,7 +36,11 @@ class ProbeResult(NamedTuple):
 
 
 class ProbeRun:
-    """Runs batches on a model, with some modules frozen (in evaluation mode); the `with` block undoes all changes."""
+    """Runs batches on a model, with some modules frozen (in evaluation mode); the `with` block undoes all changes.
+
+    Attributes:
+        hooked: the parameters whose gradient a hook sees, by name; not within the block.
+    """
 
     def __init__(
         self, model: nn.Module, loss_fn: LossFn, back_propagate: BackPropagation, frozen: Iterable[nn.Module] = ()
@@ -50,15 +55,26 @@ class ProbeRun:
         self._own = set(map(id, self.parameters))
         self._changes_inputs = False
         self._has_run = False
+        # The window warns of hooks on gradients; here they would hide what the loss itself does.
+        self.hooked = parameters_with_hooks(model, self.parameters)
+        self._hooks = [
+            (one._backward_hooks, dict(one._backward_hooks)) for one in self.parameters if one._backward_hooks
+        ]
 
     def __enter__(self) -> ProbeRun:
         self.snapshot.__enter__()
         for module in self._frozen:
             module.training = False
+        for hooks, _ in self._hooks:
+            hooks.clear()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.snapshot.__exit__(*error)
+        try:
+            self.snapshot.__exit__(*error)
+        finally:
+            for hooks, before in self._hooks:
+                hooks.update(before)
 
     def run(
         self, batch: Batch, shares: Shares, mode: AbstractContextManager[Any] | None = None, only: str | None = None

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradfold.torch_private import set_versions
+
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, children and hooks have their own keepers
 
 # Their subclasses may forbid to be emptied, or keep more than their items (a frozen config, a model's output).
@@ -28,12 +30,12 @@ class ModuleAttributes:
         parameters = chain.from_iterable(module.parameters(recurse=False) for module in modules)
         owners: Iterable[Any] = chain(modules, parameters)
         self._kept = [(one, _attributes_of(one)) for one in owners]
-        self._contents = [
-            contents
-            for _, attributes in self._kept
-            for value in attributes.values()
+        self._contents = {
+            (id(owner), name): contents
+            for owner, attributes in self._kept
+            for name, value in attributes.items()
             if (contents := keep_contents(value)) is not None
-        ]
+        }
 
     def restore(self) -> None:
         """Bind every attribute to what it was bound to, with the contents that it had."""
@@ -42,8 +44,22 @@ class ModuleAttributes:
             for name in _attributes_of(owner).keys() - attributes.keys():
                 del now[name]
             now.update(attributes)
-        for contents in self._contents:
+        for contents in self._contents.values():
             contents.restore()
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """The names of the attributes of modules that differ from what they were."""
+        paths = {id(module): path for path, module in model.named_modules()}
+        found = []
+        for owner, before in self._kept:
+            path, now = paths.get(id(owner)), _attributes_of(owner)
+            if path is None:
+                continue
+            names = [name for name in now if name not in before or now[name] is not before[name]]
+            kept = [(name, self._contents.get((id(owner), name))) for name in before]
+            names += [name for name, one in kept if name not in now or (one is not None and one.have_changed())]
+            found += [f"{path}.{name}" if path else name for name in dict.fromkeys(names)]
+        return found
 
 
 class Contents(NamedTuple):
@@ -68,6 +84,7 @@ class Contents(NamedTuple):
                 if self.value.shape != self.copy.shape:
                     self.value.resize_(self.copy.shape)
                 self.value.copy_(self.copy)
+            set_versions((self.value,), (self.version,))  # the same as then, for whoever asks what has changed since
         else:
             self.value.clear()
             (self.value.extend if isinstance(self.value, (list, deque)) else self.value.update)(self.copy)

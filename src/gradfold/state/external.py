@@ -42,6 +42,7 @@ class ExternalState(AbstractContextManager["ExternalState"]):
         roots: functions, callable objects and modules; kept all, however many there are.
 
     Attributes:
+        attributes: of the modules.
         random_states: at the beginning.
     """
 
@@ -50,10 +51,10 @@ class ExternalState(AbstractContextManager["ExternalState"]):
         modules = [one for one in reached if isinstance(one, nn.Module)]
         parameters = chain.from_iterable(one.parameters(recurse=False) for one in modules)
         self.random_states = RandomStates.record(parameters)
-        attributes, buffers = ModuleAttributes(modules), BufferKeeper()
+        self.attributes, buffers = ModuleAttributes(modules), BufferKeeper()
         buffers.open(modules)
         undo = [undo for one in reached for undo in _undo(one)]
-        self._steps = [*undo, attributes.restore, buffers.restore, self.random_states.restore]
+        self._steps = [*undo, self.attributes.restore, buffers.restore, self.random_states.restore]
 
     def __exit__(self, *_: object) -> None:
         self.restore()

@@ -109,6 +109,7 @@ class Snapshot:
             self._buffers.open(self._modules)
         self._frozen.restore()
         if self._external is not None:
+            self._external.attributes.restore()
             self._external.random_states.restore()
         self._beginning.restore()
         self._savepoint = None
@@ -131,6 +132,15 @@ class Snapshot:
     def has_drawn_on_host(self) -> str | None:
         """The module whose global generator has moved since the beginning, if one has; of a probe."""
         return None if self._external is None else self._external.random_states.moved_on_host()
+
+    def moved_parameters(self) -> list[str]:
+        """The names of the frozen parameters that have moved since the last rewind."""
+        moved = {id(one) for one, _ in self._frozen.moved()}
+        return [name for name, parameter in self._model.named_parameters() if id(parameter) in moved]
+
+    def changed_attributes(self) -> list[str]:
+        """The names of the attributes of modules that differ from those on entry, after a probe's last rewind."""
+        return [] if self._external is None else self._external.attributes.changed(self._model)
 
     def changed_buffers(self) -> list[str]:
         """The names of the buffers that differ from those on entry."""

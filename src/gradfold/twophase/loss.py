@@ -102,7 +102,7 @@ def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, dict[str, Any]],
         if note is not None:
             note(num_rows, {path: leaf for path, leaf in leaves_by_path(statistics) if not has_gradient(leaf)})
         if not leaves:
-            raise UndecidedError  # all of it may be frozen, and the loss trained alone
+            raise UndecidedError("no statistic has a gradient")  # all may be frozen, and the loss trained alone
         if num_rows is None:
             raise CannotKnowError("the rows of this batch cannot be counted")
         generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from gradfold.batch.split import split_samples
 from gradfold.distributed.ddp import find_process_group, parallel_modules, unwrapped, wrapped_as
 from gradfold.distributed.fsdp import sharded_modules
 from gradfold.distributed.process_group import ProcessGroup
-from gradfold.engine.model_checks import dropping_modules, parameters_with_hooks
+from gradfold.engine.model_checks import dropping_modules
 from gradfold.errors import BatchError, DistributedError, OptionError
 from gradfold.messages import first_line, join_names
 from gradfold.state.gradients import parameters_of
@@ -112,7 +112,7 @@ def _prove(
     sizes = choose_sizes(total, own, micro_batch_sizes)
     with set_up(accumulator, batch, total, dtype=None) as own_precision:
         setup, whole, notes = _first_run(own_precision, dtype)
-        hooked = parameters_with_hooks(setup.probe.model, setup.probe.parameters)
+        hooked = setup.probe.hooked
         if hooked:  # which are not copied
             notes.append(f"hooks on gradients of {join_names(hooked)} did not run: they see those of micro-batches.")
         cause = causes.before_comparing(setup, whole)
