@@ -26,5 +26,11 @@ run_backward = _engine_run_backward
 """What `torch.autograd.backward` calls once it has checked its arguments. The check takes as long as a small layer, and
 a plain loss with its grad_output needs none. Without it: `torch.autograd.backward`."""
 
+ACCUMULATE_GRAD = "torch::autograd::AccumulateGrad"
+"""The name of a node that adds to a leaf's `.grad`. Without it: no leaf is found in a graph."""
+
+read_number = torch._C.TensorBase.item
+"""`Tensor.item` beneath the doctor's hook on host reads. Without it: the doctor records reads of gradfold's own."""
+
 without_dispatch = torch._C._DisableTorchDispatch
 """A block that dispatch modes do not see. Without it: they see the random states that are recorded."""

@@ -29,6 +29,7 @@ from gradfold.engine.model_checks import check_hooks
 from gradfold.engine.window import Context
 from gradfold.engine.window_lock import WindowLock
 from gradfold.errors import BatchError, LossError, OptionError, WeightError, WindowError
+from gradfold.self_check.loop_check import LoopCheck
 from gradfold.state.gradients import GradientBuffer
 from gradfold.weights import UNNAMED, Weight, weigh
 from gradfold.weights import check_option as check_weight
@@ -43,7 +44,11 @@ class LoopWindow(MicroBatchWindow[T]):
     """The micro-batches of one update, for a loop body that calls `window.backward(loss)`.
 
     Iterate over it once. The weights of all micro-batches are known before the first, so every gradient has its exact
-    weight. `zero_grad` or `step` inside the loop is an error. If the loop body fails, nothing is rolled back.
+    weight. If the loop body fails, nothing is rolled back.
+
+    What is checked: `zero_grad`, clipping and `step` inside the loop are errors, and so is a loss whose graph shows
+    that it is a sum, or a mean over something else than `weight` counts. Losses that compare the rows of a batch, and
+    state that a forward pass keeps, are not seen here; an `Accumulator` runs the loss by itself and sees them.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class LoopWindow(MicroBatchWindow[T]):
         weight: Weight,
         batch_norm: BatchNormOption,
         backward: BackwardFn | None,
+        check: LoopCheck,
     ) -> None:
         rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
         parts = zip(micro_batches, map(range, rows), strict=True)
@@ -71,6 +77,8 @@ class LoopWindow(MicroBatchWindow[T]):
         self._loss: Tensor | None = None
         self._is_started = False
         self._lock = WindowLock(context.model)
+        self._check = check
+        check.begin()
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -110,7 +118,8 @@ class LoopWindow(MicroBatchWindow[T]):
         Raises:
             WindowError: there is no current micro-batch, it had its backward already, or something has changed
                 gradients since the last one.
-            LossError: the loss is not 0-d, or does not require grad.
+            LossError: the loss is not 0-d, or does not require grad; NotDecomposableError where its graph shows a sum,
+                or a mean over something else than the weight counts.
         """
         if self._current is None:
             raise WindowError(
@@ -124,6 +133,7 @@ class LoopWindow(MicroBatchWindow[T]):
             raise LossError(f"window.backward takes the loss, one 0-d tensor; got a {type(loss).__name__}.")
         self._lock.check()
         weighed = self.losses.add(self._current, loss)
+        self._check.check(self._parts[self._current], loss, self._weights.of_term(UNNAMED).values[self._current])
         self._done.add(self._current)
         self._statistics.pause()
         self._back_propagate(weighed)
@@ -289,6 +299,7 @@ def _loop_windows(
     if backward is not None:
         probe(backward, context.device)
     warned_of: set[str] = set()
+    check = LoopCheck(warns=weight == "samples")
     group = find_process_group(context.modules, context.device, option)
     if sharded_modules(context.modules):
         raise OptionError("windows(..., model=) is not supported with fully_shard; pass the windows to an Accumulator.")
@@ -299,7 +310,7 @@ def _loop_windows(
             stack.push(context.coordinator)  # tells the others what fails here
             if len(micro_batches) > 1:
                 check_hooks(model, context.parameters, warned_of)
-            window = LoopWindow(context, micro_batches.pieces(), weight, batch_norm, backward)
+            window = LoopWindow(context, micro_batches.pieces(), weight, batch_norm, backward, check)
             stack.pop_all()
         yield window
         if window.is_unfinished:

@@ -32,9 +32,11 @@ from gradfold.doctor.finding import Report
 from gradfold.doctor.instrumentation import Guard
 from gradfold.doctor.report import exit_code, sarif, text
 from gradfold.doctor.rules import RULES
+from gradfold.engine import loss_graph
 
 EVERYTHING = Path(__file__).parent / "everything.py"
 FOLDER = str(Path(gradfold.doctor.__file__).parent)
+OURS = FOLDER, loss_graph.__file__  # what the doctor runs of gradfold
 # What stands between the doctor and the script, and what starts the script, cannot be guarded by itself.
 UNGUARDED = (instrumentation.__file__, run.__file__)
 # Of the doctor, but not of its hooks: what the parent process does with a report, and what ends the script.
@@ -51,15 +53,16 @@ class InjectedError(Exception):
 def recorded_code() -> dict[CodeType, str]:
     """Every function that runs while the script does, with those inside of it and its generator expressions."""
     found: dict[CodeType, str] = {}
-    for info in pkgutil.iter_modules([FOLDER]):
-        module = importlib.import_module(f"gradfold.doctor.{info.name}")
-        if info.name in AFTERWARDS or module.__file__ in UNGUARDED:
+    names = [f"gradfold.doctor.{info.name}" for info in pkgutil.iter_modules([FOLDER])]
+    for module in map(importlib.import_module, [*names, loss_graph.__name__]):
+        name = module.__name__.rpartition(".")[2]
+        if name in AFTERWARDS or module.__file__ in UNGUARDED:
             continue
         todo = list(compile(inspect.getsource(module), module.__file__, "exec").co_consts)
         while todo:
             code = todo.pop()
             if isinstance(code, CodeType):
-                found[code] = f"{info.name}.{code.co_qualname}"
+                found[code] = f"{name}.{code.co_qualname}"
                 todo += code.co_consts
     is_class = {one for one, name in found.items() if "__qualname__" in one.co_names}
     return {
@@ -129,7 +132,7 @@ def counting(calls: dict[tuple[str, int, str], int]):
     """A tracer that counts how often each function of the doctor's is entered."""
 
     def count(frame, event, _argument):
-        if frame.f_code.co_filename.startswith(FOLDER):
+        if frame.f_code.co_filename.startswith(OURS):
             calls[key(frame.f_code)] = calls.get(key(frame.f_code), 0) + 1
 
     return count

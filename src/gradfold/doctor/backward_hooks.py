@@ -15,10 +15,10 @@ from gradfold.doctor.events import Backward, DdpSync
 from gradfold.doctor.gradient_state import GradientProvenance
 from gradfold.doctor.graph_stats import GraphStats, graph_stats
 from gradfold.doctor.instrumentation import Hook, Patches
-from gradfold.doctor.loss_graph import DividedTerm, mark, mark_of, number, terms_of
 from gradfold.doctor.recorder import Recorder
 from gradfold.doctor.source import SourceLocation
 from gradfold.doctor.torch_private import engine_run_backward
+from gradfold.engine.loss_graph import DividedTerm, mark, mark_of, number, terms_of
 
 _MOST_WALKS = 48  # through the graphs of backward passes from one line
 

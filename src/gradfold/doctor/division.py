@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradfold.doctor.history import UpdateWindow
-from gradfold.doctor.loss_graph import DividedTerm, Divisor
 from gradfold.doctor.source import SourceLocation
 from gradfold.doctor.syntax import has_inverse
+from gradfold.engine.loss_graph import DividedTerm, Divisor
 
 _CLOSE = 1e-4
 

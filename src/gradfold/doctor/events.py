@@ -13,8 +13,8 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from torch import Tensor
 
 from gradfold.doctor.graph_stats import GraphStats
-from gradfold.doctor.loss_graph import DividedTerm
 from gradfold.doctor.source import CallContext, SourceLocation
+from gradfold.engine.loss_graph import DividedTerm
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gradfold.doctor.loss_graph import UNCHANGED_VALUES, walk
-from gradfold.doctor.torch_private import ACCUMULATE_GRAD
+from gradfold.engine.loss_graph import INPUTS, compared_rows, walk
+from gradfold.torch_private import ACCUMULATE_GRAD
 
 _MOST_NODES = 20_000
-_MOST_NODES_OF_LOSS = 2_000
-_MOST_NODES_OF_PARAMETER = 8  # between a parameter and the operator that uses it
 _NUMBERS = 8  # kept of each input
-# Where an operator keeps its input; an input that needs no gradient is the model's.
-_INPUTS = ("mat1", "self", "input", "indices", "x1", "x2")
-_PRODUCTS = ("MmBackward0", "BmmBackward0", "CdistBackward0", "EuclideanDistBackward0", "AddmmBackward0")
-_TRANSPOSING = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
 
 
 @dataclass
@@ -59,7 +53,7 @@ def graph_stats(loss: Tensor, may_read: bool) -> GraphStats:
         if may_read:
             _read(node, stats, storages, factors)
     if may_read:
-        stats.compared_rows = _compared_rows_of_loss(loss.grad_fn)
+        stats.compared_rows = compared_rows(loss)
     stats.is_whole = len(nodes) < _MOST_NODES
     stats.parameters = frozenset(map(id, stats.leaves))
     stats.inputs = stats.inputs or factors
@@ -74,65 +68,6 @@ def _is_instance_norm(node: Any) -> bool:
     is_single = isinstance(rows, Tensor) and rows.dim() > 1 and rows.shape[0] == 1
     has_own_weights = any(child is not None and child.name() == ACCUMULATE_GRAD for child, _ in node.next_functions[1:])
     return is_single and not has_own_weights
-
-
-def _compared_rows_of_loss(root: Any) -> list[int]:
-    """Of the graph between the loss and the model's last layers: attention inside the model does not count."""
-    found: list[int] = []
-    rows: list[int] = []  # of the node visited last
-
-    def is_last_layer(node: Any) -> bool:
-        return bool(rows) or any(_is_parameter(child) for child, _ in node.next_functions)
-
-    for node in walk(root, _MOST_NODES_OF_LOSS, is_last_layer):
-        rows = _compared_rows(node)
-        found += rows
-    return found
-
-
-def _compared_rows(node: Any) -> list[int]:
-    """Rows of a square matrix of products or distances between samples, or rows that a product is summed over."""
-    name = node.name()
-    if name not in _PRODUCTS or not all(_depends_on_data(child) for child, _ in node.next_functions[:2]):
-        return []
-    first, second = _sizes(node, ("self", "x1", "mat1")), _sizes(node, ("mat2", "x2"))
-    if name == "BmmBackward0":  # an einsum over two matrices is one product of a stack of one
-        if first[:1] != (1,) or second[:1] != (1,):
-            return []
-        first, second = first[1:], second[1:]
-    if len(first) < 2 or len(second) < 2:
-        return []
-    if name in ("CdistBackward0", "EuclideanDistBackward0"):
-        found = [first[-2]] if first[-2] == second[-2] else []
-    else:
-        child = node.next_functions[0][0]
-        is_transposed = child is not None and child.name() in _TRANSPOSING  # z.T @ z sums over the rows of z
-        found = [first[-2]] if first[-2] == second[-1] else []
-        found += [first[-1]] if is_transposed and first[-1] == second[-2] else []
-    return [rows for rows in found if rows > 1]
-
-
-def _sizes(node: Any, names: tuple[str, ...]) -> tuple[int, ...]:
-    for name in names:
-        saved = getattr(node, f"_saved_{name}", None)
-        sizes = getattr(node, f"_saved_{name}_sym_sizes", saved.shape if isinstance(saved, Tensor) else None)
-        if sizes is not None:
-            return tuple(sizes)
-    return ()
-
-
-def _depends_on_data(root: Any) -> bool:
-    """Whether a tensor that needs no gradient goes into a product or a look-up below: not weights alone."""
-    kept = (getattr(node, f"_saved_{name}", None) for node in walk(root, _MOST_NODES_OF_LOSS) for name in _INPUTS)
-    return any(isinstance(one, Tensor) and not one.requires_grad and one.numel() > 1 for one in kept)
-
-
-def _is_parameter(node: Any) -> bool:
-    """Whether this is a parameter of more than one number, in its own or in another shape."""
-    for _ in range(_MOST_NODES_OF_PARAMETER - 1):
-        if node is not None and node.name() in UNCHANGED_VALUES:
-            node = node.next_functions[0][0]
-    return node is not None and node.name() == ACCUMULATE_GRAD and bool(node.variable.numel() > 1)
 
 
 @cache
@@ -152,7 +87,7 @@ def _read(node: Any, stats: GraphStats, storages: dict[int, int], factors: list[
         if saved.requires_grad or saved.dim() == 0 or saved.numel() < 2:
             continue
         field_name, numbers = name.removeprefix("_saved_"), saved.reshape(-1)[:_NUMBERS]
-        if field_name in (*_INPUTS, "target"):
+        if field_name in (*INPUTS, "target"):
             stats.inputs.append(numbers.clone())
         elif field_name == "other":
             factors.append(numbers.clone())

@@ -18,8 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from gradfold.doctor.backward_hooks import as_list
 from gradfold.doctor.events import Clip, ScalerCall, SchedulerStep, Step
 from gradfold.doctor.instrumentation import Hook, Patches
-from gradfold.doctor.loss_graph import mark
 from gradfold.doctor.recorder import Recorder
+from gradfold.engine.loss_graph import mark
 
 
 class OptimizerHooks:

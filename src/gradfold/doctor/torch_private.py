@@ -6,12 +6,9 @@ without them no loss is known to be a mean, and no BatchNorm is found.
 
 from __future__ import annotations
 
-import torch
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 # gradfold runs the autograd engine by it; else only `Tensor.backward` and `torch.autograd.backward` are recorded.
 engine_run_backward = _engine_run_backward
 BaseDataLoaderIter = _BaseDataLoaderIter  # of every DataLoader; else epochs are known from the script's loops alone
-read_number = torch._C.TensorBase.item  # beneath the hook on host reads; else the doctor would record its own
-ACCUMULATE_GRAD = "torch::autograd::AccumulateGrad"  # adds to a leaf's `.grad`; else no leaf is found in a graph

@@ -148,6 +148,10 @@ def _state_that_explains(experiment: SplitExperiment, comparison: GradientCompar
     return state if bool((after > PROOF * comparison.tolerance).any()) else []
 
 
+SUM_TEXT = (
+    "is a sum over the rows, not a mean, so its size depends on how the batch is split. Return the mean: "
+    "reduction='mean', or divide by the number of things summed and pass that number as weight=."
+)
 PADDING_TEXT = (
     "depends on the padding of the batch: padded alike, the parts make up the whole, but collate pads a micro-batch to "
     "another length than the batch. Mask the padding in the model and in the loss, or pad every sample to one length."
@@ -155,8 +159,7 @@ PADDING_TEXT = (
 
 # What is wrong, how far it is off, and what to write; after "the loss" or "the loss term 'name'".
 _TEXTS = {
-    "sum": "is a sum over the rows, not a mean, so its size depends on how the batch is split. Return the mean: "
-    "reduction='mean', or divide by the number of things summed and pass that number as weight=.",
+    "sum": SUM_TEXT,
     "batch_norm": "normalizes by the statistics of the batch (functional batch_norm with training=True), and a "
     'micro-batch has other ones ({off}). Write batch_norm="exact" to normalize by the whole batch, or use group_norm '
     "or training=False.",

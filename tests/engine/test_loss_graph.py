@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradfold.doctor.graph_stats import graph_stats
-from gradfold.doctor.loss_graph import mark, terms_of
+from gradfold.engine.loss_graph import mark, terms_of
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 3, 0, -100])

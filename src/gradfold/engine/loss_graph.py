@@ -1,23 +1,31 @@
-"""The loss graph: the means and sums that a loss consists of, and their divisors, as its autograd graph tells them."""
+"""The loss graph: the means and sums that a loss consists of, their divisors, and rows that it compares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from gradfold.doctor.torch_private import read_number
+from gradfold.torch_private import ACCUMULATE_GRAD, read_number
 
-_MARK = "gradfold.doctor"  # in a node's metadata: what the doctor knows about it from outside the graph
+_MARK = "gradfold"  # in a node's metadata: what is known about it from outside the graph
 _MOST_NODES = 64
 _SUMS = ("AddBackward0", "SubBackward0")
 _SHAPES = ("View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "Expand", "Permute", "T", "Transpose")
 _COPIES = ("AsStrided", "ToCopy", "Clone", "Alias")
 # Nodes of operators that change the shape, the dtype or the device of their input, and no value.
 UNCHANGED_VALUES = {"CopyBackwards", "SqueezeBackward1", *(f"{name}Backward0" for name in _SHAPES + _COPIES)}
+
+_MOST_NODES_OF_LOSS = 2_000
+_MOST_NODES_OF_PARAMETER = 8  # between a parameter and the operator that uses it
+_PRODUCTS = ("MmBackward0", "BmmBackward0", "CdistBackward0", "EuclideanDistBackward0", "AddmmBackward0")
+_TRANSPOSING = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
+# Where an operator keeps its input; an input that needs no gradient is the model's.
+INPUTS = ("mat1", "self", "input", "indices", "x1", "x2")
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class DividedTerm:
     rows: int = 0  # of the reduced tensor; 0 where unknown
     divisors: tuple[Divisor, ...] = ()  # what the term was divided by on its way to the loss, outermost first
     target: Tensor | None = field(default=None, compare=False)
+    has_class_weights: bool = False  # then a mean divides by the sum of these
 
     @property
     def scale(self) -> float:
@@ -75,7 +84,7 @@ def walk(root: Any, most: int, stops_at: Callable[[Any], bool] = lambda node: Fa
             stack += [child for child, _ in node.next_functions]
 
 
-def terms_of(loss: Tensor, grad_output: Tensor | None) -> tuple[DividedTerm, ...]:
+def terms_of(loss: Tensor, grad_output: Tensor | None = None) -> tuple[DividedTerm, ...]:
     """The means and sums that a loss consists of.
 
     Example:
@@ -149,6 +158,12 @@ def _inverse(value: float | Tensor) -> float | Tensor:
     return 1 / value if isinstance(value, Tensor) or value else float("inf")
 
 
+def _saved(node: Any, name: str) -> Any:
+    """What an operator keeps; not where a hook packed it, since unpacking may run a checkpoint again."""
+    hook = getattr(getattr(node, f"_raw_saved_{name}", None), "unpack_hook", None)
+    return None if hook is not None else getattr(node, f"_saved_{name}", None)
+
+
 def number(value: Any) -> float | Tensor:
     """A float; or a copy of a tensor on a device, since reading it would wait for the device."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
@@ -157,7 +172,7 @@ def number(value: Any) -> float | Tensor:
 
 
 def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> DividedTerm:
-    read: Callable[[str], Any] = lambda field: getattr(node, f"_saved_{field}", None)  # noqa: E731
+    read = partial(_saved, node)
     if node.name() in ("MeanBackward0", "SumBackward0"):
         sizes = tuple(read("self_sym_sizes") or ())
         size = int(torch.Size(sizes).numel())
@@ -173,8 +188,71 @@ def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> DividedTerm:
         count = float(size)
     elif weight is not None and name.startswith("Nll"):
         count = None if target is None else (target != _signed(read("ignore_index"))).sum()
-    return DividedTerm(name, reduction, None if count is None else number(count), size, rows, divisors, target)
+    counted = None if count is None else number(count)
+    return DividedTerm(name, reduction, counted, size, rows, divisors, target, weight is not None)
 
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
+
+
+def compared_rows(loss: Tensor) -> list[int]:
+    """Rows of the square matrices that compare samples with each other, and of products summed over samples.
+
+    Of the graph between the loss and the model's last layers: attention inside the model does not count.
+    """
+    found: list[int] = []
+    rows: list[int] = []  # of the node visited last
+
+    def is_last_layer(node: Any) -> bool:
+        return bool(rows) or any(_is_parameter(child) for child, _ in node.next_functions)
+
+    for node in walk(loss.grad_fn, _MOST_NODES_OF_LOSS, is_last_layer):
+        rows = _compared_rows(node)
+        found += rows
+    return found
+
+
+def _compared_rows(node: Any) -> list[int]:
+    """Rows of a square matrix of products or distances between samples, or rows that a product is summed over."""
+    name = node.name()
+    if name not in _PRODUCTS or not all(_depends_on_data(child) for child, _ in node.next_functions[:2]):
+        return []
+    first, second = _sizes(node, ("self", "x1", "mat1")), _sizes(node, ("mat2", "x2"))
+    if name == "BmmBackward0":  # an einsum over two matrices is one product of a stack of one
+        if first[:1] != (1,) or second[:1] != (1,):
+            return []
+        first, second = first[1:], second[1:]
+    if len(first) < 2 or len(second) < 2:
+        return []
+    if name in ("CdistBackward0", "EuclideanDistBackward0"):
+        found = [first[-2]] if first[-2] == second[-2] else []
+    else:
+        child = node.next_functions[0][0]
+        is_transposed = child is not None and child.name() in _TRANSPOSING  # z.T @ z sums over the rows of z
+        found = [first[-2]] if first[-2] == second[-1] else []
+        found += [first[-1]] if is_transposed and first[-1] == second[-2] else []
+    return [rows for rows in found if rows > 1]
+
+
+def _sizes(node: Any, names: tuple[str, ...]) -> tuple[int, ...]:
+    for name in names:
+        saved = _saved(node, name)
+        sizes = getattr(node, f"_saved_{name}_sym_sizes", saved.shape if isinstance(saved, Tensor) else None)
+        if sizes is not None:
+            return tuple(sizes)
+    return ()
+
+
+def _depends_on_data(root: Any) -> bool:
+    """Whether a tensor that needs no gradient goes into a product or a look-up below: not weights alone."""
+    kept = (_saved(node, name) for node in walk(root, _MOST_NODES_OF_LOSS) for name in INPUTS)
+    return any(isinstance(one, Tensor) and not one.requires_grad and one.numel() > 1 for one in kept)
+
+
+def _is_parameter(node: Any) -> bool:
+    """Whether this is a parameter of more than one number, in its own or in another shape."""
+    for _ in range(_MOST_NODES_OF_PARAMETER - 1):
+        if node is not None and node.name() in UNCHANGED_VALUES:
+            node = node.next_functions[0][0]
+    return node is not None and node.name() == ACCUMULATE_GRAD and bool(node.variable.numel() > 1)
