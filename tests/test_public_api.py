@@ -18,6 +18,7 @@ CALLED = {
     "convert_batch_norm",
     "convert_dropout",
     "counter_based_dropout",
+    "is_probing",
     "measure_peak",
     "plan",
     "token_count",

@@ -301,3 +301,37 @@ def test_reach_ends():
     data = [[number] for number in range(5000)]
     found = list(reach(lambda: (ring, data)))
     assert sum(one is ring for one in found) == 1 and any(one is data for one in found) and len(found) < 20
+
+
+def test_probes_know_that_they_are():
+    seen = set()  # which a probe leaves as it was
+
+    class Meter:  # of an installed package, for all that gradfold knows
+        __module__ = "torch.meter"
+
+        def __init__(self):
+            self.calls = []
+
+    meter = Meter()
+
+    def loss_fn(model, batch):
+        seen.add(gradfold.is_probing())
+        meter.calls.append(gradfold.is_probing())
+        return model(batch).square().mean()
+
+    model = nn.Linear(3, 1).double()
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=2)
+    accumulator.backward(torch.randn(4, 3).double())
+    assert seen == {False} and meter.calls == [True, True, True, False, False]
+    gradfold.verify(accumulator, torch.randn(4, 3).double())
+    assert all(meter.calls[5:]) and len(meter.calls) > 5
+    assert not gradfold.is_probing()
+
+
+def test_a_probe_that_fails_is_over():
+    def loss_fn(model, batch):
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        gradfold.Accumulator(nn.Linear(3, 1), loss_fn, micro_batch_size=2).backward(torch.randn(4, 3))
+    assert not gradfold.is_probing()
