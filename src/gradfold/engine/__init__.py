@@ -9,7 +9,9 @@ Start with `window.py`, whose steps [1] to [6] the other files implement:
     prefetch.py       micro-batches on their way to the device
     recovery.py       `run_with_recovery`, which also finds the offending micro-batch
     coordinator.py    `Coordinator`: what ranks tell each other, here for one process
-    model_checks.py   hooks, dropout and lazy layers; `graph.py` walks through the autograd graph
+    model_checks.py   hooks, lazy layers, and layers that depend on the split
+    loss_graph.py     what the graph of a loss tells; `graph.py` finds its leaves
+    window_lock.py    what may not happen between the micro-batches of a loop
 
 It knows no feature: BatchNorm, two-phase losses, token budgets and dropout come as strategies, splitters and listeners.
 """
