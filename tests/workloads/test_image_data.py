@@ -8,6 +8,7 @@ import shutil
 import struct
 import tarfile
 import threading
+import tracemalloc
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 import torch
 
 from gradfold.errors import DataError
-from gradfold.workloads.data_files import Mirror, unpack
+from gradfold.workloads.data_files import Mirror, read_file, unpack
 from gradfold.workloads.image_data import CIFAR10, MNIST, load_cifar10, load_digits, load_mnist, read_idx
+from gradfold.workloads.text_data import read_paragraphs
 
 REAL_DATA = Path(os.environ.get("GRADFOLD_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
@@ -93,6 +95,15 @@ WRONG_CHECKSUM[-8] ^= 0xFF
         pytest.param(b"<html>moved</html>", "begins with the bytes 00 00 08, found 3c 68 74 6d", id="a web page"),
         pytest.param(b"\0\0\x0d\x01" + bytes(8), "found 00 00 0d 01", id="floats"),
         pytest.param(b"", "found an empty file", id="empty"),
+        pytest.param(b"\0\0\x08\0x", "expected 1 to 8 dimensions, its header says 0", id="no dimension"),
+        pytest.param(b"\0\0\x08\x09" + bytes(36), "1 to 8 dimensions, its header says 9", id="nine dimensions"),
+        pytest.param(b"\0\0\x08\xff" + b"\0\0\0\1" * 255 + b"x", "its header says 255", id="255 dimensions"),
+        pytest.param(b"\0\0\x08\2" + b"\xff" * 8 + b"x", "says 4294967295 x 4294967295, found 1", id="absurd sizes"),
+        pytest.param(
+            gzip.compress(b"\0\0\x08\1" + b"\xff" * 4 + b"x"),
+            "expected 4,294,967,295 bytes .* found 1",
+            id="absurd gzip",
+        ),
         pytest.param(
             idx_bytes(torch.zeros(0, 28, 28)), "at least one element, found the sizes 0 x 28 x 28", id="0 rows"
         ),
@@ -104,6 +115,82 @@ def test_idx_refuses_damaged_and_foreign_files(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as caught:
         read_idx(path)
     assert str(path) in str(caught.value)
+
+
+ZEROS = gzip.compress(bytes(2**20))  # a kilobyte that holds a megabyte
+
+
+def peak_bytes(function):
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError) as caught:
+            function()
+        return tracemalloc.get_traced_memory()[1], str(caught.value)
+    finally:
+        tracemalloc.stop()
+
+
+def test_idx_reads_no_more_than_its_header_says(tmp_path):
+    path = tmp_path / "images.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x08\1\0\0\0\5") + ZEROS * 512)
+    peak, message = peak_bytes(lambda: read_idx(path))
+    assert "expected 5 bytes after the header, which says 5, found 6 or more" in message and str(path) in message
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("name", ["wiki.train.tokens.gz", "data_batch_1.bin"])
+def test_what_has_no_header_unpacks_to_a_bounded_size(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(ZEROS * 512)
+    read = {
+        "wiki.train.tokens.gz": lambda: read_paragraphs(tmp_path, [name]),
+        "data_batch_1.bin": lambda: load_cifar10(tmp_path),
+    }[name]
+    peak, message = peak_bytes(read)
+    assert f"{path} unpacks to more than 67,108,864 bytes" in message
+    assert peak < 2**28  # not the 512 MiB that it holds
+
+
+def test_gzip_of_several_members_and_of_much_repetition_is_read(tmp_path):
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(b"the same words\n" * 10) + gzip.compress(b"the same words\n" * 999_990))
+    assert path.stat().st_size * 300 < 15_000_000
+    assert read_paragraphs(tmp_path, ["text.gz"]) == [["the", "same", "words"]] * 1_000_000
+
+
+@pytest.mark.parametrize("content", [b"a line\nanother\n" * 9, os.urandom(99)], ids=["text", "noise"])
+def test_a_flipped_bit_is_a_data_error_or_changes_nothing(tmp_path, content):
+    path = tmp_path / "text.gz"
+    whole = gzip.compress(content)
+    refused = 0
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert read_file(path, "text", must_be_gzipped=True) == content
+        except DataError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 4 * len(whole)
+
+
+@pytest.mark.parametrize("read", [read_idx, lambda path: read_file(path, "a text"), unpack])
+@pytest.mark.parametrize("name", ["with a \0", "half a character \ud800"])
+def test_a_name_that_no_file_can_have_is_a_data_error(tmp_path, read, name):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+    assert name[:6] in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(mnist_folder, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for load in (load_cifar10, lambda folder: load_mnist(folder.parent)):
+        with pytest.raises(DataError, match="it cannot be read: Permission denied"):
+            load(mnist_folder)
 
 
 def test_idx_says_what_cannot_be_read(tmp_path):
@@ -354,6 +441,86 @@ def test_a_folder_that_another_process_unpacked_meanwhile_is_taken(cifar_archive
     archive.unlink()
     assert load_cifar10(unpack(archive)).test[1].tolist() == [7, 8, 1]
     assert list(cifar_archive_folder.iterdir()) == [folder]
+
+
+def archived(path, *members):
+    """A tar.gz archive of members (name, content, fields of TarInfo)."""
+    with tarfile.open(path, mode="w:gz") as archive:
+        for name, content, fields in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for field, value in fields.items():
+                setattr(member, field, value)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("{outside}/escaped", b"abc", {})],
+        [("link", b"", {"type": tarfile.SYMTYPE, "linkname": "{outside}"}), ("link/escaped", b"abc", {})],
+        [("link", b"", {"type": tarfile.SYMTYPE, "linkname": "../.."}), ("link/escaped", b"abc", {})],
+        [("link", b"", {"type": tarfile.LNKTYPE, "linkname": "{outside}/secret"})],
+        [("a", b"abc", {}), ("link", b"", {"type": tarfile.LNKTYPE, "linkname": "a"})],
+        [("../../escaped", b"abc", {})],
+        [("a/../../../escaped", b"abc", {})],
+        [("device", b"", {"type": tarfile.CHRTYPE})],
+        [("pipe", b"", {"type": tarfile.FIFOTYPE})],
+        [("twice", b"abc", {}), ("twice/below", b"abc", {})],
+    ],
+)
+def test_an_archive_writes_files_into_its_own_folder_or_nothing(tmp_path, members):
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    outside.mkdir()
+    inside.mkdir()
+    (outside / "secret").write_text("secret")
+    shown = [
+        (
+            name.format(outside=outside),
+            content,
+            {k: v.format(outside=outside) if k == "linkname" else v for k, v in f.items()},
+        )
+        for name, content, f in members
+    ]
+    archive = archived(inside / "a.tar.gz", *shown)
+    with pytest.raises(DataError) as caught:
+        unpack(archive)
+    assert str(archive) in str(caught.value)
+    assert list(inside.iterdir()) == [archive] and [path.name for path in outside.iterdir()] == ["secret"]
+    assert {path.name for path in tmp_path.iterdir()} == {"outside", "inside"}
+
+
+def test_an_archive_unpacks_to_a_bounded_size(tmp_path):
+    archive = archived(tmp_path / "a.tar.gz", ("zeros", bytes(2**27), {}))
+    assert archive.stat().st_size < 2**18
+    with pytest.raises(DataError, match="unpacks to more than 67,108,864 bytes"):
+        unpack(archive)
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_a_damaged_archive_is_a_data_error_and_leaves_nothing(tmp_path):
+    texts = b"content " * 40, bytes(range(40))
+    whole = archived(tmp_path / "a.tar.gz", ("folder/a", texts[0], {}), ("b", texts[1], {})).read_bytes()
+    damaged = [b"", b"<html>moved</html>", whole[:9], whole[: len(whole) // 2], whole[:-4], whole[10:]]
+    name_ends = whole.index(b"\0", 10) + 1  # a name that gzip ignores
+    for bit in range(8 * name_ends, 8 * len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    archive, expected, num_kept = tmp_path / "a.tar.gz", b"".join(texts), 0
+    for content in damaged:
+        archive.write_bytes(content)
+        try:
+            folder = unpack(archive)
+        except DataError as error:
+            assert str(archive) in str(error)
+        else:  # a bit that gzip does not use
+            assert (folder / "folder" / "a").read_bytes() + (folder / "b").read_bytes() == expected
+            shutil.rmtree(folder)
+            num_kept += 1
+        assert list(tmp_path.iterdir()) == [archive]
+    assert num_kept <= 1
 
 
 def test_the_published_data_sets_are_named_by_https_and_whole_hashes():

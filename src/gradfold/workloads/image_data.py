@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from gradfold.errors import DataError
-from gradfold.workloads.data_files import Mirror, find_file, import_extra, listed, read_file, require_folder, unpack
+from gradfold.workloads.data_files import (
+    Mirror,
+    find_file,
+    import_extra,
+    listed,
+    names_in,
+    open_data,
+    read_file,
+    require_folder,
+    unpack,
+)
 
 # The hashes are those of the files that Yann LeCun and Alex Krizhevsky published.
 MNIST = Mirror(
@@ -39,7 +49,7 @@ CIFAR10 = Mirror(
 _NUM_CLASSES = 10
 _CIFAR10_FOLDER = "cifar-10-batches-bin"
 _CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
-_IDX_UNSIGNED_BYTES = b"\x00\x00\x08"
+_IDX_UNSIGNED_BYTES, _IDX_MOST_DIMS = b"\x00\x00\x08", 8
 _DIGITS_HELD_OUT = 5  # of each class, one image in five
 
 Part: TypeAlias = "tuple[Tensor, Tensor]"  # images (N, C, H, W), and labels (N,)
@@ -103,26 +113,32 @@ def read_idx(path: Path) -> Tensor:
 
     The format: bytes 00 00 08 (unsigned bytes) and D, D big-endian uint32 sizes, a byte an element in row-major order.
     """
-    content = read_file(path, "an IDX file")
-    magic = content[:4]
-    if len(magic) < 4 or magic[:3] != _IDX_UNSIGNED_BYTES:
-        raise DataError(
-            f"{path}: expected an IDX file of unsigned bytes, which begins with the bytes 00 00 08, "
-            f"found {magic.hex(' ') or 'an empty file'}"
-        )
-    header = 4 + 4 * magic[3]
-    if len(content) < header:
-        raise DataError(f"{path} is truncated: expected a header of {header} bytes, found {len(content)}")
-    sizes = struct.unpack(f">{magic[3]}I", content[4:header])
-    num_elements = math.prod(sizes)
-    if len(content) - header != num_elements:
+    with open_data(path, "an IDX file") as (file, most):
+        magic = file.read(4)
+        if len(magic) < 4 or magic[:3] != _IDX_UNSIGNED_BYTES:
+            raise DataError(
+                f"{path}: expected an IDX file of unsigned bytes, which begins with the bytes 00 00 08, "
+                f"found {magic.hex(' ') or 'an empty file'}"
+            )
+        num_dims = magic[3]
+        if not 1 <= num_dims <= _IDX_MOST_DIMS:
+            raise DataError(f"{path} is damaged: expected 1 to {_IDX_MOST_DIMS} dimensions, its header says {num_dims}")
+        header = file.read(4 * num_dims)
+        if len(header) < 4 * num_dims:
+            expected, found = 4 + 4 * num_dims, 4 + len(header)
+            raise DataError(f"{path} is truncated: expected a header of {expected} bytes, found {found}")
+        sizes = struct.unpack(f">{num_dims}I", header)
+        num_elements = math.prod(sizes)
+        content = bytearray(file.read(min(num_elements, most) + 1))  # one more, which shows that there is more
+    if len(content) != num_elements:
+        more = " or more" * (len(content) > num_elements)
         raise DataError(
             f"{path} is truncated or damaged: expected {num_elements:,} bytes after the header, "
-            f"which says {_written(sizes)}, found {len(content) - header:,}"
+            f"which says {_written(sizes)}, found {len(content):,}{more}"
         )
     if num_elements == 0:
         raise DataError(f"{path}: expected at least one element, found the sizes {_written(sizes)}")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sizes)
+    return torch.frombuffer(content, dtype=torch.uint8).view(sizes)
 
 
 def _read_mnist_part(folder: Path, part: str) -> Part:
@@ -164,7 +180,7 @@ def _read_cifar10(paths: Sequence[Path]) -> Part:
 
 def _training_batches(folder: Path) -> list[Path]:
     """`data_batch_*.bin` in the order of their numbers: 10 comes after 9."""
-    numbered = [(re.fullmatch(r"data_batch_(\d+)\.bin", path.name), path) for path in folder.iterdir()]
+    numbered = [(re.fullmatch(r"data_batch_(\d+)\.bin", name), folder / name) for name in names_in(folder)]
     paths = [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
     if not paths:
         raise DataError(f"{folder}: expected files data_batch_1.bin, data_batch_2.bin, ..., found {listed(folder)}")
