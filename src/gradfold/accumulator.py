@@ -47,10 +47,11 @@ from gradfold.memory.auto_tune import AutoTuner
 from gradfold.memory.dry_run import DryRun
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
-from gradfold.precision import PrecisionOption, read_option
+from gradfold.precision import SAVED_SCALER, PrecisionOption, read_option
 from gradfold.self_check.self_check import LOOK_AGAIN, SelfCheck
 from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.gradients import GradientBuffer
+from gradfold.state.saved import check_saved, loaded
 from gradfold.state.snapshot import Snapshot
 from gradfold.twophase.loss import TwoPhaseLoss, wrap_loss
 from gradfold.twophase.strategy import TwoPhase
@@ -481,30 +482,48 @@ class Accumulator:
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave.
-
-        Raises:
-            OptionError: it is not a state of an Accumulator, or only one of both has a loss scaler.
-        """
-        missing = {"num_windows", "micro_batcher", "self_check", "grad_scaler"} - state.keys()
-        if missing:
-            raise OptionError(f"not an Accumulator state_dict: missing keys {sorted(missing)}, found {sorted(state)}.")
+    def check_state(self, state: Mapping[str, Any], place: str = "state") -> None:
+        """Raise OptionError where `load_state_dict` would; `place` is how to reach the state, for the message."""
+        name, batcher = "an Accumulator", self._micro_batcher
+        expected = {
+            "num_windows": "count",
+            "micro_batcher": MicroBatcher.saved,
+            "micro_batch_choice": (None, MicroBatchChoice.saved),
+            "self_check": (None, SelfCheck.saved),
+            "grad_scaler": (None, {}),
+        }
+        check_saved(state, expected, name, place)
         if (state["grad_scaler"] is None) != (self.grad_scaler is None):
             saved, here = ("no", "one") if state["grad_scaler"] is None else ("a", "none")
             raise OptionError(
                 f"the saved state has {saved} loss scaler, and this Accumulator has {here}: pass the precision= of the "
                 "saved one."
             )
-        self.num_windows = int(state["num_windows"])
-        choice: Any = state.get("micro_batch_choice")
-        tuner = self._tuner if choice is not None else None  # a size that the user gives counts more than a saved one
-        if self._micro_batcher.load_state_dict(state["micro_batcher"], with_size=tuner is not None) and tuner:
-            tuner.choice = MicroBatchChoice.from_json(choice)
-        if self._self_check is not None and state["self_check"] is not None:
-            self._self_check.load_state_dict(state["self_check"])
-        if self.grad_scaler is not None:
-            self.grad_scaler.load_state_dict(state["grad_scaler"])
+        if state["micro_batcher"]["unit"] == batcher.unit:
+            check_saved(state["micro_batcher"], batcher.saved, name, f"{place}['micro_batcher']")
+        if state["micro_batch_choice"] is not None:
+            check_saved(state["micro_batcher"], {"size": "size"}, name, f"{place}['micro_batcher']")
+        if type(self.grad_scaler) is torch.amp.GradScaler and self.grad_scaler.is_enabled():
+            check_saved(state["grad_scaler"], SAVED_SCALER, name, f"{place}['grad_scaler']")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave. Everything is checked before anything changes.
+
+        Raises:
+            OptionError: it is not a state of an Accumulator, with the place where it is not, or only one of both has a
+                loss scaler.
+        """
+        self.check_state(state)
+        with loaded(self.grad_scaler, state["grad_scaler"], "state['grad_scaler']"):
+            self.num_windows = state["num_windows"]
+            choice: Any = state["micro_batch_choice"]
+            tuner = (
+                self._tuner if choice is not None else None
+            )  # a size that the user gives counts more than a saved one
+            if self._micro_batcher.load_state_dict(state["micro_batcher"], with_size=tuner is not None) and tuner:
+                tuner.choice = MicroBatchChoice.from_json(choice)
+            if self._self_check is not None and state["self_check"] is not None:
+                self._self_check.load_state_dict(state["self_check"])
 
 
 def _tuner(micro_batch_size: MicroBatchSize, batching: TokenBudget | None) -> AutoTuner | None:

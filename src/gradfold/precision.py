@@ -6,6 +6,7 @@ Sources: Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +18,11 @@ from gradfold.errors import OptionError
 from gradfold.state.gradients import SumDtype
 
 __all__ = ["Precision"]
+
+SAVED_SCALER: Mapping[str, str] = {  # what torch's scaler saves, for `state.saved`
+    **{"scale": "number", "growth_factor": "number", "backoff_factor": "number"},
+    **{"growth_interval": "count", "_growth_tracker": "count"},
+}
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch
 from gradfold.engine.result import WindowResult
 from gradfold.errors import OptionError, TrainStepError
 from gradfold.state.gradients import clip_norm
+from gradfold.state.saved import check_saved, loaded
 
 __all__ = ["StepResult", "TrainStep"]
 
@@ -144,23 +145,25 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore what `state_dict` gave. Everything is checked before anything changes.
 
         Raises:
-            OptionError: the state has a scheduler or a loss scaler and this step has none, or the other way round.
+            OptionError: it is not a state of a TrainStep, with the place where it is not; or it has a scheduler or a
+                loss scaler and this step has none, or the other way round.
         """
-        missing = {"updates", "skipped", "samples", "scheduler", "accumulator"} - state.keys()
-        if missing:
-            raise OptionError(f"not a TrainStep state_dict: missing keys {sorted(missing)}, found {sorted(state)}.")
+        counts = {"updates": "count", "skipped": "count", "samples": "count"}
+        is_torch_s = isinstance(self.scheduler, LRScheduler) and hasattr(self.scheduler, "last_epoch")
+        schedule = {"last_epoch": "count"} if is_torch_s else {}  # torch's take any other dict for theirs
+        check_saved(state, {**counts, "scheduler": (None, schedule), "accumulator": {}}, "a TrainStep")
+        self.accumulator.check_state(state["accumulator"], "state['accumulator']")
         if (state["scheduler"] is None) != (self.scheduler is None):
             there, here = ("no", "one") if state["scheduler"] is None else ("a", "none")
             raise OptionError(
                 f"the saved state has {there} scheduler, and this TrainStep has {here}: build it like the saved one."
             )
-        self.accumulator.load_state_dict(state["accumulator"])  # first, since it may refuse
-        self.updates, self.skipped, self.samples = (int(state[name]) for name in ("updates", "skipped", "samples"))
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+        with loaded(self.scheduler, state["scheduler"], "state['scheduler']"):
+            self.accumulator.load_state_dict(state["accumulator"])
+            self.updates, self.skipped, self.samples = (state[name] for name in counts)
 
 
 def _has_masters(accumulator: object, optimizer: object) -> bool:

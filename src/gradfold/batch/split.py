@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise, repeat
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -238,6 +238,14 @@ class MicroBatcher:
     """
 
     unit = "rows"
+    saved: ClassVar[Mapping[str, Any]] = {  # what a saved state must hold, for `state.saved`
+        "unit": "text",
+        "size": (None, "size"),
+        "fitting_size": {
+            **{"rows": (None, "size"), "proven": "count"},
+            **{"quiet": "count", "patience": "size", "is_trying": "flag"},
+        },
+    }
 
     def __init__(self, size: int | None, collate: Collate | None = None, counts_samples: bool = False) -> None:
         self.size = size
@@ -298,7 +306,7 @@ class MicroBatcher:
         """Restore what `state_dict` gave, with or without its size; False, and nothing, where it has another unit."""
         if state["unit"] != self.unit:
             return False
-        self.fitting = FittingSize(**state["fitting_size"])
+        self.fitting = FittingSize(**{name: state["fitting_size"][name] for name in vars(self.fitting)})
         if with_size:
             self.size = state["size"]
         return True

@@ -9,9 +9,9 @@ import platform
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -95,6 +95,11 @@ class MicroBatchChoice:
     peak_bytes: int  # predicted for forward and backward; 0 where nothing could be predicted
     elapsed_s: float
     is_cached: bool = False  # read from disk, timings of that machine included
+    saved: ClassVar[Mapping[str, Any]] = {  # what `to_json` gives, for `state.saved`
+        **{"micro_batch_size": "size", "reason": "text", "num_rows": "size", "largest_fitting": "size"},
+        **{"peak_bytes": "count", "elapsed_s": "number", "is_cached": "flag"},
+        "timings": [{"micro_batch_size": "size", "samples_per_s": "number", "ratio": "number", "num_rounds": "count"}],
+    }
 
     @property
     def is_bound_by_rows(self) -> bool:
@@ -113,8 +118,9 @@ class MicroBatchChoice:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MicroBatchChoice:
         """The choice from `to_json`."""
+        known = {field.name: data[field.name] for field in fields(cls)}
         timings = tuple(SizeTiming(**timing) for timing in data["timings"])
-        return cls(**{**data, "timings": timings})
+        return cls(**{**known, "timings": timings})
 
 
 def cache_file(key: str) -> Path:

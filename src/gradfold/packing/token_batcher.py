@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -81,6 +81,10 @@ class TokenBatcher(MicroBatcher):
     """Splits batches into micro-batches of rows of similar length; see `MicroBatcher` for its arguments."""
 
     unit = "padded tokens"
+    saved: ClassVar[Mapping[str, Any]] = {
+        **MicroBatcher.saved,
+        **{"overhead": (None, "number"), "is_checked": "flag", "has_run": "flag", "places": {"*": "text"}},
+    }
 
     def __init__(self, budget: TokenBudget, collate: Collate | None = None, counts_samples: bool = False) -> None:
         super().__init__(budget.max_tokens if isinstance(budget.max_tokens, int) else None, collate, counts_samples)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,12 @@ _ADVICE = (
 class SelfCheck:
     """Knows what was checked, and checks what is new; `loss_fn` is what must be the mean of its parts."""
 
+    saved: ClassVar[Mapping[str, Any]] = {
+        "settled": {"*": (None, ["text"])},
+        "num_windows": {"*": "count"},
+        "forms": {"*": [["text"]]},
+    }
+
     def __init__(self, loss_fn: LossFn) -> None:
         self._loss_fn = loss_fn
         # By structure, as text, which a resumed run can compare with that of another process.
@@ -73,7 +79,7 @@ class SelfCheck:
     def forget(self) -> None:
         """The window was refused: check the next one like it, which would be as wrong."""
         self._settled.pop(self._current, None)
-        self._num_windows[self._current] = min(self._num_windows.get(self._current, 0), 1) - 1
+        self._num_windows[self._current] = 0
 
     def is_new(self, terms: Collection[str], form: GraphForm, was_checked: bool) -> bool:
         """Whether a window, which has run, has a loss that must be looked at before its gradient is handed over."""
