@@ -479,6 +479,93 @@ class TestScaler:
         assert torch.equal(model[2].weight.grad, before["2.weight"])
 
 
+class TestSeveralScalers:
+    """Two losses into one `.grad`, where each accumulator may scale its own."""
+
+    PLAIN = "holds a gradient without a loss scale, .*this Accumulator has its own"
+    OTHER = "holds a gradient scaled by another loss scaler, .*this Accumulator has its own"
+    SCALED = "holds a gradient scaled by another loss scaler, .*this Accumulator has none"
+
+    @pytest.mark.parametrize(
+        ("first", "second", "says"), [("fp16", "fp16", OTHER), ("fp16", "bf16", SCALED), (None, "fp16", PLAIN)]
+    )
+    def test_two_scales_in_one_sum_are_refused(self, first, second, says):
+        model, batch = net(), rows()
+        one, other = accumulator_for(model, first), accumulator_for(model, second)
+        one.backward(batch)
+        found = gradients(model)
+        with pytest.raises(
+            OptionError, match=rf"0.weight.grad {says}.*Share one loss scaler: .*pass precision=.*Zero"
+        ) as caught:
+            other.backward(batch)
+        assert_equal(gradients(model), found)
+        assert ("or call grad_scaler.unscale_(optimizer) before" in str(caught.value)) == (says is self.SCALED)
+
+    def test_a_module_that_two_losses_share_is_enough(self):
+        """A generator, whose penalty is scaled by itself; and the gradient was unscaled, which makes it no better."""
+        shared = net()
+        whole = nn.ModuleList([shared, nn.Linear(2, 2)])
+        penalty = accumulator_for(shared, "fp16")
+        penalty.backward(rows())
+        penalty.grad_scaler.unscale_(torch.optim.SGD(shared.parameters(), 0.1))
+        with pytest.raises(OptionError, match=rf"0.0.weight.grad {self.OTHER}"):
+            accumulator_for(whole, "fp16", lambda model, batch: squares(model[0], batch)).backward(rows())
+
+    def test_one_scaler_for_both_is_plain_torch(self):
+        model, batches = net(), [rows(7), rows(5)]
+        twin, scaler = copy.deepcopy(model), scaler_of(64.0)
+        shared = gradfold.Precision(torch.float16, scaler)
+        for batch in batches:
+            accumulator_for(model, shared).backward(batch)
+            plain_window(twin, batch, dtype=torch.float16, scaler=scaler_of(64.0))
+        assert_equal(gradients(model), gradients(twin))
+
+    def test_zeros_and_gradients_of_the_user_are_added_to(self):
+        model, batch = net(), rows()
+        accumulators = [accumulator_for(model, one) for one in ("fp16", None, "fp16", "fp16")]
+        for accumulator, zero in zip(accumulators, ("zero_", "set", "data", ""), strict=True):
+            accumulator.backward(batch)
+            for parameter in model.parameters():
+                if zero == "data":
+                    parameter.grad.data.zero_()
+                elif zero:
+                    parameter.grad = torch.zeros_like(parameter) if zero == "set" else parameter.grad.zero_()
+        scaler = accumulators[-1].grad_scaler
+        plain_window(model, batch, dtype=torch.float16, scaler=scaler)  # which may well be by this scaler
+        accumulators[-1].backward(batch)
+        scaler.unscale_(torch.optim.SGD(model.parameters(), 0.1))
+        found, twin = gradients(model), copy.deepcopy(model)
+        twin.zero_grad()
+        for _ in range(3):
+            plain_window(twin, batch)
+        assert relative_error(found, gradients(twin)) < 1e-2
+
+    def test_what_was_unscaled_is_added_to_without_a_scaler(self):
+        model, batch = net(), rows()
+        twin, scaled = copy.deepcopy(model), accumulator_for(model, "fp16")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaled.backward(batch)
+        scaled.grad_scaler.unscale_(optimizer)
+        accumulator_for(model).backward(batch)
+        for _ in range(2):
+            plain_window(twin, batch)
+        assert relative_error(gradients(model), gradients(twin)) < 1e-2
+        scaled.grad_scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=False)
+        accumulator_for(model).backward(batch)
+
+    def test_with_the_backward_of_a_framework_nothing_is_known(self):
+        model, batch = net(), rows()
+        accumulator_for(model, backward=lambda loss, gradient: loss.backward(gradient=gradient)).backward(batch)
+        accumulator_for(model, "fp16").backward(batch)
+
+    def test_a_disabled_scaler_is_none(self):
+        model, batch = net(), rows()
+        disabled = gradfold.Precision(grad_scaler=torch.amp.GradScaler("cpu", enabled=False))
+        accumulator_for(model).backward(batch)
+        accumulator_for(model, disabled).backward(batch)
+
+
 class TestState:
     def run(self, num_batches, seed=1, scale=2.0**28):
         torch.manual_seed(seed)
@@ -801,6 +888,7 @@ class TestGuard:
     """The self-check under autocast: it accuses no right set-up, and no wrong one is passed over."""
 
     def quietly(self, model, loss_fn, batch, **options):
+        model.zero_grad()
         accumulator = gradfold.Accumulator(model, loss_fn, **({"micro_batch_size": 8} | options))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -47,7 +47,7 @@ from gradfold.memory.auto_tune import AutoTuner
 from gradfold.memory.dry_run import DryRun
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
-from gradfold.precision import SAVED_SCALER, PrecisionOption, read_option
+from gradfold.precision import LEFT_GRADIENTS, SAVED_SCALER, PrecisionOption, read_option
 from gradfold.self_check.self_check import LOOK_AGAIN, SelfCheck
 from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.gradients import GradientBuffer
@@ -214,6 +214,7 @@ class Accumulator:
             finite.
 
         Raises:
+            OptionError: `.grad` holds a gradient of another loss scale, from another Accumulator.
             BatchError: the batch cannot be split by rows.
             ModelError: nothing to train, BatchNorm, hooks, or processes that cannot train together: the message names
                 the cause. DistributedError also where another rank has failed in this window.
@@ -224,6 +225,8 @@ class Accumulator:
             WeightError: a weight is negative, not finite or not a number, or fits no loss term.
         """
         context = self._update_context()
+        if LEFT_GRADIENTS.is_used and self._backward is None:  # a framework may have a scaler of its own
+            LEFT_GRADIENTS.check(self.model, self.precision)
         snapshot = Snapshot(context.model, context.modules, context.parameters, self._buffers, self._frozen, self._sums)
         with context.coordinator, snapshot, self._setting() as listener:
             context.check_trainable()
@@ -241,6 +244,8 @@ class Accumulator:
             window = self._run(window, snapshot)
             result = window.result()
             context.coordinator.commit()
+        if LEFT_GRADIENTS.is_used and self._backward is None:
+            LEFT_GRADIENTS.note(context.parameters, self.precision)
         if result.recoveries:
             for one in result.recoveries:
                 if one.action == "halved":

@@ -6,16 +6,18 @@ Sources: Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradfold.engine.loss_terms import LossFn, LossOutput
 from gradfold.errors import OptionError
 from gradfold.state.gradients import SumDtype
+from gradfold.torch_private import has_unscaled
 
 __all__ = ["Precision"]
 
@@ -92,6 +94,55 @@ class Precision:
         return self.grad_scaler is not None and self.grad_scaler.is_enabled()
 
 
+class LeftGradients:
+    """The gradients that windows have left in `.grad`, each with the loss scaler that has scaled it, if any.
+
+    Attributes:
+        is_used: whether this process has a loss scaler. Before that, nothing has to be noted.
+    """
+
+    def __init__(self) -> None:
+        self.is_used = False
+        self._left: MutableMapping[Tensor, tuple[torch.amp.GradScaler | None, int]] = WeakTensorKeyDictionary()
+
+    def note(self, parameters: Iterable[nn.Parameter], precision: Precision) -> None:
+        """A window has left the gradients of these."""
+        scaler = precision.grad_scaler if precision.is_scaled else None
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._left[parameter.grad] = scaler, parameter.grad._version
+
+    def check(self, model: nn.Module, precision: Precision) -> None:
+        """Raise OptionError where a window finds gradients that are certain to have another scale than its own.
+
+        What was written to since (zeroed, clipped, added to) may have any; so may what this library did not leave.
+        """
+        own = precision.grad_scaler if precision.is_scaled else None
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            if gradient is None or gradient not in self._left:
+                continue
+            scaler, version = self._left[gradient]
+            if scaler is own or version != gradient._version:
+                continue
+            if own is None and scaler is not None and has_unscaled(scaler):  # perhaps this one: then it has no scale
+                continue
+            if gradient.layout is torch.strided and not gradient.any():  # `.data.zero_()`
+                continue
+            before = "scaled by another loss scaler" if scaler is not None else "without a loss scale"
+            here = "has none" if own is None else "has its own"
+            also = "" if own is not None else ", or call grad_scaler.unscale_(optimizer) before this window"
+            raise OptionError(
+                f"{name}.grad holds a gradient {before}, from another Accumulator, and this Accumulator {here}, so "
+                "their sum would have two scales. Share one loss scaler: write precision = "
+                "gradfold.Precision(compute=torch.float16, grad_scaler=torch.amp.GradScaler("
+                f'"{gradient.device.type}")) once, and pass precision=precision to both{also}. Zero gradients that are '
+                "from an earlier update."
+            )
+
+
+LEFT_GRADIENTS = LeftGradients()
+
 PrecisionOption: TypeAlias = Precision | Literal["bf16", "fp16"] | None
 
 
@@ -111,6 +162,7 @@ def read_option(option: PrecisionOption, model: nn.Module) -> Precision:
         raise OptionError(
             f'precision={option!r}; expected None (autocast is yours), "bf16", "fp16" or a gradfold.Precision.'
         )
+    LEFT_GRADIENTS.is_used |= precision.is_scaled
     half = [name for name, one in model.named_parameters() if one.requires_grad and one.dtype == torch.float16]
     is_torch_s = precision.is_scaled and type(precision.grad_scaler) is torch.amp.GradScaler  # others may take float16
     if half and is_torch_s and not precision.keep_accumulate_dtype:

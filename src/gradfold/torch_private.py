@@ -34,3 +34,12 @@ read_number = torch._C.TensorBase.item
 
 without_dispatch = torch._C._DisableTorchDispatch
 """A block that dispatch modes do not see. Without it: they see the random states that are recorded."""
+
+
+def has_unscaled(scaler: torch.amp.GradScaler) -> bool:
+    """Whether a loss scaler has unscaled gradients since its last update (`_per_optimizer_states`), or may have.
+
+    Nothing else tells: the kernel does not move version counters. Without it: gradients of two scales go unnoticed.
+    """
+    states = getattr(scaler, "_per_optimizer_states", None)
+    return states is None or any(state["found_inf_per_device"] for state in states.values())
