@@ -35,7 +35,7 @@ from gradfold.distributed.process_group import TuningGroup, is_initialized
 from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
-from gradfold.engine.loss_terms import LossFn
+from gradfold.engine.loss_terms import LossFn, check_loss_fn
 from gradfold.engine.model_checks import check_hooks, refuse_split_dependent_layers
 from gradfold.engine.recovery import OnNonFinite, check_on_non_finite, does_not_fit, run_with_recovery
 from gradfold.engine.result import WindowResult
@@ -148,8 +148,9 @@ class Accumulator:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise OptionError(f"model is a {type(model).__name__}; expected an nn.Module.")
-        for name, function in (("loss_fn", loss_fn), ("collate", collate), ("backward", backward)):
-            if not callable(function) and (function is not None or name == "loss_fn"):
+        check_loss_fn(loss_fn)
+        for name, function in (("collate", collate), ("backward", backward)):
+            if function is not None and not callable(function):
                 raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
         check_option(weight)
         check_batch_norm(batch_norm)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import textwrap
 from collections import UserDict
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from reference import full_batch_gradient, gradients, relative_error
 from torch import nn
 
 import gradfold
-from gradfold.errors import LossError, NonFiniteLossError
+from gradfold.errors import LossError, NonFiniteLossError, OptionError
 
 F = nn.functional
 
@@ -27,6 +29,81 @@ def make(rows=7):
 
 def mse(model, batch):
     return F.mse_loss(model(batch[0]), batch[1])
+
+
+class Dice(nn.Module):
+    """A criterion of a library."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor):
+        return 1 - (input * target).mean()
+
+
+class Own(nn.CrossEntropyLoss):
+    """One that runs the model."""
+
+    def forward(self, model, batch):
+        return super().forward(model(batch[0]), batch[1])
+
+
+def with_model(function):
+    """A decorator that adds an argument to what it wraps."""
+
+    @functools.wraps(function)
+    def wrapper(model, batch):
+        return function(model(batch[0]) - batch[1])
+
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("criterion", "shown"),
+    [
+        (nn.CrossEntropyLoss(), r"CrossEntropyLoss\(input, target\)"),
+        (nn.MSELoss(reduction="sum"), r"MSELoss\(input, target\)"),
+        (F.cross_entropy, r"cross_entropy\(input, target, weight, "),
+        (functools.partial(F.mse_loss, reduction="sum"), r"partial\(input, target, "),
+        (nn.TripletMarginLoss(), r"TripletMarginLoss\(anchor, positive, negative\)"),
+        (Dice(), r"Dice\(input, target\)"),
+        (gradfold.losses.info_nce, r"info_nce\(queries, keys, temperature"),
+        (lambda batch: batch.mean(), r"<lambda>\(batch\)"),
+        (lambda model, batch, *, epoch: 0, r"<lambda>\(model, batch, epoch\)"),
+        (lambda: 0, r"<lambda>\(\)"),
+    ],
+)
+def test_what_is_not_a_function_of_model_and_batch_is_refused_with_one_that_is(criterion, shown):
+    with pytest.raises(OptionError, match=rf"loss_fn is {shown}.*called as loss_fn\(model, batch\)") as caught:
+        gradfold.Accumulator(nn.Linear(2, 1), criterion)
+    _, *lines = str(caught.value).splitlines()
+    scope = {"criterion": F.mse_loss}
+    exec(textwrap.dedent("\n".join(lines)), scope)
+    model, batch = make()
+    gradfold.Accumulator(model, scope["loss_fn"], micro_batch_size=2).backward(batch)
+    found = gradients(model)
+    assert relative_error(found, full_batch_gradient(model, lambda model: mse(model, batch))) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        mse,
+        Own(),
+        functools.partial(lambda scale, model, batch: scale * mse(model, batch), 0.5),
+        lambda *args: mse(*args),
+        lambda model, batch, weight=1.0: weight * mse(model, batch),
+        with_model(lambda difference: difference.square().mean()),
+        SimpleNamespace(loss=mse).loss,
+        max,  # a builtin says nothing
+    ],
+)
+def test_what_can_be_called_with_model_and_batch_is_taken(loss_fn):
+    gradfold.Accumulator(nn.Linear(2, 1), loss_fn)
+
+
+def test_the_phases_of_a_two_phase_loss_are_looked_at_too():
+    with pytest.raises(OptionError, match=r"^loss is CrossEntropyLoss\(input, target\).*loss\(model, statistics\)\.$"):
+        gradfold.TwoPhaseLoss(lambda model, batch: model(batch[0]), nn.CrossEntropyLoss())
+    with pytest.raises(OptionError, match=r"^statistic is <lambda>\(model\)"):
+        gradfold.TwoPhaseLoss(lambda model: model, lambda model, statistics: 0)
 
 
 def run(model, loss_fn, batch, size=2, **options):

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradfold.batch.split import MicroBatch
 from gradfold.engine.metrics import Metrics
-from gradfold.errors import LossError, NonFiniteLossError
+from gradfold.errors import LossError, NonFiniteLossError, OptionError
 from gradfold.weights import UNNAMED, WindowWeights
 
 Loss: TypeAlias = "Tensor | Mapping[str, Tensor]"
 LossOutput: TypeAlias = "Loss | tuple[Loss, Mapping[str, Any]]"
 LossFn: TypeAlias = Callable[[Any, Any], LossOutput]
+
+
+def check_loss_fn(function: Any, call: str = "loss_fn(model, batch)") -> None:
+    """Raise OptionError unless a function can be called so, and with a model; a criterion takes two tensors."""
+    name = call.partition("(")[0]
+    if not callable(function):
+        raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
+    is_module = isinstance(function, nn.Module) and type(function).__call__ is nn.Module.__call__
+    try:
+        # A decorator may add the model to what it wraps.
+        signature = inspect.signature(function.forward if is_module else function, follow_wrapped=False)
+    except (TypeError, ValueError):  # a builtin has none
+        return
+    try:
+        signature.bind(None, None)
+        is_criterion = next(iter(signature.parameters.values())).annotation in (Tensor, "Tensor", "torch.Tensor")
+    except TypeError:
+        is_criterion = True
+    if is_criterion:
+        own = getattr(function, "__name__", type(function).__name__)
+        lines = (
+            ""
+            if name != "loss_fn"
+            else (
+                f" Write\n"
+                f"    def {call}:\n"
+                "        inputs, targets = batch\n"
+                "        return criterion(model(inputs), targets)"
+            )
+        )
+        raise OptionError(
+            f"{name} is {own}({', '.join(signature.parameters)}); expected a function of two arguments, called as "
+            f"{call}.{lines}"
+        )
 
 
 def read_pair(output: LossOutput) -> tuple[Loss, Mapping[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.batch.nesting import every_leaf, leaves_by_path, rows_if_any
-from gradfold.engine.loss_terms import LossFn, LossOutput
+from gradfold.engine.loss_terms import LossFn, LossOutput, check_loss_fn
 from gradfold.errors import NotDecomposableError, OptionError
 from gradfold.self_check.experiment import CannotKnowError, UndecidedError
 
@@ -68,9 +68,8 @@ class TwoPhaseLoss:
     combine: Combine = "concatenate"
 
     def __post_init__(self) -> None:
-        for name, function in (("statistic", self.statistic), ("loss", self.loss)):
-            if not callable(function):
-                raise OptionError(f"{name} is a {type(function).__name__}; expected a callable.")
+        check_loss_fn(self.statistic, "statistic(model, batch)")
+        check_loss_fn(self.loss, "loss(model, statistics)")
         if self.combine not in get_args(Combine):
             raise OptionError(f'combine={self.combine!r}; expected "concatenate" (rows) or "sum" (sums over rows).')
 
