@@ -11,6 +11,7 @@ Start with `window.py`, whose steps [1] to [6] the other files implement:
     coordinator.py    `Coordinator`: what ranks tell each other, here for one process
     model_checks.py   hooks, lazy layers, and layers that depend on the split
     loss_graph.py     what the graph of a loss tells; `graph.py` finds its leaves
+    outside.py        gradients of tensors outside the model
     window_lock.py    what may not happen between the micro-batches of a loop
 
 It knows no feature: BatchNorm, two-phase losses, token budgets and dropout come as strategies, splitters and listeners.

@@ -69,6 +69,11 @@ def run_with_recovery(
     can_replay = window.context.coordinator.can_replay
     is_whole = can_replay and strategy.is_whole(window)  # else other ranks may have more micro-batches
     is_new = can_replay and micro_batcher.largest(window.micro_batches) > micro_batcher.fitting.proven
+    outside, gradients = window.context.outside, snapshot.gradients
+    if can_replay and (is_new or window.recoveries or outside.settled_version != window.context.version):
+        window.watch(gradients, is_late=bool(window.recoveries))
+    elif outside.known:
+        gradients.set_aside(outside.known)
     if is_new and (is_whole or strategy.is_sequential(window.context)):
         run = _run_with_savepoints
     elif is_whole:
@@ -209,7 +214,7 @@ def _gradient_error(
     coordinator.reopen()
     try:
         inspected, bad = _inspect(window, strategy, snapshot, micro_batcher)
-    except BatchError:  # it cannot run again
+    except (BatchError, ModelError):  # it cannot run again
         inspected, bad = window, {}
     error = gradient_error(inspected, bad)
     found = coordinator.exchange(str(error) if bad else None)
@@ -246,6 +251,7 @@ def _inspect(
         window.check_unchanged(index)
     window = window.again(window.micro_batches)
     found: dict[int, tuple[str, ...]] = {}
+    window.watch(snapshot.gradients, is_late=True)
     snapshot.rewind()
     while (message := _attempt(window, partial(inspect_each, strategy.run, found), snapshot)) is not None:
         release_memory(window.device)

@@ -34,10 +34,11 @@ from gradfold.batch.split import ROWS, MicroBatch, versions
 from gradfold.engine.backward import BackPropagation, Weighed
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn, LossTerms, read_pair
+from gradfold.engine.outside import OutsideLeaves
 from gradfold.engine.prefetch import prefetch
 from gradfold.engine.result import Recovery, WindowResult
 from gradfold.errors import BatchError, ModelError
-from gradfold.state.gradients import parameters_of
+from gradfold.state.gradients import GradientBuffer, parameters_of
 from gradfold.state.snapshot import TRAINING
 from gradfold.weights import WeightOption, sample_weights, weigh
 
@@ -53,6 +54,7 @@ class Context:
         modes: their `training` flags.
         parameters: all parameters, each once.
         coordinator: of the processes that train together.
+        outside: what is known of tensors outside the model that windows back-propagate to.
         version: another number whenever modules, modes or parameters have changed.
     """
 
@@ -61,6 +63,7 @@ class Context:
         self.coordinator = Coordinator()
         self.modes: list[bool] = []
         self.version = 0
+        self.outside = OutsideLeaves()
         self._walk()
 
     @property
@@ -199,6 +202,7 @@ class Window:
         self.is_skipped = False
         self.is_complete = False
         self.form: GraphForm = ()
+        self._watched: tuple[GradientBuffer, bool] | None = None
         self._versions: list[list[int] | None] = [None] * len(micro_batches)
         for index, part in enumerate(micro_batches):
             if not part.is_cut:  # what was split off begins at version 0
@@ -217,6 +221,7 @@ class Window:
         for before, now in done.items():
             window._versions[now] = self._versions[before]
         window.losses.carry_over(self.losses, done)
+        window._watched = self._watched
         return window
 
     def pending(self) -> list[int]:
@@ -239,9 +244,15 @@ class Window:
             self.form = _form_of(weighed)
         return weighed
 
-    def backward(self, weighed: Weighed) -> None:
-        """Back-propagate what a forward pass gave."""
-        self.back_propagate(weighed, self.context.coordinator.grad_factor)
+    def backward(self, weighed: Weighed, factor: float | None = None) -> None:
+        """Back-propagate what a forward pass gave, times a factor; None: what the sum over ranks asks for."""
+        if self._watched is not None:
+            self.context.outside.set_aside(weighed, *self._watched)
+        self.back_propagate(weighed, self.context.coordinator.grad_factor if factor is None else factor)
+
+    def watch(self, gradients: GradientBuffer, is_late: bool) -> None:
+        """From here on set aside gradients outside the model before backward passes add to them: see `OutsideLeaves`."""
+        self._watched = self._watched or (gradients, is_late)
 
     def call(self, index: int, loss_fn: LossFn | None = None) -> Any:
         """What `loss_fn`, or the function that replaces it, returns for a micro-batch."""
@@ -278,6 +289,8 @@ class Window:
 
     def completed(self) -> Window:
         """All micro-batches have run, and loss and gradient are as they will be handed over."""
+        if self._watched is not None:
+            self.context.outside.learn(self._watched[0], self.context.version)
         self.is_complete = True
         return self
 

@@ -52,7 +52,6 @@ class ProbeRun:
         self._loss_fn = loss_fn
         self._back_propagate = back_propagate
         self._frozen = frozen
-        self._own = set(map(id, self.parameters))
         self._changes_inputs = False
         self._has_run = False
         # The window warns of hooks on gradients; here they would hide what the loss itself does.
@@ -85,8 +84,8 @@ class ProbeRun:
         with mode or nullcontext():
             terms = self._forward(batch)
             weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
-            leaves = graph_leaves(term for term, _ in weighted)  # all but those behind a reentrant checkpoint
-            self.snapshot.gradients.set_aside(leaf for leaf in leaves if id(leaf) not in self._own)
+            # All but those behind a reentrant checkpoint.
+            self.snapshot.gradients.set_aside(graph_leaves(term for term, _ in weighted))
             watched = None if self._has_run else [(one._version, _values(one)) for one in self.parameters]
             self._back_propagate(weighted)
         if watched is not None:

@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradfold.torch_private import check_and_unscale, foreach_add
 
@@ -43,8 +46,8 @@ class GradientBuffer:
 
     def __init__(self, parameters: Sequence[nn.Parameter], sums: SumDtype | None = None) -> None:
         self.parameters = parameters
-        self._found: list[tuple[nn.Parameter, Tensor]] = []
-        self._outside: dict[int, tuple[Tensor, Tensor | None]] = {}  # tensors that are not parameters
+        self._found: list[tuple[Tensor, Tensor]] = []
+        self.outside: Any = ()  # other tensors whose gradients are set aside, while they exist
         self._replaced: list[tuple[Tensor, Tensor]] = []  # sparse ones that were found, and what they held
         self._sums = sums or SumDtype()
         self._narrow: Sequence[nn.Parameter] = ()
@@ -115,7 +118,7 @@ class GradientBuffer:
         """Whatever may fail comes first, so that a failure finds nothing half added."""
         dense: list[tuple[Tensor, Tensor]] = []
         sparse: list[tuple[Tensor, Tensor]] = []
-        sums: list[tuple[nn.Parameter, Tensor]] = []
+        sums: list[tuple[Tensor, Tensor]] = []
         for parameter, found in self._found:
             new = parameter.grad
             if new is None:
@@ -139,30 +142,39 @@ class GradientBuffer:
             foreach_add([found for found, _ in dense], [new for _, new in dense])
 
     def empty(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drop the new gradients of `parameters` (there may be more by now), to begin again."""
-        for parameter in parameters:
-            parameter.grad = None
+        """Drop the new gradients, also of `parameters` (there may be more by now), to begin again."""
+        for tensor in chain[Tensor](parameters, self.outside):
+            tensor.grad = None
         self._widen()
 
     def put_back(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Roll back: drop the new gradients of `parameters` and leave those found."""
-        for parameter in parameters:
-            parameter.grad = None
+        """Roll back: drop the new gradients, also of `parameters`, and leave those found."""
+        for tensor in chain[Tensor](parameters, self.outside):
+            tensor.grad = None
         for parameter in self._narrow:
             parameter.grad_dtype = parameter.dtype
         for found, held in self._replaced:
             found.data = held
-        for parameter, found in self._found:
-            parameter.grad = found
-        for tensor, gradient in self._outside.values():
-            tensor.grad = gradient
+        for holder, found in self._found:
+            holder.grad = found
 
-    def set_aside(self, tensors: Iterable[Tensor]) -> None:
-        """Empty the gradients of other tensors, too, until these are put back."""
+    def set_aside(self, tensors: Iterable[Tensor], only_empty: bool = False) -> Tensor | None:
+        """Set aside the gradients of other tensors, too; with `only_empty` the first that has one is returned instead.
+
+        What `loss_fn` makes for one micro-batch is not kept alive for it.
+        """
+        own = set(map(id, self.parameters))
+        self.outside = self.outside or WeakTensorKeyDictionary()
         for tensor in tensors:
-            if id(tensor) not in self._outside:
-                self._outside[id(tensor)] = (tensor, tensor.grad)
-                tensor.grad = None
+            if id(tensor) in own or tensor in self.outside:
+                continue
+            if tensor.grad is not None:
+                if only_empty:
+                    return tensor
+                self._found.append((tensor, tensor.grad))
+            self.outside[tensor] = None
+            tensor.grad = None
+        return None
 
     def discard(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leave no gradient, neither the new ones of `parameters` nor those found."""

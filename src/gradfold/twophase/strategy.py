@@ -106,6 +106,7 @@ class TwoPhase(Strategy):
             self._differentiable = passes.statistics.differentiable.union(*(one for one in missed if one))
             if all(one is not None and not one for one in missed):
                 return
+            window.watch(snapshot.gradients, is_late=True)
             snapshot.rewind()
 
     def depends_on_split(self, context: Context) -> bool:
@@ -164,7 +165,7 @@ class _TwoPhasePasses:
             terms = read_terms(loss)
             self._has_graph = any(term.requires_grad for term in terms.values())
             if self._has_graph:
-                window.back_propagate([(term, 1.0) for term in terms.values()])
+                window.backward([(term, 1.0) for term in terms.values()], factor=1.0)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -220,7 +221,7 @@ class _TwoPhasePasses:
         terms = read_terms(self._loss)
         if not self.statistics.missed:
             if self.statistics.differentiable and not self._has_graph:
-                self._window.back_propagate([(term, 1.0) for term in terms.values()])  # raises
+                self._window.backward([(term, 1.0) for term in terms.values()], factor=1.0)  # raises
             if not self._reaches_parameters:
                 raise LossError(
                     "no statistic requires grad: nothing connects the loss to the model's parameters. Look for "
