@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from gradfold.batch.nesting import cut_rows, map_tensors
+from gradfold.batch.nesting import Marks, children_of, cut_rows, in_own_containers, map_tensors
 from gradfold.batch.rows import num_rows
 from gradfold.errors import BatchError
 
@@ -154,6 +154,99 @@ def test_every_container_is_cut_by_rows_keeps_its_kind_and_leaves_the_batch_as_i
     assert [len(get(part)) for part in parts] == [3, 2, 2]
     assert get(parts[1]).data_ptr() == tensor[3].data_ptr(), "a view, not a copy"
     assert get(batch).data_ptr() == tensor.data_ptr() and len(get(batch)) == 7
+
+
+def containers_in(batch):
+    """Those that something can be assigned to, by identity."""
+    children = children_of(batch)
+    inner = [found for _, part in children or [] for found in containers_in(part)]
+    return inner if children is None or isinstance(batch, tuple) else [batch, *inner]
+
+
+@pytest.mark.parametrize("make, get", CONTAINERS.values(), ids=CONTAINERS.keys())
+def test_own_containers_hold_the_same_tensors_and_are_new_all_the_way_down(make, get):
+    """Inside of every other container, too."""
+    tensor = torch.ones(3)
+    for outer, _ in CONTAINERS.values():
+        batch = outer(make(tensor)) if outer is not RunsOnce and outer is not Derived else make(tensor)
+        own = in_own_containers(batch)
+        assert type(own) is type(batch)
+        before, now = containers_in(batch), containers_in(own)
+        assert list(map(type, now)) == list(map(type, before))
+        assert not {id(one) for one in before} & {id(one) for one in now}
+    assert get(in_own_containers(make(tensor))) is tensor
+
+
+class Sealed(collections.abc.Mapping):
+    """A mapping that cannot be made again from its items."""
+
+    def __init__(self, inputs, count):
+        self.inputs = inputs
+        assert count == 1
+
+    def __getitem__(self, key):
+        return {"inputs": self.inputs}[key]
+
+    def __iter__(self):
+        return iter(["inputs"])
+
+    def __len__(self):
+        return 1
+
+
+class Picky(list):
+    def __init__(self, only):
+        super().__init__([only["inputs"]])
+
+
+class WithSlots:
+    __slots__ = ("inputs",)
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+
+def set_inputs(batch, value):
+    batch.inputs = value
+
+
+KEPT = {
+    "a mapping without a constructor": (lambda t: Sealed(t, 1), set_inputs),
+    "a list without a constructor": (lambda t: Picky({"inputs": t}), lambda b, value: b.__setitem__(0, value)),
+    "an object": (lambda t: types.SimpleNamespace(inputs=t), set_inputs),
+    "a dict in an object": (
+        lambda t: types.SimpleNamespace(inner={"inputs": [t]}),
+        lambda b, value: b.inner["inputs"].__setitem__(0, value),
+    ),
+    "slots of no dataclass": (WithSlots, set_inputs),
+}
+
+
+@pytest.mark.parametrize("make, put", KEPT.values(), ids=KEPT.keys())
+def test_what_cannot_be_made_again_is_watched(make, put):
+    tensor = torch.ones(3)
+    batch = {"outer": [make(tensor)]}
+    inner = batch["outer"][0]
+    assert in_own_containers(batch)["outer"][0] is inner
+    marks = Marks(batch)
+    assert marks.changed() is None
+    put(inner, torch.ones(3))
+    assert marks.changed() is None  # the same values
+    put(inner, tensor / 3)
+    assert marks.changed().startswith("['outer'][0]")
+    put(inner, tensor)
+    assert marks.changed() is None
+    tensor.mul_(2)
+    assert marks.changed().startswith("['outer'][0]")
+
+
+def test_an_attribute_that_is_filled_in_once_is_no_change():
+    batch = types.SimpleNamespace(inputs=torch.ones(3), cached=None)
+    marks = Marks(batch)
+    batch.cached, batch.other = torch.ones(2), torch.ones(2)
+    assert marks.changed() is None
+    del batch.inputs
+    assert marks.changed() == ".inputs"
 
 
 @pytest.mark.parametrize("make, get", [case for name, case in CONTAINERS.items() if name != "nested"])

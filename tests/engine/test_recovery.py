@@ -8,7 +8,9 @@ import itertools
 import subprocess
 import sys
 import weakref
-from collections import UserDict
+from collections import OrderedDict, UserDict, defaultdict
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -556,6 +558,69 @@ def test_containers_in_containers_are_new_for_each_run(kind):
         return F.mse_loss(model(x), y)
 
     gradfold.Accumulator(model, loss_fn, self_check=False).backward({"inner": (inner,)})
+    assert relative_error(gradients(model), expected) <= 1e-12
+
+
+class Pair(NamedTuple):
+    inputs: Any
+    targets: Tensor
+
+
+class Attributes(dict):
+    """A dict whose keys are attributes."""
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        self.__dict__ = self
+
+
+NESTED = {  # how to make a batch, and from a batch: what to assign to, and the targets
+    "named tuple": (lambda x, y: Pair({"x": x}, y), lambda b: (b.inputs, "x", b.targets)),
+    "dataclass": (lambda x, y: Fields({"x": x}, y), lambda b: (b.x, "x", b.y)),
+    "list in a dataclass": (lambda x, y: Fields([x], y), lambda b: (b.x, 0, b.y)),
+    "OrderedDict": (lambda x, y: OrderedDict(inputs={"x": x}, y=y), lambda b: (b["inputs"], "x", b["y"])),
+    "UserDict": (lambda x, y: UserDict(inputs={"x": x}, y=y), lambda b: (b["inputs"], "x", b["y"])),
+    "defaultdict": (lambda x, y: defaultdict(list, x=[x], y=y), lambda b: (b["x"], 0, b["y"])),
+    "attributes": (
+        lambda x, y: Attributes(inputs=Attributes(x=x), y=y),
+        lambda b: (vars(b.inputs), "x", b.y),
+    ),
+    "named tuple in a tuple": (lambda x, y: {0: (Pair([x], y), y)}, lambda b: (b[0][0].inputs, 0, b[0][1])),
+    "object": (lambda x, y: SimpleNamespace(inputs={"x": x}, y=y), lambda b: (b.inputs, "x", b.y)),
+}
+
+
+@pytest.mark.parametrize("fault", [0, 1, 2])
+@pytest.mark.parametrize("given", ["cut", "collated", "whole"])
+@pytest.mark.parametrize("kind", NESTED)
+def test_what_is_assigned_in_a_nested_container_is_not_found_by_a_replay(kind, given, fault):
+    """The objects of an unknown class, which only `collate` can make, are refused by name instead."""
+    torch.manual_seed(4)
+    model = nn.Linear(3, 1).double()
+    inputs, targets = torch.randn(12, 3).double(), torch.randn(12, 1).double()
+    expected = full_batch_gradient(model, lambda model: F.mse_loss(model(inputs / 10), targets))
+    make, find = NESTED[kind]
+    calls = itertools.count()
+
+    def loss_fn(model, batch):
+        container, key, targets = find(batch)
+        container[key] = container[key] / 10
+        if next(calls) == fault:
+            raise torch.OutOfMemoryError
+        return F.mse_loss(model(container[key]), targets)
+
+    options = {"self_check": False} | ({} if given == "whole" else {"micro_batch_size": 5})
+    if given == "collated":
+        batch = list(zip(inputs, targets, strict=True))
+        options["collate"] = lambda samples: make(*map(torch.stack, zip(*samples, strict=True)))
+    else:
+        batch = make(inputs, targets)
+    accumulator = gradfold.Accumulator(model, loss_fn, **options)
+    if kind == "object":
+        with pytest.raises(gradfold.GradfoldError, match=r"batch\.inputs\['x'\].* to a variable|cannot split by rows"):
+            accumulator.backward(batch)
+        return
+    accumulator.backward(batch)
     assert relative_error(gradients(model), expected) <= 1e-12
 
 

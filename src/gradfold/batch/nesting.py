@@ -35,33 +35,45 @@ def map_tensors(fn: Callable[[Tensor], Any], batch: Batch) -> Batch:
 
 
 def in_own_containers(batch: Batch) -> Batch:
-    """The same tensors in other containers, so that `batch["x"] = batch["x"] / 255` can run again on the same rows."""
+    """The same tensors in other containers, so that `batch["x"] = batch["x"] / 255` can run again on the same rows.
+
+    All the way down; a container that cannot be made again as what it is stays.
+    """
     kind = type(batch)
     if kind is Tensor or (kind is tuple and set(map(type, batch)) == {Tensor}):
         return batch  # the usual case, faster
-    if kind is dict:
-        return {key: in_own_containers(value) for key, value in batch.items()}
-    if kind is tuple or kind is list:
-        return kind(map(in_own_containers, batch))
-    return copy.copy(batch) if isinstance(batch, (dict, UserDict)) or is_dataclass(batch) else batch
+    if not _is_container(batch):
+        return batch
+    try:
+        own = _rebuilt(in_own_containers, batch)
+    except Exception:  # the user's class
+        return batch
+    return own if type(own) is kind else batch
 
 
 def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
     """Rebuild a nesting with `fn(leaf)` in the place of each tensor and of everything else that is not a container."""
-    if isinstance(batch, (Tensor, PackedSequence)):
-        return fn(batch)
+    return _rebuilt(partial(map_leaves, fn), batch) if _is_container(batch) else fn(batch)
+
+
+def _is_container(node: object) -> bool:
+    if isinstance(node, (Tensor, PackedSequence)):  # the latter is a named tuple whose parts are not per row
+        return False
+    return isinstance(node, (tuple, list, Mapping)) or is_dataclass(node)
+
+
+def _rebuilt(fn: Callable[[Any], Any], batch: Batch) -> Batch:
+    """A container with `fn(part)` in the place of each part."""
     if isinstance(batch, (tuple, list)):
-        items = [map_leaves(fn, item) for item in batch]
+        items = [fn(item) for item in batch]
         return batch._make(items) if hasattr(batch, "_make") else type(batch)(items)
     if isinstance(batch, Mapping):
-        return _refilled(batch, {key: map_leaves(fn, value) for key, value in batch.items()})
-    if is_dataclass(batch):
-        # A copy, not a call of the class: __post_init__ has run once and may not accept its own results.
-        filled = copy.copy(batch)
-        for name, value in _attributes(batch).items():
-            object.__setattr__(filled, name, map_leaves(fn, value))
-        return filled
-    return fn(batch)
+        return _refilled(batch, {key: fn(value) for key, value in batch.items()})
+    # A copy, not a call of the class: __post_init__ has run once and may not accept its own results.
+    filled = copy.copy(batch)
+    for name, value in _attributes(batch).items():
+        object.__setattr__(filled, name, fn(value))
+    return filled
 
 
 def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
@@ -176,6 +188,51 @@ def equal(batch: Batch, other: Batch) -> bool:
     return len(ours) == len(theirs) and all(map(_is_equal, ours, theirs))
 
 
+class Marks:
+    """What stood in a batch, to tell later whether it was written to, or has something else in it.
+
+    Of an object that is not a container the attributes are looked at, too.
+
+    Args:
+        is_new: whether every tensor and container was made for this batch; then nothing needs to be kept.
+    """
+
+    def __init__(self, batch: Batch, is_new: bool = False) -> None:
+        self._batch = batch
+        self._before = None if is_new else self._look()
+
+    def changed(self) -> str | None:
+        """The path of something that is not as it was."""
+        now = self._look()
+        if self._before is None:
+            return next((path for path, (_, version) in now.items() if version), None)
+        for path, (leaf, version) in self._before.items():
+            other, _ = now.get(path, (None, 0))
+            is_same = leaf is None or leaf is other or _is_equal(leaf, other)  # what was None is filled in once
+            if not is_same or _version_of(leaf) != version:
+                return path
+        return None
+
+    def _look(self) -> dict[str, tuple[Any, int]]:
+        leaves = leaves_by_path(self._batch)
+        leaves += [(path + inner, part) for path, leaf in leaves for inner, part in _held_by(leaf)]
+        return {path: (leaf, _version_of(leaf)) for path, leaf in leaves}
+
+
+def _version_of(leaf: object) -> int:
+    return 0 if not isinstance(leaf, Tensor) or leaf.is_inference() else leaf._version
+
+
+def _held_by(leaf: object) -> list[tuple[str, Any]]:
+    """What stands in the attributes of an object of an unknown class, and in the containers in them."""
+    if isinstance(leaf, (Tensor, *CONSTANTS, type)):
+        return []
+    slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+    names = dict.fromkeys([*getattr(leaf, "__dict__", ()), *getattr(leaf, "_fields", ()), *slots])
+    held = [(f".{name}", getattr(leaf, name)) for name in names if hasattr(leaf, name)]
+    return [(path + inner, part) for path, value in held for inner, part in leaves_by_path(value)]
+
+
 def _is_equal(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.layout is b.layout is torch.strided and a.dtype == b.dtype and torch.equal(a, b)
@@ -213,14 +270,12 @@ def is_dataclass(node: object) -> bool:
 
 def children_of(node: object) -> list[tuple[str, Any]] | None:
     """The parts of a container with the path that leads to them, or None for a leaf."""
-    if isinstance(node, PackedSequence):
-        return None  # a named tuple whose parts are not per row
+    if not _is_container(node):
+        return None
     if isinstance(node, Mapping):
         return [(f"[{key!r}]", value) for key, value in node.items()]
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return [(f".{name}", getattr(node, name)) for name in node._fields]
     if isinstance(node, tuple | list):
         return [(f"[{index}]", item) for index, item in enumerate(node)]
-    if is_dataclass(node):
-        return [(f".{name}", value) for name, value in _attributes(node).items()]
-    return None
+    return [(f".{name}", value) for name, value in _attributes(node).items()]

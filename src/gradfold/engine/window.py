@@ -28,9 +28,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradfold.batch.nesting import in_own_containers
+from gradfold.batch.nesting import Marks, in_own_containers
 from gradfold.batch.rows import Rows
-from gradfold.batch.split import ROWS, MicroBatch, versions
+from gradfold.batch.split import ROWS, MicroBatch
 from gradfold.engine.backward import BackPropagation, Weighed
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossFn, LossTerms, read_pair
@@ -203,10 +203,10 @@ class Window:
         self.is_complete = False
         self.form: GraphForm = ()
         self._watched: tuple[GradientBuffer, bool] | None = None
-        self._versions: list[list[int] | None] = [None] * len(micro_batches)
+        self._marks: dict[int, Marks] = {}
         for index, part in enumerate(micro_batches):
-            if not part.is_cut:  # what was split off begins at version 0
-                self._versions[index] = versions(part)
+            if not part.is_cut:
+                self._marks[index] = Marks(part.data)
 
     def again(self, micro_batches: Sequence[MicroBatch], done: Mapping[int, int] = MappingProxyType({})) -> Window:
         """The window with other micro-batches; `done`: those that are kept, from their indices here to those there."""
@@ -218,8 +218,7 @@ class Window:
         window.recoveries = self.recoveries
         window.failed_sizes = self.failed_sizes
         window.done = frozenset(done.values())
-        for before, now in done.items():
-            window._versions[now] = self._versions[before]
+        window._marks |= {done[index]: marks for index, marks in self._marks.items() if index in done}
         window.losses.carry_over(self.losses, done)
         window._watched = self._watched
         return window
@@ -251,7 +250,7 @@ class Window:
         self.back_propagate(weighed, self.context.coordinator.grad_factor if factor is None else factor)
 
     def watch(self, gradients: GradientBuffer, is_late: bool) -> None:
-        """From here on set aside gradients outside the model before backward passes add to them: see `OutsideLeaves`."""
+        """From here on set aside gradients outside the model before passes add to them: see `OutsideLeaves`."""
         self._watched = self._watched or (gradients, is_late)
 
     def call(self, index: int, loss_fn: LossFn | None = None) -> Any:
@@ -280,11 +279,12 @@ class Window:
 
         Where rows are copied to a device it writes to the copy.
         """
-        now, before = versions(self.micro_batches[index]), self._versions[index]
-        if any(now) if before is None else now != before:
+        part = self.micro_batches[index]
+        path = (self._marks.get(index) or Marks(part.data, is_new=True)).changed()
+        if path is not None:
             raise BatchError(
-                f"loss_fn has changed micro-batch {index}{self.micro_batches[index].where} in place, so it cannot run "
-                "again on the same rows. Write to a copy instead: inputs = inputs.clone()."
+                f"loss_fn has changed micro-batch {index}{part.where} in place{f', batch{path}' if path else ''}, so "
+                "it cannot run again on the same rows. Write to a copy, or to a variable: inputs = inputs.clone()."
             )
 
     def completed(self) -> Window:
