@@ -193,6 +193,7 @@ class Accumulator:
         self._form: GraphForm | None = None  # of the loss of the last window of that kind, and the names of its terms
         self._seen_version = -1  # of the context when it was searched for counter-based dropout
         self._has_dropout = False
+        self._has_seen_dropout = False  # whether it was said that torch's own was drawn beside it
         self._is_due = False  # whether the self-check may still have to see this window before it runs
         self._is_checked = False  # whether it has
 
@@ -243,6 +244,8 @@ class Accumulator:
             )
             snapshot.begin()
             window = self._run(window, snapshot)
+            if isinstance(listener, DropoutKeys) and not self._has_seen_dropout:
+                self._has_seen_dropout = listener.warn_of_torchs_own(snapshot.has_drawn())
             result = window.result()
             context.coordinator.commit()
         if LEFT_GRADIENTS.is_used and self._backward is None:

@@ -18,7 +18,7 @@ from gradfold.batch.rows import Rows, shift_rows
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.window import PassListener
 from gradfold.errors import ModelError, OptionError
-from gradfold.messages import warn
+from gradfold.messages import join_names, warn
 
 __all__ = ["convert_dropout", "counter_based_dropout"]
 
@@ -155,6 +155,8 @@ class DropoutKeys(PassListener):
         self, layers: Sequence[CounterBasedDropout], update: int, device: torch.device, coordinator: Coordinator
     ) -> None:
         self._layers = layers
+        self._uncalled = [layer for layer in layers if layer.training and layer.p > 0]
+        self._is_idle = not self._uncalled
         self._of_update = _hash("update", update)
         self._device = device
         self._coordinator = coordinator  # knows where the rows of this process begin in the batch of all
@@ -176,6 +178,25 @@ class DropoutKeys(PassListener):
     def end(self) -> None:
         """Layers that run from here on compute activations again."""
         self.is_forward = False
+        if self._uncalled:
+            self._uncalled = [layer for layer in self._uncalled if not layer.num_calls]
+
+    def warn_of_torchs_own(self, has_drawn: bool) -> bool:
+        """The window is done: warn where torch's random numbers were drawn in it; False where no layer was to drop."""
+        if has_drawn and self._uncalled:
+            names = [repr(layer.name) for layer in self._uncalled]
+            warn(
+                f"these layers of convert_dropout were not called, and random numbers of torch's own were drawn: "
+                f"{join_names(names, 4)}. A model that passes their p to a function of torch "
+                "(scaled_dot_product_attention, F.dropout) drops there, with masks that depend on the split. Set it to "
+                f"0: model.get_submodule({names[0]}).p = 0.0. (Said once.)"
+            )
+        elif has_drawn and not self._is_idle:
+            warn(
+                "loss_fn draws random numbers of torch's own (F.dropout, noise) beside the layers of convert_dropout: "
+                "they depend on the split. Set its rates to 0, or call an nn.Dropout there. (Said once.)"
+            )
+        return not self._is_idle
 
 
 class CounterBasedDropout(nn.Dropout):

@@ -370,3 +370,81 @@ def test_options_are_checked():
         gradfold.convert_dropout(nn.Sequential(nn.Dropout2d(0.1)), row_dim=1)
     with pytest.raises(gradfold.OptionError, match=r"nn\.Module"):
         gradfold.convert_dropout("model")
+
+
+class Attention(nn.Module):
+    """As in BERT: the layer is there for its rate, which goes to a function of torch."""
+
+    def __init__(self, p=0.3, calls=False):
+        super().__init__()
+        self.inner, self.drop, self.unused = nn.Linear(5, 2), nn.Dropout(p), nn.Dropout(0.2)
+        self.calls = calls
+        self.skips = True
+
+    def forward(self, x):
+        if not self.skips:
+            x = self.unused(x)
+        return self.drop(self.inner(x)) if self.calls else F.dropout(self.inner(x), self.drop.p, self.training)
+
+
+def converted(**options):
+    torch.manual_seed(0)
+    return gradfold.convert_dropout(Attention(**options).double())
+
+
+def test_layers_that_are_never_called_are_named_where_torch_drops_in_their_place():
+    accumulator = gradfold.Accumulator(converted(), regression, micro_batch_size=5)
+    with pytest.warns(RuntimeWarning, match=r"not called.*'drop' and 'unused'.*get_submodule\('drop'\)\.p = 0\.0"):
+        accumulator.backward(batch())
+    accumulator.backward(batch())  # said once
+
+
+def test_the_fix_in_that_message_makes_the_gradient_that_of_the_batch():
+    model = converted()
+    model.get_submodule("drop").p = 0.0
+    gradfold.Accumulator(model, regression, micro_batch_size=5).backward(batch())
+    assert relative_error(gradients(model), reference(model, batch(), 0)[0]) < 1e-12
+
+
+def test_random_numbers_beside_layers_that_are_called_are_said_without_a_name():
+    def loss_fn(model, batch):
+        return regression(model, (batch[0] + torch.randn_like(batch[0]), batch[1]))
+
+    model = converted(calls=True)
+    model.skips = False
+    with pytest.warns(RuntimeWarning, match=r"loss_fn draws random numbers of torch's own .*beside the layers"):
+        gradfold.Accumulator(model, loss_fn, micro_batch_size=5, self_check=False).backward(batch())
+
+
+@pytest.mark.parametrize("size", [None, 5])
+@pytest.mark.parametrize("case", ["a skipped branch", "p = 0", "eval mode", "noise without dropout", "all are called"])
+def test_layers_that_rightly_do_not_run_are_not_accused(case, size):
+    """Warnings are errors here."""
+    model = converted(p=0.0 if case in ("p = 0", "noise without dropout") else 0.3, calls=True)
+    model.skips = case != "all are called"
+    if case == "noise without dropout":
+        model.unused.p = 0.0
+    model.train(case != "eval mode")
+
+    def loss_fn(model, batch):
+        inputs, targets = batch
+        noise = torch.randn_like(inputs) if case in ("eval mode", "noise without dropout") else 0
+        return F.mse_loss(model(inputs + noise), targets)
+
+    gradfold.Accumulator(model, loss_fn, micro_batch_size=size).backward(batch())
+
+
+def test_the_first_window_in_training_mode_is_the_one_that_is_looked_at():
+    model = converted().eval()
+    accumulator = gradfold.Accumulator(model, regression, micro_batch_size=5)
+    accumulator.backward(batch())
+    model.train()
+    with pytest.warns(RuntimeWarning, match="not called"):
+        accumulator.backward(batch())
+
+
+def test_a_window_that_warns_as_an_error_leaves_nothing():
+    model = converted()
+    with pytest.raises(RuntimeWarning, match="not called"):
+        gradfold.Accumulator(model, regression, micro_batch_size=5).backward(batch())
+    assert not gradients(model)
