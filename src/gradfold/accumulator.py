@@ -392,7 +392,8 @@ class Accumulator:
     def _entered_setting(self, context: Context) -> Iterator[PassListener]:
         layers = counter_based_layers(context.modules)
         coordinator = context.coordinator
-        refuse_options(layers, self.batch_norm, isinstance(coordinator, FsdpCoordinator))
+        side = None if self.batching is None else self.batching.padding_side
+        refuse_options(layers, self.batch_norm, isinstance(coordinator, FsdpCoordinator), side)
         keys = DropoutKeys(layers, self.num_windows, context.device, coordinator) if layers else PassListener()
         quiet = nullcontext() if coordinator is _ALONE else without_reductions(context.modules)
         with quiet, keyed(layers, keys) if isinstance(keys, DropoutKeys) else nullcontext():

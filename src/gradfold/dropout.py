@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,9 @@ _KINDS: dict[type[nn.Module], tuple[int | None, bool]] = {
 }
 
 
-def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Module:
+def convert_dropout(
+    model: nn.Module, seed: int = 0, row_dim: int = 0, padding_side: Literal["right", "left"] = "right"
+) -> nn.Module:
     """Replace the dropout layers of a model by ones whose masks do not depend on the split.
 
     With torch's dropout every split of a batch, and every number of ranks, trains with other masks. With these, windows
@@ -61,6 +63,8 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
         model: holds dropout layers at any depth, or is one.
         seed: the seed of the masks, which must be the same on all ranks.
         row_dim: the dimension of the layers' inputs that counts the rows of the batch: 1 for inputs (T, B, d).
+        padding_side: where sequences have their padding, of which micro-batches may hold less than the batch: the other
+            side is where the elements of a row are counted from.
 
     Returns:
         The model; or the new layer, where the model is itself a dropout layer.
@@ -75,6 +79,8 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
     >>> gradfold.convert_dropout(model)[2]
     CounterBasedDropout(p=0.2, name='2', seed=0)
     """
+    if padding_side not in ("right", "left"):
+        raise OptionError(f'padding_side={padding_side!r}; expected "right" or "left".')
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is a {type(model).__name__}; expected an nn.Module.")
     for name, value in (("seed", seed), ("row_dim", row_dim)):
@@ -82,7 +88,7 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
             raise OptionError(f"{name}={value!r}; expected a whole number of at least 0.")
     _refuse_internal_dropout(model)
     new: dict[nn.Module, nn.Module] = {
-        module: _converted(module, name, seed, row_dim)
+        module: _converted(module, name, seed, row_dim, padding_side)
         for name, module in model.named_modules()
         if isinstance(module, TorchDropout) and type(module) is not CounterBasedDropout
     }
@@ -94,7 +100,7 @@ def convert_dropout(model: nn.Module, seed: int = 0, row_dim: int = 0) -> nn.Mod
     return new.get(model, model)
 
 
-def _converted(module: TorchDropout, name: str, seed: int, row_dim: int) -> CounterBasedDropout:
+def _converted(module: TorchDropout, name: str, seed: int, row_dim: int, padding_side: str) -> CounterBasedDropout:
     if type(module) not in _KINDS:
         raise ModelError(
             f"{name or 'the model itself'} is a {type(module).__name__}, a custom dropout. Replace it by "
@@ -112,7 +118,8 @@ def _converted(module: TorchDropout, name: str, seed: int, row_dim: int) -> Coun
         raise OptionError(
             f"row_dim={row_dim} is not supported with {type(module).__name__} ({name!r}), whose inputs are (N, C, ...)."
         )
-    return CounterBasedDropout(module.p, name, seed, row_dim, feature_dims, is_alpha).train(module.training)
+    layer = CounterBasedDropout(module.p, name, seed, row_dim, feature_dims, is_alpha, padding_side)
+    return layer.train(module.training)
 
 
 def _refuse_internal_dropout(model: nn.Module) -> None:
@@ -206,13 +213,21 @@ class CounterBasedDropout(nn.Dropout):
     """
 
     def __init__(
-        self, p: float, name: str, seed: int, row_dim: int, feature_dims: int | None = None, is_alpha: bool = False
+        self,
+        p: float,
+        name: str,
+        seed: int,
+        row_dim: int,
+        feature_dims: int | None = None,
+        is_alpha: bool = False,
+        padding_side: str = "right",
     ) -> None:
         super().__init__(p)
         self.name = name
         self.seed = seed
         self.row_dim = row_dim  # the dimension of inputs that counts the rows
         self.feature_dims = feature_dims  # so many after the rows' are dropped independently: whole channels; None: all
+        self.padding_side = padding_side  # elements are counted from the other one
         self.is_alpha = is_alpha  # dropped elements are set to selu's lower end, with mean and variance kept
         self.keys: DropoutKeys | None = None
         self.num_calls = 0  # so far in this forward pass
@@ -259,7 +274,7 @@ class CounterBasedDropout(nn.Dropout):
             )
         first, second = ((word + call * _GOLDEN) & _WORD for word in self._words)
         words = words.to(input.device)
-        return _keep(words[0] ^ first, words[1] ^ second, shape, self.row_dim, self.p)
+        return _keep(words[0] ^ first, words[1] ^ second, shape, self.row_dim, self.p, self.padding_side == "left")
 
 
 @contextmanager
@@ -291,8 +306,16 @@ def counter_based_dropout(model: nn.Module, update: int, first_row: int = 0, num
         yield
 
 
-def refuse_options(layers: Sequence[CounterBasedDropout], batch_norm: str | None, is_sharded: bool) -> None:
-    """Raise OptionError where micro-batches do not run one after another."""
+def refuse_options(
+    layers: Sequence[CounterBasedDropout], batch_norm: str | None, is_sharded: bool, padding_side: str | None
+) -> None:
+    """Raise OptionError where the layers would have other masks: `padding_side` is that of a TokenBudget."""
+    other = next((layer for layer in layers if padding_side not in (None, layer.padding_side)), None)
+    if other is not None:
+        raise OptionError(
+            f"the dropout in {other.name!r} counts elements from the side of the padding, where the TokenBudget trims. "
+            f'Write convert_dropout(model, padding_side="{padding_side}").'
+        )
     if layers and batch_norm not in (None, "per_micro_batch"):
         raise OptionError(
             f'batch_norm="{batch_norm}" is not supported with the layers of convert_dropout: micro-batches run in '
@@ -328,20 +351,23 @@ def keyed(layers: Sequence[CounterBasedDropout], keys: DropoutKeys | None) -> It
             layer.keys = own
 
 
-def _keep(first: Tensor, second: Tensor, shape: Sequence[int], row_dim: int, p: float) -> Tensor:
+def _keep(
+    first: Tensor, second: Tensor, shape: Sequence[int], row_dim: int, p: float, from_end: bool = False
+) -> Tensor:
     """The mask of a layer, from two words per row: the hash of every element, above the fraction to be dropped."""
     rest = [1 if dim == row_dim else size for dim, size in enumerate(shape)]
     column = [-1 if dim == row_dim else 1 for dim in range(len(shape))]
-    hashed = _multiplied(_places(rest, first.device) ^ first.view(column), second.view(column))
+    hashed = _multiplied(_places(rest, first.device, from_end) ^ first.view(column), second.view(column))
     return hashed >= round(p * 2**32)
 
 
-def _places(shape: Sequence[int], device: torch.device) -> Tensor:
-    """A word for every element, from its coordinates alone: padding that makes a dimension longer changes none."""
+def _places(shape: Sequence[int], device: torch.device, from_end: bool) -> Tensor:
+    """A word for every element, from its coordinates alone: padding at the other end of a dimension changes none."""
     places = torch.zeros([1] * len(shape), dtype=torch.int64, device=device)
     for dim, size in enumerate(shape):
         if size > 1:
-            steps = torch.arange(size, device=device) * _OF_DIMS[dim % len(_OF_DIMS)]
+            steps = torch.arange(size, device=device)
+            steps = (steps.flip(0) if from_end else steps) * _OF_DIMS[dim % len(_OF_DIMS)]
             places = places + steps.view([-1 if dim == other else 1 for other in range(len(shape))])
     return places.expand(shape) & _WORD
 

@@ -448,3 +448,84 @@ def test_a_window_that_warns_as_an_error_leaves_nothing():
     with pytest.raises(RuntimeWarning, match="not called"):
         gradfold.Accumulator(model, regression, micro_batch_size=5).backward(batch())
     assert not gradients(model)
+
+
+def padded(side):
+    """Sequences of up to 20 tokens, with padding on one side."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [20, 3, 11, 1, 7, 7, 16, 2, 9, 5]
+    ids = torch.zeros(len(lengths), 20, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        tokens = torch.randint(1, 30, (length,), generator=generator)
+        ids[row, slice(0, length) if side == "right" else slice(20 - length, 20)] = tokens
+    return {"ids": ids, "labels": ids.masked_fill(ids == 0, -100)}
+
+
+class Scores(nn.Module):
+    """Drops in two dimensions that are trimmed, as attention does, and in one of features of the same size."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.embed, self.drop, self.scores = nn.Embedding(30, width), nn.Dropout(0.5), nn.Dropout(0.5)
+        self.out = nn.Linear(width, 30)
+
+    def forward(self, ids):
+        hidden = self.drop(self.embed(ids))
+        mask = (ids > 0).double()
+        attended = self.scores(hidden @ hidden.transpose(1, 2) / 9) * mask[:, None, :]
+        return self.out(attended @ hidden)
+
+
+def masked_entropy(model, batch):
+    return F.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten())
+
+
+@pytest.mark.parametrize("width", [8, 7, 11])  # some as long as a micro-batch is
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_trimming_on_either_side_changes_no_mask(side, width):
+    torch.manual_seed(0)
+    model = gradfold.convert_dropout(Scores(width).double(), padding_side=side)
+    whole = copy.deepcopy(model)
+    with gradfold.counter_based_dropout(whole, 0, num_rows=10):
+        masked_entropy(whole, padded(side)).backward()
+    budget = gradfold.TokenBudget(
+        30, lengths=lambda batch: (batch["ids"] > 0).sum(1), padding_side=side, cost=2, trim=("ids", "labels")
+    )
+    for options in ({"batching": budget}, {"micro_batch_size": 3}, {}):
+        model.zero_grad()
+        gradfold.Accumulator(model, masked_entropy, weight=gradfold.token_count("labels"), **options).backward(
+            padded(side)
+        )
+        assert relative_error(gradients(model), gradients(whole)) < 1e-12
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collation_to_the_longest_of_a_micro_batch_changes_no_mask(side):
+    torch.manual_seed(0)
+    model = gradfold.convert_dropout(Scores(6).double(), padding_side=side)
+    samples = [row[row > 0] for row in padded(side)["ids"]]
+
+    def collate(samples):
+        ids = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_side=side)
+        return {"ids": ids, "labels": ids.masked_fill(ids == 0, -100)}
+
+    whole = copy.deepcopy(model)
+    with gradfold.counter_based_dropout(whole, 0, num_rows=10):
+        masked_entropy(whole, collate(samples)).backward()
+    budget = gradfold.TokenBudget(30, lengths=lambda samples: list(map(len, samples)), padding_side=side, cost=2)
+    for options in ({"batching": budget}, {"micro_batch_size": 3}):
+        model.zero_grad()
+        weight = gradfold.token_count("labels")
+        gradfold.Accumulator(model, masked_entropy, weight=weight, collate=collate, **options).backward(samples)
+        assert relative_error(gradients(model), gradients(whole)) < 1e-12
+
+
+@pytest.mark.parametrize(("side", "other"), [("left", "right"), ("right", "left")])
+def test_a_budget_that_trims_where_elements_are_counted_from_is_refused(side, other):
+    model = gradfold.convert_dropout(Scores(8).double(), padding_side=other)
+    budget = gradfold.TokenBudget(30, lengths=lambda batch: (batch["ids"] > 0).sum(1), padding_side=side)
+    accumulator = gradfold.Accumulator(model, masked_entropy, batching=budget)
+    with pytest.raises(gradfold.OptionError, match=rf'convert_dropout\(model, padding_side="{side}"\)'):
+        accumulator.backward(padded(side))
+    with pytest.raises(gradfold.OptionError, match=r'padding_side=\'both\'; expected "right" or "left"'):
+        gradfold.convert_dropout(model, padding_side="both")
