@@ -230,24 +230,28 @@ class Accumulator:
         if LEFT_GRADIENTS.is_used and self._backward is None:  # a framework may have a scaler of its own
             LEFT_GRADIENTS.check(self.model, self.precision)
         snapshot = Snapshot(context.model, context.modules, context.parameters, self._buffers, self._frozen, self._sums)
-        with context.coordinator, snapshot, self._setting() as listener:
-            context.check_trainable()
-            if self._unprobed is not None:
-                probe(self._unprobed, context.device)
-                self._unprobed = None
-            if self._tuner is not None:
-                self._tune(self._tuner, batch)
-            micro_batches = self._micro_batcher.split(batch)
-            runs_zero_weight = self._strategy.runs_zero_weight
-            window = Window(
-                context, self._run_loss, micro_batches, self.weight, self._back_propagate, listener, runs_zero_weight
-            )
-            snapshot.begin()
-            window = self._run(window, snapshot)
-            if isinstance(listener, DropoutKeys) and not self._has_seen_dropout:
-                self._has_seen_dropout = listener.warn_of_torchs_own(snapshot.has_drawn())
-            result = window.result()
-            context.coordinator.commit()
+        try:
+            with context.coordinator, snapshot, self._setting() as listener:
+                context.check_trainable()
+                if self._unprobed is not None:
+                    probe(self._unprobed, context.device)
+                    self._unprobed = None
+                if self._tuner is not None:
+                    self._tune(self._tuner, batch)
+                micro_batches = self._micro_batcher.split(batch)
+                window = Window(
+                    *(context, self._run_loss, micro_batches, self.weight, self._back_propagate, listener),
+                    self._strategy.runs_zero_weight,
+                )
+                snapshot.begin()
+                window = self._run(window, snapshot)
+                if isinstance(listener, DropoutKeys) and not self._has_seen_dropout:
+                    self._has_seen_dropout = listener.warn_of_torchs_own(snapshot.has_drawn())
+                result = window.result()
+                context.coordinator.commit()
+        except BaseException:  # an interrupt may have come before the first line of a roll-back, or in it
+            snapshot.roll_back()
+            raise
         if LEFT_GRADIENTS.is_used and self._backward is None:
             LEFT_GRADIENTS.note(context.parameters, self.precision)
         if result.recoveries:
@@ -454,6 +458,7 @@ class Accumulator:
         context = self._update_context()
         found = GradientBuffer(context.parameters)
         try:
+            found.open()
             with training_alone(context.modules):
                 self._tune(self._tuner, batch)
         finally:

@@ -168,6 +168,7 @@ class LoopWindow(MicroBatchWindow[T]):
             return
         gradients = GradientBuffer(self._context.parameters)
         try:
+            gradients.open()
             with self._coordinator, without_reductions(self._context.modules):
                 yield
                 self._coordinator.end(self.losses, gradients)

@@ -45,7 +45,7 @@ def test_new_gradients_are_added_to_those_found(found_kind, new_kind):
         sum(g.to_dense() for g in (found, new) if g is not None) if found is not None or new is not None else None
     )
     one = parameter(found)
-    aside = GradientBuffer([one])
+    aside = GradientBuffer([one]).open()
     assert one.grad is None, "meanwhile the field is empty"
     one.grad = new
     aside.settle()
@@ -62,7 +62,7 @@ def test_new_gradients_are_added_to_those_found(found_kind, new_kind):
 
 def test_repeated_rows_of_a_sparse_gradient_are_merged():
     one = parameter()
-    aside = GradientBuffer([one])
+    aside = GradientBuffer([one]).open()
     one.grad = sparse(rows=(1, 3, 1, 1))
     aside.settle()
     aside.add_back()
@@ -72,7 +72,7 @@ def test_repeated_rows_of_a_sparse_gradient_are_merged():
 def test_gradients_that_are_views_of_one_flat_buffer_stay_so():
     flat = torch.arange(16.0).double()
     model = [parameter(flat[:8].view(4, 2)), parameter(flat[8:].view(4, 2))]
-    aside = GradientBuffer(model)
+    aside = GradientBuffer(model).open()
     for one in model:
         one.grad = torch.ones(4, 2).double()
     aside.settle()
@@ -84,7 +84,7 @@ def test_gradients_that_are_views_of_one_flat_buffer_stay_so():
 def test_a_view_of_a_flat_buffer_takes_in_a_sparse_gradient():
     flat = torch.zeros(8).double()
     one = parameter(flat.view(4, 2))
-    aside = GradientBuffer([one])
+    aside = GradientBuffer([one]).open()
     one.grad = sparse(4)
     aside.settle()
     aside.add_back()
@@ -94,7 +94,7 @@ def test_a_view_of_a_flat_buffer_takes_in_a_sparse_gradient():
 def test_all_of_a_mixed_model_is_added_back():
     model = [parameter(dense(1)), parameter(), parameter(sparse(3)), parameter(dense(4)), parameter()]
     expected = [n + 1 + (torch.zeros(4, 2) if one.grad is None else one.grad.to_dense()) for n, one in enumerate(model)]
-    aside = GradientBuffer(model)
+    aside = GradientBuffer(model).open()
     for n, one in enumerate(model[:4]):
         one.grad = torch.full((4, 2), n + 1.0).double()
     aside.settle()
@@ -108,7 +108,7 @@ def test_putting_back_drops_what_is_new_and_keeps_what_was_found():
     found, late = dense(1), parameter(dense(2))
     model = [parameter(found), parameter()]
     kept = found.clone()
-    aside = GradientBuffer(model)
+    aside = GradientBuffer(model).open()
     for one in model:
         one.grad = torch.ones(4, 2).double()
     aside.put_back([*model, late])
@@ -121,7 +121,7 @@ def plainly(one):
 
 
 def set_aside(one):
-    aside = GradientBuffer([one])
+    aside = GradientBuffer([one]).open()
     one.sum().backward()
     aside.settle()
     aside.add_back()
@@ -245,7 +245,7 @@ class TestFoundSparseGradients:
 
     def test_keep_their_tensor_and_hold_the_sum(self):
         model, held, before = self.made()
-        aside = GradientBuffer(model)
+        aside = GradientBuffer(model).open()
         for one in model:
             one.grad = sparse(4)
         aside.settle()
@@ -256,7 +256,7 @@ class TestFoundSparseGradients:
 
     def test_are_as_they_were_where_adding_fails(self, monkeypatch):
         model, held, before = self.made()
-        aside = GradientBuffer(model)
+        aside = GradientBuffer(model).open()
         for one in model:
             one.grad = sparse(4)
         aside.settle()
@@ -274,14 +274,14 @@ class TestFoundSparseGradients:
 
 def test_an_expanded_gradient_is_replaced_since_it_cannot_be_written_to():
     one = parameter(torch.ones(()).double().expand(4, 2))
-    aside = GradientBuffer([one])
+    aside = GradientBuffer([one]).open()
     one.grad = dense(1)
     aside.settle()
     aside.add_back()
     assert torch.equal(one.grad, dense(1) + 1)
 
 
-def test_an_interrupt_while_gradients_are_set_aside_leaves_them(monkeypatch):
+def test_gradients_set_aside_as_an_interrupt_came_can_be_put_back(monkeypatch):
     narrow = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     narrow.grad = torch.ones(4, dtype=torch.bfloat16)
     model = [parameter(dense(1)), parameter(sparse(2)), narrow]
@@ -291,8 +291,10 @@ def test_an_interrupt_while_gradients_are_set_aside_leaves_them(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(GradientBuffer, "_widen", interrupted)
+    aside = GradientBuffer(model, SumDtype(torch.float32))
     with pytest.raises(KeyboardInterrupt):
-        GradientBuffer(model, SumDtype(torch.float32))
+        aside.open()
+    aside.put_back(model)
     assert all(one.grad is gradient for one, gradient in zip(model, held, strict=True))
 
 
@@ -302,7 +304,7 @@ class TestNarrowParameters:
     def made(self, is_kept=False):
         one = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
         one.grad = torch.ones(4, dtype=torch.bfloat16)
-        return one, GradientBuffer([one], SumDtype(torch.float32, is_kept))
+        return one, GradientBuffer([one], SumDtype(torch.float32, is_kept)).open()
 
     def add(self, one, value):
         (one * value).float().sum().backward()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
@@ -51,6 +51,9 @@ class Coroutine:
         self._pause: SimpleQueue[None] = SimpleQueue()  # an entry says that it waits or is done
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(self._run, function, blocks), name="gradfold", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which waits for its first turn."""
         self._thread.start()
 
     def advance(self) -> None:
@@ -84,7 +87,8 @@ class Coroutine:
 
     def join(self) -> None:
         """Wait until a canceled thread has ended; one that goes on for long is ended at its next line of Python."""
-        self._thread.join(GRACE_S)
+        with suppress(RuntimeError):  # it was not started, or an interrupt came in between: then it ends as it begins
+            self._thread.join(GRACE_S)
         if self._thread.is_alive():
             ident = ctypes.c_ulong(self._thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Canceled))
@@ -135,28 +139,35 @@ class Coroutine:
 
 @contextmanager
 def coroutines(
-    functions: Sequence[Callable[[Coroutine], Any]], device: torch.device, process: GlobalState
+    functions: Sequence[Callable[[Coroutine], Any]],
+    device: torch.device,
+    process: GlobalState,
+    undo: list[Callable[[], object]],
 ) -> Iterator[list[Coroutine]]:
-    """Coroutines of some functions, in order; at the end of the block all of their threads have ended."""
-    started: list[Coroutine] = []
+    """Coroutines of some functions, in order; at the end of the block all of their threads have ended.
+
+    Before they start, what ends them is added to `undo`: an interrupt may come just before that end.
+    """
     blocks = _thread_state(device)
+    made = [Coroutine(function, blocks, number, process) for number, function in enumerate(functions)]
+    undo.append(partial(_end, made))
     with process:  # canceled functions leave their blocks in any order, so the caller's state is restored after them
         try:
-            for number, function in enumerate(functions):
-                started.append(Coroutine(function, blocks, number, process))
-            yield started
+            for coroutine in made:
+                coroutine.start()
+            yield made
         finally:
-            _end(started)
+            _end(made)
 
 
-def _end(started: Sequence[Coroutine]) -> None:
+def _end(made: Sequence[Coroutine]) -> None:
     """Cancel those that are not done and wait for all, also if interrupted: they would work on a model rolled back."""
     interrupt: BaseException | None = None
-    running = list(started)
-    for coroutine in running:
-        coroutine.cancel()
+    running = list(made)
     while running:
         try:
+            for coroutine in running:
+                coroutine.cancel()
             running[0].join()
             del running[0]
         except BaseException as error:

@@ -10,7 +10,7 @@ around one layer. The joint call of [2] is `joint_call.py`, the coroutines of [1
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,7 +84,7 @@ class ExactBatchNorm(Strategy):
         window.weights.wait()
         intercept.refuse_scripted(window.model)
         try:
-            JointRun(window, indices, self._inputs).run()
+            JointRun(window, indices, self._inputs, snapshot.undo).run()
         except Exception as error:
             if window.context.coordinator.num_ranks == 1 or not is_out_of_memory(error):
                 raise
@@ -124,8 +124,11 @@ class ExactBatchNorm(Strategy):
 class JointRun:
     """One window, run by forward passes in turns and one backward pass."""
 
-    def __init__(self, window: Window, indices: Sequence[int], inputs: InputDependence) -> None:
+    def __init__(
+        self, window: Window, indices: Sequence[int], inputs: InputDependence, undo: list[Callable[[], object]]
+    ) -> None:
         self._window = window
+        self._undo = undo
         self._indices = indices
         self._tracker = intercept.LayerTracker(batch_statistics_layers(window.model))
         coordinator = window.context.coordinator
@@ -142,8 +145,10 @@ class JointRun:
         """Run all forward passes, and one backward pass."""
         window, indices = self._window, self._indices
         functions = [partial(self._run_forward, index) for index in indices]
+        self._undo.append(self._tracker.close)
         with self._tracker, eagerly():
-            with coroutines(functions, window.device, GlobalState(window.model.parameters())) as running:
+            process = GlobalState(window.model.parameters())
+            with coroutines(functions, window.device, process, self._undo) as running:
                 terms = self._run_to_end(running)
             self._tracker.check()
             if self._group is not None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradfold.batchnorm.torch_private import apply_settings, read_settings
 from gradfold.state.rng import RandomState
+from gradfold.torch_private import PROCESS_SETTINGS, apply_settings, read_settings
 
 
 class GlobalState:
@@ -28,10 +28,10 @@ class GlobalState:
         self.num_ended = 0  # forward passes
 
     def __enter__(self) -> None:
-        self._caller, self._settings = RandomState.record(self._tensors), read_settings()
+        self._caller, self._settings = RandomState.record(self._tensors), read_settings(PROCESS_SETTINGS)
 
     def __exit__(self, *error: object) -> None:
-        apply_settings(self._settings)
+        apply_settings(PROCESS_SETTINGS, self._settings)
         if not any(error) and self._paused:
             last = self._paused[self._last_in_order][1]
             are_unused = (random.is_same(self._began[number]) for number, (_, random) in self._paused.items())
@@ -44,7 +44,7 @@ class GlobalState:
         """In this block one forward pass has its own state."""
         if number in self._paused:
             settings, random = self._paused[number]
-            apply_settings(settings)
+            apply_settings(PROCESS_SETTINGS, settings)
             if random.has_moved():
                 random.restore()
         else:
@@ -56,5 +56,5 @@ class GlobalState:
         try:
             yield
         finally:
-            self._paused[number] = read_settings(), RandomState.record(self._tensors)
-            apply_settings(self._settings)
+            self._paused[number] = read_settings(PROCESS_SETTINGS), RandomState.record(self._tensors)
+            apply_settings(PROCESS_SETTINGS, self._settings)

@@ -30,6 +30,7 @@ class PerMicroBatchNorm(Strategy):
     def run(self, window: Passes, indices: Sequence[int], snapshot: Snapshot) -> None:
         """Run the micro-batches in order."""
         statistics = WindowStatistics(batch_statistics_layers(window.context.model))
+        snapshot.undo.append(statistics.close)
         with statistics:
             for index in indices:
                 statistics.listen()
@@ -67,10 +68,14 @@ class WindowStatistics(LayerHooks):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
+        for record in self._records.values() if any(error) else ():
+            record.restore()
+
+    def close(self) -> None:
+        """Remove the hooks, and give the layers their momentum."""
+        super().close()
         for record in self._records.values():
             record.layer.momentum = record.momentum
-            if any(error):
-                record.restore()
 
     def listen(self) -> None:
         """A forward pass begins."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -67,17 +66,25 @@ class LayerHooks:
     def __init__(self, layers: Mapping[str, BatchNorm], before: _Hook, after: _Hook) -> None:
         self.names = {layer: name for name, layer in layers.items()}
         self._hooks = before, after
-        self._handles = ExitStack()
 
     def __enter__(self) -> None:
         before, after = self._hooks
         self._versions = {layer: _counter_version(layer) for layer in self.names}
         for layer in self.names:
-            self._handles.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.enter_context(layer.register_forward_hook(after, with_kwargs=True))
+            layer.register_forward_pre_hook(before, with_kwargs=True)
+            layer.register_forward_hook(after, with_kwargs=True)
 
     def __exit__(self, *error: object) -> None:
-        self._handles.close()
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks, by themselves: an interrupt may come before a handle of them is known."""
+        for layer in self.names:
+            for kind in "_forward_pre_hooks", "_forward_hooks":
+                hooks = getattr(layer, kind)
+                for key in [key for key, hook in hooks.items() if hook in self._hooks]:
+                    del hooks[key]
+                    getattr(layer, f"{kind}_with_kwargs").pop(key, None)
 
     def run_without(self, seen: Collection[nn.Module]) -> list[str]:
         """The names of layers that have counted a batch, but are not among those that hooks have seen."""

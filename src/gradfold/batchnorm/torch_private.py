@@ -6,7 +6,7 @@ Each entry says what it is for, and what would be lost without it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -78,41 +78,3 @@ def modes_of_this_thread() -> Callable[[], AbstractContextManager[None]]:
             yield
 
     return pushed
-
-
-def read_settings() -> list[Any]:
-    """What torch keeps once per process and code blocks change: dtype, determinism, back ends of attention."""
-    return [read() for read, _ in _SETTINGS]
-
-
-def apply_settings(wanted: Sequence[Any]) -> None:
-    """Change the settings that differ from these."""
-    for (read, write), value in zip(_SETTINGS, wanted, strict=True):
-        if read() != value:
-            write(value)
-
-
-_c: Any = torch._C
-
-# torch.backends has public setters of most of them, but none of the priority order and of "overrideable". Without them:
-# sdpa_kernel and torch.backends.cudnn.flags around a BatchNorm would leak into the forward passes of others.
-_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (
-        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1]),
-    ),
-    (
-        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
-        lambda both: torch.set_anomaly_enabled(*both),
-    ),
-    (_c._get_sdp_priority_order, _c._set_sdp_priority_order),
-    *(
-        (getattr(_c, f"_get_{kind}_sdp_enabled"), getattr(_c, f"_set_sdp_use_{kind}"))
-        for kind in ("flash", "mem_efficient", "math", "cudnn", "overrideable")
-    ),
-    *(
-        (getattr(_c, f"_get_{name}"), getattr(_c, f"_set_{name}"))
-        for name in ("cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic", "mkldnn_enabled")
-    ),
-)

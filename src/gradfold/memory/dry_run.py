@@ -204,7 +204,7 @@ class DryRun:
         """Forward and backward of all micro-batches, as the engine runs them; their metrics."""
         parameters, modules = list(model.parameters()), list(model.modules())
         sharded = sharded_modules(modules)
-        gradients = GradientBuffer(parameters, self.precision.sums)
+        gradients = GradientBuffer(parameters, self.precision.sums).open()
         run = self.precision.around(self.loss_fn)
         metrics: list[dict[str, Tensor]] = []
         for index, batch in enumerate(batches):

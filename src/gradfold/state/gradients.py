@@ -36,7 +36,7 @@ class SumDtype:
 
 
 class GradientBuffer:
-    """The gradients found in `.grad` when a window opened, set aside; the fields are empty until it closes.
+    """The gradients found in `.grad` when a window began, set aside by `open`; the fields are empty until it closes.
 
     Several losses may be back-propagated into one `.grad`: their sum is there when the window closes, in the *same*
     tensors as before, since flat buffers and optimizers may refer to them.
@@ -47,23 +47,29 @@ class GradientBuffer:
     def __init__(self, parameters: Sequence[nn.Parameter], sums: SumDtype | None = None) -> None:
         self.parameters = parameters
         self._found: list[tuple[Tensor, Tensor]] = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._found.append((parameter, parameter.grad))
         self.outside: Any = ()  # other tensors whose gradients are set aside, while they exist
         self._replaced: list[tuple[Tensor, Tensor]] = []  # sparse ones that were found, and what they held
         self._sums = sums or SumDtype()
         self._narrow: Sequence[nn.Parameter] = ()
+        self._sum: tuple[Tensor, int] | None = None  # the last one that the new gradients are added to; its version
+
+    def open(self) -> GradientBuffer:
+        """Set the gradients found aside; `put_back` undoes that, also after an interrupt in here."""
         wide = self._sums.dtype
-        if wide is not None and min(map(_ITEMSIZE, set(map(_DTYPE, parameters))), default=8) < wide.itemsize:
-            self._narrow = _narrow(parameters, wide)
-        try:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    self._found.append((parameter, parameter.grad))
-                    parameter.grad = None
-            if self._narrow:
-                self._widen()
-        except BaseException:  # an interrupt
-            self.put_back(())
-            raise
+        if wide is not None and min(map(_ITEMSIZE, set(map(_DTYPE, self.parameters))), default=8) < wide.itemsize:
+            self._narrow = _narrow(self.parameters, wide)
+        for parameter, _ in self._found:
+            parameter.grad = None
+        if self._narrow:
+            self._widen()
+        return self
+
+    def is_added(self) -> bool:
+        """Whether the new gradients are in those found, which cannot be undone."""
+        return self._sum is not None and self._sum[0]._version != self._sum[1]
 
     def layouts(self) -> list[str | None]:
         """Of each parameter: whether its new gradient is "dense", "sparse", not there, or "frozen"."""
@@ -139,7 +145,9 @@ class GradientBuffer:
         for found, total in sparse:
             found.data = total
         if dense:  # last, since it cannot be undone
-            foreach_add([found for found, _ in dense], [new for _, new in dense])
+            founds, news = [found for found, _ in dense], [new for _, new in dense]
+            self._sum = founds[-1], founds[-1]._version
+            foreach_add(founds, news)
 
     def empty(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop the new gradients, also of `parameters` (there may be more by now), to begin again."""

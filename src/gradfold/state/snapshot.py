@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any
 
@@ -21,8 +22,12 @@ from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.external import ExternalState
 from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
 from gradfold.state.rng import RandomState
+from gradfold.torch_private import BLOCK_READERS, BLOCK_SETTINGS, CALL, apply_settings
 
 TRAINING, _BUFFERS, _IS_TRAINED = attrgetter("training"), attrgetter("_buffers"), attrgetter("requires_grad")
+
+
+_innermost: ContextVar[Snapshot | None] = ContextVar("innermost", default=None)  # of those that are open
 
 
 class Snapshot:
@@ -37,6 +42,8 @@ class Snapshot:
 
     Attributes:
         gradients: the `.grad` fields, with those found on entry set aside.
+        undo: steps of a roll-back, for what a run has put on the model (hooks) or has started (threads); each may run
+            when there is nothing left to do, and more than once.
     """
 
     def __init__(
@@ -56,14 +63,17 @@ class Snapshot:
         self._has_buffers = any(map(_BUFFERS, modules))
         self._has_frozen = not all(map(_IS_TRAINED, parameters))
         self._frozen = FrozenKeeper(copies_all=probe is not None) if frozen is None else frozen
-        self._sums = sums
         self._probe = probe
         self._external: ExternalState | None = None
-        self._is_discarded = False
+        self._is_open = self._is_discarded = False
+        self._outer: Snapshot | None = None  # the one inside of which this one is open
+        self.undo: list[Callable[[], object]] = []
+        self._sums = sums
         self._savepoint: tuple[RandomState, list[tuple[Tensor | None, int]]] | None = None
 
     def __enter__(self) -> Snapshot:
         self._modes = list(map(TRAINING, self._modules))
+        self._settings = list(map(CALL, BLOCK_READERS))
         self._random_state = self._beginning = self._record()
         if self._probe is not None:
             self._external = ExternalState(*self._probe, *self._modules)
@@ -72,21 +82,57 @@ class Snapshot:
         if self._has_frozen:
             self._frozen.open(self._parameters)
         self.gradients = GradientBuffer(self._parameters, self._sums)
-        return self
+        outer = _innermost.get()
+        self._outer = outer if outer is None or outer._is_open else outer._outer
+        try:
+            _innermost.set(self)
+            self._is_open = True  # all that a roll-back needs is known, and nothing has changed
+            self.gradients.open()
+            return self
+        except BaseException:
+            self.roll_back()
+            raise
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if error is not None or self._probe is not None:
-                self._roll_back()
+                self.roll_back()
             elif not self._is_discarded:
                 self.gradients.add_back()
-        except BaseException:  # an interrupt may have come between two steps of a roll-back; every step may run twice
-            self._roll_back()
+            self._is_open = False
+            _innermost.set(self._outer)
+        except BaseException:
+            self.roll_back()
             raise
         if self._has_buffers:
             self._buffers.close()
         if self._has_frozen:
             self._frozen.close()
+
+    def roll_back(self) -> None:
+        """Put everything back, unless the snapshot is closed; after an interrupt again, as every step may run twice.
+
+        Python hears interrupts between any two lines, those of `__exit__` among them: a block around the `with` block
+        has to call this, too. Probes that an interrupt has left open inside are put back before.
+        """
+        inner = _innermost.get()
+        while self._is_open and inner is not None and inner is not self:
+            inner.roll_back()
+            inner = inner._outer
+        if self._is_open and not self.gradients.is_added():
+            restore_each(
+                lambda: apply_settings(BLOCK_SETTINGS, self._settings),
+                *self.undo,
+                self._restore_modes,
+                lambda: self.gradients.put_back(self._model.parameters()),
+                *([] if self._external is None else [self._external.restore]),
+                self._random_state.restore,
+                self._frozen.restore,  # last, since these may warn
+                self._buffers.restore,
+            )
+        if self._is_open:
+            self._is_open = False
+            _innermost.set(self._outer)
 
     def begin(self) -> None:
         """The batch is split and weighed, for which random numbers may have been drawn: a rewind goes back to here."""
@@ -173,23 +219,13 @@ class Snapshot:
             return RandomState(torch.get_rng_state(), ())
         return RandomState.record(self._parameters)
 
-    def _roll_back(self) -> None:
-        restore_each(
-            self._restore_modes,
-            lambda: self.gradients.put_back(self._model.parameters()),
-            *([] if self._external is None else [self._external.restore]),
-            self._random_state.restore,
-            self._frozen.restore,  # last, since these may warn
-            self._buffers.restore,
-        )
-
     def _restore_modes(self) -> None:
         for module, mode in zip(self._modules, self._modes, strict=True):
             if module.training is not mode:
                 module.training = mode
 
 
-def restore_each(step: Callable[[], None], *others: Callable[[], None]) -> None:
+def restore_each(step: Callable[[], object], *others: Callable[[], object]) -> None:
     """Run every step, whatever happens in the others: each is in a separate `finally`."""
     try:
         step()
