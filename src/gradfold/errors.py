@@ -178,7 +178,7 @@ class BackwardError(GradfoldError, ValueError):
 
 
 class WindowError(GradfoldError, RuntimeError):
-    """The loop body over a window left a micro-batch out, or used the window out of order."""
+    """A loop body left a micro-batch out or used its window out of order; or a window is inside another's loss_fn."""
 
 
 class TrainStepError(GradfoldError, TypeError):

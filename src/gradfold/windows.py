@@ -31,6 +31,7 @@ from gradfold.engine.window_lock import WindowLock
 from gradfold.errors import BatchError, LossError, OptionError, WeightError, WindowError
 from gradfold.self_check.loop_check import LoopCheck
 from gradfold.state.gradients import GradientBuffer
+from gradfold.state.snapshot import refuse_inner_window
 from gradfold.weights import UNNAMED, Weight, weigh
 from gradfold.weights import check_option as check_weight
 
@@ -60,6 +61,7 @@ class LoopWindow(MicroBatchWindow[T]):
         backward: BackwardFn | None,
         check: LoopCheck,
     ) -> None:
+        refuse_inner_window(context.parameters)
         rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
         parts = zip(micro_batches, map(range, rows), strict=True)
         self._parts = join_batches([MicroBatch(*part)] for part in parts)

@@ -7,9 +7,11 @@ savepoint of the last micro-batch, if only the random state has moved since; or 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gradfold.state.attributes import ModuleAttributes
+from gradfold.errors import WindowError
+from gradfold.messages import join_names
+from gradfold.state.attributes import Contents, ModuleAttributes, keep_contents
 from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.external import ExternalState
 from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
@@ -84,6 +88,9 @@ class Snapshot:
         self.gradients = GradientBuffer(self._parameters, self._sums)
         outer = _innermost.get()
         self._outer = outer if outer is None or outer._is_open else outer._outer
+        if self._outer is not None and self._probe is None:
+            refuse_inner_window(self._parameters)
+            self._keep_for_probe(self._outer)
         try:
             _innermost.set(self)
             self._is_open = True  # all that a roll-back needs is known, and nothing has changed
@@ -122,7 +129,7 @@ class Snapshot:
         if self._is_open and not self.gradients.is_added():
             restore_each(
                 lambda: apply_settings(BLOCK_SETTINGS, self._settings),
-                *self.undo,
+                *reversed(self.undo),
                 self._restore_modes,
                 lambda: self.gradients.put_back(self._model.parameters()),
                 *([] if self._external is None else [self._external.restore]),
@@ -219,6 +226,14 @@ class Snapshot:
             return RandomState(torch.get_rng_state(), ())
         return RandomState.record(self._parameters)
 
+    def _keep_for_probe(self, outer: Snapshot | None) -> None:
+        """Have a probe that runs this window of another model inside take back what it leaves in `.grad`."""
+        while outer is not None and outer._probe is None:
+            outer = outer._outer
+        if outer is not None:
+            for parameter in self._parameters:
+                outer.undo.append(partial(_put_back_gradient, parameter, parameter.grad, keep_contents(parameter.grad)))
+
     def _restore_modes(self) -> None:
         for module, mode in zip(self._modules, self._modes, strict=True):
             if module.training is not mode:
@@ -232,6 +247,37 @@ def restore_each(step: Callable[[], object], *others: Callable[[], object]) -> N
     finally:
         if others:
             restore_each(*others)
+
+
+def refuse_inner_window(parameters: Sequence[nn.Parameter]) -> None:
+    """Raise WindowError inside of a window over some of these parameters, whose gradients this one would lose."""
+    outer, trained = _innermost.get(), {id(one) for one in parameters if one.requires_grad}
+    while outer is not None:
+        shared = [name for name, one in outer._model.named_parameters() if id(one) in trained]
+        if shared and outer._probe is None and _is_running(outer):
+            raise WindowError(
+                f"{join_names(shared, 3)}: a window inside loss_fn of another window over the same parameters, where "
+                ".grad holds a part of the batch's gradient. Run them one after another, since gradients add up in "
+                ".grad; or return the sum of both losses from one loss_fn."
+            )
+        outer = outer._outer
+
+
+def _is_running(one: Snapshot) -> bool:
+    """Whether some thread is in its window, by the name that it has there: interrupts may have ended it unnoticed."""
+    frames = list(sys._current_frames().values())
+    while frames:
+        frame = frames.pop()
+        if frame.f_locals.get("snapshot") is one:
+            return True
+        frames += [] if frame.f_back is None else [frame.f_back]
+    return False
+
+
+def _put_back_gradient(parameter: nn.Parameter, gradient: Tensor | None, contents: Contents | None) -> None:
+    parameter.grad = gradient
+    if contents is not None:
+        contents.restore()
 
 
 def _mark(parameter: nn.Parameter) -> tuple[Tensor | None, int]:
