@@ -43,7 +43,7 @@ from gradfold.memory.plan import plan as plan
 from gradfold.packing.packer import StepCost as StepCost
 from gradfold.packing.token_budget import TokenBudget as TokenBudget
 from gradfold.precision import Precision as Precision
-from gradfold.state.external import is_probing as is_probing
+from gradfold.state.snapshot import is_probing as is_probing
 from gradfold.train_step import StepResult as StepResult
 from gradfold.train_step import TrainStep as TrainStep
 from gradfold.twophase.loss import TwoPhaseLoss as TwoPhaseLoss

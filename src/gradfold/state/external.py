@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import chain
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,28 +32,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _MISSING = object()
 
 
-_PROBES: WeakSet[ExternalState] = WeakSet()  # that are running
-
-
-def is_probing() -> bool:
-    """Whether gradfold runs the user's functions to find something out, and not to train.
-
-    The self-check does in some windows, and so do `verify`, `plan` and "auto". Their runs change nothing in the model,
-    nor in what functions reach in closures and globals of the user's own modules. What else a `loss_fn` does (a file, a
-    metrics server, an object of an installed package) it can leave out.
-
-    Example:
-        >>> import torch, gradfold
-        >>> calls = []
-        >>> def loss_fn(model, batch):
-        ...     calls.append("probe" if gradfold.is_probing() else "window")  # a list is put back
-        ...     return model(batch).square().mean()
-        >>> accumulator = gradfold.Accumulator(torch.nn.Linear(3, 1), loss_fn, micro_batch_size=2)
-        >>> result = accumulator.backward(torch.randn(4, 3))
-        >>> calls, gradfold.is_probing()
-        (['window', 'window'], False)
-    """
-    return bool(_PROBES)
+RUNNING: set[ExternalState] = set()  # those whose blocks are entered
 
 
 class ExternalState(AbstractContextManager["ExternalState"]):
@@ -80,15 +58,18 @@ class ExternalState(AbstractContextManager["ExternalState"]):
         buffers.open(modules)
         undo = [undo for one in reached for undo in _undo(one)]
         self._steps = [*undo, self.attributes.restore, buffers.restore, self.random_states.restore]
-        _PROBES.add(self)
+
+    def __enter__(self) -> ExternalState:
+        RUNNING.add(self)
+        return self
 
     def __exit__(self, *_: object) -> None:
+        RUNNING.discard(self)
         self.restore()
 
     def restore(self) -> None:
         """Put back what has changed; a step that fails keeps none of the others from running."""
         with ExitStack() as stack:
-            stack.callback(_PROBES.discard, self)
             for step in reversed(self._steps):
                 stack.callback(step)
 

@@ -23,7 +23,7 @@ from gradfold.errors import WindowError
 from gradfold.messages import join_names
 from gradfold.state.attributes import Contents, ModuleAttributes, keep_contents
 from gradfold.state.buffers import BufferKeeper, FrozenKeeper
-from gradfold.state.external import ExternalState
+from gradfold.state.external import RUNNING, ExternalState
 from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
 from gradfold.state.rng import RandomState
 from gradfold.torch_private import BLOCK_READERS, BLOCK_SETTINGS, CALL, apply_settings
@@ -141,6 +141,11 @@ class Snapshot:
             self._is_open = False
             _innermost.set(self._outer)
 
+    @property
+    def is_open_probe(self) -> bool:
+        """Whether it is open, and not that of a window."""
+        return self._is_open and self._probe is not None
+
     def begin(self) -> None:
         """The batch is split and weighed, for which random numbers may have been drawn: a rewind goes back to here."""
         self._beginning = self._record()
@@ -238,6 +243,30 @@ class Snapshot:
         for module, mode in zip(self._modules, self._modes, strict=True):
             if module.training is not mode:
                 module.training = mode
+
+
+def is_probing() -> bool:
+    """Whether gradfold runs the user's functions to find something out, and not to train.
+
+    The self-check does in some windows, and so do `verify`, `plan` and "auto". Their runs change nothing in the model,
+    nor in what functions reach in closures and globals of the user's own modules. What else a `loss_fn` does (a file, a
+    metrics server, an object of an installed package) it can leave out.
+
+    Example:
+        >>> import torch, gradfold
+        >>> calls = []
+        >>> def loss_fn(model, batch):
+        ...     calls.append("probe" if gradfold.is_probing() else "window")  # a list is put back
+        ...     return model(batch).square().mean()
+        >>> accumulator = gradfold.Accumulator(torch.nn.Linear(3, 1), loss_fn, micro_batch_size=2)
+        >>> result = accumulator.backward(torch.randn(4, 3))
+        >>> calls, gradfold.is_probing()
+        (['window', 'window'], False)
+    """
+    one = _innermost.get()
+    while one is not None and not one.is_open_probe:
+        one = one._outer
+    return one is not None or bool(RUNNING)
 
 
 def restore_each(step: Callable[[], object], *others: Callable[[], object]) -> None:
