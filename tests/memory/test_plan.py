@@ -212,3 +212,41 @@ def test_the_command_for_one_of_many_processes():
     assert state == pytest.approx(whole / 8, rel=0.01)
     rows = {row["saving"]: row["micro_batch_size"] for row in one["rows"] if row["saving"]}
     assert rows["reduce once"] < one["micro_batch_size"] < rows["checkpoint layers.layers"]
+
+
+LAZY = """
+import torch, torch._lazy, torch._lazy.ts_backend, gradfold
+from torch import nn
+torch._lazy.ts_backend.init()
+model, batch = nn.Linear(4, 2).to("lazy"), (torch.randn(8, 4), torch.arange(8) % 2)
+loss_fn = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+moved = tuple(one.to("lazy") for one in batch)
+auto = gradfold.Accumulator(model, loss_fn, micro_batch_size=gradfold.Auto(cache=False))
+for ask in (
+    lambda: gradfold.plan(gradfold.Accumulator(model, loss_fn), batch, memory="1GiB"),
+    lambda: auto.backward(batch),
+    lambda: gradfold.measure_peak(lambda: None, model=model),
+    lambda: gradfold.measure_peak(lambda: moved[0] + 1),
+):
+    try:
+        ask()
+    except gradfold.ModelError as error:
+        print(error)
+sizes = []
+def short(model, batch):
+    sizes.append(len(batch[0]))
+    if len(batch[0]) > 4:
+        raise MemoryError
+    return loss_fn(model, batch)
+result = gradfold.Accumulator(model, short, self_check=False).backward(batch)
+print(sizes, result.num_micro_batches)
+"""
+
+
+def test_a_device_whose_memory_torch_does_not_see_is_refused():
+    """Looking for it ended the process, and a recovery failed where it freed memory."""
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True)
+    *refusals, recovered = done.stdout.splitlines() or [""]
+    assert len(refusals) == 4, done.stderr
+    assert all("memory on a 'lazy' device cannot be predicted or measured" in one for one in refusals)
+    assert recovered == "[8, 4, 4] 2"

@@ -335,8 +335,8 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cpu":
         _keep_heap_small()
-    elif device.type != "meta":
-        torch.get_device_module(device).empty_cache()
+    elif (module := getattr(torch, device.type, None)) is not None:  # not every backend has one
+        getattr(module, "empty_cache", lambda: None)()
 
 
 @cache

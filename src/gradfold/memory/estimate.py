@@ -17,7 +17,15 @@ from torch import nn
 from gradfold.engine.recovery import release_memory
 from gradfold.errors import ModelError, is_out_of_memory
 from gradfold.memory.dry_run import DryRun, round_up
-from gradfold.memory.tracker import BACKWARD, UPDATE, AllocationTrace, MemoryBreakdown, highest, storage_bytes
+from gradfold.memory.tracker import (
+    BACKWARD,
+    UPDATE,
+    AllocationTrace,
+    MemoryBreakdown,
+    highest,
+    refuse_unseen,
+    storage_bytes,
+)
 from gradfold.messages import first_line
 
 _ROWS = 8  # of the larger run on fake tensors; one row alone may take another way (`squeeze`, BatchNorm)
@@ -48,6 +56,7 @@ class PeakEstimate:
     """
 
     def __init__(self, dry_run: DryRun, device: torch.device) -> None:
+        refuse_unseen(dry_run.model.parameters())
         self._dry_run = replace(dry_run, as_on_cuda=device.type == "cuda")
         self._is_on_host = device.type == "cpu"
         self._block = _BLOCK if device.type == "cuda" else 1

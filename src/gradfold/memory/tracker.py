@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from gradfold.errors import ModelError
 from gradfold.memory import torch_private
 
 Kind: TypeAlias = Literal[
@@ -24,6 +25,7 @@ Kind: TypeAlias = Literal[
 ]  # what memory is for, as in a `MemoryBreakdown`
 
 BACKWARD, UPDATE = "forward and backward", "update"
+_UNSEEN = ("lazy", "xla")  # types of devices whose tensors stand for a program that has not run yet
 _SHARDS = ("fsdp", "c10d")  # whose operators gather parameters and sum gradients
 
 # These losses compute one value per element in their result, and shrink it to a number without freeing memory. Their
@@ -273,9 +275,20 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return tensors_in(dict(state))
 
 
+def refuse_unseen(tensors: Iterable[Tensor]) -> None:
+    """Raise ModelError where the memory under a tensor is out of sight; torch crashes where it is looked for."""
+    for tensor in tensors:
+        if tensor.device.type in _UNSEEN:
+            raise ModelError(
+                f"memory on a {tensor.device.type!r} device cannot be predicted or measured: torch does not see what "
+                "its tensors take. Pass micro_batch_size= a number of rows; an out-of-memory error halves it."
+            )
+
+
 def storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
     """The memory under tensors, that of their parts where they are made of others."""
     for tensor in tensors:
+        refuse_unseen([tensor])
         parts = _parts(tensor)
         yield from storages(parts)
         if not parts:
