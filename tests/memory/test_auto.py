@@ -406,6 +406,41 @@ def test_memory_bounds_the_choice():
         gradfold.Accumulator(model, loss_fn, micro_batch_size=auto).backward(batch)
 
 
+def coupled(memory=None, batch_norm="exact", cache=False):
+    model = nn.Sequential(nn.Linear(256, 1024), nn.Tanh(), nn.Linear(1024, 1))
+    auto = gradfold.Auto(memory=memory, seconds=0.5, cache=cache)
+    return gradfold.Accumulator(model, loss_fn, micro_batch_size=auto, batch_norm=batch_norm)
+
+
+def test_where_samples_are_coupled_a_limit_is_kept_for_the_whole_batch_or_refused():
+    """ "auto" took 1,186 MiB of 900."""
+    batch = torch.randn(512, 256)
+    assert coupled("900MiB").tune(batch).largest_fitting == 512
+    with pytest.raises(gradfold.ModelError, match=r'cannot be predicted with batch_norm="exact".*All 512 rows'):
+        coupled("648MiB").tune(batch)
+    assert coupled("648MiB", batch_norm=None).tune(batch).largest_fitting < 512
+
+
+def test_where_samples_are_coupled_and_memory_is_short_nothing_is_claimed(monkeypatch):
+    monkeypatch.setattr("gradfold.memory.budget.free_bytes", lambda device: 7 * 2**20)
+    batch = torch.randn(512, 256)
+    choice = coupled().tune(batch)
+    assert 1 < choice.largest_fitting < 512 and choice.peak_bytes == 0
+    assert choice.largest_fitting == coupled(batch_norm=None).tune(batch).largest_fitting
+    two_phase = gradfold.TwoPhaseLoss(lambda model, batch: model(batch), lambda _, found: found.square().mean())
+    accumulator = coupled(batch_norm=None)
+    accumulator = gradfold.Accumulator(accumulator.model, two_phase, micro_batch_size=gradfold.Auto(cache=False))
+    assert accumulator.tune(batch).peak_bytes == 0
+
+
+def test_a_choice_for_windows_that_are_not_coupled_is_not_one_for_those_that_are():
+    batch = torch.randn(512, 256)
+    coupled("648MiB", batch_norm=None, cache=True).tune(batch)
+    assert coupled("648MiB", batch_norm=None, cache=True).tune(batch).is_cached
+    with pytest.raises(gradfold.ModelError, match="cannot be predicted"):
+        coupled("648MiB", cache=True).tune(batch)
+
+
 def test_out_of_memory_recovery_stays_on_behind_it():
     """A size that fitted when it was tried, and later does not."""
     limit = [64]

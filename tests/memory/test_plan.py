@@ -214,6 +214,55 @@ def test_the_command_for_one_of_many_processes():
     assert rows["reduce once"] < one["micro_batch_size"] < rows["checkpoint layers.layers"]
 
 
+def normed(layer):
+    layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), layer(16), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def towers():
+    return nn.ModuleList([nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 16)), nn.Linear(64, 16)])
+
+
+IMAGES = torch.zeros(64, 3, 16, 16), torch.arange(64) % 10
+PAIRS = torch.randn(256, 64), torch.randn(256, 64)
+CONTRAST = gradfold.TwoPhaseLoss(
+    lambda model, batch: (model[0](batch[0]), model[1](batch[1])), lambda _, pairs: gradfold.losses.info_nce(*pairs)
+)
+MOMENTS = gradfold.TwoPhaseLoss(
+    lambda model, batch: {"sum": model[0](batch[0]).sum(0), "rows": len(batch[0])},
+    lambda _, moments: (moments["sum"] / moments["rows"]).square().mean(),
+    combine="sum",
+)
+COUPLED = {
+    "exact BatchNorm": (lambda: normed(nn.BatchNorm2d), loss_fn, IMAGES, "exact"),
+    "exact without BatchNorm": (lambda: normed(partial(nn.GroupNorm, 4)), loss_fn, IMAGES, "exact"),
+    "rows compared": (towers, CONTRAST, PAIRS, None),
+    "sums": (towers, MOMENTS, PAIRS, None),
+}
+
+
+@pytest.mark.parametrize("case", COUPLED)
+def test_where_samples_are_coupled_a_plan_is_for_the_whole_batch_or_refused(case):
+    """It was for windows that share no memory: 7 MiB planned, 146 measured."""
+    make, loss, batch, batch_norm = COUPLED[case]
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    options = {"batch_norm": batch_norm, "self_check": False}
+    found = gradfold.plan(gradfold.Accumulator(model, loss, **options), batch, optimizer, memory="1GiB")
+    rows = len(batch[0])
+    assert [row.micro_batch_size for row in found.rows if not row.saving] == [rows] == [found.micro_batch_size]
+    words = 'batch_norm="exact"' if batch_norm else "a TwoPhaseLoss"
+    assert f"Only the whole batch at once can be predicted with {words}." in found.notes
+    for size in (rows, rows // 8):
+        step = gradfold.TrainStep(gradfold.Accumulator(model, loss, micro_batch_size=size, **options), optimizer)
+        step(batch)
+        measured = gradfold.measure_peak(lambda step=step: step(batch), model=model, optimizer=optimizer).peak_bytes
+        assert measured <= 1.1 * found.choice.peak_bytes
+        assert size < rows or measured == pytest.approx(found.choice.peak_bytes, rel=0.1)
+    with pytest.raises(gradfold.ModelError, match=rf"cannot be predicted with {words}: .*All {rows} rows at once take"):
+        gradfold.plan(gradfold.Accumulator(model, loss, **options), batch, optimizer, memory="640MiB")
+
+
 LAZY = """
 import torch, torch._lazy, torch._lazy.ts_backend, gradfold
 from torch import nn

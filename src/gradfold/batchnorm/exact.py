@@ -63,6 +63,7 @@ class ExactBatchNorm(Strategy):
     runs_zero_weight = True  # their rows are in the statistics
     has_own_gradients = False
     joins_ranks = True
+    coupling = 'batch_norm="exact"'
     shards_refused = SHARDS_REFUSED
 
     def __init__(self, loss_fn: LossFn, on_non_finite: str, keeps_order: bool, is_collated: bool) -> None:

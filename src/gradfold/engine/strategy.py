@@ -45,6 +45,7 @@ class Strategy(ABC):
         runs_zero_weight: whether micro-batches of weight 0 run like the others, which depend on their rows.
         has_own_gradients: whether each micro-batch has a separate gradient, which can be inspected.
         joins_ranks: whether rows depend on those of other ranks.
+        coupling: what makes the whole batch share its memory, as a subject; empty where micro-batches share none.
         shards_refused: why processes cannot hold a part of the model each; empty where they can.
     """
 
@@ -52,6 +53,7 @@ class Strategy(ABC):
     runs_zero_weight = False
     has_own_gradients = True
     joins_ranks = False
+    coupling = ""
     shards_refused = ""
 
     def __init__(self, probe_loss: LossFn) -> None:

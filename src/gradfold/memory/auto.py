@@ -32,7 +32,8 @@ class Auto:
     """Pick the micro-batch size: the fastest of those that fit. `"auto"` is `Auto()`.
 
     Args:
-        memory: the most that the process (on a CPU) or the device may use, such as "16GiB". None: what is free.
+        memory: the most that the process (on a CPU) or the device may use, such as "16GiB"; a ModelError says where it
+            cannot be predicted. None: what is free.
         margin: the share that is added to predictions of memory. None: 10 %.
         seconds: for how long sizes are timed at most, after a prediction of some seconds.
         cache: whether a choice is kept on disk for the next start with the same model, shapes, dtypes, device, versions
@@ -143,7 +144,8 @@ def cache_key(dry_run: DryRun, option: Auto, num_processes: int) -> str:
     parameters = [(name, one.dtype, tuple(one.shape), one.requires_grad) for name, one in model.named_parameters()]
     shapes = [tuple(getattr(leaf, "shape", ())) for leaf in every_leaf(batch)]
     data = structure(batch), shapes, dry_run.probe_batch.num_rows
-    options = precision.compute, precision.accumulate_dtype, dry_run.reduces_once, option.memory, option.margin
+    run = precision.compute, precision.accumulate_dtype, dry_run.reduces_once, dry_run.coupling
+    options = *run, option.memory, option.margin
     processor = torch.backends.cpu.get_cpu_capability() if device.type != "cuda" else torch.cuda.get_device_name(device)
     machine = num_processes, device.type, processor, platform.machine(), platform.processor(), torch.get_num_threads()
     versions = __version__, torch.__version__, platform.python_version()

@@ -242,12 +242,16 @@ def choose(timings: Sequence[SizeTiming]) -> SizeTiming:
 
 
 def _largest(dry_run: DryRun, budget: Budget) -> tuple[int, PeakEstimate | None]:
-    """The largest size that fits, and the estimate; all rows of the batch where nothing can be predicted."""
+    """The largest size that fits, and the estimate; without one, the largest that might."""
+    num_rows = dry_run.probe_batch.num_rows
     try:
         estimate = PeakEstimate(dry_run, next(dry_run.model.parameters()).device)
-    except ModelError:  # on out-of-memory the search drops a size
-        return dry_run.probe_batch.num_rows, None
-    size = dry_run.probe_batch.num_rows if budget.num_bytes is None else estimate.solve(budget.has_room_for)
+        size = num_rows if budget.num_bytes is None else estimate.solve(budget.has_room_for)
+    except ModelError:
+        if not budget.is_on_top:  # the user's own, which could not be kept
+            raise
+        # On out-of-memory the search drops a size. What is coupled takes no less than what is not.
+        return (_largest(replace(dry_run, coupling=""), budget)[0] if dry_run.coupling else num_rows), None
     if size is None:
         raise DoesNotFitError(
             f"not even one row fits into {written(budget.num_bytes or 0)}: it takes {written(estimate.peak(1).total)} "

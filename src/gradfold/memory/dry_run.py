@@ -27,6 +27,7 @@ from gradfold.distributed.torch_private import gathered_parameters
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, read_pair, read_terms
+from gradfold.engine.strategy import Strategy
 from gradfold.errors import BatchError, DistributedError, OptionError
 from gradfold.memory.torch_private import BatchNormBase, FakeTensor, FakeTensorMode
 from gradfold.memory.tracker import AllocationTrace, MemoryTracker, state_tensors, storage_bytes, tensors_in
@@ -86,6 +87,7 @@ class Planned(Protocol):
     collate: Collate | None
     precision: Precision
     fsdp_reduce: Literal["per_micro_batch", "per_window"]
+    _strategy: Strategy
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class DryRun:
     checkpointed: str | None = None  # a module list, whose modules run under activation checkpointing
     is_offloading: bool = False  # saved tensors leave the device until they are needed
     reduces_once: bool = False  # gradients of shards are reduced once per window, and stay whole until then
+    coupling: str = ""  # what couples micro-batches, whose windows are other than this one
     as_on_cuda: bool = False  # run what torch would on CUDA: optimizers that step all parameters at once
 
     @classmethod
@@ -107,7 +110,8 @@ class DryRun:
         """What an accumulator runs."""
         model, loss_fn, precision = accumulator.model, accumulator.loss_fn, accumulator.precision
         probe_batch, once = ProbeBatch(batch, accumulator.collate), accumulator.fsdp_reduce == "per_window"
-        return cls(model, loss_fn, probe_batch, optimizer, precision, reduces_once=once)
+        coupling = accumulator._strategy.coupling
+        return cls(model, loss_fn, probe_batch, optimizer, precision, reduces_once=once, coupling=coupling)
 
     def buffer_bytes(self, num_micro_batches: int) -> int:
         """What a window keeps of BatchNorm: statistics as it found them, twice, and those of every micro-batch."""

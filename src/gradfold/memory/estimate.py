@@ -16,6 +16,7 @@ from torch import nn
 
 from gradfold.engine.recovery import release_memory
 from gradfold.errors import ModelError, is_out_of_memory
+from gradfold.memory.budget import written
 from gradfold.memory.dry_run import DryRun, round_up
 from gradfold.memory.tracker import (
     BACKWARD,
@@ -130,11 +131,24 @@ class PeakEstimate:
         return self._is_linear
 
     def solve(self, fits: Callable[[MemoryBreakdown], bool]) -> int | None:
-        """The largest size whose peak fits, checked by a dry run of that size; None where not even one row does."""
+        """The largest size whose peak fits, checked by a dry run of that size; None where not even one row does.
+
+        Raises:
+            ModelError: samples are coupled, and the whole batch does not fit: no smaller size can be predicted.
+        """
+        least, coupling = self.num_rows if self._dry_run.coupling else 1, self._dry_run.coupling
         while True:
-            size = largest_that_fits(lambda size: fits(self.peak(size)), self.num_rows)
+            size = largest_that_fits(lambda size: size >= least and fits(self.peak(size)), self.num_rows)
             if size is None or self.check(size):  # a check that fails is the last: from there on every size is run
-                return size
+                break
+        if size is None and coupling:
+            raise ModelError(
+                f"the memory of micro-batches cannot be predicted with {coupling}: what they keep for the whole batch "
+                f"is not in a dry run of one. All {self.num_rows} rows at once take "
+                f"{written(self.peak(self.num_rows).total)} without a margin, which do not fit. Pass micro_batch_size= "
+                "a number, and measure it with gradfold.measure_peak(lambda: step(batch))."
+            )
+        return size
 
     def _with_metrics(
         self, peaks: dict[str, MemoryBreakdown], size: int, held: int, per_row: int

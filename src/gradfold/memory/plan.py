@@ -107,7 +107,9 @@ def plan(
         DoesNotFitError: one row does not fit; with its peak, and what would reduce it.
         OptionError: an argument cannot work.
         BatchError: the batch cannot be split by rows.
-        ModelError: the model can run neither on fake tensors nor in a copy, or has lazy layers that have not run.
+        ModelError: the model can run neither on fake tensors nor in a copy, has lazy layers that have not run, or is on
+            a device that hides its memory; or batch_norm="exact" or a TwoPhaseLoss couples the samples of a batch that
+            does not fit at once, whose micro-batches cannot be predicted.
 
     >>> import torch, gradfold
     >>> model = torch.nn.Sequential(torch.nn.Linear(1000, 4000), torch.nn.ReLU(), torch.nn.Linear(4000, 10))
@@ -128,7 +130,8 @@ def plan(
     size = estimate.solve(budget.has_room_for)
     if size is None:
         raise _does_not_fit(_row(estimate, 1, budget), budget, _rows_with_savings(dry_run, target, budget))
-    sizes = {2**power for power in range(estimate.num_rows.bit_length())} | {estimate.num_rows, size}
+    powers = {2**power for power in range(estimate.num_rows.bit_length())}
+    sizes = {estimate.num_rows, size} | (set() if dry_run.coupling else powers)
     rows = [_row(estimate, rows_at_once, budget) for rows_at_once in sorted(sizes)]
     choice = next(row for row in rows if row.micro_batch_size == size)
     if size < estimate.num_rows:
@@ -142,7 +145,7 @@ def plan(
         margin=budget.margin,
         device=str(target),
         source=estimate.source,
-        notes=tuple(_notes(estimate, optimizer is not None, target, budget.margin)),
+        notes=tuple(_notes(estimate, dry_run, target, budget.margin)),
         elapsed_s=time.perf_counter() - since,
     )
 
@@ -230,10 +233,12 @@ def _does_not_fit(row: PlanRow, budget: Budget, with_savings: Iterator[PlanRow])
     )
 
 
-def _notes(estimate: PeakEstimate, has_optimizer: bool, device: torch.device, margin: Margin) -> Iterator[str]:
+def _notes(estimate: PeakEstimate, dry_run: DryRun, device: torch.device, margin: Margin) -> Iterator[str]:
+    if dry_run.coupling:
+        yield f"Only the whole batch at once can be predicted with {dry_run.coupling}."
     if estimate.source == "probes":
         yield f"Run on a few real rows, in a copy, since {estimate.reason}."
-    if not has_optimizer:
+    if dry_run.optimizer is None:
         yield "Without optimizer= its state and the update are not in the numbers."
     if device.type == "cuda" and not torch.cuda.is_available():
         yield "Planned for a GPU that is not there, from the operators of a CPU."

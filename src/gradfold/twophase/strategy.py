@@ -51,6 +51,7 @@ class TwoPhase(Strategy):
 
     probes_loss = False
     joins_ranks = True
+    coupling = "a TwoPhaseLoss"
     shards_refused = (
         "TwoPhaseLoss is not supported with fully_shard: its passes would have to gather parameters in step on all "
         "ranks. Use DistributedDataParallel."
