@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -439,6 +440,29 @@ def test_a_choice_for_windows_that_are_not_coupled_is_not_one_for_those_that_are
     assert coupled("648MiB", batch_norm=None, cache=True).tune(batch).is_cached
     with pytest.raises(gradfold.ModelError, match="cannot be predicted"):
         coupled("648MiB", cache=True).tune(batch)
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 0.3, 0.8, 4.0])
+def test_the_reason_names_no_size_that_was_not_run_as_one_that_was(seconds):
+    """It was the fastest of those up to 128, of which 16 to 128 had never run."""
+    ran = set()
+
+    class Run:  # on a class, since the tuner puts lists in closures back
+        sizes = ran
+
+    def recorded(model, batch):
+        Run.sizes |= {len(batch)}
+        return loss_fn(model, batch)
+
+    auto = gradfold.Auto(seconds=seconds, cache=False)
+    choice = gradfold.Accumulator(plain(), recorded, micro_batch_size=auto).tune(torch.randn(128, 8))
+    timed = {timing.micro_batch_size for timing in choice.timings}
+    assert timed <= ran
+    claimed, _, rest = choice.reason.partition(", which were timed; ")
+    sizes = {int(found) for found in re.findall(r"\d+(?! %)\b", claimed.partition(" of ")[2])}
+    assert sizes <= timed and (not rest or sizes)
+    assert ("128 is all rows of the batch, and was not timed" in rest) == (128 not in timed)
+    assert 128 not in timed or seconds > 0.1
 
 
 def test_out_of_memory_recovery_stays_on_behind_it():

@@ -25,6 +25,7 @@ from gradfold.memory.auto import Auto, MicroBatchChoice, SizeTiming, cache_key, 
 from gradfold.memory.budget import Budget, tuning_budget, written
 from gradfold.memory.dry_run import DryRun, watching
 from gradfold.memory.estimate import PeakEstimate
+from gradfold.messages import join_names
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.rng_replay import CustomGenerators
 from gradfold.state.external import ExternalState
@@ -97,7 +98,7 @@ class AutoTuner:
             release_memory(device)
         size = choose(timings).micro_batch_size
         fastest = max(timings, key=lambda timing: timing.ratio if timing.num_rounds else 0.0).micro_batch_size
-        reason = _reason(size, fastest, largest, num_rows)
+        reason = _reason(size, fastest, [timing.micro_batch_size for timing in timings], largest, num_rows)
         return MicroBatchChoice(size, reason, timings, num_rows, largest, peak_bytes=0, elapsed_s=0.0)
 
 
@@ -262,11 +263,14 @@ def _largest(dry_run: DryRun, budget: Budget) -> tuple[int, PeakEstimate | None]
     return size, estimate
 
 
-def _reason(size: int, fastest: int, largest: int, num_rows: int) -> str:
-    bound = "all rows of the batch" if largest == num_rows else "what fits into memory"
+def _reason(size: int, fastest: int, timed: Sequence[int], largest: int, num_rows: int) -> str:
+    bound = "all rows of the batch" if largest == num_rows else "the most that fits into memory"
     if size == largest:
         return f"the fastest, and the largest: {bound}"
-    if size == fastest:
-        return f"the fastest of those up to {largest} ({bound})"
-    within = f"within {100 * (1 - _GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest})"
-    return f"the smallest {within}, of those up to {largest} ({bound})"
+    what = (
+        "the fastest"
+        if size == fastest
+        else (f"the smallest within {100 * (1 - _GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest})")
+    )
+    rest = f"{largest} is {bound}" + (", and was not timed" if largest not in timed else "")
+    return f"{what} of {join_names([str(one) for one in timed], len(timed))}, which were timed; {rest}"
