@@ -410,3 +410,24 @@ class TestProbe:
             assert snapshot.has_drawn_on_host() is None
             raise Failed
         assert len(model.history) == 2 and hasattr(model, "note")
+
+
+def test_modules_are_put_back_though_memory_runs_out_in_that(monkeypatch):
+    """Whoever caught the error would go on with a model that is half put back."""
+    model, real, calls = Everything(), torch.Tensor.copy_, []
+
+    def scarce(self, other):
+        calls.append(self)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("none left")
+        return real(self, other)
+
+    before = {name: one.clone() for name, one in model.named_buffers()}
+    with pytest.raises(torch.OutOfMemoryError), snapshot_module.restored_modules(model):
+        model.passes.add_(1)
+        model.norm(torch.rand(3, 2))
+        model.history.append(1)
+        monkeypatch.setattr(torch.Tensor, "copy_", scarce)
+    monkeypatch.undo()
+    assert len(calls) > 2 and model.history == [0]
+    assert all(torch.equal(one, before[name]) for name, one in model.named_buffers())

@@ -254,6 +254,26 @@ def test_batch_norm_by_micro_batch_advances_its_statistics_once():
     assert relative_error(gradients(model), gradients(plain)) < 1e-10
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["as given", "out of memory"])
+def test_a_micro_batch_of_one_row_is_refused_by_name_where_batch_norm_has_no_variance(fails):
+    """The first pass ended in torch's ValueError."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+
+    def statistic(model, x):
+        if fails and len(x) > 1:
+            raise torch.OutOfMemoryError("none left")
+        return model(x)
+
+    loss_fn = gradfold.TwoPhaseLoss(statistic, lambda model, z: torch.pdist(z).exp().mean())
+    options = {"micro_batch_size": 2, "batch_norm": "per_micro_batch", "self_check": False}
+    kind = gradfold.DoesNotFitError if fails else gradfold.BatchNormError
+    before = model[1].running_mean.clone()
+    with pytest.raises(kind, match=r"BatchNorm in 1 got one value per channel.* a micro-batch of one row"):
+        gradfold.Accumulator(model, loss_fn, **options).backward(torch.randn(4 if fails else 5, 3).double())
+    assert torch.equal(model[1].running_mean, before) and not gradients(model)
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
 class Stateful(nn.Module):
     """Moves a buffer, a number and a list in every forward pass, and reads none of them."""
 

@@ -39,6 +39,16 @@ class PerMicroBatchNorm(Strategy):
                 window.backward(weighed)
             statistics.commit()
 
+    def watching(self, context: Context) -> LayerHooks:
+        """Refuses micro-batches of one value per channel."""
+        layers = batch_statistics_layers(context.model)
+        names = {layer: name for name, layer in layers.items()}
+
+        def before(layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _refuse_one_value(names[layer], args, kwargs)
+
+        return LayerHooks(layers, before, lambda *_: None)
+
     def is_sequential(self, context: Context) -> bool:
         """Where no layer normalizes by micro-batch."""
         return not self.depends_on_split(context)
@@ -98,15 +108,7 @@ class WindowStatistics(LayerHooks):
 
     def _before(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Here rather than on entry, since a lazy layer has no statistics before its first call.
-        values = _input(args, kwargs)
-        if values.dim() > 1 and values.numel() == values.shape[1]:
-            name = self.names[layer]
-            raise BatchNormError(
-                f"BatchNorm in {name} got one value per channel (input {tuple(values.shape)}), which has no variance: "
-                "a micro-batch of one row. Choose a micro_batch_size that leaves no part with a single row (3 splits 5 "
-                "rows into 3 and 2, 2 splits them into 2, 2 and 1), or leave such a batch out.",
-                (name,),
-            )
+        _refuse_one_value(self.names[layer], args, kwargs)
         if layer not in self._records:
             self._records[layer] = _LayerStatistics(layer)
             layer.momentum = 1.0
@@ -115,6 +117,18 @@ class WindowStatistics(LayerHooks):
         if self._num_calls is not None:
             self._records[layer].collect(self._num_calls[layer], _input(args, kwargs))
             self._num_calls[layer] += 1
+
+
+def _refuse_one_value(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise BatchNormError where a layer's input has no variance."""
+    values = _input(args, kwargs)
+    if values.dim() > 1 and values.numel() == values.shape[1]:
+        raise BatchNormError(
+            f"BatchNorm in {name} got one value per channel (input {tuple(values.shape)}), which has no variance: "
+            "a micro-batch of one row. Choose a micro_batch_size that leaves no part with a single row (3 splits 5 "
+            "rows into 3 and 2, 2 splits them into 2, 2 and 1), or leave such a batch out.",
+            (name,),
+        )
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeAlias, final
 
 from torch import nn
@@ -81,6 +82,10 @@ class Strategy(ABC):
     def depends_on_split(self, context: Context) -> bool:
         """Whether layers normalize by micro-batch, so that a halved one has other statistics."""
         return False
+
+    def watching(self, context: Context) -> AbstractContextManager[None]:
+        """Around forward passes that run by themselves: raises GradfoldError where a micro-batch cannot run."""
+        return nullcontext()
 
     def find_offender(self, window: Window) -> int | None:
         """The micro-batch that made the losses of others not finite as well; None where each stands for itself."""

@@ -323,7 +323,12 @@ def restored_modules(model: nn.Module) -> Iterator[None]:
     attributes = None if any(map(is_lazy, model.parameters())) else ModuleAttributes(modules)
     buffers = BufferKeeper()  # a new one keeps them all
     buffers.open(modules)
+    restore = partial(restore_each, *([] if attributes is None else [attributes.restore]), buffers.restore)
     try:
         yield
     finally:
-        restore_each(*([] if attributes is None else [attributes.restore]), buffers.restore)
+        try:
+            restore()
+        except BaseException:  # memory, or an interrupt: what has to be put back must not depend on who catches it
+            restore()
+            raise

@@ -11,6 +11,7 @@ The sums of gradients over ranks count [2] once, and [3] for every rank's own ro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -21,12 +22,21 @@ from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import Loss, LossOutput, read_pair, read_terms
 from gradfold.engine.strategy import Strategy, run_in_order
 from gradfold.engine.window import Context, Window
-from gradfold.errors import DoesNotFitError, LossError, NotDecomposableError, OptionError, is_out_of_memory
+from gradfold.errors import (
+    DoesNotFitError,
+    GradfoldError,
+    LossError,
+    NotDecomposableError,
+    OptionError,
+    RecomputeError,
+    is_out_of_memory,
+)
 from gradfold.self_check.observations import Observations
 from gradfold.state.gradients import parameters_of
 from gradfold.state.rng import RandomStates
 from gradfold.state.snapshot import Snapshot, restored_modules
 from gradfold.twophase.checks import check_constants, check_window
+from gradfold.twophase.left_state import LeftValue, held_values, left_values, refuse_left_state
 from gradfold.twophase.loss import TwoPhaseLoss, explain, probe_of
 from gradfold.twophase.statistics import Statistics
 from gradfold.weights import WeightOption
@@ -87,6 +97,8 @@ class TwoPhase(Strategy):
         self._dtypes: set[torch.dtype] = set()  # of the parameters, when the self-check ran
         self._waited_for: Coordinator | None = None  # by other ranks, until all micro-batches of this one are done
         self._differentiable: frozenset[str] | None = None  # paths of statistics with a gradient; None: not yet known
+        self._keeps_graph = False  # in [1], for a statistic that differentiates something itself
+        self._num_runs = 0
 
     def run(self, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
         """Run [1], [2] and [3]."""
@@ -94,14 +106,31 @@ class TwoPhase(Strategy):
         window.weights.wait()
         if self._waited_for is coordinator:
             coordinator.exchange(None)
+        self._num_runs += 1
+        looks_for_state = self._num_runs & (self._num_runs - 1) == 0  # in windows 1, 2, 4, 8, ...: it costs some losses
         while True:
-            passes = _TwoPhasePasses(window, self._loss_fn, self._differentiable)
-            passes.embed(indices)
-            passes.statistics.join(coordinator, window.num_samples)
-            self._waited_for = coordinator
-            passes.run_loss()
-            passes.recompute(self._order, indices, snapshot)
-            passes.check({self._compute, *_dtypes_of(window.model)}, self._raises)
+            begin = RandomStates.record(window.context.parameters)
+            passes = _TwoPhasePasses(window, self._loss_fn, self._differentiable, self._keeps_graph, looks_for_state)
+            is_embedded = False
+            try:
+                passes.embed(self._order, indices, snapshot)
+                is_embedded = True
+                passes.statistics.join(coordinator, window.num_samples)
+                self._waited_for = coordinator
+                passes.refuse_left_state()
+                passes.run_loss()
+                passes.recompute(self._order, indices, snapshot)
+                passes.check({self._compute, *_dtypes_of(window.model)}, self._raises)
+            except Exception as error:
+                # torch.autograd.grad in the statistic fails without a graph; a module's fast path may differ.
+                is_of_graph = not (is_embedded or isinstance(error, GradfoldError) or is_out_of_memory(error))
+                is_of_graph |= isinstance(error, RecomputeError) and coordinator.num_ranks == 1
+                self._keeps_graph = is_of_graph and not self._keeps_graph
+                if not self._keeps_graph:
+                    raise
+                snapshot.rewind()
+                begin.restore()
+                continue
             self._waited_for = None
             missed = coordinator.exchange(frozenset(passes.statistics.missed))  # None from a rank that begins again
             self._differentiable = passes.statistics.differentiable.union(*(one for one in missed if one))
@@ -133,28 +162,57 @@ class TwoPhase(Strategy):
 class _TwoPhasePasses:
     """The three passes of a window; [3] runs in any plain order, and cached gradients take the place of a loss."""
 
-    def __init__(self, window: Window, loss_fn: TwoPhaseLoss, differentiable: frozenset[str] | None) -> None:
+    def __init__(
+        self,
+        window: Window,
+        loss_fn: TwoPhaseLoss,
+        differentiable: frozenset[str] | None,
+        keeps_graph: bool,
+        looks_for_state: bool,
+    ) -> None:
         self.context = window.context
         self.statistics = Statistics(loss_fn.combine, differentiable or frozenset())
         self._window = window
         self._loss_fn = loss_fn
         self._first_has_graph = differentiable is None  # to see which statistics have a gradient
+        self._keeps_graph = keeps_graph
+        self._looks_for_state = looks_for_state
+        self._left: Mapping[str, LeftValue] = {}  # what statistic has changed on the model
         self._states: dict[int, RandomStates] = {}  # with which each micro-batch began
         self._loss: Loss  # of the whole batch, detached
         self._metrics: Mapping[str, Any] = {}
         self._has_graph = False  # whether the loss depends on anything that has a gradient
         self._reaches_parameters = False  # whether some parameter got a gradient
 
-    def embed(self, indices: Sequence[int]) -> None:
+    def embed(self, order: Strategy, indices: Sequence[int], snapshot: Snapshot) -> None:
         """[1] Collect the statistics."""
         window = self._window
         parameters = parameters_of(list(window.model.modules()))
-        with restored_modules(window.model), torch.no_grad():
+        before = held_values(window.model) if self._looks_for_state else {}
+        watching = order.watching(self.context)
+        snapshot.undo.append(partial(watching.__exit__, None, None, None))
+        with restored_modules(window.model), torch.no_grad(), watching:
             for index in indices:
                 self._states[index] = RandomStates.record(parameters)
-                torch.set_grad_enabled(self._first_has_graph and index == indices[0])
+                torch.set_grad_enabled(self._keeps_graph or (self._first_has_graph and index == indices[0]))
                 output = window.call(index, self._loss_fn.statistic)
                 self.statistics.add(index, output, len(window.micro_batches[index].rows))
+            self._left = left_values(before, window.model) if self._looks_for_state else {}
+
+    def refuse_left_state(self) -> None:
+        """Raise where the loss reads what statistic has changed on the model: it gets the values of before."""
+        if self._left:
+            refuse_left_state(self._window.model, self._left, self._try_loss)
+
+    @torch.enable_grad()
+    def _try_loss(self) -> list[Tensor]:
+        """The loss, and its gradients of statistics and parameters."""
+        output = self._loss_fn.loss(self._window.model, self.statistics.for_loss())
+        terms = list(read_terms(read_pair(output)[0] if isinstance(output, tuple) else output).values())
+        leaves = [one for one in (*self.statistics.tensors(), *self.context.parameters) if one.requires_grad]
+        summed = torch.stack([term.double() for term in terms]).sum()
+        found = torch.autograd.grad(summed, leaves, allow_unused=True) if summed.requires_grad and leaves else ()
+        return [*(term.detach() for term in terms), *(one for one in found if one is not None)]
 
     def run_loss(self) -> None:
         """[2] The loss of the whole batch, back-propagated to the statistics and to parameters that it uses itself."""

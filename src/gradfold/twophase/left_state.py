@@ -1,0 +1,110 @@
+"""What a statistic leaves on the model (a counter in a buffer, an auxiliary loss in an attribute) and the loss reads.
+
+The loss runs once, when statistics of all micro-batches are there and the model is put back, so it reads old values.
+Many statistics leave something that no loss reads (running statistics). The loss is tried with and without it, which
+tells; each change by itself then tells the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradfold.errors import NotDecomposableError, is_out_of_memory
+from gradfold.messages import join_names
+from gradfold.self_check.comparison import tolerance_of
+from gradfold.state.attributes import OF_EVERY_MODULE, Contents, keep_contents
+from gradfold.state.rng import RandomStates
+from gradfold.state.snapshot import restored_modules
+
+
+class LeftValue(NamedTuple):
+    """A buffer or an attribute of a module, in the dict that holds it by this key, and a copy of what is in it."""
+
+    place: dict[str, Any]
+    key: str
+    value: Any
+    contents: Contents | None
+
+
+def held_values(model: nn.Module) -> dict[str, LeftValue]:
+    """All buffers and attributes of a model, by name."""
+    return {
+        f"{path}.{key}".lstrip("."): LeftValue(place, key, value, keep_contents(value))
+        for path, module in model.named_modules()
+        for place in (vars(module), module._buffers)
+        for key, value in place.items()
+        if place is module._buffers or key not in OF_EVERY_MODULE
+    }
+
+
+def left_values(before: Mapping[str, LeftValue], model: nn.Module) -> dict[str, LeftValue]:
+    """Those that are something else now than before."""
+    return {name: now for name, now in held_values(model).items() if _has_changed(before.get(name), now)}
+
+
+def refuse_left_state(model: nn.Module, left: Mapping[str, LeftValue], run: Callable[[], list[Tensor]]) -> None:
+    """Raise NotDecomposableError where `run`, which gives a loss and its gradients, depends on what was left."""
+    begin = RandomStates.record(model.parameters())
+
+    def run_with(names: Collection[str]) -> list[Tensor] | None:
+        with restored_modules(model):
+            for place, key, value, contents in map(left.__getitem__, names):
+                place[key] = value if contents is None else contents.copy
+            try:
+                return run()
+            except Exception as error:  # the window itself will meet it, or not
+                if is_out_of_memory(error):
+                    raise
+                return None
+            finally:
+                begin.restore()
+
+    try:
+        old = run_with(())
+        if old is None or _are_same(old, run_with(left)) or not _are_same(old, run_with(())):
+            return
+        read = [name for name in left if not _are_same(old, run_with([name]))] or list(left)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return  # not known, then; the window itself will find out what fits
+        raise
+    raise NotDecomposableError(
+        f"loss(model, statistics) of the TwoPhaseLoss reads {join_names(read, 3)}, which "
+        "statistic(model, micro_batch) has changed on the model: it runs for each micro-batch, and the loss would read "
+        "the value of before. Return it from the statistic (a row for each sample, or a sum), or set it before "
+        "accumulator.backward(batch).",
+        "state",
+        "loss",
+    )
+
+
+def _has_changed(before: LeftValue | None, now: LeftValue) -> bool:
+    if before is None or before.value is not now.value:
+        return before is None or not _are_equal(before.value, now.value)
+    if not isinstance(now.value, Tensor):
+        return before.contents is not None and before.contents.have_changed()
+    # By values: running statistics move without their versions.
+    if before.contents is None or now.contents is None:
+        return False
+    old, new = before.contents.copy, now.contents.copy
+    return old.shape != new.shape or not torch.equal(old, new)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    kinds = (bool, int, float, str, type(None))
+    return isinstance(one, kinds) and type(one) is type(other) and one == other
+
+
+def _are_same(one: list[Tensor], other: list[Tensor] | None) -> bool:
+    if other is None or [part.shape for part in one] != [part.shape for part in other]:
+        return False
+    pairs = [(mine.detach(), theirs.detach().to(mine)) for mine, theirs in zip(one, other, strict=True)]
+    return all(
+        torch.allclose(*pair, rtol=tolerance_of({pair[0].dtype}).statistic, atol=1e-30, equal_nan=True)
+        or float((pair[0] - pair[1]).norm()) <= tolerance_of({pair[0].dtype}).statistic * float(pair[0].norm())
+        for pair in pairs
+    )
