@@ -20,6 +20,8 @@ def fresh_start():
     torch.manual_seed(0)
     gc.collect()
     gc.freeze()
+    yield
+    assert not gradfold.is_probing(), "a probe was left open"
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,8 @@ class TwoPhase(Strategy):
                 passes.check({self._compute, *_dtypes_of(window.model)}, self._raises)
             except Exception as error:
                 # torch.autograd.grad in the statistic fails without a graph; a module's fast path may differ.
-                is_of_graph = not (is_embedded or isinstance(error, GradfoldError) or is_out_of_memory(error))
+                is_of_torch = isinstance(error, RuntimeError) and not isinstance(error, GradfoldError)
+                is_of_graph = is_of_torch and not is_embedded and not is_out_of_memory(error)
                 is_of_graph |= isinstance(error, RecomputeError) and coordinator.num_ranks == 1
                 self._keeps_graph = is_of_graph and not self._keeps_graph
                 if not self._keeps_graph:
