@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 _NEEDED = ("jinja2", "matplotlib", "numpy", "rich", "typer")
 
 
 def main() -> None:
-    """Run the command line, or say what to install where its extra is missing."""
+    """Run the command line; Ctrl-C while its modules are imported, which takes seconds, ends it with one line."""
+    try:
+        _import_run()()
+    except KeyboardInterrupt:
+        print("gradfold: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _import_run() -> Callable[[], None]:
+    """The command line, or an exit that says what to install where its extra is missing."""
     try:
         from gradfold.cli import run
     except ModuleNotFoundError as error:
@@ -19,7 +29,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    run()
+    return run
 
 
 if __name__ == "__main__":

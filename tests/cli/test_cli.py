@@ -8,21 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from full_disk import text_file
 from rich.console import Console
 from typer.testing import CliRunner
 
 import gradfold
 import gradfold.__main__
 import gradfold.cli
+import gradfold.cli.options
 from gradfold.cli.tables import showing_progress
 from gradfold.compare import ArmProgress
 from gradfold.compare.arms import ARMS
+from gradfold.errors import OptionError
 from gradfold.workloads import registry
 
 TINY = str(Path(__file__).parents[1] / "compare" / "test_compare.py") + ":tiny"
@@ -84,6 +89,19 @@ def test_compare_from_start_to_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compare_in_an_ascii_locale_with_names_that_are_not_utf_8(users_file: Path, tmp_path: Path) -> None:
+    with users_file.open("a", encoding="utf-8") as file:
+        file.write("\nprint('printed: \u2022 \\udcff')\n")  # in the process of an arm, too
+    out = os.fsencode(tmp_path) + b"/za\xc5\xbc\xff"
+    locale = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = ["--arms", "full-batch", "--threads", "1", "--out", os.fsdecode(out)]
+    ended = program("compare", f"{users_file}:linear", *arguments, env={**os.environ, **locale})
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "printed: \\u2022 \\udcff" in ended.stdout and "za\\udcc5\\udcbc\\udcff/report.html" in ended.stdout
+    assert {os.fsdecode(name) for name in os.listdir(out)} >= {"report.html", "results.json", "loss.png"}  # noqa: PTH208
+
+
+@pytest.mark.slow
 def test_a_failed_arm_ends_with_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code = in_process(monkeypatch, "compare", FAULTY, "--arms", "plain-loop", "--threads", "1")
     printed = capsys.readouterr()
@@ -104,6 +122,8 @@ def test_a_failed_arm_ends_with_one(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["compare", TINY, "--out", __file__], "--out"),
         (["compare", TINY, "--epochs", "many"], "--epochs"),
         (["compute"], "compute"),
+        (["verify", TINY, "--nproc", "1000000"], "--nproc 1000000: expected at most"),
+        (["compare", TINY, "--nproc", "999"], "--nproc 999: expected at most"),
     ],
 )
 def test_wrong_usage_ends_with_two_and_a_message(
@@ -138,6 +158,167 @@ def test_ctrl_c_ends_the_child_too(tmp_path: Path) -> None:
         os.kill(child, 0)
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")}  # torch's own
     assert left == {"pid"}  # no tensors are left behind
+
+
+USERS_FILE = """
+import argparse, dataclasses, sys
+from functools import partial
+import torch
+from gradfold import Workload
+
+def linear(make_model=partial(torch.nn.Linear, 2, 1), loss_fn=lambda model, x: model(x).square().mean()):
+    return Workload("linear", "\u2022 \udcff", make_model, loss_fn, partial(torch.optim.SGD, lr=0.1),
+                    torch.ones(6, 2), global_batch_size=6, micro_batch_size=2, num_epochs=1)
+
+def ends(*_):
+    sys.exit(7)  # line 11
+
+def interrupts(*_):
+    raise KeyboardInterrupt
+
+def built_by_an_end():
+    return ends()
+
+def model_that_ends():
+    return linear(make_model=ends)
+
+def loss_that_ends():
+    return linear(loss_fn=ends)
+
+def arguments():
+    argparse.ArgumentParser().parse_args(["--learning-rate", "0.1"])  # line 26
+
+def cancelled():
+    import asyncio
+    raise asyncio.CancelledError  # line 30
+
+def interrupted_model():
+    return linear(make_model=interrupts)
+
+def interrupted_loss():
+    return linear(loss_fn=interrupts)
+"""
+
+
+@pytest.fixture
+def users_file(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(USERS_FILE.lstrip("\n").replace("\udcff", "\\udcff"), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("command", [["verify"], ["plan", "--memory", "1GiB"]])
+@pytest.mark.parametrize(
+    ("function", "line", "error"),
+    [
+        ("built_by_an_end", 11, "SystemExit: 7"),
+        ("model_that_ends", 11, "SystemExit: 7"),
+        ("loss_that_ends", 11, "SystemExit: 7"),
+        ("arguments", 26, "SystemExit: 2"),
+        ("cancelled", 30, "CancelledError"),
+    ],
+)
+def test_a_workload_that_ends_the_program_is_named(
+    users_file: Path,
+    command: list[str],
+    function: str,
+    line: int,
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = in_process(monkeypatch, *command, f"{users_file}:{function}")
+    printed = capsys.readouterr()
+    assert code == 2 and printed.out == ""
+    last = printed.err.splitlines()[-1]  # argparse prints its usage first
+    assert last.startswith("gradfold: ") and f"{error} ({users_file}, line {line})" in last
+
+
+def test_a_file_that_ends_the_program_while_it_is_imported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("def f(): ...\nraise SystemExit('no data')\n")
+    assert in_process(monkeypatch, "verify", f"{path}:f") == 2
+    printed = capsys.readouterr().err
+    assert f"{path}:f: cannot import {path}: SystemExit: no data ({path}, line 2)" in printed
+
+
+@pytest.mark.parametrize("command", [["verify"], ["plan", "--memory", "1GiB"]])
+@pytest.mark.parametrize("function", ["interrupted_model", "interrupted_loss"])
+def test_ctrl_c_ends_every_command_with_one_line(
+    users_file: Path,
+    command: list[str],
+    function: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with interruptible():
+        assert in_process(monkeypatch, *command, f"{users_file}:{function}") == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a second one does not change the code
+    assert capsys.readouterr() == ("", "gradfold: interrupted\n")
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "gradfold.cli", Interrupted("gradfold.cli"))
+    assert in_process(monkeypatch, "workloads") == 130
+    assert capsys.readouterr() == ("", "gradfold: interrupted\n")
+
+
+EXACT, WRONG = ["verify", "linear"], ["verify", "encoder", "--weight", "samples", "--global-batch", "6"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["--version"], ["--help"], ["plan", "--help"], ["workloads"], ["workloads", "--json"]),
+        *(["doctor", "--rules"], EXACT, [*EXACT, "--json"], WRONG),
+        *(["plan", "linear", "--memory", "1GiB"], ["plan", "linear", "--memory", "1GiB", "--json"]),
+    ],
+)
+def test_output_on_a_full_disk_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with text_file(Path("/dev/full")) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        code = in_process(monkeypatch, *arguments)
+    assert code == (1 if arguments else 2)
+    told = "gradfold: standard output could not be written: No space left on device.\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(EXACT, 0), (WRONG, 1), (["workloads"], 0), (["--help"], 0)])
+def test_a_reader_that_has_gone_changes_no_exit_code(
+    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with text_file(writer) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert in_process(monkeypatch, *arguments) == code
+    assert capsys.readouterr().err == ""
+
+
+def test_output_in_ascii(users_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with text_file(tmp_path / "printed", "ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert in_process(monkeypatch, "verify", f"{users_file}:linear") == 0
+    assert b"linear: \\u2022 \\udcff\n" in (tmp_path / "printed").read_bytes()
+
+
+@pytest.mark.parametrize(("cores", "most"), [(2, 64), (None, 64), (256, 256)])
+def test_nproc_is_bounded_by_the_machine(cores: int | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(gradfold.cli.options, "launch", lambda arguments, num_ranks: num_ranks)
+    with pytest.raises(OptionError, match=f"expected at most {most} processes"):
+        gradfold.cli.options.launch_ranks(most + 1)
+    with pytest.raises(typer.Exit) as started:
+        gradfold.cli.options.launch_ranks(most)
+    assert started.value.exit_code == most
 
 
 def test_workloads_are_listed() -> None:

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from full_disk import largest_file
 from typer.testing import CliRunner
 
 from gradfold.cli import app
+from gradfold.doctor.finding import Ending, Report
 from gradfold.doctor.report import rules_page
 from gradfold.doctor.rules import RULES
+from gradfold.errors import OptionError
 
 LITERATURE = Path(__file__).parents[1] / "doctor" / "literature"
 RUNNER = CliRunner()
@@ -49,6 +52,18 @@ def test_json_and_sarif_of_a_script_with_a_finding(tmp_path):
     assert result["level"] == "error" and "4 times too large" in result["message"]["text"]
     place = result["locations"][0]["physicalLocation"]
     assert place == {"artifactLocation": {"uri": "mnist_perceptron.py"}, "region": {"startLine": finding["line"]}}
+
+
+def test_a_report_is_printed_even_where_its_sarif_cannot_be_written(tmp_path, monkeypatch):
+    report = Report("train.py", Ending("ended", 0), (), {})
+    monkeypatch.setattr("gradfold.cli.doctor.diagnose", lambda *_, **__: report)
+    sarif_file = tmp_path / "doctor.sarif"
+    sarif_file.write_text("an older one")
+    with largest_file(64):
+        ended = RUNNER.invoke(app, ["doctor", "train.py", "--sarif", str(sarif_file), "--json"])
+    assert isinstance(ended.exception, OptionError) and f"--sarif {sarif_file}: File too large" in str(ended.exception)
+    assert json.loads(ended.stdout)["script"] == "train.py"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an older one"]
 
 
 def test_a_script_with_arguments_that_fails(tmp_path):

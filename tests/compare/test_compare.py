@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from gradfold import Accumulator, TrainStep, TwoPhaseLoss, Workload
 from gradfold.cli.tables import print_comparison
-from gradfold.compare import ArmProgress, Comparison, Settings, compare
+from gradfold.compare import ArmProgress, Comparison, Settings, compare, experiment, runner
 from gradfold.compare.arms import ARMS, DEFAULT_ARMS
 from gradfold.compare.data import Sizes, epoch_order, num_samples
 from gradfold.compare.data import load as load_batch
@@ -44,6 +45,7 @@ from gradfold.compare.results import (
     deviations,
     distance,
     load,
+    save_parameters,
 )
 from gradfold.compare.runner import describe_machine, watch_other_programs
 from gradfold.compare.summary import footnotes
@@ -877,3 +879,35 @@ def test_lower_precision_is_shown_beside_the_others(
     assert results["settings"]["precision"] is None
     elsewhere = dataclasses.replace(comparison.settings, data=Path("/a/folder/of/this/machine"))
     assert "this/machine" not in results_json(dataclasses.replace(comparison, settings=elsewhere))
+
+
+def test_an_arm_whose_last_weights_cannot_be_saved_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(model: nn.Module, folder: Path, name: str) -> None:
+        if name == Tensors.FINAL and folder.name == "gradfold":
+            raise OSError("no room")
+        save_parameters(model, folder, name)
+
+    monkeypatch.setattr(experiment, "save_parameters", save)
+    sizes = Sizes(ROWS, GLOBAL_BATCH, MICRO_BATCH, 1)
+    measured = {}
+    for name in ("full-batch", "gradfold"):
+        (tmp_path / name).mkdir()
+        measured[name] = Experiment(tiny(), ARMS[name], sizes, 0, tmp_path / name).run(lambda *_: None)
+    far = deviations("gradfold", tmp_path, measured, sizes)
+    assert far.weights.value is None and far.weights.note == "OSError: no room"
+    assert far.gradient_float64.value is not None and far.gradient_float64.value < 1e-12
+    assert measured["gradfold"].final_loss == pytest.approx(measured["full-batch"].final_loss)
+
+
+def test_an_arm_that_cannot_be_started_fails_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runner.subprocess, "Popen", refuse)
+    states = []
+    found = compare(
+        Settings(f"{HERE}:tiny", arms=("full-batch", "gradfold")),
+        on_progress=lambda one: states.append((one.arm, one.state)),
+    )
+    assert [row.failure for row in found.rows] == ["cannot be started: OSError: [Errno 28] No space left on device"] * 2
+    assert states[-1] == ("gradfold", "failed")

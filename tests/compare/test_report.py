@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import largest_file
 from matplotlib.figure import Figure
 from PIL import Image
 
+import gradfold.__main__
+import gradfold.cli.compare
 from gradfold.cli.tables import print_comparison
 from gradfold.compare import summary
 from gradfold.compare.arms import ARMS, DEFAULT_ARMS
 from gradfold.compare.data import Sizes
 from gradfold.compare.measure import MeasuredMemory, Seconds
-from gradfold.compare.report import PANELS, draw_gradient_error, make_folder, render_page, write_report
+from gradfold.compare.report import PANELS, draw_gradient_error, make_folder, render_page, write_page, write_results
 from gradfold.compare.results import Comparison, Curve, Deviation, Deviations, Measured, Row, WorkloadFacts
 from gradfold.compare.settings import Settings
 from gradfold.compare.summary import footnotes
@@ -84,7 +87,8 @@ def comparison() -> Comparison:
 def folder(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the report of the comparison."""
     made = tmp_path_factory.mktemp("report")
-    write_report(comparison, made)
+    write_results(comparison, made)
+    write_page(comparison, made)
     return made
 
 
@@ -159,6 +163,93 @@ def test_the_folder_holds_valid_images_and_valid_json(comparison: Comparison, fo
     assert results["sizes"]["last_window"] == 1000 % 64
 
 
+HALF = "\udcff"  # of a character: what a byte that is not UTF-8 becomes in a name or an argument
+UNSAYABLE = f"$x_{{ \\frac {HALF} \x00 \x1b[31m <b>"  # neither Unicode, nor a formula, nor a mark
+
+
+@pytest.fixture
+def hostile(comparison: Comparison) -> Comparison:
+    """Texts that the user's files and arguments may hold."""
+    note = Deviations(*[Deviation(None, f"not in float64: ValueError: {UNSAYABLE}")] * 4)
+    return replace(
+        comparison,
+        settings=replace(comparison.settings, workload=f"tiny{HALF}.py:tiny"),
+        workload=WorkloadFacts(UNSAYABLE, UNSAYABLE, None, {UNSAYABLE: UNSAYABLE}),
+        rows=(*comparison.rows[:2], row("plain-loop", measured(), note), row("small-batch", None, FAILED, UNSAYABLE)),
+        command_line=f"gradfold compare --out {UNSAYABLE}",
+    )
+
+
+def test_a_report_may_hold_any_text(hostile: Comparison, tmp_path: Path) -> None:
+    folder = tmp_path / f"out{HALF}"
+    make_folder(folder)
+    write_results(hostile, folder)
+    assert [path.name for path in write_page(hostile, folder)][-1] == "report.html"
+    page = Sources((folder / "report.html").read_text("utf-8")).text
+    assert page.count("$x_{ \\frac \\udcff") >= 4
+    assert_holds(json.loads((folder / "results.json").read_text("utf-8")), hostile)
+    for name in PANELS:
+        with Image.open(folder / name) as image:
+            image.verify()
+
+
+def compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], comparison: Comparison, *arguments: str
+) -> tuple[int, str, str]:
+    """`gradfold compare tiny ARGUMENTS` after its training: exit code, output, errors."""
+    monkeypatch.setattr(gradfold.cli.compare, "run_comparison", lambda *_, **__: comparison)
+    monkeypatch.setattr("sys.argv", ["gradfold", "compare", "tiny", *arguments])
+    with pytest.raises(SystemExit) as end:
+        gradfold.__main__.main()
+    printed = capsys.readouterr()
+    return int(end.value.code or 0), printed.out, printed.err
+
+
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_a_fault_in_rendering_loses_nothing(
+    comparison: Comparison,
+    tmp_path: Path,
+    as_json: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no such font\nat all")
+
+    monkeypatch.setattr("gradfold.compare.report.draw_figures", fail)
+    code, out, err = compared(monkeypatch, capsys, comparison, "--out", str(tmp_path), *as_json)
+    assert code == 1
+    assert err == f"gradfold: --out {tmp_path}: the report is incomplete: ValueError: no such font\n"
+    assert_holds(json.loads((tmp_path / "results.json").read_text("utf-8")), comparison)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert_holds(json.loads(out), comparison) if as_json else re.search(r"^gradfold +1\.2e-07", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("room", "kept"), [(1000, set()), (20_000, {"results.json"}), (100_000, {"results.json", "*"})]
+)
+def test_a_full_disk_costs_files_but_no_results(
+    comparison: Comparison,
+    tmp_path: Path,
+    room: int,
+    kept: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with largest_file(room):
+        code, out, err = compared(monkeypatch, capsys, comparison, "--out", str(tmp_path))
+    assert code == 1
+    assert re.fullmatch(rf"gradfold: --out {tmp_path}: the report is incomplete: OSError: .* '{tmp_path}/.*'\n", err)
+    assert re.search(r"^gradfold +1\.2e-07 +2\.1e-16", out, re.MULTILINE)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - set(PANELS) == kept - {"*"} and bool(names & set(PANELS)) == ("*" in kept)
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+    if "results.json" in kept:
+        assert_holds(json.loads((tmp_path / "results.json").read_text("utf-8")), comparison)
+
+
 def test_every_arm_has_its_color_in_the_plots(folder: Path) -> None:
     for name in ("memory.png", "loss.png"):
         with Image.open(folder / name) as image:
@@ -187,7 +278,8 @@ def test_the_page_needs_nothing_else_and_names_every_arm(comparison: Comparison,
 def test_a_second_model_is_shown_with_its_own_reference(
     normed: Comparison, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_report(normed, tmp_path)
+    write_results(normed, tmp_path)
+    write_page(normed, tmp_path)
     with Image.open(folder / "gradient_error.png") as of_four, Image.open(tmp_path / "gradient_error.png") as of_six:
         assert of_six.height > of_four.height + 100  # else the labels of an arm lie upon each other
     page = Sources((tmp_path / "report.html").read_text("utf-8")).text
@@ -232,7 +324,8 @@ def test_every_row_of_a_table_has_a_cell_for_every_heading(
 def test_a_failed_arm_is_shown_everywhere(
     broken: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_report(broken, tmp_path)
+    write_results(broken, tmp_path)
+    write_page(broken, tmp_path)
     page = Sources((tmp_path / "report.html").read_text("utf-8"))
     assert page.text.count("failed: out of memory: MemoryError") >= 2
     assert "NaN" in page.text and "full-batch failed" in page.text
@@ -376,5 +469,17 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path)
     make_folder(tmp_path / "new" / "folder")
     assert (tmp_path / "new" / "folder").is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(OptionError, match="--out"):
-        make_folder(tmp_path / "file")
+    for cannot_be_made in ("file", "a\0b", "n" * 300, "half \ud800"):
+        with pytest.raises(OptionError, match="--out"):
+            make_folder(tmp_path / cannot_be_made)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OptionError, match=r"cannot write into this folder \(Permission denied\)"):
+        make_folder(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 from gradfold import __version__
 from gradfold.cli import compare, doctor, plan, verify, workloads
+from gradfold.cli.options import ending_by_name
+from gradfold.compare.output import lasting_streams
 from gradfold.distributed.launch import is_first
 from gradfold.errors import GradfoldError
 
@@ -20,11 +23,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(help=compare.HELP, epilog=compare.EPILOG)(compare.compare)
-app.command(epilog=verify.EPILOG)(verify.verify)
-app.command(epilog=plan.EPILOG)(plan.plan)
-app.command(epilog=doctor.EPILOG)(doctor.doctor)
-app.command()(workloads.workloads)
+app.command(help=compare.HELP, epilog=compare.EPILOG)(ending_by_name()(compare.compare))
+app.command(epilog=verify.EPILOG)(ending_by_name()(verify.verify))
+app.command(epilog=plan.EPILOG)(ending_by_name()(plan.plan))
+app.command(epilog=doctor.EPILOG)(ending_by_name()(doctor.doctor))
+app.command()(ending_by_name()(workloads.workloads))
 
 
 def _print_version(asked: bool) -> None:
@@ -49,10 +52,18 @@ def gradfold(
 
 
 def run() -> None:
-    """Run the command line; an error of gradfold's own becomes one message and an exit code."""
-    try:
-        app()
-    except GradfoldError as error:
-        if is_first():
-            print(f"gradfold: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    """Run the command line and exit; an error of gradfold's own becomes one message and an exit code."""
+    with lasting_streams() as output_failure:
+        try:
+            code = app()
+        except GradfoldError as error:
+            if is_first():
+                print(f"gradfold: {error}", file=sys.stderr)
+            code = error.exit_code
+        except SystemExit as end:
+            code = end.code
+        failure = output_failure()
+        if failure is not None and failure.errno != errno.EPIPE:  # a reader that has gone (| head -1) changes nothing
+            print(f"gradfold: standard output could not be written: {failure.strerror}.", file=sys.stderr)
+            code = code or 1
+        sys.exit(code)

@@ -14,12 +14,13 @@ from rich.console import Console
 import gradfold.cli.options as options
 from gradfold.cli.tables import print_comparison, showing_progress
 from gradfold.compare.arms import ARMS, CONTROL, DEFAULT_ARMS, Arm
-from gradfold.compare.report import make_folder, results_json, write_report
+from gradfold.compare.report import make_folder, results_json, write_page, write_results
 from gradfold.compare.runner import accompany
 from gradfold.compare.runner import compare as run_comparison
 from gradfold.compare.settings import Settings
 from gradfold.distributed.launch import find_rank_info, launched_process_group
 from gradfold.errors import OptionError
+from gradfold.messages import first_line
 
 _NAMES = f"{', '.join(DEFAULT_ARMS)}, and what the workload's batch_norm or token_budget adds"
 _WHERE = {
@@ -136,18 +137,26 @@ def compare(
     if out is not None:
         make_folder(out)
     with (
-        options.interruptible(),
         showing_progress(Console(stderr=True)) as on_progress,
         nullcontext() if settings.num_ranks == 1 else launched_process_group() as group,
     ):
         command_line = shlex.join(["gradfold", *sys.argv[1:]])
         comparison = run_comparison(settings, on_progress=on_progress, command_line=command_line, group=group)
-    files = [] if out is None else write_report(comparison, out)
+    files: list[Path] = []
+    failure = ""
+    if out is not None:
+        try:
+            for write in (write_results, write_page):
+                files += write(comparison, out)
+        except Exception as error:  # whatever it is, what was trained is printed
+            failure = f"gradfold: --out {out}: the report is incomplete: {first_line(error)}"
     if as_json:
         print(results_json(comparison))
     else:
         print_comparison(comparison, files)
-    if comparison.has_failures:
+    if failure:
+        print(failure, file=sys.stderr)
+    if failure or comparison.has_failures:
         raise typer.Exit(1)
 
 

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from gradfold import __version__
-from gradfold.cli.options import interruptible, print_json
+from gradfold.cli.options import print_json
+from gradfold.compare.output import write_whole
 from gradfold.doctor.process import diagnose
 from gradfold.doctor.report import exit_code, rules_page, sarif, text
 from gradfold.errors import OptionError
@@ -75,20 +76,19 @@ def doctor(
     if script is None:
         raise OptionError("missing script: gradfold doctor train.py -- ARGS")
     stdout = sys.stderr if as_json else None
-    with interruptible():
-        report = diagnose(script, arguments or [], num_updates=updates, timeout_s=timeout, stdout=stdout)
+    report = diagnose(script, arguments or [], num_updates=updates, timeout_s=timeout, stdout=stdout)
     if os.environ.get("RANK", "0") != "0":  # of several processes one prints
         raise typer.Exit(exit_code(report))
     if debug and report.failure is not None:
         print(f"\n{report.failure.traceback}", file=sys.stderr)
-    if sarif_file is not None:
-        try:
-            sarif_file.write_text(json.dumps(sarif(report, __version__), indent=1), "utf-8")
-        except OSError as error:
-            raise OptionError(f"--sarif {sarif_file}: {error.strerror}.") from error
     if as_json:
         print_json(asdict(report))
     else:
         print(f"\n{text(report)}")
+    if sarif_file is not None:  # after the report, which a full disk must not take away
+        try:
+            write_whole(sarif_file, json.dumps(sarif(report, __version__), indent=1).encode())
+        except OSError as error:
+            raise OptionError(f"--sarif {sarif_file}: {error.strerror}.") from error
     if code := exit_code(report):
         raise typer.Exit(code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from gradfold.distributed.launch import INTERRUPTED, find_rank_info, launch
-from gradfold.errors import OptionError
+from gradfold.distributed.launch import INTERRUPTED, find_rank_info, is_first, launch
+from gradfold.errors import OptionError, WorkloadError
+from gradfold.workloads.registry import describe_cause
 
 WorkloadArgument = Annotated[
     str, typer.Argument(help="A built-in name (see gradfold workloads), module:callable or path.py:callable.")
@@ -26,6 +29,8 @@ ProcessesOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 
+_MOST_PROCESSES = 64  # on a machine with fewer cores; each takes seconds and hundreds of MiB to start
+
 
 def print_json(value: Any) -> None:
     """Print a result for a program to read."""
@@ -33,13 +38,17 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """On Ctrl-C the command ends with one line."""
+def ending_by_name() -> Iterator[None]:
+    """Decorates a command: Ctrl-C ends it with one line, and `sys.exit` in the user's code with a `WorkloadError`."""
     try:
         yield
     except KeyboardInterrupt:
-        print("gradfold: interrupted", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would end Python's own end, with another code
+        if is_first():
+            print("gradfold: interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    except SystemExit as error:  # typer's own ends are not of this class
+        raise WorkloadError(f"the workload ended the program: {describe_cause(error)}") from error
 
 
 def launch_ranks(num_ranks: int | None) -> None:
@@ -50,6 +59,9 @@ def launch_ranks(num_ranks: int | None) -> None:
         raise OptionError(
             f"--nproc {num_ranks} under torchrun, which has started several processes already. Leave --nproc out."
         )
+    most = max(_MOST_PROCESSES, os.cpu_count() or 1)
+    if num_ranks > most:
+        raise OptionError(f"--nproc {num_ranks}: expected at most {most} processes on this machine.")
     if num_ranks > 1:
         raise typer.Exit(launch(["-m", "gradfold", *without_nproc(sys.argv[1:])], num_ranks))
 

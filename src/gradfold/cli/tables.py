@@ -135,8 +135,7 @@ def print_comparison(comparison: Comparison, files: Sequence[Path]) -> None:
         grid.add_row("•", Text(note))
         console.print(grid)
     if files:
-        report = next(path for path in files if path.suffix == ".html")
-        console.print(Text(f"\nReport: {report} (with {len(files) - 1} files beside it)"))
+        console.print(Text(f"\nReport: {files[-1]} (with {len(files) - 1} files beside it)"))
 
 
 def _heading(comparison: Comparison) -> Text:

@@ -71,9 +71,13 @@ class Experiment:
         training.clock.end("total")
         memory = peak_memory()
 
-        save_parameters(training.model, self.folder, Tensors.FINAL)
+        notes: dict[str, str] = {}
+        try:
+            save_parameters(training.model, self.folder, Tensors.FINAL)
+        except OSError as error:  # a full disk costs one distance, not what was trained
+            notes[Tensors.FINAL] = describe(error)
         scores = {} if self.workload.evaluate is None else self.workload.evaluate(training.model)
-        notes = self._measure_float64(orders[0])
+        notes |= self._measure_float64(orders[0])
         tracked = self._track(orders[0])
         if not updates[0].applied:
             notes[Tensors.GRADIENT_FLOAT32] = (

@@ -1,6 +1,8 @@
 """The report of a comparison: a folder with results.json, the figures, and one HTML page that needs nothing else.
 
-A figure has one panel (loss, gradient error, memory or time); the overview has them all.
+results.json is written before anything is drawn, and every file is whole or not there. The user's texts may hold
+anything: what UTF-8 lacks is escaped, and no text is read as a formula. A figure has one panel (loss, gradient error,
+memory or time); the overview has them all.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import base64
 import io
 import json
 import math
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -26,6 +30,7 @@ from matplotlib.patches import Patch
 
 from gradfold.compare import summary
 from gradfold.compare.arms import ARMS, REFERENCE
+from gradfold.compare.output import write_whole
 from gradfold.compare.results import Comparison, Row
 from gradfold.errors import OptionError
 from gradfold.memory.budget import written
@@ -52,6 +57,7 @@ _STYLE = {
     "xtick.color": _FAINT,
     "ytick.color": _FAINT,
     "legend.frameon": False,
+    "text.parse_math": False,
 }
 
 
@@ -87,7 +93,7 @@ def draw_gradient_error(axes: Axes, comparison: Comparison) -> None:
     for position, row in enumerate(comparison.rows):
         text = "reference" if row.is_reference else row.deviations.gradient_float32.note
         if row.measured is not None and text:
-            axes.text(1.6e-18, position, text, color=_FAINT, va="center")
+            axes.text(1.6e-18, position, _encoded(text).decode(), color=_FAINT, va="center")
         for name, (marker, shift, _) in marks.items():
             value = getattr(row.deviations, name).value
             if value is not None and not row.is_reference:
@@ -150,7 +156,8 @@ def _render(comparison: Comparison, panels: Sequence[Callable[[Axes, Comparison]
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     height = 2.6 + 0.6 * max(len(comparison.rows), 4)
-    with rc_context(_STYLE):  # type: ignore[arg-type]
+    with rc_context(_STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # which is drawn as a box
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.06, hspace=0.08)
         figure = Figure(figsize=(7.0 * columns, height * rows), dpi=160, layout=layout, facecolor="white")
         for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
@@ -210,11 +217,15 @@ def _mixed(color: str, shade: float) -> tuple[float, float, float]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for a report before the work starts, or raise an `OptionError`."""
+    """Make the folder for a report before the work starts, or raise an `OptionError` if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise OptionError(f"--out {folder}: cannot make this folder ({error.strerror}).") from error
+        raise OptionError(f"--out {folder}: cannot write into this folder ({error.strerror}).") from error
+    except ValueError as error:  # a name with a NUL, or that the locale cannot encode
+        raise OptionError(f"--out {str(folder)!r}: not the name of a folder ({error}).") from error
 
 
 def results_json(comparison: Comparison) -> str:
@@ -236,17 +247,26 @@ def to_plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_report(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write results.json, report.html and the figures; returns their paths."""
+def write_results(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write results.json; returns its path. An `OSError` names what cannot be written."""
+    return _write(folder, {"results.json": f"{results_json(comparison)}\n".encode()})
+
+
+def write_page(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write the figures and report.html; returns their paths, the page last. An `OSError` names what cannot be."""
     figures = draw_figures(comparison)
-    files = {
-        "results.json": f"{results_json(comparison)}\n".encode(),
-        "report.html": render_page(comparison, figures).encode(),
-        **figures,
-    }
+    return _write(folder, {**figures, "report.html": _encoded(render_page(comparison, figures))})
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        write_whole(folder / name, content)
     return [folder / name for name in files]
+
+
+def _encoded(text: str) -> bytes:
+    """The text in UTF-8; halves of characters, as in names of files that are not UTF-8, are escaped."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def render_page(comparison: Comparison, figures: Mapping[str, bytes]) -> str:

@@ -7,6 +7,7 @@ two arms are computed in float64. `report.results_json` writes a `Comparison` as
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from gradfold.compare.data import Sizes
 from gradfold.compare.measure import MeasuredMemory, Seconds
 from gradfold.compare.settings import Settings
 from gradfold.memory.auto import MicroBatchChoice
+from gradfold.memory.budget import written
 from gradfold.memory.measure import PeakMemory
 from gradfold.verification.reference import differences
 
@@ -170,14 +172,24 @@ class Tensors:
 
 def save_parameters(model: nn.Module, folder: Path, name: str) -> None:
     """Save the weights."""
-    torch.save({key: parameter.detach() for key, parameter in model.named_parameters()}, folder / f"{name}.pt")
+    _save({key: parameter.detach() for key, parameter in model.named_parameters()}, folder / f"{name}.pt")
 
 
 def save_gradients(model: nn.Module, folder: Path, name: str) -> None:
     """Save `.grad` of every parameter that has one; a missing one counts as zero."""
     gradients = {key: p.grad.detach() for key, p in model.named_parameters() if p.grad is not None}
     dense = {key: grad.to_dense() if grad.is_sparse else grad for key, grad in gradients.items()}
-    torch.save(dense, folder / f"{name}.pt")
+    _save(dense, folder / f"{name}.pt")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Save tensors; on a full disk, where torch does not name the cause, raise an `OSError` and leave no part."""
+    try:
+        torch.save(tensors, path)
+    except (OSError, RuntimeError) as error:
+        free = written(shutil.disk_usage(path.parent).free)
+        path.unlink(missing_ok=True)
+        raise OSError(f"cannot save {path.name} for the comparison, {free} free in {path.parent}") from error
 
 
 def load(folder: Path, name: str) -> dict[str, Tensor] | None:
@@ -199,23 +211,20 @@ def deviations(name: str, folder: Path, measured: Mapping[str, Measured], sizes:
         return Deviations(*[Deviation(None, reason)] * 4)
     notes = {**measured[arm.reference].notes, **measured[name].notes}
 
-    def gradient(of: str) -> Deviation:
+    def deviation(of: str, origin: dict[str, Tensor]) -> Deviation:
         own, reference = load(folder / name, of), load(folder / arm.reference, of)
         if own is None or reference is None:
             return Deviation(None, notes.get(of, "not measured"))
-        return _relative(distance(own, reference), distance(reference, {}))
+        return _relative(distance(own, reference), distance(reference, origin))
 
-    final, expected = load(folder / name, Tensors.FINAL), load(folder / arm.reference, Tensors.FINAL)
-    start = load(folder / arm.reference, Tensors.START)
-    assert final is not None and expected is not None and start is not None  # both arms ran to their end
     no_last_window = "" if sizes.last_window else "all windows are full"
     if not arm.accumulates:
         no_last_window = "it has no windows"
     return Deviations(
-        gradient(Tensors.GRADIENT_FLOAT32),
-        gradient(Tensors.GRADIENT_FLOAT64),
-        Deviation(None, no_last_window) if no_last_window else gradient(Tensors.LAST_WINDOW_FLOAT64),
-        _relative(distance(final, expected), distance(expected, start)),
+        deviation(Tensors.GRADIENT_FLOAT32, {}),
+        deviation(Tensors.GRADIENT_FLOAT64, {}),
+        Deviation(None, no_last_window) if no_last_window else deviation(Tensors.LAST_WINDOW_FLOAT64, {}),
+        deviation(Tensors.FINAL, load(folder / arm.reference, Tensors.START) or {}),
     )
 
 

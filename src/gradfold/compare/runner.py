@@ -24,6 +24,7 @@ import torch
 from gradfold import __version__
 from gradfold.compare.arms import ARMS
 from gradfold.compare.data import Sizes
+from gradfold.compare.experiment import describe
 from gradfold.compare.results import Comparison, Measured, Row, WorkloadFacts, deviations
 from gradfold.compare.settings import Settings
 from gradfold.distributed.launch import find_rank_info
@@ -119,6 +120,16 @@ def _run_arm(
     arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progress: OnProgress
 ) -> tuple[Measured | str, float]:
     """Run one arm in a child process: what it measured, or why it failed; and when it said so."""
+    try:
+        return _run_child(arm, settings, sizes, folder, on_progress)
+    except OSError as error:  # no room for its files, or for a process: the arms before it are not lost
+        on_progress(ArmProgress(arm, sizes.total_samples, "failed"))
+        return f"cannot be started: {describe(error)}", time.time()
+
+
+def _run_child(
+    arm: str, settings: Settings, sizes: Sizes, folder: Path, on_progress: OnProgress
+) -> tuple[Measured | str, float]:
     progress = ArmProgress(arm, sizes.total_samples, "starting")
     on_progress(progress)
     (folder / arm).mkdir()

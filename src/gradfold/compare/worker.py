@@ -23,6 +23,7 @@ import torch
 from gradfold.compare.arms import Arm
 from gradfold.compare.experiment import Experiment, describe
 from gradfold.compare.loops import Update, num_samples
+from gradfold.compare.output import lasting_streams
 from gradfold.compare.results import Measured
 from gradfold.compare.settings import Settings
 from gradfold.distributed.launch import RankInfo, child_process_group
@@ -38,12 +39,13 @@ def main() -> None:
     """Run the arm that the file in the first argument says; exit with 1 where it fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     report = _open_report()
-    try:
-        arm, settings, folder, rank_info = pickle.loads(Path(sys.argv[1]).read_bytes())
-        report(run(arm, settings, folder, rank_info, report))
-    except Exception as error:
-        report(describe(error))
-        sys.exit(1)
+    with lasting_streams():  # what a workload prints must not fail its arm
+        try:
+            arm, settings, folder, rank_info = pickle.loads(Path(sys.argv[1]).read_bytes())
+            report(run(arm, settings, folder, rank_info, report))
+        except (Exception, SystemExit) as error:
+            report(describe(error))
+            sys.exit(1)
 
 
 def run(

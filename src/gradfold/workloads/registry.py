@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,8 +139,10 @@ def _import(spec: str, module_name: str) -> ModuleType:
         if spec not in BUILT_IN:
             _search_first(Path.cwd())
         return importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
-        raise WorkloadError(f"{spec}: cannot import {module_name}: {_cause(error)}. {_HOW_TO_NAME}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's module raises, sys.exit included
+        raise WorkloadError(f"{spec}: cannot import {module_name}: {describe_cause(error)}. {_HOW_TO_NAME}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -173,19 +176,17 @@ def _call(spec: str, make: Callable[..., object], data: Path | None) -> object:
         raise WorkloadError(f"{spec} takes no data, but was given {data}: leave out --data")
     try:
         return make(**arguments)
-    except GradfoldError:
+    except (GradfoldError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever the user's callable raises
-        raise WorkloadError(f"{spec}: cannot be built: {_cause(error)}") from error
+    except BaseException as error:  # whatever the user's callable raises, sys.exit included
+        raise WorkloadError(f"{spec}: cannot be built: {describe_cause(error)}") from error
 
 
-def _cause(error: Exception) -> str:
-    """The error, and the line of the user's that raised it."""
-    ours = (__file__, importlib.__file__)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename not in ours and not frame.filename.startswith("<frozen")
-    ]
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+def describe_cause(error: BaseException) -> str:
+    """The error, and the line of the user's that raised it or called what did."""
+    ours = (str(Path(__file__).parents[1]), importlib.__file__, "<frozen")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    users = [frame for frame in frames if not frame.filename.startswith(installed)] or frames
+    where = f" ({users[-1].filename}, line {users[-1].lineno})" if users else ""
+    return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
