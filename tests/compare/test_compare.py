@@ -49,7 +49,7 @@ from gradfold.compare.results import (
 )
 from gradfold.compare.runner import describe_machine, watch_other_programs
 from gradfold.compare.summary import footnotes
-from gradfold.errors import DataError, OptionError, WorkloadError
+from gradfold.errors import DataError, GradfoldError, OptionError, WorkloadError
 from gradfold.packing.token_budget import TokenBudget
 
 HERE = Path(__file__)
@@ -897,6 +897,16 @@ def test_an_arm_whose_last_weights_cannot_be_saved_is_measured(tmp_path: Path, m
     assert far.weights.value is None and far.weights.note == "OSError: no room"
     assert far.gradient_float64.value is not None and far.gradient_float64.value < 1e-12
     assert measured["gradfold"].final_loss == pytest.approx(measured["full-batch"].final_loss)
+
+
+def test_without_a_temporary_folder_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(runner.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(GradfoldError, match=r"No usable temporary directory found .* Set TMPDIR") as caught:
+        compare(Settings(f"{HERE}:tiny"))
+    assert caught.value.exit_code == 1
 
 
 def test_an_arm_that_cannot_be_started_fails_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from gradfold.compare.results import Comparison, Measured, Row, WorkloadFacts, d
 from gradfold.compare.settings import Settings
 from gradfold.distributed.launch import find_rank_info
 from gradfold.distributed.process_group import ProcessGroup
+from gradfold.errors import GradfoldError
 from gradfold.workloads import registry
 
 
@@ -70,7 +71,7 @@ def compare(
         on_progress(ArmProgress(arm, sizes.total_samples))
     outcomes: dict[str, Measured | str] = {}
     busy_cores = 0.0
-    with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
+    with _temporary_folder() as name:
         folder = Path(name)
         for arm in arms:
             num_busy_cores = watch_other_programs()
@@ -89,11 +90,20 @@ def compare(
 def accompany(settings: Settings, group: ProcessGroup) -> None:
     """Run the parts of this rank, which is not the first; what it measures is not reported."""
     settings, sizes, _ = _prepare(settings)
-    with tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True) as name:
+    with _temporary_folder() as name:
         for arm in settings.arms or ():
             runs = not ARMS[arm].runs_on_one
             outcome = _run_arm(arm, settings, sizes, Path(name), lambda _: None) if runs else ("", 0.0)
             _of_all_ranks(*outcome, group)
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="gradfold-compare-", ignore_cleanup_errors=True)
+    except OSError as error:  # so also where every disk is full
+        raise GradfoldError(
+            f"no folder for the arms' tensors: {error.strerror}. Set TMPDIR to one with room."
+        ) from error
 
 
 def _prepare(settings: Settings) -> tuple[Settings, Sizes, WorkloadFacts]:
