@@ -465,6 +465,21 @@ def test_the_reason_names_no_size_that_was_not_run_as_one_that_was(seconds):
     assert 128 not in timed or seconds > 0.1
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(MemoryError, "8 is the most that fits into memory"), (ValueError, "8 is the most that the model takes")],
+)
+def test_the_reason_names_what_bounds_the_sizes(error, says):
+    def limited(model, batch):
+        if len(batch) > 8 and type(batch) is torch.Tensor:  # not in a dry run
+            raise error("too many rows")
+        return loss_fn(model, batch)
+
+    choice = gradfold.Accumulator(plain(), limited, micro_batch_size=QUICK).tune(torch.randn(32, 8))
+    assert choice.largest_fitting == 8
+    assert says in choice.reason or choice.reason == f"the fastest, and the largest: {says[5:]}"
+
+
 def test_out_of_memory_recovery_stays_on_behind_it():
     """A size that fitted when it was tried, and later does not."""
     limit = [64]

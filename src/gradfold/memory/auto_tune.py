@@ -93,12 +93,16 @@ class AutoTuner:
                 timings = search.run()
             finally:
                 steps.own_generators.restore_generators()
-        if search.sizes[-1] < largest:  # out of memory
+        bound = "the most that fits into memory"
+        if search.sizes[-1] < largest:  # out of memory, or the model takes no more
             largest = search.sizes[-1]
+            bound = bound if search.is_out_of_memory else "the most that the model takes"
             release_memory(device)
+        if largest == num_rows:
+            bound = "all rows of the batch"
         size = choose(timings).micro_batch_size
         fastest = max(timings, key=lambda timing: timing.ratio if timing.num_rounds else 0.0).micro_batch_size
-        reason = _reason(size, fastest, [timing.micro_batch_size for timing in timings], largest, num_rows)
+        reason = _reason(size, fastest, [timing.micro_batch_size for timing in timings], largest, bound)
         return MicroBatchChoice(size, reason, timings, num_rows, largest, peak_bytes=0, elapsed_s=0.0)
 
 
@@ -154,6 +158,7 @@ class Search:
         self._seconds, self._end = seconds, clock() + seconds
         self._order = random.Random(0)  # not the user's
         self.sizes = list(sizes)  # on out-of-memory one is dropped, with all above it
+        self.is_out_of_memory = False
         self._rounds: list[dict[int, float]] = []  # samples per second by size, of each round
 
     def run(self) -> tuple[SizeTiming, ...]:
@@ -187,7 +192,7 @@ class Search:
                 if is_out_of_memory(error):
                     if not paces:
                         raise
-                    self.sizes = list(paces)
+                    self.sizes, self.is_out_of_memory = list(paces), True
                     break
                 refusals.append(error)  # a model may refuse one size: BatchNorm a single row
                 self.sizes.remove(size)
@@ -263,8 +268,7 @@ def _largest(dry_run: DryRun, budget: Budget) -> tuple[int, PeakEstimate | None]
     return size, estimate
 
 
-def _reason(size: int, fastest: int, timed: Sequence[int], largest: int, num_rows: int) -> str:
-    bound = "all rows of the batch" if largest == num_rows else "the most that fits into memory"
+def _reason(size: int, fastest: int, timed: Sequence[int], largest: int, bound: str) -> str:
     if size == largest:
         return f"the fastest, and the largest: {bound}"
     what = (
