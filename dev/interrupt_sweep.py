@@ -150,15 +150,15 @@ def gradient_error(case: Case, model: nn.Module, batch: tuple[Tensor, Tensor]) -
     """Of a window of a new accumulator, against plain torch."""
     model.zero_grad()
     reference = copy.deepcopy(model)
-    loss_fn = case.loss_fn
+    loss_fn, options = case.loss_fn, {"micro_batch_size": SIZE} | case.options
+    size = options["micro_batch_size"] if case.options.get("batch_norm") == "per_micro_batch" else len(batch[0])
+    parts = list(zip(batch[0].split(size), batch[1].split(size), strict=True))
     if isinstance(loss_fn, gradfold.TwoPhaseLoss):
-        contrast(reference, embed(reference, batch)).backward()
-    elif case.options.get("batch_norm") == "per_micro_batch":
-        for part in zip(batch[0].split(SIZE), batch[1].split(SIZE), strict=True):
-            (loss_fn(reference, part) * SIZE / len(batch[0])).backward()
+        loss_fn.loss(reference, torch.cat([loss_fn.statistic(reference, part) for part in parts])).backward()
     else:
-        loss_fn(reference, batch).backward()
-    gradfold.Accumulator(model, loss_fn, micro_batch_size=SIZE, **case.options).backward(batch)
+        for part in parts:
+            (loss_fn(reference, part) * size / len(batch[0])).backward()
+    gradfold.Accumulator(model, loss_fn, **options).backward(batch)
     found, expected = (torch.cat([p.grad.double().flatten() for p in one.parameters()]) for one in (model, reference))
     return float((found - expected).norm() / expected.norm())
 
