@@ -555,7 +555,7 @@ class TestLock:
     @pytest.mark.parametrize("where", ["before", "after"])
     @pytest.mark.parametrize("to_none", [True, False])
     def test_zero_grad_is_refused(self, where, to_none):
-        with pytest.raises(WindowError, match=r"the gradient of 0\.weight was changed \(zero_grad"):
+        with pytest.raises(WindowError, match=r"the gradient of 0\.weight.* was changed \(zero_grad"):
             self.run(**{where: lambda optimizer, _: optimizer.zero_grad(set_to_none=to_none)})
 
     @pytest.mark.parametrize("where", ["before", "after"])
@@ -573,7 +573,7 @@ class TestLock:
                 for parameter in model.parameters():
                     parameter -= 0.1 * parameter.grad
 
-        with pytest.raises(WindowError, match=r"0\.weight was changed inside the loop"):
+        with pytest.raises(WindowError, match="parameters were changed inside the loop"):
             self.run(after=step)
 
     @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ class TestLock:
         ],
     )
     def test_clipping_and_second_losses_are_refused(self, change):
-        with pytest.raises(WindowError, match=r"the gradient of 0\.weight was changed"):
+        with pytest.raises(WindowError, match=r"the gradient of 0\.weight.* was changed"):
             self.run(after=change)
 
     @pytest.mark.parametrize(

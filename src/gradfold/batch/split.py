@@ -288,10 +288,7 @@ class MicroBatcher:
 
     def largest(self, micro_batches: Sequence[MicroBatch]) -> int:
         """The size of the largest of some micro-batches."""
-        largest = 0
-        for part in micro_batches:
-            largest = max(largest, len(part.rows) * (part.width or 1))
-        return largest
+        return max(map(len, map(ROWS, micro_batches)), default=0)
 
     def learn(self, micro_batches: Sequence[MicroBatch]) -> None:
         """A window of these micro-batches has gone through without a fault."""

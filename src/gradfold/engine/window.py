@@ -119,22 +119,15 @@ def _parts_of(modules: list[nn.Module]) -> list[Any]:
 GraphForm: TypeAlias = tuple[str, ...]
 """The names of the last operators of a graph, which tell one loss from another, whatever the sizes."""
 
-_MAX_FORM = 8  # operators
-
 
 def _form_of(weighed: Weighed) -> GraphForm:
-    """The form of the graph behind the terms of a loss, breadth first."""
-    nodes, names = [], []
+    """The form of the graph behind the terms of a loss: of each the last operator, and those before it."""
+    names = []
     for term, _ in weighed:
-        nodes.append(term.grad_fn)
-    for node in nodes:  # which grow meanwhile
-        if node is None:
-            continue
-        names.append(node.name())
-        if len(names) == _MAX_FORM:
-            break
-        for following, _ in node.next_functions:
-            nodes.append(following)
+        if term.grad_fn is not None:
+            names.append(term.grad_fn.name())
+            for before, _ in term.grad_fn.next_functions:
+                names.append("" if before is None else before.name())
     return tuple(names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter, is_
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from gradfold.errors import WindowError
 from gradfold.messages import join_names
 
+_GRADIENT, _VERSION = attrgetter("grad"), attrgetter("_version")
 _ADVICE = (
     " inside the loop over a window, where the gradient is that of a part of the batch. Move it behind the loop: zero, "
     "clip and step once per window."
@@ -22,8 +24,10 @@ class WindowLock:
 
     def __init__(self, model: nn.Module) -> None:
         self._trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self._gradients: list[tuple[Tensor | None, int]] | None = None  # None: no backward pass yet
+        self._parameters = list(self._trained.values())
+        self._gradients: list[Tensor | None] | None = None  # None: no backward pass yet
         self._versions: list[int] = []
+        self._own_versions: list[int] = []
 
     def __enter__(self) -> WindowLock:
         self._handle = register_optimizer_step_pre_hook(self._refuse_step)
@@ -36,8 +40,9 @@ class WindowLock:
 
     def close(self) -> None:
         """A backward pass has ended."""
-        self._gradients = [_mark(one) for one in self._trained.values()]
-        self._versions = [one._version for one in self._trained.values()]
+        self._gradients = list(map(_GRADIENT, self._parameters))
+        self._versions = _versions(self._gradients)
+        self._own_versions = list(map(_VERSION, self._parameters))
 
     def check(self, after_backward: bool = False) -> None:
         """Raise WindowError where gradients have changed since the last backward pass.
@@ -48,13 +53,14 @@ class WindowLock:
         """
         if self._gradients is None:
             return
-        pairs = zip(self._trained.items(), self._gradients, self._versions, strict=True)
-        for (name, one), (gradient, version), own_version in pairs:
-            if one.grad is not gradient or _mark(one)[1] != version:
-                how = "zero_grad, clipping, a backward pass of another loss"
-                raise WindowError(f"the gradient of {name} was changed ({how}){_ADVICE}")
-            if after_backward and one._version != own_version:
-                raise WindowError(f"{name} was changed{_ADVICE}")
+        gradients = list(map(_GRADIENT, self._parameters))
+        if not all(map(is_, gradients, self._gradients)) or _versions(gradients) != self._versions:
+            marks = zip(self._trained, gradients, self._gradients, strict=True)
+            changed = [name for name, now, before in marks if now is not before] or list(self._trained)
+            how = "zero_grad, clipping, a backward pass of another loss"
+            raise WindowError(f"the gradient of {join_names(changed, 3)} was changed ({how}){_ADVICE}")
+        if after_backward and list(map(_VERSION, self._parameters)) != self._own_versions:
+            raise WindowError(f"parameters were changed{_ADVICE}")
 
     def _refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
         stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
@@ -63,6 +69,5 @@ class WindowLock:
             raise WindowError(f"{type(optimizer).__name__}.step would move {join_names(names, 3)}{_ADVICE}")
 
 
-def _mark(parameter: nn.Parameter) -> tuple[Tensor | None, int]:
-    gradient = parameter.grad
-    return gradient, 0 if gradient is None else gradient._version
+def _versions(gradients: list[Tensor | None]) -> list[int]:
+    return [gradient._version for gradient in gradients if gradient is not None]

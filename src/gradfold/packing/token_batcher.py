@@ -199,6 +199,10 @@ class TokenBatcher(MicroBatcher):
         self._timer = StepTimer(strategy) if self._is_measuring else None
         return (self._timer or strategy).run
 
+    def largest(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """The padded tokens of the largest of some micro-batches."""
+        return max((part.size for part in micro_batches), default=0)
+
     def learn(self, micro_batches: Sequence[MicroBatch]) -> None:
         """A window of these micro-batches has gone through without a fault; learn from what was timed."""
         super().learn(micro_batches)
