@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gradfold
 
-PARTS = [2, 6]  # of 8 rows
-CHECKED = [8, *PARTS]  # whole and parts
+PARTS = [2, 3]  # of 5 of 8 rows
+CHECKED = [5, *PARTS]  # whole and parts
+ALL_CHECKED = [8, 2, 6]  # where 5 rows do not tell, or 8 are half of 16
 WINDOW = [8, 8]
 
 
@@ -97,12 +98,12 @@ ONCE = {
 @pytest.mark.parametrize("name", ONCE)
 def test_whole_and_parts_run_once(name):
     make, loss_fn = ONCE[name]
-    again = [6, 6] if make is Counting else []  # one part after itself, which may depend on what it has left
+    again = [3, 3] if make is Counting else []  # one part after itself, which may depend on what it has left
     assert runs(make(), loss_fn) == [*CHECKED, *again, *WINDOW]
 
 
 def test_what_draws_without_a_layer_of_dropout_runs_again_with_its_randomness_recorded():
-    assert runs(net(), lambda model, batch: squares(lambda x: model(F.dropout(x)), batch)) == [8, *CHECKED, *WINDOW]
+    assert runs(net(), lambda model, batch: squares(lambda x: model(F.dropout(x)), batch)) == [5, *CHECKED, *WINDOW]
 
 
 def test_parts_with_another_term_are_compared_by_those_of_the_whole():
@@ -110,8 +111,8 @@ def test_parts_with_another_term_are_compared_by_those_of_the_whole():
 
 
 def test_half_of_a_large_micro_batch_is_enough():
-    assert runs(net(), batch=batch_of(32), micro_batch_size=16) == [*CHECKED, 16, 16]
-    assert runs(net(nn.Dropout()), batch=batch_of(32), micro_batch_size=16) == [*CHECKED, 16, 16]
+    assert runs(net(), batch=batch_of(32), micro_batch_size=16) == [*ALL_CHECKED, 16, 16]
+    assert runs(net(nn.Dropout()), batch=batch_of(32), micro_batch_size=16) == [*ALL_CHECKED, 16, 16]
 
 
 def test_all_rows_run_where_half_of_them_fail():
@@ -125,6 +126,26 @@ def test_all_rows_run_where_half_of_them_fail():
     assert seen == [8, 2, 8, 2, 16, 5, 11, 16, 16]
 
 
+@pytest.mark.parametrize("num_rows, expected", [(2, [2, 1, 1]), (3, [3, 1, 2]), (7, [3, 1, 2]), (15, [5, 2, 3])])
+def test_some_rows_are_enough(num_rows, expected):
+    assert runs(net(), batch=batch_of(2 * num_rows), micro_batch_size=num_rows) == [*expected, num_rows, num_rows]
+
+
+def hardest(model, batch):
+    losses = F.mse_loss(model(batch[0]), batch[1], reduction="none").mean(1)
+    return losses.topk(len(losses) // 2).values.mean()
+
+
+def test_what_some_rows_contradict_and_all_confirm_is_tried_on_whole_micro_batches():
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    columns = torch.cat([x, x]), torch.cat([x[:, :3] * 9, x[:, :3] * 0.1])  # all hard rows in the first micro-batch
+    columns[1][torch.tensor([0, 2, 3, 4])] = 0.1 * x[torch.tensor([0, 2, 3, 4]), :3]  # but as many in its parts
+    batch = tuple(columns)
+    with pytest.raises(gradfold.NotDecomposableError):
+        runs(net(), hardest, batch)
+
+
 def test_a_first_micro_batch_of_one_row_is_passed_over():
     parts = [tuple(column[rows] for column in batch_of()) for rows in (slice(0, 1), slice(1, 9))]
     window = gradfold.windows([parts[0], parts[1]], 2)
@@ -136,7 +157,7 @@ def test_numbers_that_collate_draws_are_not_those_of_the_loss():
         x, y = map(torch.stack, zip(*samples, strict=True))
         return x + torch.randn_like(x), y
 
-    assert runs(net(), batch=list(zip(*batch_of(), strict=True)), collate=collate) == [*CHECKED, *WINDOW]
+    assert runs(net(), batch=list(zip(*batch_of(), strict=True)), collate=collate) == [*ALL_CHECKED, *WINDOW]
 
 
 def test_rows_that_draw_keep_the_padding_of_the_whole():
@@ -158,7 +179,7 @@ def test_draws_on_the_host_are_no_reason_to_trust_what_fits():
         return squares(model, batch)
 
     with pytest.warns(RuntimeWarning, match="draws from random"):
-        assert runs(net(), loss_fn) == [8, 8, *WINDOW]
+        assert runs(net(), loss_fn) == [5, 5, 8, 8, *WINDOW]
 
 
 def test_wrong_losses_with_dropout_are_found():
@@ -168,7 +189,7 @@ def test_wrong_losses_with_dropout_are_found():
 
 def test_a_part_whose_loss_is_not_a_number_proves_nothing_if_no_micro_batch_is_like_it():
     seen = runs(net(), lambda model, batch: squares(model, batch) + (torch.nan if len(batch[0]) == 2 else 0.0))
-    assert seen == [*CHECKED, 16, 8, 8, *WINDOW]  # the micro-batches together, and each by itself
+    assert seen == [*CHECKED, *ALL_CHECKED, 16, 8, 8, *WINDOW]  # the micro-batches together, and each by itself
 
 
 def test_batch_norm_by_micro_batch_is_checked_in_evaluation_mode_alone():
@@ -282,7 +303,7 @@ class Stop(BaseException):
     """An interrupt."""
 
 
-NUM_CHECKED = 14  # of `Sorted`: fast; whole and parts; again; noise 4 + 2; with shared randomness whole and parts
+NUM_CHECKED = 18  # of `Sorted`: fast; 5 rows and parts; fast; whole and parts; again; noise 4 + 2; with shared randomness whole and parts
 
 
 @pytest.mark.parametrize("call", range(1, NUM_CHECKED + 3))

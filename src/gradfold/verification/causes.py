@@ -19,8 +19,9 @@ from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.comparison import NOISE
 from gradfold.self_check.diagnosis import name_term
 from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, UndecidedError
+from gradfold.self_check.look import check_split
 from gradfold.self_check.probe_run import ProbeRun
-from gradfold.self_check.self_check import check_split, without_warnings
+from gradfold.self_check.self_check import without_warnings
 from gradfold.twophase.loss import TwoPhaseLoss, explain
 from gradfold.verification.comparison import SizeComparison, compare, measure
 from gradfold.verification.locate import find_first_coupled_layer
