@@ -80,9 +80,8 @@ class LoopWindow(MicroBatchWindow[T]):
         self._done: set[int] = set()
         self._loss: Tensor | None = None
         self._is_started = False
-        self._lock = WindowLock(context.model)
-        self._check = check
-        check.begin()
+        self._lock = WindowLock(context.model, context.parameters)
+        self._check = check if check.begin() else None
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -104,7 +103,8 @@ class LoopWindow(MicroBatchWindow[T]):
                         self._statistics.listen()
                         yield part.data
                         self._check_backward(index)
-                        self._lock.check(after_backward=True)
+                        self._lock.check_parameters()
+                    self._lock.check_gradients()
                 if not self.losses.settle():
                     self.losses.refuse_non_finite()
                 loss, _ = self.losses.close()
@@ -135,9 +135,10 @@ class LoopWindow(MicroBatchWindow[T]):
             )
         if not isinstance(loss, Tensor):
             raise LossError(f"window.backward takes the loss, one 0-d tensor; got a {type(loss).__name__}.")
-        self._lock.check()
+        self._lock.check_gradients()
         weighed = self.losses.add(self._current, loss)
-        self._check.check(self._parts[self._current], loss, self._weights.of_term(UNNAMED).values[self._current])
+        if self._check is not None:
+            self._check.check(self._parts[self._current], loss, self._weights.of_term(UNNAMED).values[self._current])
         self._done.add(self._current)
         self._statistics.pause()
         self._back_propagate(weighed)
@@ -310,6 +311,7 @@ def _loop_windows(
     if backward is not None:
         probe(backward, context.device)
     warned_of: set[str] = set()
+    checked_version = -1  # of the context, when parameters had no hooks
     check = LoopCheck(warns=weight == "samples")
     group = find_process_group(context.modules, context.device, option)
     if sharded_modules(context.modules):
@@ -319,8 +321,9 @@ def _loop_windows(
         context.coordinator = Coordinator() if group is None else DataParallelCoordinator(group, num_denominators=2)
         with ExitStack() as stack:
             stack.push(context.coordinator)  # tells the others what fails here
-            if len(micro_batches) > 1:
+            if len(micro_batches) > 1 and (context.version != checked_version or context.has_hooks()):
                 check_hooks(model, context.parameters, warned_of)
+                checked_version = context.version
             window = LoopWindow(context, micro_batches.pieces(), weight, batch_norm, backward, check)
             stack.pop_all()
         yield window

@@ -30,29 +30,11 @@ def check_hooks(model: nn.Module, parameters: Sequence[nn.Parameter], warned_of:
 
     `warned_of`: the names that were warned of before, to which new ones are added.
     """
-    if [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]:
-        names = [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]
-        raise HookError(
-            f"{join_names(names, 3)}: a hook registered with register_post_accumulate_grad_hook would run after every "
-            "micro-batch, on a part of the gradient (an optimizer in the backward pass steps many times). Remove the "
-            "hook and act once after accumulator.backward(batch).",
-            tuple(names),
-        )
-    named = list(model.named_parameters())
-    if stepping := tuple(name for name, parameter in named if hasattr(parameter, "_in_backward_optimizers")):
-        raise HookError(
-            f"{join_names(stepping, 3)}: an optimizer in the backward pass (_apply_optimizer_in_backward) would step "
-            "after every micro-batch, on a part of the gradient. Make an optimizer of its own, and step it once after "
-            "accumulator.backward(batch).",
-            stepping,
-        )
-    if sampled := tuple(name for name, parameter in named if hasattr(parameter, "grad_sample")):
-        raise HookError(
-            f"{join_names(sampled, 3)}: gradients per sample (grad_sample, of Opacus) would be multiplied by the "
-            "weight of their micro-batch before they are clipped. Leave gradfold out, and split the batch with "
-            "opacus.utils.batch_memory_manager.BatchMemoryManager.",
-            sampled,
-        )
+    for attribute, text in _ACTING.items():
+        acting = {id(one) for one in parameters if attribute in vars(one) or getattr(one, attribute, None)}
+        if acting:
+            names = tuple(name for name, parameter in model.named_parameters() if id(parameter) in acting)
+            raise HookError(f"{join_names(names, 3)}: {text}", names)
     new = [name for name in parameters_with_hooks(model, parameters) if name not in warned_of]
     if new:
         warned_of.update(new)
@@ -60,6 +42,19 @@ def check_hooks(model: nn.Module, parameters: Sequence[nn.Parameter], warned_of:
             f"hooks on {join_names(new, 3)} (Tensor.register_hook) run on the gradient of each micro-batch, not of the "
             "batch: linear ones (scaling, masking, logging) are fine, clipping is not the same.",
         )
+
+
+_ACTING = {  # attributes of parameters whose owner acts after each micro-batch
+    "_post_accumulate_grad_hooks": "a hook registered with register_post_accumulate_grad_hook would run after every "
+    "micro-batch, on a part of the gradient (an optimizer in the backward pass steps many times). Remove the hook and "
+    "act once after accumulator.backward(batch).",
+    "_in_backward_optimizers": "an optimizer in the backward pass (_apply_optimizer_in_backward) would step after "
+    "every micro-batch, on a part of the gradient. Make an optimizer of its own, and step it once after "
+    "accumulator.backward(batch).",
+    "grad_sample": "gradients per sample (grad_sample, of Opacus) would be multiplied by the weight of their "
+    "micro-batch before they are clipped. Leave gradfold out, and split the batch with "
+    "opacus.utils.batch_memory_manager.BatchMemoryManager.",
+}
 
 
 def parameters_with_hooks(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import attrgetter, is_
 from types import TracebackType
 from typing import Any
@@ -22,10 +23,11 @@ _ADVICE = (
 class WindowLock:
     """Notes gradients at the end of each backward pass; a torch optimizer that steps in the `with` block is refused."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self._parameters = list(self._trained.values())
-        self._gradients: list[Tensor | None] | None = None  # None: no backward pass yet
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        self._model = model
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._gradients: list[Tensor | None] = []  # empty: no backward pass yet
+        self._held: list[Tensor] = []  # those of them that are there
         self._versions: list[int] = []
         self._own_versions: list[int] = []
 
@@ -40,34 +42,35 @@ class WindowLock:
 
     def close(self) -> None:
         """A backward pass has ended."""
-        self._gradients = list(map(_GRADIENT, self._parameters))
-        self._versions = _versions(self._gradients)
+        gradients = list(map(_GRADIENT, self._parameters))
+        if not self._gradients or not all(map(is_, gradients, self._gradients)):
+            self._gradients = gradients
+            self._held = [gradient for gradient in gradients if gradient is not None]
+        self._versions = list(map(_VERSION, self._held))
         self._own_versions = list(map(_VERSION, self._parameters))
 
-    def check(self, after_backward: bool = False) -> None:
-        """Raise WindowError where gradients have changed since the last backward pass.
-
-        Args:
-            after_backward: whether no forward pass has come in between, which may change parameters (an embedding
-                whose rows are renormalized).
-        """
-        if self._gradients is None:
+    def check_gradients(self) -> None:
+        """Raise WindowError where gradients have changed since the last backward pass."""
+        if not self._gradients:
             return
-        gradients = list(map(_GRADIENT, self._parameters))
-        if not all(map(is_, gradients, self._gradients)) or _versions(gradients) != self._versions:
-            marks = zip(self._trained, gradients, self._gradients, strict=True)
-            changed = [name for name, now, before in marks if now is not before] or list(self._trained)
+        are_same = list(map(is_, map(_GRADIENT, self._parameters), self._gradients))
+        if not all(are_same) or list(map(_VERSION, self._held)) != self._versions:
+            names = self._names(one for one, is_same in zip(self._parameters, are_same, strict=True) if not is_same)
+            names = names or self._names(self._parameters)
             how = "zero_grad, clipping, a backward pass of another loss"
-            raise WindowError(f"the gradient of {join_names(changed, 3)} was changed ({how}){_ADVICE}")
-        if after_backward and list(map(_VERSION, self._parameters)) != self._own_versions:
+            raise WindowError(f"the gradient of {join_names(names, 3)} was changed ({how}){_ADVICE}")
+
+    def check_parameters(self) -> None:
+        """Raise WindowError where parameters have; a forward pass may change some (embeddings with a `max_norm`)."""
+        if self._gradients and list(map(_VERSION, self._parameters)) != self._own_versions:
             raise WindowError(f"parameters were changed{_ADVICE}")
 
     def _refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
         stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-        names = [name for name, one in self._trained.items() if id(one) in stepped]
+        names = self._names(one for one in self._parameters if id(one) in stepped)
         if names:
             raise WindowError(f"{type(optimizer).__name__}.step would move {join_names(names, 3)}{_ADVICE}")
 
-
-def _versions(gradients: list[Tensor | None]) -> list[int]:
-    return [gradient._version for gradient in gradients if gradient is not None]
+    def _names(self, parameters: Iterable[nn.Parameter]) -> list[str]:
+        chosen = set(map(id, parameters))
+        return [name for name, parameter in self._model.named_parameters() if id(parameter) in chosen]

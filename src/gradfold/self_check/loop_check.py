@@ -33,10 +33,11 @@ class LoopCheck:
         self._num_windows = 0
         self._first: tuple[MicroBatch, float, float] | None = None  # with the denominator of its mean, and its weight
 
-    def begin(self) -> None:
-        """Another window."""
+    def begin(self) -> bool:
+        """Another window; whether its losses are to be looked at."""
         self._num_windows += 1
         self._first = None
+        return self._num_windows in _WINDOWS
 
     def check(self, part: MicroBatch, loss: Tensor, weight: float) -> None:
         """Look at the loss of a micro-batch before it is back-propagated.
@@ -44,7 +45,7 @@ class LoopCheck:
         Raises:
             NotDecomposableError: it is a sum, or a mean over something else than the weight counts.
         """
-        if self._num_windows not in _WINDOWS or not weight or not loss.requires_grad:
+        if not weight or not loss.requires_grad:
             return
         rows = rows_if_any(part.data) or 0
         if not self._has_warned_of_pairs and rows > 1 and {rows, 2 * rows} & {*_read(compared_rows, loss)}:

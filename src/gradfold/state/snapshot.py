@@ -26,7 +26,7 @@ from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.external import RUNNING, ExternalState
 from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
 from gradfold.state.rng import RandomState
-from gradfold.torch_private import BLOCK_READERS, BLOCK_SETTINGS, CALL, apply_settings
+from gradfold.torch_private import BLOCK_SETTINGS, THREAD_SETTINGS, apply_settings, read_settings
 
 TRAINING, _BUFFERS, _IS_TRAINED = attrgetter("training"), attrgetter("_buffers"), attrgetter("requires_grad")
 
@@ -68,6 +68,8 @@ class Snapshot:
         self._has_frozen = not all(map(_IS_TRAINED, parameters))
         self._frozen = FrozenKeeper(copies_all=probe is not None) if frozen is None else frozen
         self._probe = probe
+        # A window reads no more than it has to; what else a strategy changes it adds to `undo`.
+        self._kept_settings = THREAD_SETTINGS if probe is None else BLOCK_SETTINGS
         self._external: ExternalState | None = None
         self._is_open = self._is_discarded = False
         self._outer: Snapshot | None = None  # the one inside of which this one is open
@@ -77,7 +79,7 @@ class Snapshot:
 
     def __enter__(self) -> Snapshot:
         self._modes = list(map(TRAINING, self._modules))
-        self._settings = list(map(CALL, BLOCK_READERS))
+        self._settings = read_settings(self._kept_settings)
         self._random_state = self._beginning = self._record()
         if self._probe is not None:
             self._external = ExternalState(*self._probe, *self._modules)
@@ -128,7 +130,7 @@ class Snapshot:
             inner = inner._outer
         if self._is_open and not self.gradients.is_added():
             restore_each(
-                lambda: apply_settings(BLOCK_SETTINGS, self._settings),
+                lambda: apply_settings(self._kept_settings, self._settings),
                 *reversed(self.undo),
                 self._restore_modes,
                 lambda: self.gradients.put_back(self._model.parameters()),
@@ -280,7 +282,8 @@ def restore_each(step: Callable[[], object], *others: Callable[[], object]) -> N
 
 def refuse_inner_window(parameters: Sequence[nn.Parameter]) -> None:
     """Raise WindowError inside of a window over some of these parameters, whose gradients this one would lose."""
-    outer, trained = _innermost.get(), {id(one) for one in parameters if one.requires_grad}
+    outer = _innermost.get()
+    trained = set() if outer is None else {id(one) for one in parameters if one.requires_grad}
     while outer is not None:
         shared = [name for name, one in outer._model.named_parameters() if id(one) in trained]
         if shared and outer._probe is None and _is_running(outer):
