@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gradfold.engine.graph import graph_leaves, graph_nodes
+from gradfold.engine.graph import graph_leaves, walk
 
 
 def test_leaves_are_what_a_backward_pass_gives_a_gradient():
@@ -21,8 +21,8 @@ def test_leaves_are_what_a_backward_pass_gives_a_gradient():
 def test_nodes_that_are_reached_twice_come_once():
     x = torch.ones(3, requires_grad=True)
     y = x * 2
-    assert len(list(graph_nodes([y + y, y]))) == 3  # add, mul, x
+    assert len(list(walk([(y + y).grad_fn, y.grad_fn]))) == 3  # add, mul, x
 
 
 def test_tensors_without_a_graph_have_no_nodes():
-    assert list(graph_nodes([torch.ones(2)])) == []
+    assert list(walk([torch.ones(2).grad_fn])) == []

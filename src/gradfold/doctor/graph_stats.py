@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gradfold.engine.loss_graph import INPUTS, compared_rows, walk
+from gradfold.engine.graph import walk
+from gradfold.engine.loss_graph import INPUTS, compared_rows
 from gradfold.torch_private import ACCUMULATE_GRAD
 
 _MOST_NODES = 20_000
@@ -40,7 +41,7 @@ def graph_stats(loss: Tensor, may_read: bool) -> GraphStats:
     `may_read` is whether to read what operators keep. Not where hooks pack saved tensors: unpacking may run the user's
     code again (checkpointing) or copy from another device.
     """
-    stats, nodes = GraphStats(is_walked=True), list(walk(loss.grad_fn, _MOST_NODES))
+    stats, nodes = GraphStats(is_walked=True), list(walk([loss.grad_fn], _MOST_NODES))
     storages: dict[int, int] = {}  # sizes by address
     factors: list[Tensor] = []  # of elementwise products: a model's input where it has no layers, else often a mask
     for node in nodes:

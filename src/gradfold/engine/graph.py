@@ -1,23 +1,31 @@
-"""The autograd graph: a walk from some tensors to the leaves that a backward pass accumulates into."""
+"""The autograd graph: a walk from some nodes to the leaves that a backward pass accumulates into."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 
-def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node (`tensor.grad_fn` and what it leads to) behind these tensors, once."""
+def walk(
+    roots: Iterable[Any], most: float = math.inf, stops_at: Callable[[Any], bool] = lambda node: False
+) -> Iterator[Any]:
+    """The nodes behind some (`tensor.grad_fn`, or None), depth first, each once and at most so many.
+
+    None below those where `stops_at` is true.
+    """
     seen: set[Any] = set()
-    ahead: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    while ahead:
-        node = ahead.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            ahead += [following for following, _ in node.next_functions if following is not None]
+    stack = list(roots)
+    while stack and len(seen) < most:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not stops_at(node):
+            stack += [child for child, _ in node.next_functions]
 
 
 def leaf_of(node: Any) -> Tensor | None:
@@ -28,4 +36,5 @@ def leaf_of(node: Any) -> Tensor | None:
 
 def graph_leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors that a backward pass from these accumulates into."""
-    return [leaf for leaf in map(leaf_of, graph_nodes(tensors)) if leaf is not None]
+    nodes = walk(tensor.grad_fn for tensor in tensors)
+    return [leaf for leaf in map(leaf_of, nodes) if leaf is not None]

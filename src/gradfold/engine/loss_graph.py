@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gradfold.engine.graph import walk
 from gradfold.torch_private import ACCUMULATE_GRAD, read_number
 
 _MARK = "gradfold"  # in a node's metadata: what is known about it from outside the graph
@@ -70,20 +71,6 @@ def mark_of(loss: Tensor) -> Any:
     return None if loss.grad_fn is None else cast(dict[str, Any], loss.grad_fn.metadata).get(_MARK)
 
 
-def walk(root: Any, most: int, stops_at: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:
-    """The nodes of a graph, depth first, each once and at most so many; none below those where `stops_at` is true."""
-    seen: set[Any] = set()
-    stack = [root]
-    while stack and len(seen) < most:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if not stops_at(node):
-            stack += [child for child, _ in node.next_functions]
-
-
 def terms_of(loss: Tensor, grad_output: Tensor | None = None) -> tuple[DividedTerm, ...]:
     """The means and sums that a loss consists of.
 
@@ -113,7 +100,7 @@ def terms_of(loss: Tensor, grad_output: Tensor | None = None) -> tuple[DividedTe
 def _num_terms(node: Any) -> int:
     """How many losses a node sums; 1 where it is not a sum."""
     is_loss: Callable[[Any], bool] = lambda one: one.name() not in _SUMS  # noqa: E731
-    return max(sum(map(is_loss, walk(node, _MOST_NODES, is_loss))), 1)
+    return max(sum(map(is_loss, walk([node], _MOST_NODES, is_loss))), 1)
 
 
 def _follow(
@@ -207,7 +194,7 @@ def compared_rows(loss: Tensor) -> list[int]:
     def is_last_layer(node: Any) -> bool:
         return bool(rows) or any(_is_parameter(child) for child, _ in node.next_functions)
 
-    for node in walk(loss.grad_fn, _MOST_NODES_OF_LOSS, is_last_layer):
+    for node in walk([loss.grad_fn], _MOST_NODES_OF_LOSS, is_last_layer):
         rows = _compared_rows(node)
         found += rows
     return found
@@ -246,7 +233,7 @@ def _sizes(node: Any, names: tuple[str, ...]) -> tuple[int, ...]:
 
 def _depends_on_data(root: Any) -> bool:
     """Whether a tensor that needs no gradient goes into a product or a look-up below: not weights alone."""
-    kept = (_saved(node, name) for node in walk(root, _MOST_NODES_OF_LOSS) for name in INPUTS)
+    kept = (_saved(node, name) for node in walk([root], _MOST_NODES_OF_LOSS) for name in INPUTS)
     return any(isinstance(one, Tensor) and not one.requires_grad and one.numel() > 1 for one in kept)
 
 

@@ -18,7 +18,7 @@ from gradfold.batchnorm.intercept import current_forward
 from gradfold.distributed.ddp import unwrapped
 from gradfold.dropout import counter_based_dropout
 from gradfold.engine.backward import BackPropagation
-from gradfold.engine.graph import graph_nodes, leaf_of
+from gradfold.engine.graph import leaf_of, walk
 from gradfold.engine.loss_terms import LossFn, LossOutput, loss_terms_of
 from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
 from gradfold.self_check.rng_replay import RecordedRandomness, RowRandomness, is_random
@@ -63,7 +63,7 @@ def run_whole(setup: Setup, model: nn.Module | None = None) -> WholeRun:
     def loss_fn(model: nn.Module, batch: Batch) -> LossOutput:
         output: LossOutput = setup.loss_fn(model, batch)
         terms = loss_terms_of(output).values()
-        nodes.extend(graph_nodes(terms))
+        nodes.extend(walk(term.grad_fn for term in terms))
         if not any(term.requires_grad for term in terms):
             BackPropagation()([(term, 1.0) for term in terms])  # raises the error that says so
         return output
