@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from gradfold.self_check.comparison import GradientComparison, tolerance_of
+from gradfold.self_check.comparison import GradientComparison, perturbed, tolerance_of
 
 TOLERANCE = 1e-6
 SHARES = [0.3, 0.5, 1e-6, 1 - 1e-6]
@@ -206,3 +207,19 @@ def test_what_fits_and_what_is_proof_depend_on_the_tolerance():
 )
 def test_the_lowest_precision_sets_the_tolerance(dtypes, expected):
     assert tolerance_of(dtypes) == tolerance_of([expected])
+
+
+def test_parameters_are_as_before_where_moving_them_fails(monkeypatch):
+    parameters = [nn.Parameter(torch.randn(3)) for _ in range(3)]
+    before, rand = [one.detach().clone() for one in parameters], torch.rand
+
+    def interrupted(*args, **kwargs):
+        if not torch.equal(parameters[1], before[1]):  # in the middle
+            raise KeyboardInterrupt
+        return rand(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "rand", interrupted)
+    with pytest.raises(KeyboardInterrupt), perturbed(parameters, 0):
+        pass
+    assert all(map(torch.equal, parameters, before))
+    assert [one._version for one in parameters] == [0, 0, 0]

@@ -15,7 +15,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradfold.self_check.torch_private import foreach_norm, unchanged_versions
+from gradfold.state.attributes import keep_contents
+from gradfold.torch_private import foreach_norm
 
 PROOF = 4  # how many times the tolerance a difference must be, in order to count as proof
 NOISE = 30  # how many times the effect of a rounding error in every parameter a difference must be
@@ -58,21 +59,18 @@ def perturbed(
     Of several seeds, since one may move nothing that counts, by luck; `precision`: whose rounding errors, if not their
     own dtype's.
     """
-    moved = tuple(parameter for parameter in parameters if parameter.is_floating_point())
-    values = [parameter.detach().clone() for parameter in moved]
-    # Version counters stay: else a frozen parameter would seem to have been moved by the user.
-    with torch.no_grad(), unchanged_versions(moved):
-        for number, parameter in enumerate(moved):
-            generator = torch.Generator().manual_seed(1000 * random_seed + number)
-            steps = torch.rand(parameter.shape, generator=generator).mul_(2 * _STEPS).sub_(_STEPS)
-            steps = steps.to(parameter.device, parameter.dtype)
-            parameter.add_(parameter * steps, alpha=torch.finfo(precision or parameter.dtype).eps)
+    kept = list(filter(None, (keep_contents(one) for one in parameters if one.is_floating_point())))
     try:
+        with torch.no_grad():
+            for number, (parameter, *_) in enumerate(kept):
+                generator = torch.Generator().manual_seed(1000 * random_seed + number)
+                steps = torch.rand(parameter.shape, generator=generator).mul_(2 * _STEPS).sub_(_STEPS)
+                steps = steps.to(parameter.device, parameter.dtype)
+                parameter.add_(parameter * steps, alpha=torch.finfo(precision or parameter.dtype).eps)
         yield
     finally:
-        with torch.no_grad(), unchanged_versions(moved):
-            for parameter, value in zip(moved, values, strict=True):
-                parameter.copy_(value)
+        for contents in kept:  # with their versions: else frozen parameters would seem to have been moved by the user
+            contents.restore()
 
 
 @dataclass(frozen=True)

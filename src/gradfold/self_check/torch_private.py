@@ -17,12 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 # Without it: nested tuples, lists and dicts walked by hand.
 from torch.utils._pytree import tree_leaves as tree_leaves
 
-# Without it: a loop over the tensors, slower for many small parameters.
-foreach_norm = torch._foreach_norm
-
-# Writes to a tuple of tensors in its block do not count in their versions. Without it: frozen parameters seem moved.
-unchanged_versions: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
-
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Whether one is of `torch.compile(module)` (`_orig_mod`) or of `module.compile()` (`_compiled_call_impl`).
