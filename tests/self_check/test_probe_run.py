@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -341,6 +342,24 @@ def test_a_module_may_keep_an_inference_tensor():
     model = Watched(lambda self, x: self.table.sum() * 0, table=table)
     probed(model, squares, torch.randn(5, 4))
     assert model.table is table
+
+
+@pytest.mark.parametrize("cause", [None, "coupled"])
+def test_a_frozen_parameter_may_be_made_in_inference_mode(cause):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with torch.inference_mode():
+        for name, table in [("weight", torch.randn(2, 3)), ("bias", torch.randn(2))]:
+            setattr(model[1], name, nn.Parameter(table, requires_grad=False))
+
+    def loss_fn(model, batch):
+        weight, bias = model[1].weight.clone(), model[1].bias.clone()
+        outputs = F.linear(model[0](batch), weight, bias)
+        return (outputs if cause is None else outputs.softmax(0)).square().mean()
+
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=4)
+    with nullcontext() if cause is None else pytest.raises(gradfold.NotDecomposableError) as refused:
+        accumulator.backward(torch.randn(12, 4))
+    assert cause is None or refused.value.cause == cause
 
 
 def test_modes_of_modules_are_as_before():

@@ -86,11 +86,11 @@ class ProbeRun:
             weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
             # All but those behind a reentrant checkpoint.
             self.snapshot.gradients.set_aside(graph_leaves(term for term, _ in weighted))
-            watched = None if self._has_run else [(one._version, _values(one)) for one in self.parameters]
+            trained = () if self._has_run else [one for one in self.parameters if one.requires_grad]
+            watched = [(one, one._version, _values(one)) for one in trained]
             self._back_propagate(weighted)
-        if watched is not None:
-            self._has_run = True
-            self._refuse_steps(watched)
+        self._has_run = True
+        self._refuse_steps(watched)
         self._changes_inputs |= versions(MicroBatch(batch, ())) != before
         gradients = sample_gradients(self.parameters)
         self.drop_gradient()
@@ -107,11 +107,11 @@ class ProbeRun:
         """Begin another window, after steps."""
         self.snapshot.empty_gradients()
 
-    def _refuse_steps(self, watched: Sequence[tuple[int, Tensor | None]]) -> None:
+    def _refuse_steps(self, watched: Sequence[tuple[nn.Parameter, int, Tensor | None]]) -> None:
         """Raise HookError where the backward pass has changed parameters, which is too late to be undone."""
         moved = {
             id(parameter)
-            for parameter, (version, value) in zip(self.parameters, watched, strict=True)
+            for parameter, version, value in watched
             if parameter._version != version and not _are_equal(value, _values(parameter))
         }
         if moved:
@@ -151,7 +151,7 @@ def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
 
 def _values(parameter: nn.Parameter) -> Tensor | None:
     """Some elements of a trained parameter, which show whether something has stepped."""
-    return _sample(parameter.detach(), _MAX_WATCHED) if parameter.requires_grad and not is_lazy(parameter) else None
+    return None if is_lazy(parameter) else _sample(parameter.detach(), _MAX_WATCHED)
 
 
 def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
