@@ -19,23 +19,19 @@ Expected: TypeAlias = Any
 """A kind, or a dict, list or pair of such; see above."""
 
 
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_number(value: Any, kind: Any, least: int) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value < math.inf)
 
 
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "count": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
-    "size": ("a whole number of at least 1", lambda value: _is_int(value, 1)),
-    "number": ("a finite number of at least 0", lambda value: _is_int(value, 0) or _is_positive(value)),
+    "count": ("a whole number of at least 0", lambda value: _is_number(value, int, 0)),
+    "size": ("a whole number of at least 1", lambda value: _is_number(value, int, 1)),
+    "number": ("a finite number of at least 0", lambda value: _is_number(value, (int, float), 0)),
     "flag": ("True or False", lambda value: isinstance(value, bool)),
     "text": ("text", lambda value: isinstance(value, str)),
     "list": ("a list", lambda value: isinstance(value, (list, tuple))),
     "dict": ("a dict", lambda value: isinstance(value, Mapping)),
 }
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, float) and 0 <= value < math.inf
 
 
 def check_saved(state: Any, expected: Expected, name: str, place: str = "state") -> None:
