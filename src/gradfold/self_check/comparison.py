@@ -110,11 +110,6 @@ class GradientComparison:
         return float(self.errors.max())
 
     @property
-    def is_zero(self) -> bool:
-        """Whether there is no gradient at all."""
-        return not any(one.any() for one in (self.whole, self.first, self.second))
-
-    @property
     def fits(self) -> bool:
         """Whether the parts make up the whole, to rounding."""
         return self.error <= self.tolerance

@@ -58,7 +58,7 @@ def diagnose(experiment: SplitExperiment, result: SplitResult) -> NotDecomposabl
     scaled = {factor: experiment.record_whole(factor=factor).gradients for factor in _FACTORS}
     unscaled = comparison.unscaled(scaled, NOISE * noise)
     if unscaled is not None:
-        return _ignores_grad_output(experiment.seen_or_first(list(result.whole.losses)), unscaled)
+        return _ignores_grad_output(experiment.seen_or_first(result.whole.losses), unscaled)
     for factor, gradients in scaled.items():  # and what rounding the grad_outputs moves, which small types lose
         rescaled = [None if gradient is None else gradient / factor for gradient in gradients]
         noise = torch.maximum(noise, comparison.differences(rescaled))
@@ -86,11 +86,11 @@ def refuse_left_state(experiment: SplitExperiment, result: SplitResult) -> None:
     names = experiment.probe.snapshot.changed_attributes()
     if not names:
         return
-    first, second = experiment.run_part_twice()
+    first, second = experiment.run_in_turn(1, 1)
     comparison = result.comparison
     if bool((comparison.differences(second.gradients, first.gradients) > PROOF * comparison.tolerance).any()):
         text = _TEXTS["state"].format(off="one after the other", state=join_names(names, 3))
-        term = experiment.seen_or_first(list(result.whole.losses))
+        term = experiment.seen_or_first(result.whole.losses)
         raise NotDecomposableError(f"{name_term(term)} {text}", "state", term)
 
 
@@ -144,7 +144,8 @@ def _state_that_explains(experiment: SplitExperiment, comparison: GradientCompar
         return []
     if experiment.compare(whole, experiment.run_parts(whole, rewind_between=True), term).fits:
         return state
-    after = comparison.differences(experiment.run_whole_after_part().gradients)
+    _, after_part = experiment.run_in_turn(0, 2)
+    after = comparison.differences(after_part.gradients)
     return state if bool((after > PROOF * comparison.tolerance).any()) else []
 
 

@@ -153,7 +153,7 @@ class SplitExperiment:
         share = self.share_of_part(0, term or self.seen_or_first(whole.losses))
         first, second = parts
         comparison = GradientComparison.of(whole.gradients, first.gradients, second.gradients, share, self._tolerance)
-        if comparison is None or comparison.is_zero:
+        if comparison is None or not any(map(torch.any, (comparison.whole, comparison.first, comparison.second))):
             raise UndecidedError("there was no gradient")
         return comparison
 
@@ -176,22 +176,17 @@ class SplitExperiment:
             self._dims |= mode.dims
         return results
 
-    def run_part_twice(self) -> tuple[ProbeResult, ProbeResult]:
-        """The second part, and again after itself."""
+    def run_in_turn(self, *indices: int) -> list[ProbeResult]:
+        """Parts (0 and 1) and the whole (2) one after another, each with what the one before it has left."""
+        batches = *self._running, self._whole
+        shares = self.shares_in_window(0), self.shares_in_window(1), self._share
+        rows = *self.rows, range(self.num_rows)
         self.probe.snapshot.rewind()
-        first, second = (self.probe.run(self._running[1], self.shares_in_window(1), self._mode(1)) for _ in range(2))
-        return first, second
-
-    def _mode(self, index: int) -> RowRandomness | None:
-        """Of a part, or of the whole (2); None without random numbers."""
-        rows = (*self.rows, range(self.num_rows))[index]
-        return RowRandomness(self.recorded, self.num_rows, rows) if self.recorded.values else None
-
-    def run_whole_after_part(self) -> ProbeResult:
-        """The whole again, after its first part: another gradient shows that it depends on what a pass leaves."""
-        self.probe.snapshot.rewind()
-        self.probe.run(self._running[0], self.shares_in_window(0), self._mode(0))
-        return self.probe.run(self._whole, self._share, self._mode(2))
+        results = []
+        for index in indices:
+            mode = RowRandomness(self.recorded, self.num_rows, rows[index]) if self.recorded.values else None
+            results.append(self.probe.run(batches[index], shares[index], mode))
+        return results
 
     def fits_when_padded_alike(self, term: str) -> bool:
         """Whether parts cut from the whole, with its padding, make it up where those that were collated do not."""
