@@ -231,7 +231,7 @@ def test_runs_that_belong_together_are_found(order):
     for rows in order:
         runs.note(rows, f"{rows} rows")
     found = runs.take()
-    assert found.whole.seen == "3 rows" and sorted(part.num_rows for part in found.parts) == [1, 2]
+    assert found[0].seen == "3 rows" and sorted(part.num_rows for part in found[1:]) == [1, 2]
     assert runs.take() is None
 
 

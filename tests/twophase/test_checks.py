@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import gradfold
 from gradfold.self_check.experiment import UndecidedError
-from gradfold.self_check.observations import ObservedRun, ObservedSplit
+from gradfold.self_check.observations import ObservedRun
 from gradfold.twophase.checks import check_constants
 
 
@@ -105,7 +105,7 @@ def test_means_among_sums_are_refused_and_sums_are_right():
 
 def judged(whole, first, second, dtype, combine="concatenate"):
     runs = [ObservedRun(len(value), {"": value}) for value in (whole, first, second)]
-    check_constants(ObservedSplit(runs[0], (runs[1], runs[2])), combine, [dtype])
+    check_constants(runs, combine, [dtype])
 
 
 def test_what_rounding_explains_is_let_pass():

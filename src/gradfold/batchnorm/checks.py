@@ -53,10 +53,10 @@ class InputDependence:
         found = self._runs.take()
         if found is None or not passed:
             return
-        if len({tuple(name for name, _ in run.seen) for run in (found.whole, *found.parts)}) > 1:
+        if len({tuple(name for name, _ in run.seen) for run in found}) > 1:
             return
-        first, second = found.parts
-        for number, (name, count) in enumerate(found.whole.seen):
+        whole, first, second = found
+        for number, (name, count) in enumerate(whole.seen):
             key = self._structure, number, name
             counts = first.seen[number][1], second.seen[number][1]
             if sum(counts) == count:
@@ -66,7 +66,7 @@ class InputDependence:
                 self._known[key] = "shared"
             else:
                 raise BatchNormError(
-                    f"BatchNorm in {name} normalizes {count} values per channel of {found.whole.num_rows} rows, and "
+                    f"BatchNorm in {name} normalizes {count} values per channel of {whole.num_rows} rows, and "
                     f"{counts[0]} and {counts[1]} when these run in two parts, so its statistics would not be those of "
                     "the whole batch. Normalize prototypes or queries that are concatenated with the rows in a "
                     "BatchNorm (or a call of it) of their own. Have collate= pad to one length, or normalize x[mask]. "

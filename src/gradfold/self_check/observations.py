@@ -16,20 +16,12 @@ class ObservedRun(Generic[T]):
     seen: T
 
 
-@dataclass(frozen=True)
-class ObservedSplit(Generic[T]):
-    """Three runs over the same rows."""
-
-    whole: ObservedRun[T]
-    parts: tuple[ObservedRun[T], ObservedRun[T]]
-
-
 class Observations(Generic[T]):
     """Takes down runs as they come, in the order whole, part, part."""
 
     def __init__(self) -> None:
         self._last: list[ObservedRun[T]] = []
-        self._found: ObservedSplit[T] | None = None
+        self._found: list[ObservedRun[T]] | None = None
 
     def note(self, num_rows: int | None, seen: T) -> None:
         """A run of as many rows; None where they cannot be counted."""
@@ -37,9 +29,9 @@ class Observations(Generic[T]):
         if len(self._last) == 3:
             whole, first, second = self._last
             if whole.num_rows == first.num_rows + second.num_rows:
-                self._found = ObservedSplit(whole, (first, second))
+                self._found = self._last
 
-    def take(self) -> ObservedSplit[T] | None:
-        """The last three that belong together, once; only where the check has passed is their randomness the same."""
+    def take(self) -> list[ObservedRun[T]] | None:
+        """The last whole and its two parts, once; only where the check has passed is their randomness the same."""
         found, self._found, self._last = self._found, None, []
         return found

@@ -7,7 +7,7 @@ finite, and whether the second run of every micro-batch is like the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from gradfold.engine.window import Window
 from gradfold.errors import NonFiniteGradientError, NonFiniteLossError, NotDecomposableError, RecomputeError
 from gradfold.self_check.comparison import tolerance_of
-from gradfold.self_check.observations import ObservedSplit
+from gradfold.self_check.observations import ObservedRun
 from gradfold.twophase.loss import Combine
 from gradfold.twophase.statistics import Statistics
 
@@ -31,15 +31,15 @@ _SUMS = "summed, are not those of the micro-batch. Return sums over rows, not me
 
 
 def check_constants(
-    found: ObservedSplit[dict[str, Any]], combine: Combine, dtypes: Iterable[torch.dtype | None]
+    found: Sequence[ObservedRun[dict[str, Any]]], combine: Combine, dtypes: Iterable[torch.dtype | None]
 ) -> None:
     """Raise NotDecomposableError where labels, masks or counts of two parts, combined, are not those of the whole.
 
-    They come by path; `dtypes` are those of the computation.
+    They come by path, of the whole and its parts; `dtypes` are those of the computation.
     """
-    parts = sorted(found.parts, key=lambda run: run.num_rows)
+    parts = sorted(found[1:], key=lambda run: run.num_rows)
     tolerance = tolerance_of(dtypes).statistic
-    for path, whole in found.whole.seen.items():
+    for path, whole in found[0].seen.items():
         if all(path in part.seen for part in parts):
             first, second = (part.seen[path] for part in parts)
             seen = _differ(whole, first, second, combine, tolerance)
@@ -49,7 +49,7 @@ def check_constants(
                 rule = _ROWS if combine == "concatenate" else _SUMS
                 raise NotDecomposableError(
                     f"the statistic {path or 'S'} of the TwoPhaseLoss cannot be combined: those of two parts of a "
-                    f"micro-batch ({parts[0].num_rows} and {parts[1].num_rows} of {found.whole.num_rows} rows), "
+                    f"micro-batch ({parts[0].num_rows} and {parts[1].num_rows} of {found[0].num_rows} rows), "
                     f"{rule}. Seen: {seen}.",
                     "coupled",
                     "loss",
