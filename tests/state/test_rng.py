@@ -33,9 +33,9 @@ def test_a_normal_number_that_torch_has_in_store_comes_again():
 
 def test_drawing_does_not_change_what_was_recorded():
     state = RandomState.record([])
-    kept = state.cpu.clone()
+    kept = state.by_device[0][1].clone()
     torch.rand(1000)
-    assert torch.equal(state.cpu, kept)
+    assert torch.equal(state.by_device[0][1], kept)
 
 
 def test_recording_draws_nothing():
@@ -113,7 +113,7 @@ def test_a_backend_without_a_random_state_has_none_to_keep(monkeypatch, module):
     device = torch.device("lazy", 0 if module is None else 1)
     state = RandomState.record([SimpleNamespace(device=device, is_cpu=False, is_meta=False)])
     rng._has_state.cache_clear()
-    assert state.accelerators == () and not state.has_moved()
+    assert len(state.by_device) == 1 and not state.has_moved()  # the CPU
     drawn = torch.rand(2)
     state.restore()
     assert torch.equal(torch.rand(2), drawn)

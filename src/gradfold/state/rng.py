@@ -17,65 +17,62 @@ from torch import Tensor
 
 from gradfold.torch_private import without_dispatch
 
+CPU = torch.device("cpu")
+
 
 class RandomState(NamedTuple):
     """States of torch's default generators; restoring them makes the same numbers be drawn again."""
 
-    cpu: Tensor
-    accelerators: tuple[tuple[torch.device, Tensor], ...]
+    by_device: tuple[tuple[torch.device, Tensor], ...]
 
     @classmethod
     def record(cls, tensors: Iterable[Tensor]) -> RandomState:
         """The states now, of the CPU and of the accelerators that hold some of `tensors`."""
         # Reading a state copies it on the host; on CUDA it is a seed and an offset, without waiting for the device.
         devices = {tensor.device for tensor in tensors if not tensor.is_cpu and not tensor.is_meta}
-        states = [(device, _state(device)) for device in devices if _has_state(device)]
-        return cls(torch.get_rng_state(), tuple(states))
+        return cls(tuple((device, _state(device)) for device in (CPU, *filter(_has_state, devices))))
 
     def has_moved(self) -> bool:
         """Whether some generator is in another state now."""
-        return not _is_same(self.cpu, torch.get_rng_state()) or any(
-            not _is_same(state, _state(device)) for device, state in self.accelerators
-        )
+        return any(not _is_same(state, _state(device)) for device, state in self.by_device)
 
     def is_same(self, other: RandomState) -> bool:
         """Whether both are of the same generators in the same states."""
-        pairs = zip(self.accelerators, other.accelerators, strict=True)
-        return _is_same(self.cpu, other.cpu) and all(_is_same(own, theirs) for (_, own), (_, theirs) in pairs)
+        pairs = zip(self.by_device, other.by_device, strict=True)
+        return all(_is_same(own, theirs) for (_, own), (_, theirs) in pairs)
 
     def derived(self, number: int) -> RandomState:
         """States of other generators, seeded by these and a number."""
         text = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
         with without_dispatch():
-            for state in (self.cpu, *(state for _, state in self.accelerators)):
+            for _, state in self.by_device:
                 text.update(state.numpy().tobytes())
         seed = int.from_bytes(text.digest(), "little", signed=True)
-        accelerators = [(device, _seeded(device, seed)) for device, _ in self.accelerators]
-        return RandomState(_seeded(torch.device("cpu"), seed), tuple(accelerators))
+        seeded = ((device, torch.Generator(device).manual_seed(seed).get_state()) for device, _ in self.by_device)
+        return RandomState(tuple(seeded))
 
     def restore(self) -> None:
         """Set the generators back."""
-        torch.set_rng_state(self.cpu)
-        for device, state in self.accelerators:
-            torch.get_device_module(device).set_rng_state(state, *_which(device))
+        for device, state in self.by_device:
+            _module(device).set_rng_state(state, *_which(device))
+
+
+def _module(device: torch.device) -> Any:
+    return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
 @cache
 def _has_state(device: torch.device) -> bool:
     """Whether torch knows the random state of a device; not of every backend (a lazy one has no module)."""
     try:
-        return hasattr(torch.get_device_module(device), "get_rng_state")
+        return hasattr(_module(device), "get_rng_state")
     except RuntimeError:
         return False
 
 
 def _state(device: torch.device) -> Tensor:
-    state: Tensor = torch.get_device_module(device).get_rng_state(*_which(device))
+    state: Tensor = _module(device).get_rng_state(*_which(device))
     return state
-
-
-def _seeded(device: torch.device, seed: int) -> Tensor:
-    return torch.Generator(device).manual_seed(seed).get_state()
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -85,7 +82,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is one, and its functions take no device
+    return () if device.type in ("cpu", "mps") else (device,)  # there is one, and its functions take no device
 
 
 class RandomStates(NamedTuple):

@@ -25,7 +25,7 @@ from gradfold.state.attributes import Contents, ModuleAttributes, keep_contents
 from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.external import RUNNING, ExternalState
 from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
-from gradfold.state.rng import RandomState
+from gradfold.state.rng import CPU, RandomState
 from gradfold.torch_private import BLOCK_SETTINGS, THREAD_SETTINGS, apply_settings, read_settings
 
 TRAINING, _BUFFERS, _IS_TRAINED = attrgetter("training"), attrgetter("_buffers"), attrgetter("requires_grad")
@@ -229,8 +229,8 @@ class Snapshot:
         return True
 
     def _record(self) -> RandomState:
-        if self._parameters and self._parameters[0].is_cpu:
-            return RandomState(torch.get_rng_state(), ())
+        if self._parameters and self._parameters[0].is_cpu:  # the usual case, faster
+            return RandomState(((CPU, torch.get_rng_state()),))
         return RandomState.record(self._parameters)
 
     def _keep_for_probe(self, outer: Snapshot | None) -> None:
