@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -174,13 +175,10 @@ def _term(node: Any, name: str, divisors: tuple[Divisor, ...]) -> DividedTerm:
     if count is None:
         count = float(size)
     elif weight is not None and name.startswith("Nll"):
-        count = None if target is None else (target != _signed(read("ignore_index"))).sum()
+        ignored = ctypes.c_int64(read("ignore_index")).value  # which the node keeps without a sign
+        count = None if target is None else (target != ignored).sum()
     counted = None if count is None else number(count)
     return DividedTerm(name, reduction, counted, size, rows, divisors, target, weight is not None)
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
 
 
 def compared_rows(loss: Tensor) -> list[int]:

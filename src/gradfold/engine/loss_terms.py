@@ -21,6 +21,12 @@ LossOutput: TypeAlias = "Loss | tuple[Loss, Mapping[str, Any]]"
 LossFn: TypeAlias = Callable[[Any, Any], LossOutput]
 
 
+_TO_WRITE = """ Write
+    def loss_fn(model, batch):
+        inputs, targets = batch
+        return criterion(model(inputs), targets)"""
+
+
 def check_loss_fn(function: Any, call: str = "loss_fn(model, batch)") -> None:
     """Raise OptionError unless a function can be called so, and with a model; a criterion takes two tensors."""
     name = call.partition("(")[0]
@@ -39,19 +45,9 @@ def check_loss_fn(function: Any, call: str = "loss_fn(model, batch)") -> None:
         is_criterion = True
     if is_criterion:
         own = getattr(function, "__name__", type(function).__name__)
-        lines = (
-            ""
-            if name != "loss_fn"
-            else (
-                f" Write\n"
-                f"    def {call}:\n"
-                "        inputs, targets = batch\n"
-                "        return criterion(model(inputs), targets)"
-            )
-        )
         raise OptionError(
             f"{name} is {own}({', '.join(signature.parameters)}); expected a function of two arguments, called as "
-            f"{call}.{lines}"
+            f"{call}.{_TO_WRITE if name == 'loss_fn' else ''}"
         )
 
 
@@ -141,11 +137,6 @@ class LossTerms:
         return self._metrics
 
     @property
-    def has_metrics(self) -> bool:
-        """Whether metrics came with some loss so far."""
-        return self._metrics is not None and bool(self._metrics.all_names)
-
-    @property
     def all_names(self) -> set[str]:
         """The names of the terms of all ranks, once settled."""
         return {*self.normalized, *self.sums}
@@ -224,7 +215,7 @@ class LossTerms:
         """Take the sums of all processes, in one order, to be the loss when it is settled again."""
         self._of_all = of_all
         self._dtype = next((sums.dtype for sums in of_all if sums.dtype is not None), self._dtype)
-        self.metrics.join([sums.metrics for sums in of_all])
+        self.metrics.of_all = [sums.metrics for sums in of_all]
 
     def close(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the settled window, and by name the mean of each term and the metrics.
@@ -240,8 +231,7 @@ class LossTerms:
                 if name != UNNAMED:
                     means[name] = self._scalar(self.sums.get(name, math.nan), self._dtype)
         if self._metrics is not None:
-            self._metrics.check_names(self.all_names)
-            means |= self._metrics.close()
+            means |= self._metrics.close(self.all_names)
         return loss, means
 
     def non_finite(self) -> set[int]:

@@ -16,14 +16,18 @@ from gradfold.weights import WindowWeights
 
 
 class Metrics:
-    """The metrics of a window's micro-batches, combined in the order of the micro-batches, not of their runs."""
+    """The metrics of a window's micro-batches, combined in the order of the micro-batches, not of their runs.
+
+    Attributes:
+        of_all: the `sums` of all processes, in one order; rows stay with the process that has them.
+    """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], weights: WindowWeights, device: torch.device) -> None:
         self._micro_batches = micro_batches
         self._weights = weights
         self._device = device
         self._values: dict[str, dict[int, Tensor]] = {}
-        self._of_all: Sequence[Mapping[str, tuple[float, float]]] = ()
+        self.of_all: Sequence[Mapping[str, tuple[float, float]]] = ()
 
     def add(self, index: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of micro-batch `index`."""
@@ -47,18 +51,19 @@ class Metrics:
     @property
     def all_names(self) -> Collection[str]:
         """The names that came so far, on any rank."""
-        return {*self._values, *[name for sums in self._of_all for name in sums]}
+        return set(self._values).union(*self.of_all)
 
-    def check_names(self, terms: Collection[str]) -> None:
-        """Raise LossError where a loss term has the name of a metric."""
+    def close(self, terms: Collection[str]) -> dict[str, Tensor]:
+        """Scalars as weighted means (NaN over nothing), rows in the batch's own order; detached, on their device.
+
+        Raises:
+            LossError: one of the loss terms has the name of a metric, or rows are missing.
+        """
         for name in self._values:
             if name in terms:
                 raise LossError(f"{name!r} is both a loss term and a metric: rename the metric.")
-
-    def close(self) -> dict[str, Tensor]:
-        """Scalars as weighted means (NaN over nothing), rows in the batch's own order; detached, on their device."""
         combined = {name: self._combine(name, values) for name, values in self._values.items()}
-        return combined | {name: self._mean_of_all(name) for one in self._of_all for name in one}
+        return combined | {name: self._mean_of_all(name) for one in self.of_all for name in one}
 
     def _read(self, name: str, value: Any, index: int) -> Tensor:
         if isinstance(value, Real):
@@ -78,17 +83,13 @@ class Metrics:
         """By scalar metric, the sum of its values times their parts of the window, and that of the parts."""
         return {name: self._sum(name, values) for name, values in self._values.items() if _is_scalar(values)}
 
-    def join(self, of_all: Sequence[Mapping[str, tuple[float, float]]]) -> None:
-        """Take the sums of all processes, in one order; rows stay with the process that has them."""
-        self._of_all = of_all
-
     def _sum(self, name: str, values: Mapping[int, Tensor]) -> tuple[float, float]:
         parts = self._weights.of_metric(name).normalized
         counted = [(value, parts[index]) for index, value in values.items() if parts[index]]
         return math.fsum(float(value) * part for value, part in counted), math.fsum(part for _, part in counted)
 
     def _mean_of_all(self, name: str) -> Tensor:
-        sums = [one[name] for one in self._of_all if name in one]
+        sums = [one[name] for one in self.of_all if name in one]
         value, total = (math.fsum(column) for column in zip(*sums, strict=True))
         return torch.tensor(value / total if total else math.nan, dtype=torch.float64, device=self._device)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfold.batch.nesting import Batch, map_leaves, map_tensors
+from gradfold.batch.nesting import Batch, every_leaf, map_leaves
 from gradfold.batch.split import MicroBatch
 
 
@@ -31,15 +31,18 @@ class Prefetcher:
         self._micro_batches = micro_batches
         self._device = device
         self._ahead: tuple[int, Batch] | None = None
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def take(self, index: int) -> Batch:
         """Micro-batch `index` on the device; starts to move the next one."""
         batch = self._ahead[1] if self._ahead is not None and self._ahead[0] == index else self._move(index)
         if self._stream is not None:
-            self._wait(self._stream, batch)
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for leaf in every_leaf(batch):
+                if isinstance(leaf, Tensor) and leaf.is_cuda:
+                    # Else the allocator may hand the memory to the next copy while kernels still read it.
+                    leaf.record_stream(current)
         following = index + 1
         self._ahead = (following, self._move(following)) if following < len(self._micro_batches) else None
         return batch
@@ -54,14 +57,3 @@ class Prefetcher:
             return leaf.to(self._device, non_blocking=True)
         with torch.cuda.stream(self._stream):
             return leaf.to(self._device, non_blocking=True)
-
-    def _wait(self, stream: torch.cuda.Stream, batch: Batch) -> None:
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(stream)
-
-        def used_here(tensor: Tensor) -> None:
-            # Without this the allocator may hand the memory to the next copy while kernels still read it.
-            if tensor.is_cuda:
-                tensor.record_stream(current)
-
-        map_tensors(used_here, batch)

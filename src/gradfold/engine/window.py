@@ -299,7 +299,7 @@ class Window:
         """Run a micro-batch of weight 0, if it may have metrics."""
         self.current = index
         is_alone = len(self.zero_weight) == len(self.micro_batches)
-        if self.losses.has_metrics or (is_alone and self.weights.are_busy()):
+        if self.losses.metrics.all_names or (is_alone and self.weights.are_busy()):
             with torch.no_grad():
                 output = self.call(index)
             if isinstance(output, tuple):
