@@ -67,7 +67,7 @@ def test_it_commits_at_the_end_of_its_block(model):
     assert all(ours is theirs for ours, theirs in zip(held(model), tensors, strict=True))
     assert all(torch.equal(total, 7.0 + one) for total, one in zip(tensors, new, strict=True))
     assert model.passes.item() == 1 and not torch.equal(torch.get_rng_state(), before["random"])
-    assert not buffers.have_changed(), "nothing is kept any more"
+    assert not buffers.changes(), "nothing is kept any more"
 
 
 @pytest.mark.parametrize("error", [Failed, KeyboardInterrupt])
@@ -113,7 +113,7 @@ def test_it_rolls_back_though_memory_does_not_suffice_to_compare_buffers(model, 
     before = state(model)
     with pytest.raises(Failed), opened(model):
         model.run()
-        monkeypatch.setattr("gradfold.state.buffers.BufferKeeper._changes", no_memory)
+        monkeypatch.setattr("gradfold.state.buffers.BufferKeeper.changes", no_memory)
         raise Failed
     assert_same_state(state(model), before)
 

@@ -95,7 +95,7 @@ class BufferKeeper:
         if not self._found:
             return
         if self._changing is None:
-            self._changing = {one.key for one in self._changes()}
+            self._changing = {one.key for one in self.changes()}
         else:  # one that this window made (a codebook, a moving average) will go on changing
             self._changing |= {one.key for one in self._found if one.copy is None and one.shows_change()}
 
@@ -103,20 +103,31 @@ class BufferKeeper:
         """Drop the copies."""
         self._found = []
 
-    def have_changed(self) -> bool:
-        """Whether some buffer differs from what it was when the window opened."""
-        return bool(self._changes())
+    def changes(self) -> list[_Buffer]:
+        """The buffers that differ from what they were when the window opened."""
+        changes: list[_Buffer] = []
+        unclear: dict[torch.device, list[tuple[_Buffer, Tensor]]] = {}  # by device, to read each in one transfer
+        for one in self._found:
+            if one.shows_change():
+                changes.append(one)
+            # Sparse tensors cannot be compared, but nothing changes them behind their version counters.
+            elif one.tensor is not None and one.copy is not None and one.copy.layout is torch.strided:
+                unclear.setdefault(one.copy.device, []).append((one, (one.tensor != one.copy).any()))
+        for compared in unclear.values():
+            buffers, flags = zip(*compared, strict=True)
+            changes += compress(buffers, torch.stack(flags).tolist())
+        return changes
 
     def changed(self, model: nn.Module) -> list[str]:
         """The names of the buffers that differ from what they were when the window opened."""
         paths = {id(module): f"{path}." if path else "" for path, module in model.named_modules()}
-        return [paths[id(one.module)] + one.name for one in self._changes()]
+        return [paths[id(one.module)] + one.name for one in self.changes()]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the values of the buffers when the window opened, in the same tensors."""
         try:
-            changes = self._changes()  # what is unchanged is not written to: that would move its version counter
+            changes = self.changes()  # what is unchanged is not written to: that would move its version counter
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -137,29 +148,11 @@ class BufferKeeper:
                 if tensor is None or is_lazy(tensor):
                     yield _Buffer(module, name)
                 elif not tensor.is_inference():
-                    if self._may_change(module, name) and id(tensor) not in copies:
+                    is_known = self._changing is None or (id(module), name) in self._changing
+                    may_change = is_known or (isinstance(module, NormBase) and module.training)
+                    if may_change and id(tensor) not in copies:
                         copies[id(tensor)] = tensor.detach().clone()
                     yield _Buffer(module, name, tensor, tensor._version, copies.get(id(tensor)))
-
-    def _may_change(self, module: nn.Module, name: str) -> bool:
-        if self._changing is None or (id(module), name) in self._changing:
-            return True
-        return isinstance(module, NormBase) and module.training
-
-    def _changes(self) -> list[_Buffer]:
-        """What has changed; values are compared on the device and read in one transfer each."""
-        changes: list[_Buffer] = []
-        unclear: dict[torch.device, list[tuple[_Buffer, Tensor]]] = {}
-        for one in self._found:
-            if one.shows_change():
-                changes.append(one)
-            # Sparse tensors cannot be compared, but nothing changes them behind their version counters.
-            elif one.tensor is not None and one.copy is not None and one.copy.layout is torch.strided:
-                unclear.setdefault(one.copy.device, []).append((one, (one.tensor != one.copy).any()))
-        for compared in unclear.values():
-            buffers, flags = zip(*compared, strict=True)
-            changes += compress(buffers, torch.stack(flags).tolist())
-        return changes
 
 
 class FrozenKeeper:

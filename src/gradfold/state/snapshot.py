@@ -223,7 +223,7 @@ class Snapshot:
         now = map(_mark, self._parameters)
         is_touched = any(one[0] is not mark[0] or one[1] != mark[1] for one, mark in zip(now, marks, strict=True))
         is_touched |= any(tensor.grad is not None for tensor in self.gradients.outside)
-        if is_touched or self._buffers.have_changed() or self._frozen.moved():
+        if is_touched or self._buffers.changes() or self._frozen.moved():
             return False
         random_state.restore()
         return True
