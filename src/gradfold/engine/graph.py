@@ -28,13 +28,12 @@ def walk(
             stack += [child for child, _ in node.next_functions]
 
 
-def leaf_of(node: Any) -> Tensor | None:
-    """The tensor that a node accumulates into; None where it is not an AccumulateGrad."""
-    leaf = getattr(node, "variable", None)
-    return leaf if isinstance(leaf, Tensor) else None
+def leaves_of(nodes: Iterable[Any]) -> list[Tensor]:
+    """The tensors that these nodes accumulate into, each as an AccumulateGrad."""
+    found = (getattr(node, "variable", None) for node in nodes)
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
 def graph_leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors that a backward pass from these accumulates into."""
-    nodes = walk(tensor.grad_fn for tensor in tensors)
-    return [leaf for leaf in map(leaf_of, nodes) if leaf is not None]
+    return leaves_of(walk(tensor.grad_fn for tensor in tensors))

@@ -84,7 +84,7 @@ def terms_of(loss: Tensor, grad_output: Tensor | None = None) -> tuple[DividedTe
     """
     divisors: tuple[Divisor, ...] = ()
     if grad_output is not None and grad_output.numel() == 1:
-        divisors = (Divisor(_inverse(grad_output), by_division=False),)
+        divisors = (Divisor(_inverse(number(grad_output)), by_division=False),)
     elif grad_output is not None:
         return (DividedTerm("grad_output", "unknown"),)
     found: list[DividedTerm] = []
@@ -142,7 +142,6 @@ def _divisor(node: Any, name: str, loss: Any) -> Divisor | None:
 
 
 def _inverse(value: float | Tensor) -> float | Tensor:
-    value = number(value) if isinstance(value, Tensor) else value
     return 1 / value if isinstance(value, Tensor) or value else float("inf")
 
 

@@ -75,6 +75,7 @@ class _RandomnessMode(_GeneratorStates, TorchDispatchMode):  # type: ignore[no-u
     def __init__(self) -> None:
         super().__init__()
         self._numbers: dict[tuple[int, int], int] = {}  # generator and its state -> number of the draw
+        self.uses_batch_norm = False  # whether some operator normalized by the statistics of the batch
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -97,7 +98,10 @@ class _RandomnessMode(_GeneratorStates, TorchDispatchMode):  # type: ignore[no-u
         return self._draw(number, operator_name(func), args, result)
 
     def _see(self, name: str, args: tuple[Any, ...], result: Any) -> None:
-        pass
+        self.note_dtype(result)
+        if "batch_norm" in name and "backward" not in name:
+            # InstanceNorm runs as the normalization of a batch of one row with many channels.
+            self.uses_batch_norm |= any(arg is True for arg in args) and args[0].shape[0] > 1
 
     def _draw(self, number: int, name: str, args: tuple[Any, ...], result: Any) -> Any:
         raise NotImplementedError
@@ -113,13 +117,6 @@ class RecordedRandomness(_RandomnessMode):  # type: ignore[no-untyped-call]
         super().__init__()
         self.values: list[Tensor | None] = []  # the draws in order; None where they cannot be handed to rows
         self.names: list[str] = []  # their operators
-        self.uses_batch_norm = False  # whether some operator normalized by the statistics of the batch
-
-    def _see(self, name: str, args: tuple[Any, ...], result: Any) -> None:
-        self.note_dtype(result)
-        if "batch_norm" in name and "backward" not in name:
-            # InstanceNorm runs as the normalization of a batch of one row with many channels.
-            self.uses_batch_norm |= any(arg is True for arg in args) and args[0].shape[0] > 1
 
     def _draw(self, number: int, name: str, args: tuple[Any, ...], result: Any) -> Any:
         if number < len(self.values):  # drawn again, by a checkpoint

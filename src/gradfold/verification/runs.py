@@ -18,7 +18,7 @@ from gradfold.batchnorm.intercept import current_forward
 from gradfold.distributed.ddp import unwrapped
 from gradfold.dropout import counter_based_dropout
 from gradfold.engine.backward import BackPropagation
-from gradfold.engine.graph import leaf_of, walk
+from gradfold.engine.graph import leaves_of, walk
 from gradfold.engine.loss_terms import LossFn, LossOutput, loss_terms_of
 from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
 from gradfold.self_check.rng_replay import RecordedRandomness, RowRandomness, is_random
@@ -77,8 +77,7 @@ def run_whole(setup: Setup, model: nn.Module | None = None) -> WholeRun:
         with mode, counter_based_dropout(model, update=0, num_rows=setup.num_rows):  # as in a first window
             found, loss = full_batch_gradient(model, loss_fn, batch)
         drew = drew or snapshot.has_drawn_on_host()
-    leaves = [leaf for leaf in map(leaf_of, nodes) if leaf is not None]
-    return WholeRun(found, loss, recorded, leaves, set().union(*map(input_dtypes, nodes)), drew)
+    return WholeRun(found, loss, recorded, leaves_of(nodes), set().union(*map(input_dtypes, nodes)), drew)
 
 
 def run_in_parts(setup: Setup, size: Size, whole: WholeRun) -> Attempt:
