@@ -28,14 +28,10 @@ class ModuleAttributes:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
         parameters = chain.from_iterable(module.parameters(recurse=False) for module in modules)
-        owners: Iterable[Any] = chain(modules, parameters)
-        self._kept = [(one, _attributes_of(one)) for one in owners]
-        self._contents = {
-            (id(owner), name): contents
-            for owner, attributes in self._kept
-            for name, value in attributes.items()
-            if (contents := keep_contents(value)) is not None
-        }
+        self._kept = [
+            (owner, {name: (value, keep_contents(value)) for name, value in _attributes_of(owner).items()})
+            for owner in chain[Any](modules, parameters)
+        ]
 
     def restore(self) -> None:
         """Bind every attribute to what it was bound to, with the contents that it had."""
@@ -43,9 +39,10 @@ class ModuleAttributes:
             now = vars(owner)
             for name in _attributes_of(owner).keys() - attributes.keys():
                 del now[name]
-            now.update(attributes)
-        for contents in self._contents.values():
-            contents.restore()
+            now.update({name: value for name, (value, _) in attributes.items()})
+        for _, contents in chain.from_iterable(attributes.values() for _, attributes in self._kept):
+            if contents is not None:
+                contents.restore()
 
     def changed(self, model: nn.Module) -> list[str]:
         """The names of the attributes of modules that differ from what they were."""
@@ -55,9 +52,8 @@ class ModuleAttributes:
             path, now = paths.get(id(owner)), _attributes_of(owner)
             if path is None:
                 continue
-            names = [name for name in now if name not in before or now[name] is not before[name]]
-            kept = [(name, self._contents.get((id(owner), name))) for name in before]
-            names += [name for name, one in kept if name not in now or (one is not None and one.have_changed())]
+            names = [name for name in now if name not in before or now[name] is not before[name][0]]
+            names += [name for name, (_, one) in before.items() if name not in now or (one and one.have_changed())]
             found += [f"{path}.{name}" if path else name for name in dict.fromkeys(names)]
         return found
 
