@@ -223,13 +223,10 @@ class LossTerms:
         Losses are 0-d, detached, on the device, and averaged in float64. NaN where all weights are 0; a term of weight
         0 adds nothing to the loss.
         """
-        is_empty = not self.sums
-        loss = self._scalar(math.nan, None) if is_empty else self._scalar(sum(self.sums.values()), self._dtype)
-        means: dict[str, Tensor] = {}
-        if self._of_unnamed is None and not is_empty:
-            for name in dict.fromkeys([*self.normalized, *self.sums]):
-                if name != UNNAMED:
-                    means[name] = self._scalar(self.sums.get(name, math.nan), self._dtype)
+        loss = self._scalar(sum(self.sums.values()), self._dtype) if self.sums else self._scalar(math.nan, None)
+        are_named = self._of_unnamed is None and bool(self.sums)
+        names = [name for name in {**self.normalized, **self.sums} if name != UNNAMED] if are_named else []
+        means = {name: self._scalar(self.sums.get(name, math.nan), self._dtype) for name in names}
         if self._metrics is not None:
             means |= self._metrics.close(self.all_names)
         return loss, means
