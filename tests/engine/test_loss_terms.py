@@ -252,7 +252,7 @@ def test_a_loss_that_has_no_graph_is_refused_with_where_to_look():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("size, index, rows", [(2, 2, "rows 4 to 4"), (3, 1, "rows 3 to 4"), (None, 0, "rows 0 to 4")])
+@pytest.mark.parametrize("size, index, rows", [(2, 2, "row 4"), (3, 1, "rows 3 to 4"), (None, 0, "rows 0 to 4")])
 def test_a_loss_that_is_not_finite_is_refused_with_its_facts(value, size, index, rows):
     model, (inputs, targets) = make(5)
     factor = torch.ones(5, 1).double()

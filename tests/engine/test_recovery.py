@@ -225,7 +225,7 @@ def test_one_row_that_does_not_fit_is_an_error_with_the_sizes_tried():
     before = state(model)
     accumulator = gradfold.Accumulator(model, Flaky(0), micro_batch_size=8, self_check=False)
     with pytest.raises(
-        DoesNotFitError, match=r"one row .*\(rows 0 to 0\): tried 6, 3, 2 and 1 rows at once.*: no memory"
+        DoesNotFitError, match=r"one row .*\(row 0\): tried 6, 3, 2 and 1 rows at once.*: no memory"
     ) as caught:
         accumulator.backward(batch)
     assert caught.value.sizes == (6, 3, 2, 1)

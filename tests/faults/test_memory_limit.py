@@ -56,7 +56,7 @@ def test_the_tighter_the_limit_the_smaller_the_micro_batches(report):
 def test_one_row_that_does_not_fit_is_refused_and_the_process_goes_on(report):
     found = report["too_little"]
     assert found["sizes"] == [4, 2, 1]
-    assert found["message"].startswith("one row does not fit in memory (rows 0 to 0): tried 4, 2 and 1 rows at once.")
+    assert found["message"].startswith("one row does not fit in memory (row 0): tried 4, 2 and 1 rows at once.")
     assert ALLOCATOR in found["message"]
     assert len(found["messages"]) == 3
     assert found["is_untouched"], "the gradient that stood there"

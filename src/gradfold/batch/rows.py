@@ -125,10 +125,10 @@ def _summary(batch: Batch) -> str:
 def name_rows(rows: Rows) -> str:
     """The rows, for a message.
 
-    >>> name_rows(range(4, 8)), name_rows((7,)), name_rows((7, 0, 3)), name_rows(tuple(range(0, 20, 2)))
+    >>> name_rows(range(4, 8)), name_rows(range(7, 8)), name_rows((7, 0, 3)), name_rows(tuple(range(0, 20, 2)))
     ('rows 4 to 7', 'row 7', 'rows 7, 0 and 3', 'rows 0, 2, 4, 6 and 6 more')
     """
-    if isinstance(rows, range) and rows.step == 1:
+    if isinstance(rows, range) and rows.step == 1 and len(rows) > 1:
         return f"rows {rows.start} to {rows.stop - 1}"
     return f"{'row' if len(rows) == 1 else 'rows'} {join_names(list(map(str, rows)), limit=4)}"
 

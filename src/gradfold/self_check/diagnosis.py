@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch, leaves_by_path
+from gradfold.batch.rows import name_rows
 from gradfold.errors import LossError, NotDecomposableError
 from gradfold.messages import join_names
 from gradfold.self_check.comparison import NOISE, PROOF, GradientComparison, Gradients
@@ -31,9 +32,9 @@ def refuse_empty_part(experiment: SplitExperiment, result: SplitResult) -> None:
                 continue
             weight = _weight_for(experiment, float(index))
             raise NotDecomposableError(
-                f"{name_term(term)} of {experiment.name_part(index)} of a micro-batch is {float(loss)}, though that of "
-                "the whole is finite: a mean over nothing. Pass as weight= the number of things that it averages; then "
-                f"a part without any is left out: weight={weight or '...'}.",
+                f"{name_term(term)} of {name_rows(experiment.rows[index])} of a micro-batch is {float(loss)}, though "
+                "that of the whole is finite: a mean over nothing. Pass as weight= the number of things that it "
+                f"averages; then a part without any is left out: weight={weight or '...'}.",
                 *("empty", term, weight),
             )
 
@@ -187,7 +188,7 @@ def _other_weights(experiment: SplitExperiment, term: str, declared: float, fitt
         named = f"{{..., {term!r}: {weight}}}" if isinstance(experiment.weight, Mapping) else weight
         fix = f"Write weight={named}."
     return NotDecomposableError(
-        f"{name_term(term)} is a mean over something else than weight= says: {experiment.name_part(0)} of a "
+        f"{name_term(term)} is a mean over something else than weight= says: {name_rows(experiment.rows[0])} of a "
         f"micro-batch of {experiment.num_rows} make up {fitting:.2%} of its gradient, and {declared:.2%} by their "
         f"weight. {fix}",
         *("weights", term, weight),

@@ -105,11 +105,6 @@ class SplitExperiment:
         """The normalized weights of a part in the window, by loss term."""
         return lambda name: self._share(name) * self.share_of_part(index, name)
 
-    def name_part(self, index: int) -> str:
-        """The rows of a part, for a message."""
-        rows = self.rows[index]
-        return name_rows(rows if len(rows) > 1 else tuple(rows))
-
     def seen(self, names: Collection[str]) -> tuple[str, ...]:
         """The loss terms of these that have a weight in both parts."""
         return tuple(name for name in names if all(self.shares_in_window(index)(name) for index in (0, 1)))
@@ -246,7 +241,7 @@ class SplitExperiment:
                 if is_out_of_memory(error):
                     raise
                 raise PartFailedError(
-                    f"loss_fn fails on {self.name_part(index)} of a micro-batch that it takes as a whole "
+                    f"loss_fn fails on {name_rows(self.rows[index])} of a micro-batch that it takes as a whole "
                     f"({first_line(error)})"
                 ) from error
         return results
