@@ -84,10 +84,7 @@ def _read(values: list[Tensor | float], device: torch.device) -> list[float]:
     # A model on several devices may have its terms on them.
     waiting = [value.to(device) for value in values if isinstance(value, Tensor)]
     read = iter(torch.stack(waiting).tolist() if len(waiting) > 1 else map(Tensor.item, waiting))
-    for index, value in enumerate(values):
-        if isinstance(value, Tensor):
-            values[index] = next(read)
-    return values  # type: ignore[return-value]  # none is a tensor any more
+    return [next(read) if isinstance(value, Tensor) else value for value in values]
 
 
 def _not_a_loss(output: object) -> str:
