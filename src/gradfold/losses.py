@@ -12,6 +12,7 @@ Memory Barrier: Near Infinite Batch Size Scaling for Contrastive Loss", arXiv 24
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -70,17 +71,15 @@ class _InfoNCE(torch.autograd.Function):
         dtype = torch.promote_types(queries.dtype, torch.float32)
         scale = 1 / temperature.detach().to(queries.device, dtype)
         own = queries.new_empty(len(queries), dtype=dtype)  # the score of each query with its own key
-        of_queries = _LogSumExp(len(queries), own)
-        of_keys = _LogSumExp(len(keys), own) if symmetric else None
+        row_sums = own.new_full((len(queries),), -torch.inf)  # as logarithms
+        column_sums = own.new_full((len(keys),), -torch.inf) if symmetric else None
         for rows, columns in _tiles(len(queries), len(keys), tile):
             scores = queries[rows].to(dtype) @ keys[columns].to(dtype).T * scale
-            of_queries.add(rows, scores)
-            if of_keys is not None:
-                of_keys.add(columns, scores.T)
+            row_sums[rows] = torch.logaddexp(row_sums[rows], scores.logsumexp(1))
+            if column_sums is not None:
+                column_sums[columns] = torch.logaddexp(column_sums[columns], scores.logsumexp(0))
             if rows.start == columns.start:
                 own[rows] = scores.diagonal()
-        row_sums = of_queries.value()
-        column_sums = None if of_keys is None else of_keys.value()
         ctx.save_for_backward(queries, keys, temperature, row_sums, column_sums)
         ctx.tile = tile
         loss = (row_sums - own).mean()
@@ -119,35 +118,11 @@ class _InfoNCE(torch.autograd.Function):
         )
 
 
-class _LogSumExp:
-    """Running over tiles: the largest score of each row, and the sum of exponentials beside it."""
-
-    def __init__(self, num_rows: int, like: Tensor) -> None:
-        self._largest = like.new_full((num_rows,), -torch.inf)
-        self._sum = like.new_zeros(num_rows)
-
-    def add(self, rows: slice, scores: Tensor) -> None:
-        """Add a tile of scores for these rows."""
-        before = self._largest[rows]
-        largest = torch.maximum(before, scores.amax(1))
-        self._sum[rows] = self._sum[rows] * torch.exp(before - largest) + torch.exp(scores - largest[:, None]).sum(1)
-        self._largest[rows] = largest
-
-    def value(self) -> Tensor:
-        return self._largest + self._sum.log()
-
-
 def _tiles(num_rows: int, num_columns: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    for start in range(0, num_rows, tile):
-        rows = slice(start, min(start + tile, num_rows))
-        for other in range(0, num_columns, tile):
-            # Where there are more keys than queries, the last tile on the diagonal must be square.
-            stop = min(other + tile, num_columns)
-            if other == start and stop > rows.stop:
-                yield rows, slice(other, rows.stop)
-                yield rows, slice(rows.stop, stop)
-            else:
-                yield rows, slice(other, stop)
+    # Columns are also cut where the rows end, so the last tile on the diagonal is square where there are more keys.
+    of_rows, of_columns = {*range(0, num_rows, tile), num_rows}, {*range(0, num_columns, tile), num_rows, num_columns}
+    rows, columns = ([slice(*ends) for ends in pairwise(sorted(bounds))] for bounds in (of_rows, of_columns))
+    return product(rows, columns)
 
 
 def _check(queries: Tensor, keys: Tensor, temperature: float | Tensor, symmetric: bool, tile: int) -> None:
