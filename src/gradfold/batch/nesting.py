@@ -110,7 +110,7 @@ def cut_rows(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     """Cut into parts of these numbers of rows, as views; each has a copy of every 0-d tensor, which it may change."""
     kind = type(batch)
     if (kind is tuple or kind is list) and set(map(type, batch)) == {Tensor}:  # the usual case, faster
-        return [kind(leaves) for leaves in zip(*[_cut(leaf, sizes) for leaf in batch], strict=True)]
+        return list(map(kind, zip(*[_cut(leaf, sizes) for leaf in batch], strict=True)))
     cut = cache(partial(_cut, sizes=sizes))  # what a batch holds twice, its parts hold twice
 
     def part(index: int, leaf: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         return [tensor.narrow_copy(0, stop - size, size) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
     # Autograd knows these parts as separate tensors that share memory, so a model may change its input in
     # place, as it may with a whole batch. With slices the first such change would tie all of them to its graph.
-    parts: Sequence[Tensor] = torch.unsafe_split_with_sizes(tensor, list(sizes))
+    parts: Sequence[Tensor] = torch.unsafe_split_with_sizes(tensor, sizes)
     return parts
 
 

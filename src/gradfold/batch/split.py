@@ -6,7 +6,7 @@ per micro-batch. `packing.token_batcher` has one that splits by padded tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise, repeat
@@ -14,10 +14,9 @@ from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 
 from gradfold.batch.loaded_window import MicroBatchWindow
-from gradfold.batch.nesting import Batch, cut_rows, every_leaf, rows_if_any, structure
+from gradfold.batch.nesting import Batch, cut_rows, rows_if_any
 from gradfold.batch.rows import Rows, name_rows, num_rows, shift_rows
 from gradfold.errors import BatchError, OptionError
 
@@ -47,13 +46,6 @@ class MicroBatch(NamedTuple):
 
 
 ROWS = attrgetter("rows")
-_FORM = attrgetter("dtype", "ndim")
-
-
-def versions(part: MicroBatch) -> list[int]:
-    """The version counters of the tensors, which tell whether something was written to them."""
-    leaves = [leaf for leaf in every_leaf(part.data) if isinstance(leaf, Tensor)]
-    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
 
 
 def check_size(micro_batch_size: int | None) -> None:
@@ -83,37 +75,12 @@ def cut_range(total: int, micro_batch_size: int | None) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in pairwise(bounds))
 
 
-def form_of(batch: Batch) -> Hashable:
-    """What tells batches of one loader from others, whatever their sizes."""
-    if type(batch) is tuple and set(map(type, batch)) == {Tensor}:  # the usual case, faster
-        return tuple(map(_FORM, batch))
-    return structure(batch)
-
-
-def _split_pair(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch] | None:
-    """Split one or two plain tensors in a tuple or list, the usual case, without a walk; None for any other batch."""
-    kind = type(batch)
-    if (kind is not tuple and kind is not list) or not 0 < len(batch) <= 2:
-        return None
-    for leaf in batch:
-        if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
-            return None
-    total = batch[0].shape[0]
-    if total == 0 or batch[-1].shape[0] != total:
-        return None
-    ranges = cut_range(total, micro_batch_size)
-    if len(ranges) == 1:
-        return [MicroBatch(batch, ranges[0])]
-    columns = map(torch.unsafe_split_with_sizes, batch, repeat(list(map(len, ranges))))  # as in `cut_rows`
-    return list(map(MicroBatch, map(kind, zip(*columns, strict=True)), ranges, repeat(True)))
-
-
 def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
     """Split a nesting of tensors; micro-batches are views of it."""
     ranges = cut_range(num_rows(batch), micro_batch_size)
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
-    return list(map(MicroBatch, cut_rows(batch, [len(rows) for rows in ranges]), ranges, repeat(True)))
+    return list(map(MicroBatch, cut_rows(batch, list(map(len, ranges))), ranges, repeat(True)))
 
 
 def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate: Collate) -> list[MicroBatch]:
@@ -267,7 +234,7 @@ class MicroBatcher:
     def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
         """Split one batch into micro-batches of this size at most."""
         if self._collate is None:
-            return _split_pair(batch, limit) or split_rows(batch, limit)
+            return split_rows(batch, limit)
         micro_batches = split_samples(batch, limit, self._collate)
         if self._counts_samples:
             check_collated(micro_batches)

@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradfold.batch.nesting import Marks, in_own_containers
 from gradfold.batch.rows import Rows
@@ -257,11 +257,7 @@ class Window:
 
     def on_device(self, index: int) -> Any:
         """The data of a micro-batch on the device, in new containers."""
-        data = self.micro_batches[index].data if self._take is None else self._take(index)
-        kind = type(data)
-        if kind is Tensor or (kind is tuple and set(map(type, data)) == {Tensor}):
-            return data  # the usual case, faster
-        return in_own_containers(data)
+        return in_own_containers(self.micro_batches[index].data if self._take is None else self._take(index))
 
     def resume(self, index: int) -> None:
         """The forward pass of this micro-batch continues, after others ran in between."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gradfold.batch.nesting import Batch, in_own_containers, map_tensors
-from gradfold.batch.split import MicroBatch, versions
+from gradfold.batch.nesting import Batch, Marks, in_own_containers, map_tensors
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, loss_terms_of
@@ -80,7 +79,6 @@ class ProbeRun:
     ) -> ProbeResult:
         """One forward and backward pass under `mode`, of the loss terms that have a share, or `only` this one."""
         batch = map_tensors(torch.clone, batch)  # a model may change its input in place
-        before = versions(MicroBatch(batch, ()))
         with mode or nullcontext():
             terms = self._forward(batch)
             weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
@@ -91,7 +89,7 @@ class ProbeRun:
             self._back_propagate(weighted)
         self._has_run = True
         self._refuse_steps(watched)
-        self._changes_inputs |= versions(MicroBatch(batch, ())) != before
+        self._changes_inputs |= Marks(batch, is_new=True).changed() is not None
         gradients = sample_gradients(self.parameters)
         self.drop_gradient()
         return ProbeResult(gradients, {name: term.detach() for name, term in terms.items()})
