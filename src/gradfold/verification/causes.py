@@ -17,20 +17,18 @@ from gradfold.messages import join_names
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.comparison import NOISE
-from gradfold.self_check.diagnosis import name_term
+from gradfold.self_check.diagnosis import PADDING_TEXT
 from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, UndecidedError
 from gradfold.self_check.look import check_split
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.self_check import without_warnings
-from gradfold.twophase.loss import TwoPhaseLoss, explain
+from gradfold.state.attributes import ModuleAttributes
 from gradfold.verification.comparison import SizeComparison, compare, measure
 from gradfold.verification.locate import find_first_coupled_layer
 from gradfold.verification.reference import relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_whole
 from gradfold.verification.setup import Setup, Size
 from gradfold.verification.verdict import Cause, number
-
-_PLAIN = (bool, int, float, str, list, dict, tuple, set)
 
 
 def before_comparing(setup: Setup, whole: WholeRun) -> Cause | None:
@@ -163,9 +161,9 @@ def _split_in_two(setup: Setup, worst: Attempt) -> Cause:
     reason: Exception | None = None
     for first in _split_points(setup.num_rows, worst):
         try:
-            _check_split_at(setup, first, recollate=True)
+            _check_split_at(setup, first)
         except NotDecomposableError as error:
-            return _cause_of(setup, first, error)
+            return _cause_of(setup, error)
         except UndecidedError:
             continue
         except (CannotKnowError, BatchError) as error:
@@ -216,53 +214,33 @@ def _split_points(num_rows: int, worst: Attempt) -> Iterator[int]:
     yield ranges[-1].start
 
 
-def _check_split_at(setup: Setup, first: int, recollate: bool) -> None:
+def _check_split_at(setup: Setup, first: int) -> None:
     model = setup.fresh_model()
     rows = range(first), range(first, setup.num_rows)
     with without_warnings(), setup.running():
         whole = setup.whole_batch()
-        recollated = list(map(setup.collated, rows)) if recollate and setup.collate else None
-        with ProbeRun(model, setup.checked_loss_fn, BackPropagation()) as probe:
+        recollated = list(map(setup.collated, rows)) if setup.collate else None
+        with ProbeRun(model, setup.strategy.probe_loss, BackPropagation()) as probe:
             check_split(SplitExperiment(probe, whole, rows, setup.accumulator.weight, recollated))
 
 
-def _cause_of(setup: Setup, first: int, error: NotDecomposableError) -> Cause:
-    if isinstance(setup.accumulator.loss_fn, TwoPhaseLoss):
-        error = explain(setup.accumulator.loss_fn, error)
+def _cause_of(setup: Setup, error: NotDecomposableError) -> Cause:
+    if PADDING_TEXT not in str(error):  # which says more
+        error = setup.strategy.explain(error)
     text = str(error).replace("of a micro-batch", "of the batch")  # the whole batch was checked as one
     layer: str | None = None
-    if error.cause in ("coupled", "batch_norm"):
-        if setup.collate is not None and _fits(setup, first):
-            text = (
-                f"{name_term(error.term)} depends on the padding of the batch: split after padding, the parts make up "
-                "the whole, but collate pads a micro-batch to another length than the batch. Mask the padding in "
-                "the model and in the loss, or pad every sample to one length."
-            )
-        else:
-            where, layer = find_first_coupled_layer(setup)
-            text = f"{text.rstrip('.')}.\n{where}" if where else text
+    if error.cause in ("coupled", "batch_norm") and PADDING_TEXT not in text:
+        where, layer = find_first_coupled_layer(setup)
+        text = f"{text.rstrip('.')}.\n{where}" if where else text
     return Cause(error.cause, text, error.term, error.weight, layers=() if layer is None else (layer,))
-
-
-def _fits(setup: Setup, first: int) -> bool:
-    """Whether parts of the padded batch make up the whole."""
-    try:
-        _check_split_at(setup, first, recollate=False)
-    except (NotDecomposableError, UndecidedError, CannotKnowError, BatchError):
-        return False
-    return True
 
 
 def _find_hidden_state(setup: Setup) -> str | None:
     """The attributes that a run changes, as " (module.name)", if a second run of the same copy has another gradient."""
-    model, before = setup.fresh_model(), dict(setup.fresh_model().named_modules())
+    model = setup.fresh_model()
+    attributes = ModuleAttributes(model.modules())
     first, second = run_whole(setup, model), run_whole(setup, model)
     if relative_error(second.gradients, first.gradients) < 1e-9:
         return None
-    names = [
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, _PLAIN) and not name.startswith("_") and repr(vars(before[path]).get(name)) != repr(value)
-    ]
+    names = attributes.changed(model)
     return f" ({join_names(names)})" if names else ""

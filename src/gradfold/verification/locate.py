@@ -65,7 +65,9 @@ def _trace(
     model = setup.fresh_model()
     with setup.running(), traced_layers(model, keep) as calls:
         batch = setup.whole_batch()
-        setup.checked_loss_fn(model, batch if changed_row is None else _changed_in(batch, changed_row, setup.num_rows))
+        setup.strategy.probe_loss(
+            model, batch if changed_row is None else _changed_in(batch, changed_row, setup.num_rows)
+        )
     return calls
 
 

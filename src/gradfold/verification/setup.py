@@ -18,7 +18,6 @@ from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch, every_leaf, map_leaves, map_tensors
 from gradfold.batch.rows import Rows
 from gradfold.batch.split import Collate, MicroBatch
-from gradfold.batchnorm.checks import with_frozen_statistics
 from gradfold.batchnorm.policy import BatchNormOption
 from gradfold.distributed.ddp import DistributedOption, unwrapped
 from gradfold.engine.backward import BackPropagation
@@ -26,13 +25,14 @@ from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.model_checks import refuse_lazy
 from gradfold.engine.prefetch import prefetch
+from gradfold.engine.strategy import Strategy
 from gradfold.engine.window import Context
 from gradfold.errors import ModelError
 from gradfold.messages import first_line
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.rng_replay import RecordedRandomness, RowRandomness
-from gradfold.twophase.loss import TwoPhaseLoss, probe_of, wrap_loss
+from gradfold.twophase.loss import wrap_loss
 
 Size: TypeAlias = int | TokenBudget
 """Of micro-batches: in rows, or in padded tokens."""
@@ -101,15 +101,9 @@ class Setup:
         return wrap_loss(self.accumulator.loss_fn, self._restoring)
 
     @property
-    def checked_loss_fn(self) -> LossFn:
-        """What must be the mean of its parts: the loss, or a probe of the statistics of a two-phase loss.
-
-        Parts that run one after the other share no statistics of exact BatchNorm: there they are frozen.
-        """
-        loss_fn = self.loss_fn
-        if isinstance(loss_fn, TwoPhaseLoss):
-            return probe_of(loss_fn)
-        return with_frozen_statistics(loss_fn) if self.batch_norm == "exact" else loss_fn
+    def strategy(self) -> Strategy:
+        """How an accumulator runs it; what must be the mean of its parts is its `probe_loss`."""
+        return self.clone(self.probe.model, self.loss_fn, size=None)._strategy
 
     def _restoring(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def run(model: nn.Module, argument: Any) -> Any:
