@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch
 from gradfold.engine.result import WindowResult
 from gradfold.errors import OptionError, TrainStepError
+from gradfold.self_check.torch_private import tree_leaves
 from gradfold.state.gradients import clip_norm
 from gradfold.state.saved import check_saved, loaded
 
@@ -183,7 +185,9 @@ def _has_masters(accumulator: object, optimizer: object) -> bool:
     own = {id(parameter) for parameter in accumulator.model.parameters()}
     if any(id(parameter) in own for group in groups for parameter in group["params"]):
         return False
-    if not own.intersection(_ids_inside(list(vars(getattr(optimizer, "optimizer", optimizer)).values()))):
+    held = tree_leaves(vars(getattr(optimizer, "optimizer", optimizer)))
+    modules = [one for one in held if isinstance(one, nn.Module)]
+    if own.isdisjoint(map(id, chain(held, *[module.parameters() for module in modules]))):
         raise TrainStepError(
             f"no parameter of the optimizer belongs to the accumulator's {type(accumulator.model).__name__}: its steps "
             "would train nothing. Build the optimizer from accumulator.model.parameters(), after the model is final."
@@ -194,16 +198,6 @@ def _has_masters(accumulator: object, optimizer: object) -> bool:
             "that are not finite in these. Train in bfloat16, or in a loop of your own."
         )
     return True
-
-
-def _ids_inside(value: object) -> set[int]:
-    """Of tensors, and of those in lists, tuples, dicts and modules."""
-    if isinstance(value, Tensor):
-        return {id(value)}
-    if isinstance(value, nn.Module):
-        return set(map(id, value.parameters()))
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return set().union(*map(_ids_inside, inside))
 
 
 def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:

@@ -25,7 +25,6 @@ Batch = Any  # checked where rows are counted, since a type for "any nesting" wo
 # The same for every row.
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
-
 _FEW = 64  # numbers of a tensor that tell whether it was written to
 
 

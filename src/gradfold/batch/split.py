@@ -160,7 +160,6 @@ class FittingSize:
 
     It shrinks with every recovery. After a long period without one, twice as much is tried again, since what took the
     memory may be gone. Each time that fails, the next period is twice as long.
-
     """
 
     rows: int | None = None  # at most this much at once; None while nothing has failed
@@ -225,21 +224,21 @@ class MicroBatcher:
         """The micro-batches of a batch, or of a window of micro-batches; raises BatchError where it has no rows."""
         limit = self.fitting.limit(self.size)
         if not isinstance(batch, MicroBatchWindow):
-            return self._split(batch, limit)
-        pieces = batch.pieces()
-        if not pieces:
+            micro_batches = self._split(batch, limit)
+        elif pieces := batch.pieces():
+            micro_batches = self._split_pieces(pieces, limit)
+        else:
             raise BatchError("the window holds no micro-batches. Skip empty windows.")
-        return self._split_pieces(pieces, limit)
+        if self._collate is not None and self._counts_samples:
+            check_collated(micro_batches)
+        return micro_batches
 
     def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
         """Split one batch into micro-batches of this size at most."""
         if self._collate is None:
             return split_rows(batch, limit)
-        micro_batches = split_samples(batch, limit, self._collate)
-        if self._counts_samples:
-            check_collated(micro_batches)
         self._samples = batch
-        return micro_batches
+        return split_samples(batch, limit, self._collate)
 
     def _split_pieces(self, pieces: Sequence[Batch], limit: int | None) -> list[MicroBatch]:
         micro_batches = join_batches([self._split(piece, limit) for piece in pieces])

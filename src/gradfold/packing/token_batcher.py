@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows, num_rows
-from gradfold.batch.split import Collate, MicroBatch, MicroBatcher, check_collated, split_samples
+from gradfold.batch.split import Collate, MicroBatch, MicroBatcher, split_samples
 from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.strategy import Run, Strategy
 from gradfold.engine.window import Window
@@ -131,12 +131,9 @@ class TokenBatcher(MicroBatcher):
         widths = {name: length.clamp(min=1) for name, length in found.items()}
         groups = self._plan(widths, limit)
         self._probes.append(partial(find_in_samples, batch, collate, widths, groups))
-        parts = []
-        for rows in groups:
-            parts.append(MicroBatch(collate([batch[row] for row in rows]), rows, width=width_of(widths, rows)))
-        if self._counts_samples:
-            check_collated(parts)
-        return parts
+        return [
+            MicroBatch(collate([batch[row] for row in rows]), rows, width=width_of(widths, rows)) for rows in groups
+        ]
 
     def _split_tensors(self, batch: Batch, limit: int) -> list[MicroBatch]:
         found = self._budget.lengths_of(batch, num_rows(batch))
