@@ -23,7 +23,7 @@ from gradfold.self_check.look import check_split
 from gradfold.self_check.probe_run import ProbeRun
 from gradfold.self_check.self_check import without_warnings
 from gradfold.state.attributes import ModuleAttributes
-from gradfold.verification.comparison import SizeComparison, compare, measure
+from gradfold.verification.comparison import SizeComparison, compare
 from gradfold.verification.locate import find_first_coupled_layer
 from gradfold.verification.reference import relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_whole
@@ -72,12 +72,12 @@ def find_causes(comparison: SizeComparison, needed: Sequence[Size | None], notes
     """Why the law does not hold, if it does not; sizes that are not needed may fail."""
     if not comparison.holds:
         return [after_comparing(comparison)]
-    failed = [attempt for attempt in comparison.attempts if math.isnan(attempt.error)]
+    failed = [attempt for attempt in comparison.attempts if math.isnan(attempt.row.error)]
     for attempt in failed:
         if attempt.size in needed:
             return [failing(attempt)]
     if failed:
-        sizes = join_names([str(measure(attempt.size)[0]) for attempt in failed])
+        sizes = join_names([str(attempt.row.size) for attempt in failed])
         notes.append(f"micro-batches of {sizes} do not run; the others say nothing about them.")
     return []
 
@@ -100,7 +100,7 @@ def after_comparing(comparison: SizeComparison) -> Cause:
     if not comparison.compared:
         return failing(comparison.attempts[-1])
     worst = comparison.compared[0]
-    if worst.error <= NOISE * noise.error:
+    if worst.row.error <= NOISE * noise.error:
         found = f"a few rounding errors in every parameter move the gradient by {number(noise.error)}"
         return _inconclusive(found, "Verify in float64, or with other weights and data.", "rounding")
     return _split_in_two(comparison.setup, worst)
@@ -147,9 +147,9 @@ def besides_batch_norm(
 
 def failing(attempt: Attempt) -> Cause:
     """The user's own functions fail on micro-batches of this size."""
-    size, unit = measure(attempt.size)
     failure = f"{type(attempt.failure).__name__}: {attempt.failure}"
-    return Cause("fails", f"loss_fn takes the whole batch, but not micro-batches of {size} {unit}: {failure}")
+    size = f"{attempt.row.size} {attempt.row.unit}"
+    return Cause("fails", f"loss_fn takes the whole batch, but not micro-batches of {size}: {failure}")
 
 
 def _split_in_two(setup: Setup, worst: Attempt) -> Cause:
@@ -172,7 +172,7 @@ def _split_in_two(setup: Setup, worst: Attempt) -> Cause:
     if isinstance(failure, NonFiniteLossError):
         return Cause(
             "empty",
-            f"with micro-batches of {measure(worst.size)[0]}, {failure} The whole batch's loss is finite, so this is a "
+            f"with micro-batches of {worst.row.size}, {failure} The whole batch's loss is finite, so this is a "
             "mean over nothing: pass as weight= the number of things that it averages; then a part without any is left "
             "out.",
             failure.term,

@@ -12,15 +12,14 @@ import torch
 
 from gradfold.batch.split import check_size, cut_range
 from gradfold.engine.model_checks import dropping_modules
-from gradfold.engine.result import Unit
 from gradfold.errors import OptionError
-from gradfold.messages import first_line, join_names
+from gradfold.messages import join_names
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.comparison import NOISE, perturbed, tolerance_of
 from gradfold.verification.reference import differences, relative_error
 from gradfold.verification.runs import Attempt, WholeRun, run_in_parts, run_whole
 from gradfold.verification.setup import Setup, Size
-from gradfold.verification.verdict import Cause, ParameterRow, SizeRow, Verdict
+from gradfold.verification.verdict import Cause, ParameterRow, Verdict
 
 _LARGEST = 1e-3  # that noise may lift a tolerance to: errors of mistakes begin there
 _MOST_MICRO_BATCHES = 16  # of the sizes that were not asked for
@@ -56,12 +55,13 @@ class SizeComparison:
     @property
     def compared(self) -> list[Attempt]:
         """The attempts that say something, the one with the largest error first."""
-        return sorted((one for one in self.attempts if not math.isnan(one.error)), key=lambda one: -one.error)
+        found = [attempt for attempt in self.attempts if not math.isnan(attempt.row.error)]
+        return sorted(found, key=lambda attempt: -attempt.row.error)
 
     @property
     def max_error(self) -> float:
         """Of all sizes; NaN where none ran."""
-        return self.compared[0].error if self.compared else math.nan
+        return self.compared[0].row.error if self.compared else math.nan
 
     @property
     def unknown(self) -> str | None:
@@ -75,13 +75,7 @@ class SizeComparison:
             ok=not causes,
             max_relative_error=self.max_error,
             rows=self._rows(),
-            sizes=tuple(
-                SizeRow(
-                    *(*measure(one.size), one.num_micro_batches, one.error),
-                    failure=None if one.failure is None else first_line(one.failure),
-                )
-                for one in self.attempts
-            ),
+            sizes=tuple(one.row for one in self.attempts),
             tolerance=noise.tolerance,
             noise_floor=noise.error,
             dtype=self._dtype,
@@ -173,14 +167,6 @@ def choose_sizes(num_rows: int, own: Size | None, asked: Sequence[int] | None) -
         sizes.add(own)
     found = sorted(size for size in sizes if size < num_rows)
     return [own, *found] if isinstance(own, TokenBudget) else [*found]
-
-
-def measure(size: Size) -> tuple[int, Unit]:
-    """A size as a number of something."""
-    if isinstance(size, TokenBudget):
-        assert isinstance(size.max_tokens, int)
-        return size.max_tokens, "padded tokens"
-    return size, "rows"
 
 
 def _noise_floor(comparison: SizeComparison, dtypes: set[torch.dtype]) -> NoiseFloor:

@@ -21,12 +21,15 @@ from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import leaves_of, walk
 from gradfold.engine.loss_terms import LossFn, LossOutput, loss_terms_of
 from gradfold.errors import BatchNormError, GradfoldError, NonFiniteLossError
+from gradfold.messages import first_line
+from gradfold.packing.token_budget import TokenBudget
 from gradfold.self_check.rng_replay import RecordedRandomness, RowRandomness, is_random
 from gradfold.self_check.self_check import without_warnings
 from gradfold.self_check.torch_private import TorchDispatchMode, input_dtypes, operator_name
 from gradfold.twophase.loss import TwoPhaseLoss
 from gradfold.verification.reference import differences, full_batch_gradient, gradients, relative_error
 from gradfold.verification.setup import Setup, Size
+from gradfold.verification.verdict import SizeRow
 from gradfold.weights import weigh
 
 
@@ -47,8 +50,7 @@ class Attempt:
     """The batch in micro-batches, by gradfold."""
 
     size: Size
-    num_micro_batches: int
-    error: float  # relative, over all parameters; NaN where it failed, infinite where a loss is not finite
+    row: SizeRow  # its error is infinite where a loss is not finite
     differences: Mapping[str, float] = field(default_factory=dict)  # from the whole, by parameter; where it ran
     failure: Exception | None = None  # of the user's own functions, or a loss that is not finite, or BatchNorm
     unknown: str | None = None  # an operator whose random numbers could not be handed to rows
@@ -95,14 +97,11 @@ def run_in_parts(setup: Setup, size: Size, whole: WholeRun) -> Attempt:
             if isinstance(error, GradfoldError) and not is_found:
                 raise  # what the accumulator itself tells the user
             off = math.inf if isinstance(error, NonFiniteLossError) else math.nan
-            return Attempt(size, len(order), off, failure=error)
+            return Attempt(size, row_of(size, len(order), off, first_line(error)), failure=error)
     found = gradients(model)  # not kept: there may be many sizes
-    distance = relative_error(found, whole.gradients)
-    return Attempt(
-        *(size, len(order), math.inf if math.isnan(distance) else distance, differences(found, whole.gradients)),
-        unknown=randomness.unknown,
-        dims=randomness.dims,
-    )
+    off = relative_error(found, whole.gradients)
+    row = row_of(size, len(order), math.inf if math.isnan(off) else off)
+    return Attempt(size, row, differences(found, whole.gradients), unknown=randomness.unknown, dims=randomness.dims)
 
 
 def run_on_all_ranks(setup: Setup, size: Size, wrap: Callable[[nn.Module], nn.Module]) -> tuple[dict[str, Tensor], int]:
@@ -113,6 +112,14 @@ def run_on_all_ranks(setup: Setup, size: Size, wrap: Callable[[nn.Module], nn.Mo
         with setup.running():
             result = accumulator.backward(setup.batch())
     return gradients(unwrapped(model)), result.num_micro_batches
+
+
+def row_of(size: Size, num_micro_batches: int, error: float, failure: str | None = None, num_ranks: int = 1) -> SizeRow:
+    """A row of the verdict."""
+    if isinstance(size, TokenBudget):
+        assert isinstance(size.max_tokens, int)
+        return SizeRow(size.max_tokens, "padded tokens", num_micro_batches, error, failure, num_ranks)
+    return SizeRow(size, "rows", num_micro_batches, error, failure, num_ranks)
 
 
 def _order(setup: Setup, model: nn.Module, size: Size) -> list[Rows]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from gradfold.errors import BatchError, DistributedError, OptionError
 from gradfold.messages import first_line, join_names
 from gradfold.state.gradients import parameters_of
 from gradfold.verification import causes
-from gradfold.verification.comparison import SizeComparison, choose_sizes, compare, compare_with_fallbacks, measure
+from gradfold.verification.comparison import SizeComparison, choose_sizes, compare, compare_with_fallbacks
 from gradfold.verification.reference import relative_error
-from gradfold.verification.runs import WholeRun, run_on_all_ranks, run_whole
+from gradfold.verification.runs import WholeRun, row_of, run_on_all_ranks, run_whole
 from gradfold.verification.setup import Setup, Size, set_up
 from gradfold.verification.verdict import Cause, SizeRow, Verdict, name_of, number
 from gradfold.windows import LoadedWindow, LoopWindow
@@ -197,10 +197,13 @@ def _sizes(accumulator: Accumulator, own_rows: int, asked: Sequence[int] | None)
 
 
 def _row(ranks: ProcessGroup, size: Size, num_run: int, gradients: Gradients, expected: Gradients) -> SizeRow:
-    found = ranks.exchange((num_run, _digest(gradients), relative_error(gradients, expected)))
-    differing = [rank for rank, (_, digest, _) in enumerate(found) if digest != found[0][1]]
+    checksums = {
+        name: crc32(one.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for name, one in gradients.items()
+    }
+    found = ranks.exchange((num_run, checksums, relative_error(gradients, expected)))
+    differing = [rank for rank, (_, of_rank, _) in enumerate(found) if of_rank != found[0][1]]
     failure = f"rank {differing[0]} has another gradient than rank 0" if differing else None
-    return SizeRow(*measure(size), max(number for number, _, _ in found), found[0][2], failure, ranks.size)
+    return row_of(size, max(number for number, _, _ in found), found[0][2], failure, ranks.size)
 
 
 def _with_rows(found: Verdict, ranks: ProcessGroup, rows: Sequence[SizeRow], frozen: list[str]) -> Verdict:
@@ -253,12 +256,3 @@ def _join(batches: Sequence[Batch], accumulator: Accumulator) -> Batch:
         return torch.cat(of_ranks) if isinstance(leaf, Tensor) and leaf.dim() else leaf
 
     return map_leaves(join, batches[0])
-
-
-def _digest(gradients: Gradients) -> str:
-    """Of every bit: whether two ranks hold the same."""
-    found = hashlib.sha256()
-    for name, gradient in sorted(gradients.items()):
-        found.update(name.encode())
-        found.update(gradient.contiguous().view(-1).view(torch.uint8).numpy(force=True).tobytes())
-    return found.hexdigest()
