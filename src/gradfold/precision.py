@@ -95,14 +95,10 @@ class Precision:
 
 
 class LeftGradients:
-    """The gradients that windows have left in `.grad`, each with the loss scaler that has scaled it, if any.
-
-    Attributes:
-        is_used: whether this process has a loss scaler. Before that, nothing has to be noted.
-    """
+    """The gradients that windows have left in `.grad`, each with the loss scaler that has scaled it, if any."""
 
     def __init__(self) -> None:
-        self.is_used = False
+        self.is_used = False  # whether this process has a loss scaler; before that nothing has to be noted
         self._left: MutableMapping[Tensor, tuple[torch.amp.GradScaler | None, int]] = WeakTensorKeyDictionary()
 
     def note(self, parameters: Iterable[nn.Parameter], precision: Precision) -> None:

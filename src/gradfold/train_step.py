@@ -169,11 +169,7 @@ class TrainStep:
 
 
 def _has_masters(accumulator: object, optimizer: object) -> bool:
-    """Whether the optimizer steps with weights of its own.
-
-    Raises:
-        TrainStepError: it knows nothing of the model, or is another kind of object.
-    """
+    """Whether the optimizer steps with weights of its own; TrainStepError where it knows nothing of the model."""
     if not isinstance(accumulator, Accumulator):
         raise TrainStepError(
             f"accumulator is a {type(accumulator).__name__}; expected a gradfold.Accumulator: "

@@ -102,15 +102,10 @@ def token_count(
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a window's micro-batches under one name.
-
-    Args:
-        values: the weights of the micro-batches.
-        read_total: the denominator; called when it is first needed, since other ranks may have to be waited for.
-    """
+    """The weights of a window's micro-batches under one name."""
 
     values: tuple[float, ...]
-    read_total: Callable[[], float]
+    read_total: Callable[[], float]  # called when it is first needed, since other ranks may have to be waited for
 
     @cached_property
     def total(self) -> float:
@@ -141,12 +136,10 @@ def normalize(values: tuple[float, ...]) -> Weights:
 class WindowWeights:
     """The weights of one window, for every loss term and metric.
 
-    Args:
+    Attributes:
         named: by the name of a loss term or metric; empty where one weight counts for all.
         unnamed: that weight; None where weights have names.
         samples: the numbers of rows.
-
-    Attributes:
         zero_weight: the micro-batches of weight 0 under every name.
     """
 
@@ -154,7 +147,6 @@ class WindowWeights:
         self.named = named
         self.unnamed = unnamed
         self.samples = samples
-        self.are_named = unnamed is None
         self._every = list(named.values()) if unnamed is None else [unnamed]
         self.zero_weight = frozenset.intersection(*(one.zero_weight for one in self._every))
 
@@ -177,7 +169,7 @@ class WindowWeights:
             for index, one in enumerate((*self._every, self.samples))
         )
         named = dict(zip(self.named, larger, strict=False))  # none where one weight counts for all
-        return WindowWeights(named, None if self.are_named else larger[0], samples)
+        return WindowWeights(named, None if self.named else larger[0], samples)
 
     def of_term(self, name: str) -> Weights:
         """The weights of a loss term; raises WeightError where weights were given by name, and none for this one."""
@@ -201,7 +193,7 @@ class WindowWeights:
 
     def names_at(self, index: int) -> list[str] | None:
         """The names under which a micro-batch has a positive weight; None where weights have no names."""
-        return [name for name, one in self.named.items() if one.values[index]] if self.are_named else None
+        return [name for name, one in self.named.items() if one.values[index]] if self.named else None
 
     def check_names(self, terms: Collection[str], metrics: Collection[str]) -> None:
         """Raise WeightError where a weight was given for something that loss_fn did not return."""

@@ -190,10 +190,8 @@ def equal(batch: Batch, other: Batch) -> bool:
 class Marks:
     """What stood in a batch, to tell later whether it was written to, or has something else in it.
 
-    Of an object that is not a container the attributes are looked at, too.
-
-    Args:
-        is_new: whether every tensor and container was made for this batch; then nothing needs to be kept.
+    Of an object that is not a container the attributes are looked at, too. With `is_new` every tensor and container
+    was made for this batch, so nothing needs to be kept.
     """
 
     def __init__(self, batch: Batch, is_new: bool = False) -> None:

@@ -199,7 +199,6 @@ class MicroBatcher:
 
     Args:
         size: rows (or padded tokens) to run at once; None: the whole batch.
-        collate: the user's function.
         counts_samples: whether samples are what is weighed, so collation must not change their number.
     """
 

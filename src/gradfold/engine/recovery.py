@@ -132,7 +132,7 @@ def _settle(window: Window, snapshot: Snapshot, checks_gradient: bool) -> bool:
     coordinator.end(window.losses, snapshot.gradients)
     flags = snapshot.settle()
     is_finite = window.losses.settle(flags if checks_gradient else [])
-    if window.weights.are_named:
+    if window.weights.named:
         window.weights.check_names(window.losses.all_names, window.losses.metrics.all_names)
     return coordinator.all_finite(is_finite)
 

@@ -149,18 +149,16 @@ class WindowRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def around(self, loss_fn: LossFn) -> LossFn:
         """`loss_fn` with the draws of the rows that it is called with; in two phases each micro-batch comes twice."""
         if isinstance(loss_fn, TwoPhaseLoss):
-            return replace(loss_fn, statistic=self._around(loss_fn.statistic))
-        return self._around(loss_fn)
+            return replace(loss_fn, statistic=self.around(loss_fn.statistic))
 
-    def _around(self, function: Callable[[nn.Module, Batch], Any]) -> Callable[[nn.Module, Batch], Any]:
-        def call(model: nn.Module, batch: Batch) -> Any:
+        def call(model: nn.Module, batch: Batch) -> LossOutput:
             mode = self._make(next(self._ahead))
             mode.restores_on_exit = False  # other forward passes may draw from the same generators
             self._modes.append(mode)
             self._is_forward = True
             try:
                 with mode:
-                    return function(model, batch)
+                    return loss_fn(model, batch)
             finally:
                 self._is_forward = False
 
