@@ -10,9 +10,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from gradfold.batch.loaded_window import MicroBatchWindow
 from gradfold.batch.nesting import Batch, structure
-from gradfold.batch.split import Collate, MicroBatcher, check_size
+from gradfold.batch.split import Collate, MicroBatcher, MicroBatchWindow, check_size
 from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.exact import ExactBatchNorm
 from gradfold.batchnorm.per_micro_batch import PerMicroBatchNorm

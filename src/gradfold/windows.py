@@ -9,9 +9,8 @@ from typing import TypeVar, final, overload
 
 from torch import Tensor, nn
 
-from gradfold.batch.loaded_window import LoadedWindow, MicroBatchWindow
 from gradfold.batch.nesting import contents_of, rows_if_any
-from gradfold.batch.split import MicroBatch, join_batches
+from gradfold.batch.split import LoadedWindow, MicroBatch, MicroBatchWindow, join_batches
 from gradfold.batchnorm.per_micro_batch import WindowStatistics
 from gradfold.batchnorm.policy import (
     BatchNormOption,
