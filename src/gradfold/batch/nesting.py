@@ -129,29 +129,30 @@ def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     return parts
 
 
-def join_rows(batches: Sequence[Batch]) -> Batch:
+def join_rows(batches: Sequence[Batch], takes_first: bool = False) -> Batch:
     """Batches of one nesting as one, row after row: the opposite of `cut_rows`.
 
     Raises:
-        BatchError: they are not alike, or what is the same for every row of one is not so for all.
+        BatchError: they are not alike, or what is the same for every row of one is not so for all, unless it is to be
+            taken from the first.
     """
     leaves = list(map(every_leaf, batches))
     if len({len(one) for one in leaves}) > 1:
-        raise BatchError("micro-batches of different structure cannot be joined")
-    joined = iter([_join(column) for column in zip(*leaves, strict=True)])
-    return map_leaves(lambda leaf: next(joined), batches[0])
+        raise BatchError("batches of different structure cannot be joined")
+    columns = zip(*leaves, strict=True)
 
+    def join(first: Any) -> Any:
+        column = next(columns)
+        if isinstance(first, Tensor) and first.dim():
+            try:
+                return torch.cat(column)
+            except (RuntimeError, TypeError) as error:
+                raise BatchError(f"batches cannot be joined ({error})") from error
+        if takes_first or all(_is_equal(first, other) for other in column):
+            return first
+        raise BatchError("what all rows share differs between batches, so they cannot be joined")
 
-def _join(column: Sequence[Any]) -> Any:
-    first = column[0]
-    if isinstance(first, Tensor) and first.dim():
-        try:
-            return torch.cat(tuple(column))
-        except (RuntimeError, TypeError) as error:
-            raise BatchError(f"micro-batches cannot be joined ({error})") from error
-    if all(_is_equal(first, other) for other in column):
-        return first
-    raise BatchError("what all rows share differs between micro-batches, so they cannot be joined")
+    return map_leaves(join, batches[0])
 
 
 def rows_if_any(batch: Batch) -> int | None:

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from itertools import chain
+from typing import TypeAlias, TypeVar, cast
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from gradfold.accumulator import Accumulator
-from gradfold.batch.nesting import Batch, every_leaf, map_leaves
+from gradfold.batch.nesting import Batch, join_rows
 from gradfold.batch.rows import num_rows
 from gradfold.batch.split import split_samples
 from gradfold.distributed.ddp import find_process_group, parallel_modules, unwrapped, wrapped_as
@@ -164,7 +165,8 @@ def _prove_on_all_ranks(
 ) -> Verdict:
     """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all."""
     own_rows = _count_rows(accumulator, batch, least=1)  # its errors come before any rank waits
-    whole_batch = _join(ranks.exchange(batch), accumulator)
+    batches = ranks.exchange(batch)
+    whole_batch = join_rows(batches, takes_first=True) if accumulator.collate is None else list(chain(*batches))
     found = _on_first(ranks, lambda: _prove(accumulator, whole_batch, dtype, asked))
     if not found.ok:
         note = f"this is what one process found with the rows of all {ranks.size} ranks; they were not run together."
@@ -243,16 +245,3 @@ def _on_first(ranks: ProcessGroup, make: Callable[[], T]) -> T:
     if failure is not None:
         raise DistributedError(f"rank 0 failed in verify. {failure}")
     return value
-
-
-def _join(batches: Sequence[Batch], accumulator: Accumulator) -> Batch:
-    """The rows of all ranks as one batch, in the order of ranks."""
-    if accumulator.collate is not None:
-        return [sample for batch in batches for sample in batch]
-    columns = zip(*map(every_leaf, batches), strict=True)
-
-    def join(leaf: Any) -> Any:
-        of_ranks = next(columns)
-        return torch.cat(of_ranks) if isinstance(leaf, Tensor) and leaf.dim() else leaf
-
-    return map_leaves(join, batches[0])
