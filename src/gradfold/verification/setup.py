@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -184,18 +184,11 @@ def _copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 def _batch_in(dtype: torch.dtype | None, batch: Batch) -> Batch:
     """A batch whose real numbers have this precision; complex ones, twice of it."""
-    if dtype is None:
-        return batch
-
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return _in_dtype(leaf, dtype)
-        return leaf.to(dtype) if isinstance(leaf, PackedSequence) and leaf.data.is_floating_point() else leaf
-
-    return map_leaves(convert, batch)
+    return batch if dtype is None else map_leaves(partial(_in_dtype, dtype=dtype), batch)
 
 
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_floating_point():
-        return tensor.to(dtype)
-    return tensor.to(dtype.to_complex()) if tensor.is_complex() else tensor
+def _in_dtype(leaf: Any, dtype: torch.dtype) -> Any:
+    values = leaf.data if isinstance(leaf, PackedSequence) else leaf
+    if isinstance(values, Tensor) and (values.is_floating_point() or values.is_complex()):
+        return leaf.to(dtype.to_complex() if values.is_complex() else dtype)
+    return leaf
