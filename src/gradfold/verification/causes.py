@@ -114,35 +114,31 @@ def batch_norm_layers(comparison: SizeComparison) -> dict[str, nn.Module]:
     return dict(batch_statistics_layers(comparison.setup.fresh_model()))
 
 
-def batch_norm(layers: tuple[str, ...], is_accepted: bool) -> Cause:
-    """BatchNorm modules that normalize by the statistics of a micro-batch."""
+def batch_norm(
+    layers: dict[str, nn.Module], is_accepted: bool, setup: Setup, sizes: Sequence[Size], notes: list[str]
+) -> list[Cause]:
+    """BatchNorm modules that see micro-batches, and what else is wrong when they use their running statistics."""
     how = (
         'You accepted that with batch_norm="per_micro_batch", and the errors below show how far it goes.'
         if is_accepted
         else 'The errors below are what batch_norm="per_micro_batch" would accept.'
     )
-    return Cause(
+    found = Cause(
         "batch_norm",
         f"{'1 layer normalizes' if len(layers) == 1 else f'{len(layers)} layers normalize'} by the mean and variance "
         f"of the micro-batch, not of the batch: {join_names(list(map(repr, layers)))}. {how} Write "
         'batch_norm="exact" to normalize by the whole batch, gradfold.convert_batch_norm(model) for GroupNorm, or '
         "layer.eval() to use the running statistics.",
-        layers=layers,
+        layers=tuple(layers),
     )
-
-
-def besides_batch_norm(
-    layers: dict[str, nn.Module], setup: Setup, sizes: Sequence[Size], notes: list[str]
-) -> list[Cause]:
-    """What else is wrong when these BatchNorm layers use their running statistics."""
     if any(getattr(layer, "running_mean", None) is None for layer in layers.values()):
-        return []
+        return [found]
     # Of the sizes those with the fewest micro-batches: this is but a note.
     comparison = compare(replace(setup, frozen=setup.frozen | layers.keys()), sizes[-2:])
     if not comparison.holds:
-        return [after_comparing(comparison)]
+        return [found, after_comparing(comparison)]
     notes.append("with those layers in evaluation mode the law holds, so nothing else is wrong.")
-    return []
+    return [found]
 
 
 def failing(attempt: Attempt) -> Cause:

@@ -122,11 +122,11 @@ def _prove(
         comparison = compare_with_fallbacks(setup, sizes, whole, notes)
         layers = causes.batch_norm_layers(comparison)
         if layers:
-            found = [causes.batch_norm(tuple(layers), is_accepted=setup.batch_norm is not None)]
-            if setup.batch_norm is None:
+            is_accepted = setup.batch_norm is not None
+            if not is_accepted:
                 per_micro_batch = replace(comparison.setup, batch_norm="per_micro_batch")
                 comparison = compare(per_micro_batch, sizes, comparison.whole)
-            found += causes.besides_batch_norm(layers, comparison.setup, sizes, notes)
+            found = causes.batch_norm(layers, is_accepted, comparison.setup, sizes, notes)
         else:
             found = causes.find_causes(comparison, [own] if micro_batch_sizes is None else micro_batch_sizes, notes)
         if not any(bool(one.any()) for one in comparison.whole.gradients.values()):
