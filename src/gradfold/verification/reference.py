@@ -37,9 +37,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def relative_error(gradient: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """||gradient - expected|| / ||expected|| over all parameters; absolute where all that is expected is zero."""
-    difference, norm = (
-        math.sqrt(sum(one**2 for one in differences(found, expected).values())) for found in (gradient, {})
-    )
+    difference, norm = (math.hypot(*differences(found, expected).values()) for found in (gradient, {}))
     return difference / norm if norm else difference
 
 
