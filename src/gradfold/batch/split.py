@@ -126,12 +126,8 @@ def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
     return list(map(MicroBatch, cut_rows(batch, list(map(len, ranges))), ranges, repeat(True)))
 
 
-def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate: Collate) -> list[MicroBatch]:
-    """Cut a list of samples and collate each part.
-
-    All parts are collated at once: a weight may be needed of each before the first backward, and a collate function
-    that draws random numbers must not run again when a part runs again.
-    """
+def num_samples(samples: Batch) -> int:
+    """The length of a list of samples; BatchError where it is none, or empty."""
     if isinstance(samples, str | bytes) or not isinstance(samples, Sequence):
         raise BatchError(
             f"with collate=, the batch must be a list of samples; got a {type(samples).__name__}. Let the loader give "
@@ -139,7 +135,16 @@ def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate:
         )
     if not samples:
         raise BatchError("the batch is an empty list of samples. Skip empty batches before calling backward().")
-    ranges = cut_range(len(samples), micro_batch_size)
+    return len(samples)
+
+
+def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate: Collate) -> list[MicroBatch]:
+    """Cut a list of samples and collate each part.
+
+    All parts are collated at once: a weight may be needed of each before the first backward, and a collate function
+    that draws random numbers must not run again when a part runs again.
+    """
+    ranges = cut_range(num_samples(samples), micro_batch_size)
     return [MicroBatch(collate(list(samples[rows.start : rows.stop])), rows) for rows in ranges]
 
 

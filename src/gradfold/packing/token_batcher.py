@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows, num_rows
-from gradfold.batch.split import Collate, MicroBatch, MicroBatcher, split_samples
+from gradfold.batch.split import Collate, MicroBatch, MicroBatcher, num_samples
 from gradfold.engine.loss_terms import LossFn
 from gradfold.engine.strategy import Run, Strategy
 from gradfold.engine.window import Window
@@ -123,7 +123,7 @@ class TokenBatcher(MicroBatcher):
         return self._split_samples(batch, limit, self._collate)
 
     def _split_samples(self, batch: Batch, limit: int, collate: Collate) -> list[MicroBatch]:
-        total = len(split_samples(batch, None, list)[0].rows)
+        total = num_samples(batch)
         if self._budget.trim is not None:
             raise OptionError("trim= is for padded tensors; with collate= every micro-batch is padded by itself.")
         self._samples = batch

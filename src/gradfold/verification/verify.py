@@ -16,7 +16,7 @@ from torch import Tensor
 from gradfold.accumulator import Accumulator
 from gradfold.batch.nesting import Batch, join_rows
 from gradfold.batch.rows import num_rows
-from gradfold.batch.split import split_samples
+from gradfold.batch.split import num_samples
 from gradfold.distributed.ddp import find_process_group, parallel_modules, unwrapped, wrapped_as
 from gradfold.distributed.fsdp import sharded_modules
 from gradfold.distributed.process_group import ProcessGroup
@@ -141,7 +141,7 @@ def _count_rows(accumulator: Accumulator, batch: Batch, least: int = 2) -> int:
             "verify got a window. Pass a batch, as without accumulation: tensors with rows, or with collate= a list "
             "of samples."
         )
-    total = num_rows(batch) if accumulator.collate is None else len(split_samples(batch, None, list)[0].rows)
+    total = num_rows(batch) if accumulator.collate is None else num_samples(batch)
     if total < least:
         raise BatchError("the batch has one row only, which cannot be split. Pass at least two; 8 to 64 prove most.")
     return total
