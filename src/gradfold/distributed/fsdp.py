@@ -71,7 +71,7 @@ def refuse_unsharded(modules: Sequence[nn.Module]) -> None:
 
 
 class ShardingRecipe:
-    """How fully_shard was applied to a model, innermost calls first; DistributedError where it cannot be repeated."""
+    """How fully_shard was applied to a model, innermost calls first; DistributedError if that cannot be repeated."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
@@ -81,7 +81,7 @@ class ShardingRecipe:
         for shard in self._shards():
             if shard.is_dtensor:
                 raise DistributedError("fully_shard of a tensor-parallel model cannot be repeated on a copy.")
-        self._mesh = next(call.group.mesh_info.mesh for call in self._calls if call.group is not None)
+        self._mesh = next((call.group.mesh_info.mesh for call in self._calls if call.group is not None), None)
 
     def whole_parameters(self) -> dict[int, nn.Parameter]:
         """New parameters without contents, as they were before they were sharded, by `id` of the shard."""

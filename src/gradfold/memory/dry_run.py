@@ -21,18 +21,19 @@ from torch.utils.checkpoint import checkpoint
 
 from gradfold.batch.nesting import Batch, cut_rows, every_leaf, map_tensors
 from gradfold.batch.rows import num_rows
-from gradfold.batch.split import Collate
+from gradfold.batch.split import Collate, num_samples
 from gradfold.distributed.fsdp import ShardingRecipe, set_reducing, sharded_modules
 from gradfold.distributed.torch_private import gathered_parameters
 from gradfold.engine.backward import BackPropagation
 from gradfold.engine.graph import graph_leaves
 from gradfold.engine.loss_terms import LossFn, read_pair, read_terms
 from gradfold.engine.strategy import Strategy
-from gradfold.errors import BatchError, DistributedError, OptionError
+from gradfold.errors import DistributedError
 from gradfold.memory.torch_private import BatchNormBase, FakeTensor, FakeTensorMode
 from gradfold.memory.tracker import AllocationTrace, MemoryTracker, state_tensors, storage_bytes, tensors_in
 from gradfold.precision import Precision
 from gradfold.self_check.rng_replay import CustomGenerators
+from gradfold.self_check.torch_private import is_compiled
 from gradfold.state.external import ExternalState
 from gradfold.state.gradients import GradientBuffer
 
@@ -46,21 +47,12 @@ class ProbeBatch:
     def __init__(self, batch: Batch, collate: Collate | None) -> None:
         self._batch = batch
         self.collate = collate
-        if collate is None:
-            self.num_rows = num_rows(batch)
-            return
-        if not isinstance(batch, Sequence) or not batch:
-            raise BatchError("with collate=, the batch must be a list of at least one sample.")
-        self.num_rows = len(batch)
-        self._longest = max(batch, key=extent)
+        self.num_rows = num_rows(batch) if collate is None else num_samples(batch)
+        self._longest = None if collate is None else max(batch, key=extent)
 
     def take(self, size: int) -> Batch:
         """A micro-batch of `size` rows, on the host."""
-        if not 1 <= size <= self.num_rows:
-            raise OptionError(f"a micro-batch of {size} rows; expected 1 to {self.num_rows}, the rows of the batch.")
-        if self.collate is not None:
-            return self.collate([self._longest] * size)
-        return cut_rows(self._batch, [size, self.num_rows - size])[0]
+        return self.take_unchanged(size, 0) if self.collate is None else self.collate([self._longest] * size)
 
     def take_unchanged(self, size: int, start: int) -> Batch:
         """The rows from `start`, with the lengths that they have."""
@@ -136,36 +128,30 @@ class DryRun:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Put back what the user's functions change; without garbage collection, which would show in the trace."""
-        own, was_enabled = CustomGenerators(), gc.isenabled()
+        was_enabled = gc.isenabled()
         gc.disable()
         try:
-            with ExternalState(self.model, self.loss_fn, self.probe_batch.collate), watching(own, self.model):
+            own = watching(CustomGenerators(), self.model)
+            with ExternalState(self.model, self.loss_fn, self.probe_batch.collate), own:
                 yield
         finally:
-            own.restore_generators()
             if was_enabled:
                 gc.enable()
 
     def _copy(self, mode: FakeTensorMode | None) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         """Model and optimizer with tensors of their own; under a mode fake ones, in shards where the model has them."""
-        model, optimizer = self.model, self.optimizer
-        is_sharded = bool(sharded_modules(list(model.modules())))
         if mode is None:
-            if is_sharded:
+            if sharded_modules(list(self.model.modules())):
                 raise DistributedError("its parameters are sharded: no rank can run it alone")
-            return copy.deepcopy((model, optimizer))
-        memo: dict[int, Any] = {}
-        if is_sharded:
-            recipe = ShardingRecipe(model)
-            with mode:
-                memo |= recipe.whole_parameters()
-        memo |= {id(tensor): _fake(tensor, mode) for tensor in self._tensors() if id(tensor) not in memo}
-        if not is_sharded:
-            return copy.deepcopy((model, optimizer), memo)
-        copied = recipe.copy(memo)
+            return copy.deepcopy((self.model, self.optimizer))
+        recipe = ShardingRecipe(self.model)  # of no call, where nothing is sharded
         with mode:
-            memo |= recipe.apply(copied)  # which an optimizer steps
-        return copied, copy.deepcopy(optimizer, memo)
+            memo: dict[int, Any] = {**recipe.whole_parameters()}
+        memo |= {id(tensor): _fake(tensor, mode) for tensor in self._tensors() if id(tensor) not in memo}
+        model = recipe.copy(memo)
+        with mode:
+            memo |= recipe.apply(model)  # which an optimizer steps
+        return model, copy.deepcopy(self.optimizer, memo)
 
     def _tensors(self) -> Iterator[Tensor]:
         """Every tensor that a copy of model and optimizer would copy."""
@@ -263,8 +249,7 @@ def _offloaded() -> saved_tensors_hooks:
 
 def watching(own: CustomGenerators, model: nn.Module) -> AbstractContextManager[object]:
     """Let it see the generators that a model draws from; not of a compiled one, which would be compiled again."""
-    compiled = [getattr(one, "_compiled_call_impl", None) or hasattr(one, "_orig_mod") for one in model.modules()]
-    return nullcontext() if any(compiled) else own
+    return nullcontext() if is_compiled(model.modules()) else own
 
 
 def round_up(num_bytes: int, block: int) -> int:
