@@ -65,7 +65,10 @@ class PaddedBatch:
 
         @cache  # what a batch holds twice, its parts hold twice
         def cut(leaf: Tensor) -> Tensor:
-            return self._narrowed(leaf, widths).index_select(0, index.to(leaf.device)) if leaf.dim() else leaf
+            for dim, name in self._dims.get(id(leaf), {}).items():
+                size, width = leaf.shape[dim], min(widths[name], leaf.shape[dim])
+                leaf = leaf.narrow(dim, size - width if self._side == "left" else 0, width)
+            return leaf.index_select(0, index.to(leaf.device)) if leaf.dim() else leaf
 
         return map_tensors(cut, self._batch)
 
@@ -73,12 +76,6 @@ class PaddedBatch:
     def full_width(self) -> int:
         """The padded length of the batch, all inputs together."""
         return sum(self.padded.values())
-
-    def _narrowed(self, leaf: Tensor, widths: Mapping[str, int]) -> Tensor:
-        for dim, name in self._dims.get(id(leaf), {}).items():
-            size, width = leaf.shape[dim], min(widths[name], leaf.shape[dim])
-            leaf = leaf.narrow(dim, size - width if self._side == "left" else 0, width)
-        return leaf
 
     def _take_named(self, named: Named) -> set[int]:
         """Note what the user says; returns the ids of the tensors of which nothing is to be found out."""
@@ -119,11 +116,13 @@ class PaddedBatch:
         """Find the tensors that go with the tokens, and refuse those of which it cannot be known."""
         leaves, lengths = self._leaves, self._lengths
         places = [(path, dim) for path, leaf in leaves.items() if id(leaf) not in kept for dim in range(1, leaf.dim())]
+        tightest = sorted(lengths, key=lambda name: int(lengths[name].sum()))  # the input with the shortest rows first
         fitting: dict[tuple[str, int], str | None] = {}  # None: long enough, and not padded
         for path, dim in places:
-            names = _long_enough(leaves[path].shape[dim], lengths)
+            leaf = leaves[path]
+            names = [name for name in tightest if leaf.shape[dim] >= max(2, int(lengths[name].max()))]
             if names:
-                fits = (name for name in names if _is_padding(leaves[path], dim, lengths[name], self._side))
+                fits = (name for name in names if _is_padding(leaf, dim, lengths[name], self._side))
                 fitting[path, dim] = next(fits, None)
         for name in lengths:
             self._settle_size(name, {leaves[path].shape[dim] for (path, dim), fit in fitting.items() if fit == name})
@@ -182,12 +181,6 @@ class PaddedBatch:
                 )
             self._dims.setdefault(id(leaf), {})[dim] = name
             self.paths[path] = (*self.paths.get(path, ()), dim)
-
-
-def _long_enough(size: int, lengths: Mapping[str, Tensor]) -> list[str]:
-    """The inputs that could have this padded length; that with the shortest rows, which fits tightest, first."""
-    found = [name for name, length in lengths.items() if size >= max(2, int(length.max()))]
-    return sorted(found, key=lambda name: int(lengths[name].sum()))
 
 
 def _is_padding(leaf: Tensor, dim: int, lengths: Tensor, side: Literal["right", "left"]) -> bool:
