@@ -92,12 +92,11 @@ class TokenBatcher(MicroBatcher):
         self.overhead = budget.step_cost.overhead  # of a micro-step, in padded tokens; None until it is measured
         self.is_checked = False  # whether padding does not change the gradient, or that cannot be known
         self._has_run = False
-        self._is_measuring = False
         self._trimmed: Collection[str] = ()  # paths of the tensors
         self._timer: StepTimer | None = None
         self._probes: list[Callable[[int], PaddingProbe | None]] = []  # of each piece of the last batch
         self._has_warned_of_long = False
-        self._num_probes = 0  # looks at the padding
+        self._num_looks = 0  # at the padding
         self._places: dict[str, str] = {}  # that go with the tokens, and with which input
 
     @property
@@ -158,11 +157,6 @@ class TokenBatcher(MicroBatcher):
                 )
         self._places = self._places or dict(places)
 
-    def padding_probe(self) -> PaddingProbe | None:
-        """Rows of the last batch by which to see whether padding matters; None where all are of one length."""
-        look, self._num_probes = self._num_probes, self._num_probes + 1
-        return next((found for found in (find(look) for find in self._probes) if found is not None), None)
-
     def check_padding(self, window: Window, probe_loss: LossFn, can_check: bool) -> bool:
         """Check once that padding does not change the gradient, by rows of this batch; whether that is settled.
 
@@ -181,11 +175,16 @@ class TokenBatcher(MicroBatcher):
                     'trim=("position_ids",).'
                 )
             return True
-        rows = self.padding_probe()
+        look, self._num_looks = self._num_looks, self._num_looks + 1
+        rows = next((found for found in (find(look) for find in self._probes) if found is not None), None)
         if rows is not None:
             window.weights.wait()  # another rank may have failed, which is not for the check to see
             self.is_checked = PaddingCheck(window, probe_loss, rows, self._budget.padding_side).run()
         return self.is_checked
+
+    @property
+    def _is_measuring(self) -> bool:
+        return self.overhead is None and self._has_run
 
     @property
     def _cost(self) -> StepCost:
@@ -205,8 +204,7 @@ class TokenBatcher(MicroBatcher):
         super().learn(micro_batches)
         self._has_run = True
         if self._timer is not None:
-            self.overhead = self._timer.overhead()
-            self._timer, self._is_measuring = None, False
+            self.overhead, self._timer = self._timer.overhead(), None
 
     def resize(self, num_rows: int, batch: Batch, rows_of_batch: int) -> None:
         """Run as many tokens at once as this many of the longest rows have."""
@@ -237,7 +235,6 @@ class TokenBatcher(MicroBatcher):
                 "memory they need. (Said once.)"
             )
         groups: list[Rows] = [*plan(list(widths.values()), max_tokens, self._cost)]
-        self._is_measuring = self.overhead is None and self._has_run
         if self._is_measuring:
             groups = _with_probes(groups)
         return groups if len(groups) > 1 else [range(len(groups[0]))]  # all, in the batch's own order
