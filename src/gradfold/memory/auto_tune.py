@@ -159,7 +159,6 @@ class Search:
         self._order = random.Random(0)  # not the user's
         self.sizes = list(sizes)  # on out-of-memory one is dropped, with all above it
         self.is_out_of_memory = False
-        self._rounds: list[dict[int, float]] = []  # samples per second by size, of each round
 
     def run(self) -> tuple[SizeTiming, ...]:
         """The timings, by size. An error of the model comes out where it takes none, or the smallest does not fit."""
@@ -170,15 +169,25 @@ class Search:
         rows = round(best * _SHORTEST_S)  # that each size runs at least, in as many steps as that takes
         repeats = {size: max(-(-rows // size), 1) for size in first if first[size] >= slow[size] * best}
         thresholds = iter(_THRESHOLDS)
-        while len(repeats) > 1 and len(self._rounds) < _MAX_ROUNDS and (self._clock() < self._end or not self._rounds):
+        paces: dict[int, list[float]] = {size: [] for size in first}  # of each round, up to where a size is pruned
+        rounds = paces[reference]
+        while len(repeats) > 1 and len(rounds) < _MAX_ROUNDS and (self._clock() < self._end or not rounds):
             order = list(repeats)
             self._order.shuffle(order)
-            self._rounds.append({size: self._pace(size, repeats[size]) for size in order})
-            if len(self._rounds) % _ROUNDS_PER_STAGE == 0:
-                ratios = self._ratios(repeats, reference)
+            for size in order:
+                paces[size].append(self._pace(size, repeats[size]))
+            if len(rounds) % _ROUNDS_PER_STAGE == 0:
+                ratios = {size: _median_ratio(paces[size], rounds) for size in repeats}
                 bound = next(thresholds, _THRESHOLDS[-1]) * max(ratios.values())
                 repeats = {size: num for size, num in repeats.items() if ratios[size] >= bound or size == reference}
-        return self._timings(first, reference)
+        if not rounds:  # one size, or none that could keep up with it
+            rounds.append(best)
+        ratios = {size: _median_ratio(own, rounds) if own else first[size] / best for size, own in paces.items()}
+        fastest = max(ratios.values())
+        return tuple(
+            SizeTiming(size, median(own or [first[size]]), ratios[size] / fastest, len(own))
+            for size, own in paces.items()
+        )
 
     def _warm_up(self) -> dict[int, float]:
         """A first pace of each size, from small to large, up to where two in a row are slow."""
@@ -219,23 +228,10 @@ class Search:
             self._step(size)
         return size * num_steps / max(self._stopwatch() - start, 1e-9)
 
-    def _ratios(self, sizes: Iterable[int], reference: int) -> dict[int, float]:
-        """Of the paces of some sizes to that of the reference, medians over the rounds in which they ran."""
-        return {
-            size: median(paces[size] / paces[reference] for paces in self._rounds if size in paces) for size in sizes
-        }
 
-    def _timings(self, first: dict[int, float], reference: int) -> tuple[SizeTiming, ...]:
-        if not self._rounds:  # one size, or none that could keep up with it
-            self._rounds.append({reference: first[reference]})
-        ratios = self._ratios(self._rounds[0], reference)
-        best = max(ratios.values())
-        found = []
-        for size, pace in first.items():
-            paces = [of_round[size] for of_round in self._rounds if size in of_round]
-            ratio = ratios[size] if paces else pace / first[reference]
-            found.append(SizeTiming(size, median(paces or [pace]), ratio / best, len(paces)))
-        return tuple(found)
+def _median_ratio(paces: Iterable[float], reference: Iterable[float]) -> float:
+    """Of paces to those of the reference in the same rounds, of which there may be more."""
+    return median(own / other for own, other in zip(paces, reference, strict=False))
 
 
 def choose(timings: Sequence[SizeTiming]) -> SizeTiming:
