@@ -41,7 +41,7 @@ from gradfold.engine.result import WindowResult
 from gradfold.engine.strategy import Run, Sequential, Strategy
 from gradfold.engine.window import Context, GraphForm, PassListener, Window
 from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, OptionError
-from gradfold.memory.auto import Auto, MicroBatchChoice, read_auto
+from gradfold.memory.auto import Auto, MicroBatchChoice
 from gradfold.memory.auto_tune import AutoTuner
 from gradfold.memory.dry_run import DryRun
 from gradfold.packing.token_batcher import TokenBatcher
@@ -554,7 +554,9 @@ def _tuner(micro_batch_size: MicroBatchSize, batching: TokenBudget | None) -> Au
                 "at once by its max_tokens. Leave micro_batch_size out."
             )
         return AutoTuner(Auto()) if batching.max_tokens == "auto" else None
-    if isinstance(micro_batch_size, (str, Auto)):
-        return AutoTuner(read_auto(micro_batch_size))
+    if micro_batch_size == "auto":
+        return AutoTuner(Auto())
+    if isinstance(micro_batch_size, Auto):
+        return AutoTuner(micro_batch_size)
     check_size(micro_batch_size)
     return None

@@ -97,7 +97,7 @@ def check_size(micro_batch_size: int | None) -> None:
     if micro_batch_size is not None and not (is_int and micro_batch_size >= 1):
         raise OptionError(
             f"micro_batch_size={micro_batch_size!r} is a {type(micro_batch_size).__name__}; expected the number of "
-            "rows to run at once (an int of at least 1), or None for the whole batch at once."
+            'rows to run at once (an int of at least 1), "auto", a gradfold.Auto, or None for the whole batch at once.'
         )
 
 

@@ -62,18 +62,6 @@ class Auto:
             raise OptionError(f"seconds={self.seconds!r}; expected a number of seconds to time sizes, such as 4.0.")
 
 
-def read_auto(option: str | Auto) -> Auto:
-    """The `Auto` that an option means; OptionError for any other text."""
-    if isinstance(option, Auto):
-        return option
-    if option == "auto":
-        return Auto()
-    raise OptionError(
-        f'micro_batch_size={option!r}; expected a number of rows to run at once, "auto", an Auto, or None for the '
-        "unchanged batch."
-    )
-
-
 @dataclass(frozen=True)
 class SizeTiming:
     """The speed of one size in forward and backward passes."""
