@@ -88,7 +88,7 @@ class PeakEstimate:
         """The breakdown when most is in use, by phase."""
         num_micro_batches = self._num_micro_batches(size)
         at, traces = self._pair(num_micro_batches)
-        if self.source == "fake tensors" and not (self._is_linear and traces[0].agrees_with(traces[1])):
+        if self.source == "fake tensors" and not (self._is_linear and traces[0] == traces[1]):
             at, traces = (size, size), [self._run(size, num_micro_batches, is_fake=True)] * 2  # which stands for both
 
         def read(low: int, high: int) -> int:
@@ -98,7 +98,7 @@ class PeakEstimate:
 
         first, second = traces
         held, per_row = read(first.held_metrics, second.held_metrics), read(first.row_metrics, second.row_metrics)
-        if first.agrees_with(second):
+        if first == second:
             pairs = zip(first.num_bytes, second.num_bytes, strict=True)
             peaks = first.peaks([round_up(read(*pair), self._block) for pair in pairs])
         else:  # from the peaks of the phases alone, which miss a peak that moves

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -63,17 +63,17 @@ def highest(breakdowns: Iterable[MemoryBreakdown]) -> MemoryBreakdown:
     return max(breakdowns, key=lambda one: one.total)
 
 
+@dataclass
 class AllocationTrace:
-    """Takes events, and says when most memory was in use and for what."""
+    """Takes events, and says when most memory was in use and for what; equal are those of one program, of any size."""
 
-    def __init__(self) -> None:
-        self.num_bytes: list[int] = []  # of each storage, by its number
-        self.kinds: list[Kind] = []  # of each storage; noted later than it was allocated, it counts from the start
-        self.initial: list[int] = []  # storages that were there before the first event
-        self.events: list[int] = []  # a storage's number where it was allocated, its complement where it was freed
-        self.phases: list[tuple[int, str]] = []  # where each stretch of events begins, and its name
-        self.held_metrics = 0  # bytes that stay in use for the metrics of one micro-batch until the window ends
-        self.row_metrics = 0  # of those with an entry per row, which are concatenated there
+    num_bytes: list[int] = field(default_factory=list, compare=False)  # of each storage, by its number
+    kinds: list[Kind] = field(default_factory=list)  # of each from its allocation on, however late it was noted
+    initial: list[int] = field(default_factory=list)  # storages that were there before the first event
+    events: list[int] = field(default_factory=list)  # a storage's number where it is allocated, ~number where it ends
+    phases: list[tuple[int, str]] = field(default_factory=list)  # where each stretch of events begins, and its name
+    held_metrics: int = field(default=0, compare=False)  # bytes kept for one micro-batch until the window ends
+    row_metrics: int = field(default=0, compare=False)  # of those with an entry per row, which are concatenated there
 
     def begin(self, phase: str) -> None:
         """The events from here on belong to this phase."""
@@ -90,11 +90,6 @@ class AllocationTrace:
     def free(self, number: int) -> None:
         """A storage is gone."""
         self.events.append(~number)
-
-    def agrees_with(self, other: AllocationTrace) -> bool:
-        """Whether both are of one program: the same events, but for their bytes."""
-        ours, theirs = ((one.events, one.phases, one.initial, one.kinds) for one in (self, other))
-        return ours == theirs
 
     def peaks(self, num_bytes: Sequence[int] | None = None) -> dict[str, MemoryBreakdown]:
         """The breakdown when most was in use, by phase, in order; `num_bytes` stands in for those noted."""
