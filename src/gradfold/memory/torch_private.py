@@ -4,14 +4,11 @@
   prediction comes from probes, which are real runs of a few rows.
 - `active_fake_mode` (`torch._guards`): tells operators of the traced program from those that DTensor runs on fakes of
   its own to learn shapes. Without it plans for shards count memory that does not exist.
-- `TorchDispatchMode` (`torch.utils._python_dispatch`): sees every operator, those of backward passes included. Without
-  it nothing can be traced.
 - `is_in_backward` (`torch._C._current_graph_task_id`): without it saved activations count as temporaries.
 - `address_of` (`UntypedStorage._cdata`): the same for all Python objects of one storage. Without it views count twice.
 - `resizes_noted` (patches `UntypedStorage.resize_`, by which FSDP frees and refills whole parameters): without it they
   count all the time.
 - `BatchNormBase` (`torch.nn.modules.batchnorm`): without it the statistics that a window keeps do not count.
-- `tree_leaves` (`torch.utils._pytree`).
 """
 
 from __future__ import annotations
@@ -25,10 +22,8 @@ from torch._guards import active_fake_mode as active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._pytree import tree_leaves as tree_leaves
 
-__all__ = ["BatchNormBase", "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "active_fake_mode", "tree_leaves"]
+__all__ = ["BatchNormBase", "FakeTensor", "FakeTensorMode", "active_fake_mode"]
 
 
 def is_in_backward() -> bool:

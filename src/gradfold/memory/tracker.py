@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from gradfold.errors import ModelError
 from gradfold.memory import torch_private
+from gradfold.self_check.torch_private import TorchDispatchMode, tree_leaves
 
 Kind: TypeAlias = Literal[
     "parameters", "gradients", "optimizer_state", "saved_activations", "temporaries", "inputs"
@@ -120,7 +121,7 @@ class _LiveStorage(NamedTuple):
     num_bytes: int
 
 
-class MemoryTracker(torch_private.TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Traces live tensor storage while its `with` block runs. Steps of optimizers are phases of their own.
 
     What `ignored`, model (with its gradients) and optimizer hold is there before the block starts.
@@ -307,7 +308,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 
 def tensors_in(nested: Any) -> list[Tensor]:
     """Those in containers, at any depth."""
-    return [leaf for leaf in torch_private.tree_leaves(nested) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 def _held_bytes(function: Callable[..., Any], args: tuple[Any, ...], made: Any) -> int | None:

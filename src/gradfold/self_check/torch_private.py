@@ -11,7 +11,7 @@ from torch import nn
 # Without it custom generators are not found: what they alone draw looks as if runs could not be repeated.
 from torch.overrides import TorchFunctionMode as TorchFunctionMode
 
-# Without it random numbers can be neither recorded nor handed to rows: models that draw cannot be checked.
+# Without it random numbers are neither recorded nor handed to rows (no check of models that draw), nor memory traced.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 # Without it: nested tuples, lists and dicts walked by hand.
