@@ -112,16 +112,16 @@ def _cut_by_one(lengths: Tensor, max_tokens: int, cost: StepCost) -> list[int]:
             continue  # a cut between rows of one length is needed only before a full micro-batch
         # From here on `start` is an end as well. It is better than another one where that is out of reach, or where
         # the rows in between, at the price of a row that is long enough, cost more than by themselves.
-        end = ends[last]
-        from_here = bisect_right(falling, (least[end] - own) / (end - start)) - 1
-        if too_far[end] > from_here:
-            from_here = too_far[end]
-        while first < last and from_here >= since[last]:
+        while True:
+            end = ends[last]
+            from_here = bisect_right(falling, (least[end] - own) / (end - start)) - 1
+            if too_far[end] > from_here:  # faster than max()
+                from_here = too_far[end]
+            if first == last or from_here < since[last]:
+                break
             ends.pop()
             since.pop()
             last -= 1
-            end = ends[last]
-            from_here = max(too_far[end], bisect_right(falling, (least[end] - own) / (end - start)) - 1)
         if from_here >= 0:
             ends.append(start)
             since.append(from_here if from_here < start else start - 1)
