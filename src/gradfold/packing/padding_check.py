@@ -60,7 +60,7 @@ def find_in_samples(
     """Some samples together with the longest, of which they are half as long at most, beside both by themselves."""
     longest = int(torch.stack(list(widths.values())).sum(0).argmax())
     group = _half_as_long(groups, widths, {name: int(width[longest]) for name, width in widths.items()}, look)
-    if group is None or longest in group:
+    if group is None:
         return None
     rows = group[:_MOST_PADDED_ROWS]
     short, long, num = [samples[row] for row in rows], [samples[longest]], len(rows)
@@ -190,9 +190,8 @@ class PaddingCheck:
         if number is None:
             return "the loss itself, in what loss_fn does with the model's outputs,", None
         found = padded[number]
-        if found.is_output:
-            return f"the output of {found}", found.name or None
-        return f"the input of {found}", None
+        kind, layer = ("output", found.name or None) if found.is_output else ("input", None)
+        return f"the {kind} of {found}", layer
 
     def _trace(self, number: int) -> list[LayerCall]:
         self._probe.snapshot.rewind()
