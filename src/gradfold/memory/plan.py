@@ -29,6 +29,7 @@ class PlanRow:
 
     micro_batch_size: int
     num_micro_batches: int
+    peak_bytes: int  # of tensors, predicted
     breakdown: MemoryBreakdown  # bytes of tensors when most are in use, by what they are for
     by_phase: Mapping[str, MemoryBreakdown]  # the same for "forward and backward" and for "update"
     needed_bytes: int  # the peak with the margin
@@ -36,14 +37,9 @@ class PlanRow:
     saving: str = ""  # what was changed to save memory; empty where nothing was
     cost: str = ""  # of the saving, with the line that makes the change
 
-    @property
-    def peak_bytes(self) -> int:
-        """The predicted peak of tensors."""
-        return self.breakdown.total
-
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {"peak_bytes": self.peak_bytes, **asdict(self)}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        choice, rows = self.choice.to_json(), [row.to_json() for row in self.rows]
-        return {"micro_batch_size": self.micro_batch_size, **asdict(self), "choice": choice, "rows": rows}
+        return {"micro_batch_size": self.micro_batch_size, **asdict(self)}
 
     def __str__(self) -> str:
         head = f"{'micro-batch':>11}  {'how many':>8}  {'peak':>10}  {'with margin':>11}  fits"
@@ -154,7 +149,8 @@ def _row(estimate: PeakEstimate, size: int, budget: Budget) -> PlanRow:
     by_phase = estimate.peaks(size)
     breakdown = highest(by_phase.values())
     num_micro_batches, needed = -(-estimate.num_rows // size), budget.needed_bytes(breakdown)
-    return PlanRow(size, num_micro_batches, breakdown, by_phase, needed, budget.has_room_for(breakdown))
+    fits = budget.has_room_for(breakdown)
+    return PlanRow(size, num_micro_batches, breakdown.total, breakdown, by_phase, needed, fits)
 
 
 def _rows_with_savings(dry_run: DryRun, device: torch.device, budget: Budget) -> Iterator[PlanRow]:
