@@ -4,10 +4,6 @@
   prediction comes from probes, which are real runs of a few rows.
 - `active_fake_mode` (`torch._guards`): tells operators of the traced program from those that DTensor runs on fakes of
   its own to learn shapes. Without it plans for shards count memory that does not exist.
-- `is_in_backward` (`torch._C._current_graph_task_id`): without it saved activations count as temporaries.
-- `address_of` (`UntypedStorage._cdata`): the same for all Python objects of one storage. Without it views count twice.
-- `resizes_noted` (patches `UntypedStorage.resize_`, by which FSDP frees and refills whole parameters): without it they
-  count all the time.
 - `BatchNormBase` (`torch.nn.modules.batchnorm`): without it the statistics that a window keeps do not count.
 """
 
@@ -27,17 +23,20 @@ __all__ = ["BatchNormBase", "FakeTensor", "FakeTensorMode", "active_fake_mode"]
 
 
 def is_in_backward() -> bool:
-    """Whether autograd is running a backward pass on this thread."""
+    """Whether autograd runs a backward pass on this thread. Without it saved activations count as temporaries."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def address_of(storage: torch.UntypedStorage) -> int:
-    """The address of the storage in C++."""
+    """The address of a storage in C++, the same for all Python objects of it. Without it views count twice."""
     return int(storage._cdata)
 
 
 def resizes_noted(note: Callable[[torch.UntypedStorage], None]) -> AbstractContextManager[object]:
-    """Call `note` with a storage before and after each `resize_`, which no operator shows."""
+    """Call `note` with a storage before and after each `resize_`, which no operator shows.
+
+    By it FSDP frees and refills whole parameters, which would count all the time.
+    """
     resize = torch.UntypedStorage.resize_
 
     def noted(storage: torch.UntypedStorage, size: int) -> object:
