@@ -101,7 +101,7 @@ class AutoTuner:
         if largest == num_rows:
             bound = "all rows of the batch"
         size = choose(timings).micro_batch_size
-        fastest = max(timings, key=lambda timing: timing.ratio if timing.num_rounds else 0.0).micro_batch_size
+        fastest = max(timings, key=lambda timing: timing.ratio).micro_batch_size
         reason = _reason(size, fastest, [timing.micro_batch_size for timing in timings], largest, bound)
         return MicroBatchChoice(size, reason, timings, num_rows, largest, peak_bytes=0, elapsed_s=0.0)
 
@@ -235,12 +235,11 @@ def _median_ratio(paces: Iterable[float], reference: Iterable[float]) -> float:
 
 
 def choose(timings: Sequence[SizeTiming]) -> SizeTiming:
-    """The smallest size within 3 % of the best pace, of those that stayed to the end."""
+    """The smallest size within 3 % of the best pace, of those that stayed to the end; timings are by size."""
     most = max(timing.num_rounds for timing in timings)
     stayed = [timing for timing in timings if timing.num_rounds == most]
     best = max(timing.ratio for timing in stayed)
-    good = [timing for timing in stayed if timing.ratio >= _GOOD_ENOUGH * best]
-    return min(good, key=lambda timing: timing.micro_batch_size)
+    return next(timing for timing in stayed if timing.ratio >= _GOOD_ENOUGH * best)
 
 
 def _largest(dry_run: DryRun, budget: Budget) -> tuple[int, PeakEstimate | None]:
@@ -267,10 +266,8 @@ def _largest(dry_run: DryRun, budget: Budget) -> tuple[int, PeakEstimate | None]
 def _reason(size: int, fastest: int, timed: Sequence[int], largest: int, bound: str) -> str:
     if size == largest:
         return f"the fastest, and the largest: {bound}"
-    what = (
-        "the fastest"
-        if size == fastest
-        else (f"the smallest within {100 * (1 - _GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest})")
-    )
+    what = "the fastest"
+    if size != fastest:
+        what = f"the smallest within {100 * (1 - _GOOD_ENOUGH):.0f} % of the pace of the fastest ({fastest})"
     rest = f"{largest} is {bound}" + (", and was not timed" if largest not in timed else "")
     return f"{what} of {join_names([str(one) for one in timed], len(timed))}, which were timed; {rest}"

@@ -21,9 +21,8 @@ from gradfold.errors import ModelError
 from gradfold.memory import torch_private
 from gradfold.self_check.torch_private import TorchDispatchMode, tree_leaves
 
-Kind: TypeAlias = Literal[
-    "parameters", "gradients", "optimizer_state", "saved_activations", "temporaries", "inputs"
-]  # what memory is for, as in a `MemoryBreakdown`
+# What memory is for, as in a `MemoryBreakdown`.
+Kind: TypeAlias = Literal["parameters", "gradients", "optimizer_state", "saved_activations", "temporaries", "inputs"]
 
 BACKWARD, UPDATE = "forward and backward", "update"
 _UNSEEN = ("lazy", "xla")  # types of devices whose tensors stand for a program that has not run yet
