@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence, Set, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -119,23 +119,17 @@ class DryRun:
         def convert(tensor: Tensor) -> Tensor:
             return tensor.to(device, copy=True) if mode is None else mode.from_tensor(tensor)
 
-        with self._restored():
-            batches = [map_tensors(convert, self.probe_batch.take(size)) for _ in range(num_micro_batches)]
-            copies = self._copy(mode)
-            with nullcontext() if mode is None else mode:
-                return self._trace(*copies, batches)
-
-    @contextmanager
-    def _restored(self) -> Iterator[None]:
-        """Put back what the user's functions change; without garbage collection, which would show in the trace."""
-        was_enabled = gc.isenabled()
-        gc.disable()
+        was_collecting = gc.isenabled()
+        gc.disable()  # since it would show in the trace
         try:
             own = watching(CustomGenerators(), self.model)
             with ExternalState(self.model, self.loss_fn, self.probe_batch.collate), own:
-                yield
+                batches = [map_tensors(convert, self.probe_batch.take(size)) for _ in range(num_micro_batches)]
+                copies = self._copy(mode)
+                with nullcontext() if mode is None else mode:
+                    return self._trace(*copies, batches)
         finally:
-            if was_enabled:
+            if was_collecting:
                 gc.enable()
 
     def _copy(self, mode: FakeTensorMode | None) -> tuple[nn.Module, torch.optim.Optimizer | None]:
