@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -156,12 +157,10 @@ def _row(estimate: PeakEstimate, size: int, budget: Budget) -> PlanRow:
 def _rows_with_savings(dry_run: DryRun, device: torch.device, budget: Budget) -> Iterator[PlanRow]:
     """The largest size with each saving; those that cannot be run are left out."""
     for name, cost, changed in _savings(dry_run, device):
-        try:
+        with suppress(Exception):  # a model that does not run so, in some way of its own
             estimate = PeakEstimate(changed, device)
             row = _row(estimate, estimate.solve(budget.has_room_for) or 1, budget)
             yield replace(row, saving=name, cost=cost)
-        except Exception:  # a model that does not run so, in some way of its own
-            continue
 
 
 def _savings(dry_run: DryRun, device: torch.device) -> Iterator[tuple[str, str, DryRun]]:
