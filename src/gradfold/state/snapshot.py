@@ -319,8 +319,11 @@ def _mark(parameter: nn.Parameter) -> tuple[Tensor | None, int]:
 
 
 @contextmanager
-def restored_modules(model: nn.Module) -> Iterator[None]:
-    """Put back what forward passes change in buffers and attributes; random states and gradients move on."""
+def restored_modules(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Put back what forward passes change in buffers and attributes; random states and gradients move on.
+
+    The block gets a function that names those that have changed so far.
+    """
     modules = list(model.modules())
     # A layer that does not know its shape yet learns it here, and for good.
     attributes = None if any(map(is_lazy, model.parameters())) else ModuleAttributes(modules)
@@ -328,7 +331,7 @@ def restored_modules(model: nn.Module) -> Iterator[None]:
     buffers.open(modules)
     restore = partial(restore_each, *([] if attributes is None else [attributes.restore]), buffers.restore)
     try:
-        yield
+        yield lambda: [*([] if attributes is None else attributes.changed(model)), *buffers.changed(model)]
     finally:
         try:
             restore()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradfold.errors import NotDecomposableError, is_out_of_memory
 from gradfold.messages import join_names
 from gradfold.self_check.comparison import tolerance_of
-from gradfold.state.attributes import OF_EVERY_MODULE, Contents, keep_contents
+from gradfold.state.attributes import Contents, keep_contents
 from gradfold.state.rng import RandomStates
 from gradfold.state.snapshot import restored_modules
 
@@ -30,20 +30,15 @@ class LeftValue(NamedTuple):
     contents: Contents | None
 
 
-def held_values(model: nn.Module) -> dict[str, LeftValue]:
-    """All buffers and attributes of a model, by name."""
+def left_values(model: nn.Module, names: Collection[str]) -> dict[str, LeftValue]:
+    """What the buffers and attributes of these names are now."""
     return {
-        f"{path}.{key}".lstrip("."): LeftValue(place, key, value, keep_contents(value))
+        name: LeftValue(place, key, value, keep_contents(value))
         for path, module in model.named_modules()
         for place in (vars(module), module._buffers)
         for key, value in place.items()
-        if place is module._buffers or key not in OF_EVERY_MODULE
+        if (name := f"{path}.{key}".lstrip(".")) in names
     }
-
-
-def left_values(before: Mapping[str, LeftValue], model: nn.Module) -> dict[str, LeftValue]:
-    """Those that are something else now than before."""
-    return {name: now for name, now in held_values(model).items() if _has_changed(before.get(name), now)}
 
 
 def refuse_left_state(model: nn.Module, left: Mapping[str, LeftValue], run: Callable[[], list[Tensor]]) -> None:
@@ -80,23 +75,6 @@ def refuse_left_state(model: nn.Module, left: Mapping[str, LeftValue], run: Call
         "state",
         "loss",
     )
-
-
-def _has_changed(before: LeftValue | None, now: LeftValue) -> bool:
-    if before is None or before.value is not now.value:
-        return before is None or not _are_equal(before.value, now.value)
-    if not isinstance(now.value, Tensor):
-        return before.contents is not None and before.contents.have_changed()
-    # By values: running statistics move without their versions.
-    if before.contents is None or now.contents is None:
-        return False
-    old, new = before.contents.copy, now.contents.copy
-    return old.shape != new.shape or not torch.equal(old, new)
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    kinds = (bool, int, float, str, type(None))
-    return isinstance(one, kinds) and type(one) is type(other) and one == other
 
 
 def _are_same(one: list[Tensor], other: list[Tensor] | None) -> bool:

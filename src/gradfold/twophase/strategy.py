@@ -36,7 +36,7 @@ from gradfold.state.gradients import parameters_of
 from gradfold.state.rng import RandomStates
 from gradfold.state.snapshot import Snapshot, restored_modules
 from gradfold.twophase.checks import check_constants, check_window
-from gradfold.twophase.left_state import LeftValue, held_values, left_values, refuse_left_state
+from gradfold.twophase.left_state import LeftValue, left_values, refuse_left_state
 from gradfold.twophase.loss import TwoPhaseLoss, explain, probe_of
 from gradfold.twophase.statistics import Statistics
 from gradfold.weights import WeightOption
@@ -117,7 +117,6 @@ class TwoPhase(Strategy):
                 is_embedded = True
                 passes.statistics.join(coordinator, window.num_samples)
                 self._waited_for = coordinator
-                passes.refuse_left_state()
                 passes.run_loss()
                 passes.recompute(self._order, indices, snapshot)
                 passes.check({self._compute, *_dtypes_of(window.model)}, self._raises)
@@ -189,21 +188,15 @@ class _TwoPhasePasses:
         """[1] Collect the statistics."""
         window = self._window
         parameters = parameters_of(list(window.model.modules()))
-        before = held_values(window.model) if self._looks_for_state else {}
         watching = order.watching(self.context)
         snapshot.undo.append(partial(watching.__exit__, None, None, None))
-        with restored_modules(window.model), torch.no_grad(), watching:
+        with restored_modules(window.model) as changed, torch.no_grad(), watching:
             for index in indices:
                 self._states[index] = RandomStates.record(parameters)
                 torch.set_grad_enabled(self._keeps_graph or (self._first_has_graph and index == indices[0]))
                 output = window.call(index, self._loss_fn.statistic)
                 self.statistics.add(index, output, len(window.micro_batches[index].rows))
-            self._left = left_values(before, window.model) if self._looks_for_state else {}
-
-    def refuse_left_state(self) -> None:
-        """Raise where the loss reads what statistic has changed on the model: it gets the values of before."""
-        if self._left:
-            refuse_left_state(self._window.model, self._left, self._try_loss)
+            self._left = left_values(window.model, changed()) if self._looks_for_state else {}
 
     @torch.enable_grad()
     def _try_loss(self) -> list[Tensor]:
@@ -218,6 +211,8 @@ class _TwoPhasePasses:
     def run_loss(self) -> None:
         """[2] The loss of the whole batch, back-propagated to the statistics and to parameters that it uses itself."""
         window = self._window
+        if self._left:
+            refuse_left_state(window.model, self._left, self._try_loss)
         try:
             with torch.enable_grad():
                 output = self._loss_fn.loss(window.model, self.statistics.for_loss())
