@@ -90,11 +90,11 @@ def _tensors_differ(whole: Tensor, combined: Tensor, tolerance: float) -> str:
 
 
 def check_window(
-    window: Window, statistics: Statistics, losses: Mapping[str, Tensor], dtypes: set[torch.dtype | None], raises: bool
+    window: Window, statistics: Statistics, losses: Mapping[str, Tensor], compute: torch.dtype | None, raises: bool
 ) -> None:
     """Raise where the second run of a micro-batch did not reproduce the first, or (`raises`) something is not finite.
 
-    It takes one transfer from the device. `dtypes` are those of parameters and autocast.
+    It takes one transfer from the device. `compute` is the dtype of autocast.
     """
     deviations = statistics.deviations
     flags = [(~one.grad.isfinite()).any() for one in statistics.tensors() if one.grad is not None]
@@ -115,7 +115,8 @@ def check_window(
     pairs = zip(of_deviations.tolist(), deviations, strict=True)
     known = [(distance, index) for distance, index in pairs if not math.isnan(distance)]
     worst, index = max(known, default=(0.0, 0))
-    if worst > tolerance_of({*dtypes, *(one.dtype for one in statistics.tensors())}).statistic:
+    dtypes = {one.dtype for one in (*window.context.parameters, *statistics.tensors())}
+    if worst > tolerance_of({compute, *dtypes}).statistic:
         raise RecomputeError(
             f"the statistics of micro-batch {index} of {len(window.micro_batches)}{window.micro_batches[index].where} "
             f"differ by {worst:.1%} in its second forward pass, from the same rows and the same random states of "

@@ -21,7 +21,6 @@ class LocalStatistics:
 
     paths: list[str]
     leaves: list[Any]  # tensors on the meta device: shape and dtype alone
-    num_samples: int
     differentiable: frozenset[str]  # paths of those that are known to have a gradient
 
     def form(self, combine: Combine) -> str:

@@ -38,8 +38,6 @@ class Statistics:
         self._leaves: list[Any] = []  # of the whole batch
         self._rows: dict[int, list[slice]] = {}  # by micro-batch, where its rows are in each leaf; none of sums
         self.deviations: dict[int, Tensor] = {}  # relative, of the second run of each micro-batch
-        self.num_samples = 0  # of all ranks
-        self.first_sample = 0  # of this rank, among them
 
     def add(self, index: int, output: Batch, num_rows: int) -> None:
         """Add those of a micro-batch; LossError where they cannot be combined."""
@@ -66,27 +64,23 @@ class Statistics:
         wide = map_tensors(_widened, leaves)
         self._sums = [*map(rules.plus, self._sums, wide, paths)] if self._sums else wide
 
-    def join(self, coordinator: Coordinator, num_samples: int) -> None:
+    def join(self, coordinator: Coordinator) -> None:
         """Combine, over all ranks in their order; every rank must take part."""
         own = self._sums
         if self._combine == "concatenate":
             columns = zip(self._paths, zip(*self._parts.values(), strict=True), strict=True)
             own = [rules.concatenate(column, path, self._parts) for path, column in columns]
         described = map_tensors(lambda leaf: leaf.to("meta"), list(own))
-        of_all = coordinator.exchange(rules.LocalStatistics(self._paths, described, num_samples, self.differentiable))
+        of_all = coordinator.exchange(rules.LocalStatistics(self._paths, described, self.differentiable))
         rules.check_alike(of_all, self._combine)
         self.differentiable = self.differentiable.union(*(one.differentiable for one in of_all))
-        rank = coordinator.rank
         if coordinator.num_ranks > 1:
             assert isinstance(coordinator, DataParallelCoordinator)
             combine = rules.gather if self._combine == "concatenate" else rules.sum_over_ranks
             own = combine(coordinator, own, of_all)
-        self.num_samples = sum(one.num_samples for one in of_all)
-        self.first_sample = sum(one.num_samples for one in of_all[:rank])
         if self._combine == "concatenate":
-            self._place(
-                [sum(rules.num_rows(one.leaves[number]) for one in of_all[:rank]) for number in range(len(own))]
-            )
+            before = of_all[: coordinator.rank]
+            self._place([sum(rules.num_rows(one.leaves[number]) for one in before) for number in range(len(own))])
         else:
             pairs = zip(own, self._dtypes, strict=True)
             own = [leaf if dtype is None else leaf.to(dtype) for leaf, dtype in pairs]

@@ -115,11 +115,11 @@ class TwoPhase(Strategy):
             try:
                 passes.embed(self._order, indices, snapshot)
                 is_embedded = True
-                passes.statistics.join(coordinator, window.num_samples)
+                passes.statistics.join(coordinator)
                 self._waited_for = coordinator
                 passes.run_loss()
                 passes.recompute(self._order, indices, snapshot)
-                passes.check({self._compute, *_dtypes_of(window.model)}, self._raises)
+                passes.check(self._compute, self._raises)
             except Exception as error:
                 # torch.autograd.grad in the statistic fails without a graph; a module's fast path may differ.
                 is_of_torch = isinstance(error, RuntimeError) and not isinstance(error, GradfoldError)
@@ -145,7 +145,7 @@ class TwoPhase(Strategy):
 
     def split_dependent_layers(self, context: Context) -> Mapping[str, nn.Module] | None:
         """As the order in which micro-batches run."""
-        self._dtypes = _dtypes_of(context.model)
+        self._dtypes = {parameter.dtype for parameter in context.parameters}
         return self._order.split_dependent_layers(context)
 
     def judge(self, is_passed: bool) -> None:
@@ -171,6 +171,7 @@ class _TwoPhasePasses:
         looks_for_state: bool,
     ) -> None:
         self.context = window.context
+        self.backward = window.backward
         self.statistics = Statistics(loss_fn.combine, differentiable or frozenset())
         self._window = window
         self._loss_fn = loss_fn
@@ -267,11 +268,7 @@ class _TwoPhasePasses:
         self._reaches_parameters |= bool(weighed)
         return weighed
 
-    def backward(self, weighed: Weighed) -> None:
-        """Back-propagate the cached gradients."""
-        self._window.backward(weighed)
-
-    def check(self, dtypes: set[torch.dtype | None], raises: bool) -> None:
+    def check(self, compute: torch.dtype | None, raises: bool) -> None:
         """Raise where nothing has a gradient, something is not finite, or a second run is not like the first."""
         terms = read_terms(self._loss)
         if not self.statistics.missed:
@@ -283,13 +280,13 @@ class _TwoPhasePasses:
                     "torch.no_grad(), .detach() or an argmax in statistic(model, micro_batch), and for frozen "
                     "parameters."
                 )
-        check_window(self._window, self.statistics, terms, dtypes, raises)
+        check_window(self._window, self.statistics, terms, compute, raises)
 
     def _of_rows(self, name: str, value: Any, index: int) -> Any:
         """A metric of the whole batch, or its rows for a micro-batch."""
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
-        total = self.statistics.num_samples
+        total = int(self._window.weights.samples.total)  # of all ranks
         if len(value) != total:
             raise LossError(
                 f"the metric {name!r} has shape {tuple(value.shape)} for a batch of {total} rows; expected a 0-d "
@@ -297,9 +294,4 @@ class _TwoPhasePasses:
             )
         parts = self._window.micro_batches
         before = sum(len(part.rows) for part in parts[:index])
-        return value.narrow(0, self.statistics.first_sample + before, len(parts[index].rows))
-
-
-def _dtypes_of(model: nn.Module) -> set[torch.dtype]:
-    """The floating point dtypes of its parameters."""
-    return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        return value.narrow(0, self.context.coordinator.first_row() + before, len(parts[index].rows))
