@@ -500,7 +500,7 @@ class TestRefusals:
         model = perceptron(nn.BatchNorm1d(4))
         with pytest.warns(DeprecationWarning):
             model[1] = torch.jit.script(model[1])
-        self.refuses(model, squares, rows(), "BatchNorm layer 1 could not be intercepted: it is scripted")
+        self.refuses(model, squares, rows(), "BatchNorm in 1 could not be intercepted: it is scripted")
 
     def test_a_layer_that_is_not_intercepted(self):
         class Own(nn.BatchNorm1d):
@@ -510,13 +510,13 @@ class TestRefusals:
                     x, self.weight, self.bias, self.running_mean, self.running_var, True, 0.1, 1e-5
                 )[0]
 
-        self.refuses(perceptron(Own(4)), squares, rows(), "BatchNorm layer 1 could not be intercepted")
+        self.refuses(perceptron(Own(4)), squares, rows(), "BatchNorm in 1 could not be intercepted")
         model = perceptron(Own(4))
 
         def without_hooks(model, batch):
             return model[2:](model[1].forward(model[0](batch))).square().mean()
 
-        self.refuses(model, without_hooks, rows(), "BatchNorm layer 1 could not be intercepted")
+        self.refuses(model, without_hooks, rows(), "BatchNorm in 1 could not be intercepted")
 
     def test_a_gradient_within_the_loss(self):
         def loss_fn(model, batch):

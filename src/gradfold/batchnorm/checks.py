@@ -22,8 +22,8 @@ from gradfold.batch.nesting import Batch, rows_if_any, structure
 from gradfold.batch.split import MicroBatch
 from gradfold.batchnorm.intercept import BatchNormCall, BatchNormMode
 from gradfold.batchnorm.moments import Moments
+from gradfold.batchnorm.policy import layer_error
 from gradfold.engine.loss_terms import LossFn, LossOutput
-from gradfold.errors import BatchNormError
 from gradfold.messages import warn
 from gradfold.self_check.observations import Observations
 
@@ -65,13 +65,13 @@ class InputDependence:
             elif counts == (count, count):
                 self._known[key] = "shared"
             else:
-                raise BatchNormError(
-                    f"BatchNorm in {name} normalizes {count} values per channel of {whole.num_rows} rows, and "
-                    f"{counts[0]} and {counts[1]} when these run in two parts, so its statistics would not be those of "
-                    "the whole batch. Normalize prototypes or queries that are concatenated with the rows in a "
-                    "BatchNorm (or a call of it) of their own. Have collate= pad to one length, or normalize x[mask]. "
-                    "GroupNorm has no such limit: gradfold.convert_batch_norm(model).",
-                    (name,),
+                raise layer_error(
+                    [name],
+                    f"normalizes {count} values per channel of {whole.num_rows} rows, and {counts[0]} and "
+                    f"{counts[1]} when these run in two parts, so its statistics would not be those of the whole "
+                    "batch. Normalize prototypes or queries that are concatenated with the rows in a BatchNorm (or a "
+                    "call of it) of their own. Have collate= pad to one length, or normalize x[mask]. GroupNorm has no "
+                    "such limit: gradfold.convert_batch_norm(model).",
                 )
 
     def is_shared(self, key: Key, parts: Sequence[Moments], micro_batches: Sequence[MicroBatch]) -> bool:
@@ -79,11 +79,11 @@ class InputDependence:
         known = self._known.get(key)
         if known == "shared":
             if not _are_same(parts):
-                raise BatchNormError(
-                    f"BatchNorm in {key[-1]} normalizes {parts[0].count} values per channel however many rows there "
-                    "are, and they are not the same in every micro-batch (a mean over rows, dropout on prototypes). "
-                    "Normalize before rows are reduced, or use GroupNorm: gradfold.convert_batch_norm(model).",
-                    (key[-1],),
+                raise layer_error(
+                    [key[-1]],
+                    f"normalizes {parts[0].count} values per channel however many rows there are, and they are not the "
+                    "same in every micro-batch (a mean over rows, dropout on prototypes). Normalize before rows are "
+                    "reduced, or use GroupNorm: gradfold.convert_batch_norm(model).",
                 )
             return True
         if self._is_collated and known != "uneven":

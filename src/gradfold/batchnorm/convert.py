@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 from torch.jit import ScriptModule
 
-from gradfold.batchnorm.policy import batch_statistics_layers, layer_names
+from gradfold.batchnorm.policy import batch_statistics_layers, layer_error
 from gradfold.batchnorm.torch_private import BATCH_NORM_FORWARDS, BatchNorm
-from gradfold.errors import BatchNormError, OptionError
+from gradfold.errors import OptionError
 
 __all__ = ["convert_batch_norm"]
 
@@ -90,7 +90,7 @@ def _check_convertible(model: nn.Module, layers: Mapping[str, BatchNorm]) -> Non
     modules = dict(model.named_modules())
     left = [name for name, module in modules.items() if isinstance(module, BatchNorm) and name not in layers]
     if left and not model.training:
-        raise _error(
+        raise layer_error(
             left,
             "would be left as frozen, since the model is in evaluation mode. Call model.train() first; layers to be "
             "left alone can be put into evaluation mode after that (layer.eval()).",
@@ -99,11 +99,7 @@ def _check_convertible(model: nn.Module, layers: Mapping[str, BatchNorm]) -> Non
     obstacles |= {name: _obstacle(layer) for name, layer in layers.items() if not any(obstacles.values())}
     first = next(filter(None, obstacles.values()), None)
     if first is not None:
-        raise _error([name for name, obstacle in obstacles.items() if obstacle == first], first)
-
-
-def _error(names: list[str], text: str) -> BatchNormError:
-    return BatchNormError(f"BatchNorm in {layer_names(names)} {text}", tuple(names))
+        raise layer_error([name for name, obstacle in obstacles.items() if obstacle == first], first)
 
 
 def _graph_obstacle(module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradfold.batchnorm.moments import Moments
-from gradfold.batchnorm.policy import LayerHooks
+from gradfold.batchnorm.policy import LayerHooks, layer_error
 from gradfold.batchnorm.torch_private import BATCH_NORM_FORWARDS, BatchNorm, TorchFunctionMode
 from gradfold.errors import BatchNormError
 
@@ -161,11 +161,11 @@ class LayerTracker(LayerHooks):
 
 def checkpoint_error(name: str) -> BatchNormError:
     """The error that names a layer inside an activation checkpoint."""
-    return BatchNormError(
-        f"BatchNorm in {name} runs inside an activation checkpoint (torch.utils.checkpoint), which would run it again "
-        'for one micro-batch alone. With batch_norm="exact" what micro-batches save is kept in host memory anyway: '
-        "leave the checkpoint out, or put it around parts without BatchNorm.",
-        (name,),
+    return layer_error(
+        [name],
+        "runs inside an activation checkpoint (torch.utils.checkpoint), which would run it again for one micro-batch "
+        'alone. With batch_norm="exact" what micro-batches save is kept in host memory anyway: leave the checkpoint '
+        "out, or put it around parts without BatchNorm.",
     )
 
 
@@ -175,12 +175,12 @@ def refuse_scripted(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule) and module.training:
             with suppress(RuntimeError):  # it has no forward
                 if "batch_norm" in str(module.inlined_graph):
-                    raise _not_intercepted(name or "the model itself", "it is scripted (torch.jit)")
+                    raise _not_intercepted(name, "it is scripted (torch.jit)")
 
 
 def _not_intercepted(name: str, cause: str = "TorchScript, torch.export or a custom kernel") -> BatchNormError:
-    return BatchNormError(
-        f"BatchNorm layer {name} could not be intercepted: {cause}. It would normalize by micro-batch. With "
-        'batch_norm="exact" use an ordinary nn.BatchNorm layer there, or put it into evaluation mode.',
-        (name,),
+    return layer_error(
+        [name],
+        f'could not be intercepted: {cause}. It would normalize by micro-batch. With batch_norm="exact" use an '
+        "ordinary nn.BatchNorm layer there, or put it into evaluation mode.",
     )

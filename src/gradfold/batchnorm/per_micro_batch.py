@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from gradfold.batchnorm.moments import Moments, merge
-from gradfold.batchnorm.policy import SHARDS_REFUSED, LayerHooks, batch_statistics_layers, layer_names
+from gradfold.batchnorm.policy import SHARDS_REFUSED, LayerHooks, batch_statistics_layers, layer_error
 from gradfold.batchnorm.torch_private import BatchNorm
 from gradfold.engine.strategy import Passes, Strategy
 from gradfold.engine.window import Context
-from gradfold.errors import BatchNormError
 from gradfold.state.snapshot import Snapshot
 
 
@@ -43,11 +43,7 @@ class PerMicroBatchNorm(Strategy):
         """Refuses micro-batches of one value per channel."""
         layers = batch_statistics_layers(context.model)
         names = {layer: name for name, layer in layers.items()}
-
-        def before(layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _refuse_one_value(names[layer], args, kwargs)
-
-        return LayerHooks(layers, before, lambda *_: None)
+        return LayerHooks(layers, partial(_refuse_one_value, names), lambda *_: None)
 
     def is_sequential(self, context: Context) -> bool:
         """Where no layer normalizes by micro-batch."""
@@ -98,17 +94,17 @@ class WindowStatistics(LayerHooks):
     def commit(self) -> None:
         """Advance the running statistics by the window's moments; BatchNormError where hooks have missed a layer."""
         if unseen := self.run_without(self._records):
-            raise BatchNormError(
-                f"BatchNorm in {layer_names(unseen)} ran without calling its hooks (a compiled or scripted graph), "
-                "so its statistics cannot be collected. Do not compile these layers, or put them into evaluation mode.",
-                tuple(unseen),
+            raise layer_error(
+                unseen,
+                "ran without calling its hooks (a compiled or scripted graph), so its statistics cannot be collected. "
+                "Do not compile these layers, or put them into evaluation mode.",
             )
         for record in self._records.values():
             record.advance()
 
     def _before(self, layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Here rather than on entry, since a lazy layer has no statistics before its first call.
-        _refuse_one_value(self.names[layer], args, kwargs)
+        _refuse_one_value(self.names, layer, args, kwargs)
         if layer not in self._records:
             self._records[layer] = _LayerStatistics(layer)
             layer.momentum = 1.0
@@ -119,15 +115,17 @@ class WindowStatistics(LayerHooks):
             self._num_calls[layer] += 1
 
 
-def _refuse_one_value(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_one_value(
+    names: Mapping[BatchNorm, str], layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Raise BatchNormError where a layer's input has no variance."""
     values = _input(args, kwargs)
     if values.dim() > 1 and values.numel() == values.shape[1]:
-        raise BatchNormError(
-            f"BatchNorm in {name} got one value per channel (input {tuple(values.shape)}), which has no variance: "
-            "a micro-batch of one row. Choose a micro_batch_size that leaves no part with a single row (3 splits 5 "
-            "rows into 3 and 2, 2 splits them into 2, 2 and 1), or leave such a batch out.",
-            (name,),
+        raise layer_error(
+            [names[layer]],
+            f"got one value per channel (input {tuple(values.shape)}), which has no variance: a micro-batch of one "
+            "row. Choose a micro_batch_size that leaves no part with a single row (3 splits 5 rows into 3 and 2, 2 "
+            "splits them into 2, 2 and 1), or leave such a batch out.",
         )
 
 

@@ -60,6 +60,11 @@ def layer_names(names: Iterable[str]) -> str:
     return join_names([name or "the model itself" for name in names], 3)
 
 
+def layer_error(names: Collection[str], text: str) -> BatchNormError:
+    """A refusal of some layers, as the subject of the text."""
+    return BatchNormError(f"BatchNorm in {layer_names(names)} {text}", tuple(names))
+
+
 class LayerHooks:
     """Hooks around the forward of BatchNorm layers, for the length of a `with` block."""
 
