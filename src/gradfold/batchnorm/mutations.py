@@ -17,9 +17,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from gradfold.batchnorm.torch_private import BatchNorm
 from gradfold.errors import BatchNormError
+from gradfold.state.attributes import CONTAINERS, OF_EVERY_MODULE
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, deque, set)
 _PLAIN = (int, float, complex, str, bytes, type(None), Enum, type, range, slice, torch.dtype, torch.device)
 _ATTRIBUTE = "the attribute {key!r} of {module}"
 
@@ -49,7 +48,7 @@ class ModuleMutations:
             (name, key, value, list(_inside(value)))
             for name, _, _, bindings in self._modules
             for (kind, key), value in bindings.items()
-            if kind == _ATTRIBUTE and (isinstance(value, _CONTAINERS) or not _is_plain(value))
+            if kind == _ATTRIBUTE and (isinstance(value, CONTAINERS) or not _is_plain(value))
         ]
         self._plain: list[_PlainMutation] = []
 
@@ -101,7 +100,7 @@ def _bindings(module: nn.Module) -> dict[tuple[str, str], Any]:
 
     Without counters, which are restored, and without buffers of lazy layers, which the first forward pass makes.
     """
-    found = {(_ATTRIBUTE, key): value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    found = {(_ATTRIBUTE, key): value for key, value in vars(module).items() if key not in OF_EVERY_MODULE}
     found["the mode of {module} (training or not)", ""] = module.training
     for key, parameter in module._parameters.items():
         found["a parameter of {module}", key] = parameter
