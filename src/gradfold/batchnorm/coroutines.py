@@ -1,7 +1,9 @@
 """Cooperative threads: functions that run in turns, each up to its next request, one thread at a time.
 
-So process-wide state can be swapped with the turn, without locks. Threads rather than greenlets: grad mode, autocast,
-dispatch keys and the like belong to a thread and would leak at each switch.
+So process-wide state (random numbers, default dtype, determinism, back ends of attention) is swapped with the turn,
+without locks: `torch.random.fork_rng`, `sdpa_kernel` and the like change it for a block, in which others get their
+turn. Threads rather than greenlets: grad mode, autocast, dispatch keys and the like belong to a thread and would leak
+at each switch.
 """
 
 from __future__ import annotations
@@ -11,18 +13,20 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from gradfold.batchnorm.global_state import GlobalState
 from gradfold.batchnorm.torch_private import modes_of_this_thread, saved_tensor_hooks
 from gradfold.messages import warn
+from gradfold.state.rng import RandomState
+from gradfold.torch_private import PROCESS_SETTINGS, apply_settings, read_settings
 
 Blocks: TypeAlias = "list[Callable[[], AbstractContextManager[Any]]]"
 
@@ -33,6 +37,54 @@ _POLL_S = 1.0  # on some systems an interrupt is heard only between waits
 
 class Canceled(BaseException):
     """Ends a function that is not to go on; no `except Exception` on the way catches it."""
+
+
+class GlobalState:
+    """The state of the process in each forward pass; a `with` block restores the caller's at its end.
+
+    Random numbers of the first forward pass go on with the caller's, those of others begin at seeds derived from them,
+    since states that several pass on to each other cannot be forked. Where one ends before the next begins, they go on
+    from each other.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list({tensor.device: tensor for tensor in tensors}.values())  # random numbers of their devices
+        self._began: dict[int, RandomState] = {}  # of each forward pass
+        self._paused: dict[int, tuple[list[Any], RandomState]] = {}  # at the end of its last turn
+        self._last_in_order = 0  # the last forward pass that began where all before it had ended
+        self.num_ended = 0  # forward passes
+
+    def __enter__(self) -> None:
+        self._caller, self._settings = RandomState.record(self._tensors), read_settings(PROCESS_SETTINGS)
+
+    def __exit__(self, *error: object) -> None:
+        apply_settings(PROCESS_SETTINGS, self._settings)
+        if not any(error) and self._paused:
+            last = self._paused[self._last_in_order][1]
+            are_unused = (random.is_same(self._began[number]) for number, (_, random) in self._paused.items())
+            if last.is_same(self._caller) and not all(are_unused):
+                last = self._caller.derived(len(self._paused))
+            last.restore()
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        """In this block one forward pass has its own state."""
+        if number in self._paused:
+            settings, random = self._paused[number]
+            apply_settings(PROCESS_SETTINGS, settings)
+            if random.has_moved():
+                random.restore()
+        else:
+            if number == self.num_ended:
+                self._last_in_order = number
+            else:
+                self._caller.derived(number).restore()
+            self._began[number] = RandomState.record(self._tensors)
+        try:
+            yield
+        finally:
+            self._paused[number] = read_settings(PROCESS_SETTINGS), RandomState.record(self._tensors)
+            apply_settings(PROCESS_SETTINGS, self._settings)
 
 
 class Coroutine:
@@ -50,11 +102,7 @@ class Coroutine:
         self._turn: SimpleQueue[None] = SimpleQueue()  # an entry lets the function run
         self._pause: SimpleQueue[None] = SimpleQueue()  # an entry says that it waits or is done
         run = contextvars.copy_context().run
-        self._thread = threading.Thread(target=run, args=(self._run, function, blocks), name="gradfold", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread, which waits for its first turn."""
-        self._thread.start()
+        self.thread = threading.Thread(target=run, args=(self._run, function, blocks), name="gradfold", daemon=True)
 
     def advance(self) -> None:
         """Run it to its next request or its end; raises what the function raised."""
@@ -88,11 +136,11 @@ class Coroutine:
     def join(self) -> None:
         """Wait until a canceled thread has ended; one that goes on for long is ended at its next line of Python."""
         with suppress(RuntimeError):  # it was not started, or an interrupt came in between: then it ends as it begins
-            self._thread.join(GRACE_S)
-        if self._thread.is_alive():
-            ident = ctypes.c_ulong(self._thread.ident or 0)
+            self.thread.join(GRACE_S)
+        if self.thread.is_alive():
+            ident = ctypes.c_ulong(self.thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Canceled))
-            self._thread.join(GRACE_S)  # one that waits for something else ends when that comes, and does nothing then
+            self.thread.join(GRACE_S)  # one that waits for something else ends when that comes, and does nothing then
 
     def _wait_for_pause(self) -> None:
         """Wait until the turn ends, or an interrupt; warn once where there is no progress, which may be a deadlock."""
@@ -101,7 +149,7 @@ class Coroutine:
             try:
                 return self._pause.get(timeout=min(_POLL_S, PATIENCE_S))
             except Empty:
-                frame = sys._current_frames().get(self._thread.ident or 0)
+                frame = sys._current_frames().get(self.thread.ident or 0)
             now = None if frame is None else (id(frame), frame.f_lasti)
             if now != last:
                 last, since = now, time.monotonic()
@@ -141,20 +189,21 @@ class Coroutine:
 def coroutines(
     functions: Sequence[Callable[[Coroutine], Any]],
     device: torch.device,
-    process: GlobalState,
+    tensors: Iterable[Tensor],
     undo: list[Callable[[], object]],
 ) -> Iterator[list[Coroutine]]:
     """Coroutines of some functions, in order; at the end of the block all of their threads have ended.
 
+    Each has random numbers of its own on the devices of `tensors`, and the process-wide state that it left there.
     Before they start, what ends them is added to `undo`: an interrupt may come just before that end.
     """
-    blocks = _thread_state(device)
+    blocks, process = _thread_state(device), GlobalState(tensors)
     made = [Coroutine(function, blocks, number, process) for number, function in enumerate(functions)]
     undo.append(partial(_end, made))
     with process:  # canceled functions leave their blocks in any order, so the caller's state is restored after them
         try:
             for coroutine in made:
-                coroutine.start()
+                coroutine.thread.start()  # it waits for its first turn
             yield made
         finally:
             _end(made)

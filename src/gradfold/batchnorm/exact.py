@@ -25,7 +25,6 @@ from gradfold.batchnorm import intercept
 from gradfold.batchnorm.checks import InputDependence, eagerly, with_frozen_statistics
 from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.coroutines import Coroutine, coroutines
-from gradfold.batchnorm.global_state import GlobalState
 from gradfold.batchnorm.joint_call import Gather, JointCall, Normalize, Synchronize
 from gradfold.batchnorm.moments import Moments, merge
 from gradfold.batchnorm.mutations import ModuleMutations
@@ -148,8 +147,7 @@ class JointRun:
         functions = [partial(self._run_forward, index) for index in indices]
         self._undo.append(self._tracker.close)
         with self._tracker, eagerly():
-            process = GlobalState(window.model.parameters())
-            with coroutines(functions, window.device, process, self._undo) as running:
+            with coroutines(functions, window.device, window.model.parameters(), self._undo) as running:
                 terms = self._run_to_end(running)
             self._tracker.check()
             if self._group is not None:
