@@ -378,7 +378,7 @@ def test_the_embed_pass_keeps_no_activations():
     statistics = Statistics("concatenate")
     hidden = torch.randn(4, 1000, 8)
     statistics.add(0, {"first": hidden[:, 0], "all": torch.ones(4)}, 4)
-    first, _ = statistics._parts[0]
+    first, _ = statistics._parts[0].values()
     assert first.untyped_storage().nbytes() == 4 * 8 * 4
 
 

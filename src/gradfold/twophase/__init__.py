@@ -5,6 +5,6 @@ runs in three passes (GradCache: Gao et al. 2021, arXiv 2101.06983): embed every
 once over all statistics, recompute every micro-batch and back-propagate the cached gradients of its statistics.
 
 Start with `loss.py`, the public `TwoPhaseLoss` and the mathematics. Then `strategy.py` runs the passes, `statistics.py`
-holds what they exchange, `combine.py` concatenates or sums it over micro-batches and ranks, and `checks.py` compares
-statistics without a gradient (labels, masks) in the self-check.
+concatenates or sums what they exchange, over micro-batches and ranks, and `checks.py` compares statistics without a
+gradient (labels, masks) in the self-check.
 """
