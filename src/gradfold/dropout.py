@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradfold.batch.rows import Rows, shift_rows
 from gradfold.engine.coordinator import Coordinator
+from gradfold.engine.model_checks import seems_to_drop
 from gradfold.engine.window import PassListener
 from gradfold.errors import ModelError, OptionError
 from gradfold.messages import join_names, warn
@@ -136,21 +137,15 @@ def _refuse_internal_dropout(model: nn.Module) -> None:
 
 
 def _warn_of_others(model: nn.Module) -> None:
-    """Warn of modules that seem to drop by themselves."""
     others = [
         f"{name or 'the model itself'} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if not isinstance(module, TorchDropout)
-        and (
-            any(word in type(module).__name__.lower() for word in ("droppath", "stochasticdepth"))
-            or any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
-        )
+        if seems_to_drop(module) and not isinstance(module, TorchDropout)
     ]
     if others:
         warn(
-            f"these modules seem to drop by themselves, with masks that depend on the split: "
-            f"{', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}. Only layers of "
-            "torch.nn were converted; set their rates to 0, or call an nn.Dropout in them."
+            f"these modules seem to drop by themselves, with masks that depend on the split: {join_names(others, 3)}. "
+            "Only layers of torch.nn were converted; set their rates to 0, or call an nn.Dropout in them."
         )
 
 

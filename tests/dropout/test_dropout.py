@@ -334,12 +334,11 @@ def test_layers_that_drop_inside_of_torch_are_refused_by_name():
         gradfold.convert_dropout(layer)
 
 
-def test_others_that_seem_to_drop_are_warned_of():
-    class DropPath(nn.Module):
-        pass
-
-    with pytest.warns(RuntimeWarning, match=r"0 \(DropPath\)"):
-        gradfold.convert_dropout(nn.Sequential(DropPath(), nn.Dropout(0.1)))
+@pytest.mark.parametrize("name", ["DropPath", "WordDropout"])
+def test_others_that_seem_to_drop_are_warned_of(name):
+    other = type(name, (nn.Module,), {})()
+    with pytest.warns(RuntimeWarning, match=rf"0 \({name}\)"):
+        gradfold.convert_dropout(nn.Sequential(other, nn.Dropout(0.1)))
 
 
 def test_a_dropout_of_the_users_own_is_refused():

@@ -13,16 +13,16 @@ from gradfold.messages import join_names, warn
 
 
 def dropping_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules in training mode that look like dropout, or have a rate of it (attention, recurrent layers), by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if module.training
-        and (
-            any(word in type(module).__name__.lower() for word in ("dropout", "droppath", "stochasticdepth"))
-            or any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
-        )
-    }
+    """Modules in training mode that seem to drop, by name."""
+    return {name: module for name, module in model.named_modules() if module.training and seems_to_drop(module)}
+
+
+def seems_to_drop(module: nn.Module) -> bool:
+    """Whether a module is called like dropout, or has a rate of it (attention, recurrent layers)."""
+    kind = type(module).__name__.lower()
+    return any(word in kind for word in ("dropout", "droppath", "stochasticdepth")) or any(
+        "drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items()
+    )
 
 
 def check_hooks(model: nn.Module, parameters: Sequence[nn.Parameter], warned_of: set[str]) -> None:
