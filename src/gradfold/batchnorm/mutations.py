@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,6 @@ _PLAIN = (int, float, complex, str, bytes, type(None), Enum, type, range, slice,
 _ATTRIBUTE = "the attribute {key!r} of {module}"
 
 
-class _PlainMutation(NamedTuple):
-    """A number or text, or several, that the first forward pass has left."""
-
-    where: str
-    module: nn.Module
-    key: str
-    before: Any
-    value: Any
-
-    def is_count(self, now: Any, number: int) -> bool:
-        """Whether it is an int that grows by the same in each of the `number` micro-batches after the first."""
-        before = 0 if self.before is None else self.before
-        are_ints = {type(before), type(self.value), type(now)} == {int}
-        return are_ints and bool(now - self.value == number * (self.value - before))
-
-
 class ModuleMutations:
     """The modules as they are before any forward pass."""
 
@@ -50,7 +34,8 @@ class ModuleMutations:
             for (kind, key), value in bindings.items()
             if kind == _ATTRIBUTE and (isinstance(value, CONTAINERS) or not _is_plain(value))
         ]
-        self._plain: list[_PlainMutation] = []
+        # Numbers and text that the first forward pass has left: where in words, the place, the value before and after.
+        self._plain: list[tuple[str, nn.Module, str, Any, Any]] = []
 
     def refuse(self, number: int, layer: str) -> None:
         """Raise BatchNormError for what forward pass `number` has left, which waits at this layer.
@@ -63,11 +48,10 @@ class ModuleMutations:
             found = next(self._find(), None)
             if found is not None:
                 raise _mutation_error(layer, f"{found} is not what it was before")
-        for one in self._plain if number else ():
-            value = vars(one.module).get(one.key)
-            if value != one.value and not one.is_count(value, number):
-                found = f"{one.where} is {one.value!r} in one micro-batch and {value!r} in another"
-                raise _mutation_error(layer, found)
+        for where, module, key, before, first in self._plain if number else ():
+            value = vars(module).get(key)
+            if value != first and not _is_count(before, first, value, number):
+                raise _mutation_error(layer, f"{where} is {first!r} in one micro-batch and {value!r} in another")
 
     def _find(self) -> Iterator[str]:
         for name, module, identity, before in self._modules:
@@ -79,7 +63,7 @@ class ModuleMutations:
                     continue
                 where = kind.format(key=key, module=name or "the model itself", path=f"{name}.{key}".lstrip("."))
                 if kind == _ATTRIBUTE and _is_plain(value):
-                    self._plain.append(_PlainMutation(where, module, key, known, value))
+                    self._plain.append((where, module, key, known, value))
                 else:
                     yield where
         for name, key, value, content in self._contents:
@@ -111,6 +95,13 @@ def _bindings(module: nn.Module) -> dict[tuple[str, str], Any]:
             if key != "num_batches_tracked" or not isinstance(module, BatchNorm):
                 found["the buffer {key!r} of {module}", key] = buffer
     return found
+
+
+def _is_count(before: Any, first: Any, value: Any, number: int) -> bool:
+    """Whether it is an int that grows by the same in each of the `number` micro-batches after the first."""
+    before = 0 if before is None else before
+    are_ints = {type(before), type(first), type(value)} == {int}
+    return are_ints and bool(value - first == number * (first - before))
 
 
 def _mutation_error(layer: str, found: str) -> BatchNormError:
