@@ -1,8 +1,4 @@
-"""A two-phase loss: one that compares the samples of a batch, written as a statistic of each and a loss of all of them.
-
-It is a function Phi(S) of statistics that are much smaller than the activations behind them. dPhi/dS, computed once for
-the whole batch, is back-propagated micro-batch by micro-batch (GradCache: Gao et al. 2021, arXiv 2101.06983).
-"""
+"""A two-phase loss: one that compares the samples of a batch, written as a statistic of each and a loss of all."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ The loss caches its gradient in their `.grad`, and the recompute pass reads each
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, TypeAlias
 
@@ -25,14 +24,6 @@ _MAX_SAMPLE = 4096  # elements of a sum that are kept of each micro-batch, to se
 
 Leaves: TypeAlias = "dict[str, Any]"
 """Statistics by the path that leads to them; a single one is "S"."""
-
-
-@dataclass(frozen=True)
-class RankStatistics:
-    """What other ranks are told of the statistics of one rank."""
-
-    leaves: Leaves  # tensors on the meta device: shape and dtype alone
-    differentiable: frozenset[str]  # paths of those that are known to have a gradient
 
 
 class Statistics:
@@ -75,11 +66,10 @@ class Statistics:
         own = self._sums
         if self._combine == "concatenate":
             own = {path: _concatenated(path, self._parts) for path in self._paths or ()}
-        described = map_tensors(lambda leaf: leaf.to("meta"), own)
-        of_ranks = coordinator.exchange(RankStatistics(described, self.differentiable))
-        of_all = [one.leaves for one in of_ranks]
+        described = map_tensors(lambda leaf: leaf.to("meta"), own)  # shape and dtype alone
+        of_all, differentiable = zip(*coordinator.exchange((described, self.differentiable)), strict=True)
         _check_alike(of_all, self._combine)
-        self.differentiable = self.differentiable.union(*(one.differentiable for one in of_ranks))
+        self.differentiable = self.differentiable.union(*differentiable)
         if coordinator.num_ranks > 1:
             assert isinstance(coordinator, DataParallelCoordinator)
             own = (_gathered if self._combine == "concatenate" else _summed)(coordinator, own, of_all)
@@ -243,8 +233,10 @@ def _concatenated(path: str, parts: Mapping[int, Leaves]) -> Any:
 
 
 def _check_alike(of_all: Sequence[Leaves], combine: Combine) -> None:
-    """Raise LossError, on all ranks, where their statistics cannot be combined."""
-    forms = [_form(leaves, combine) for leaves in of_all]
+    """Raise LossError, on all ranks, where their statistics differ in paths, shapes without the rows, or dtypes."""
+    forms = [
+        ", ".join(f"{path}: {_form(leaf, combine)}" for path, leaf in leaves.items()) or "nothing" for leaves in of_all
+    ]
     for rank, form in enumerate(forms):
         if form != forms[0]:
             raise LossError(
@@ -252,14 +244,10 @@ def _check_alike(of_all: Sequence[Leaves], combine: Combine) -> None:
             )
 
 
-def _form(leaves: Leaves, combine: Combine) -> str:
-    """What must be the same on all ranks: paths, shapes without the rows, dtypes."""
-    first = 1 if combine == "concatenate" else 0
-    forms = [
-        f"{path}: {tuple(leaf.shape[first:])} {leaf.dtype}" if isinstance(leaf, Tensor) else f"{path}: not a tensor"
-        for path, leaf in leaves.items()
-    ]
-    return ", ".join(forms) or "nothing"
+def _form(leaf: Any, combine: Combine) -> str:
+    if not isinstance(leaf, Tensor):
+        return "not a tensor"
+    return f"{tuple(leaf.shape[1:] if combine == 'concatenate' else leaf.shape)} {leaf.dtype}"
 
 
 def _gathered(coordinator: DataParallelCoordinator, own: Leaves, of_all: Sequence[Leaves]) -> Leaves:

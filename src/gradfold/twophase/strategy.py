@@ -110,10 +110,10 @@ class TwoPhase(Strategy):
         looks_for_state = self._num_runs & (self._num_runs - 1) == 0  # in windows 1, 2, 4, 8, ...: it costs some losses
         while True:
             begin = RandomStates.record(window.context.parameters)
-            passes = _TwoPhasePasses(window, self._loss_fn, self._differentiable, self._keeps_graph, looks_for_state)
+            passes = _TwoPhasePasses(window, self._loss_fn, self._differentiable, self._keeps_graph)
             is_embedded = False
             try:
-                passes.embed(self._order, indices, snapshot)
+                passes.embed(self._order, indices, snapshot, looks_for_state)
                 is_embedded = True
                 passes.statistics.join(coordinator)
                 self._waited_for = coordinator
@@ -163,12 +163,7 @@ class _TwoPhasePasses:
     """The three passes of a window; [3] runs in any plain order, and cached gradients take the place of a loss."""
 
     def __init__(
-        self,
-        window: Window,
-        loss_fn: TwoPhaseLoss,
-        differentiable: frozenset[str] | None,
-        keeps_graph: bool,
-        looks_for_state: bool,
+        self, window: Window, loss_fn: TwoPhaseLoss, differentiable: frozenset[str] | None, keeps_graph: bool
     ) -> None:
         self.context = window.context
         self.backward = window.backward
@@ -177,7 +172,6 @@ class _TwoPhasePasses:
         self._loss_fn = loss_fn
         self._first_has_graph = differentiable is None  # to see which statistics have a gradient
         self._keeps_graph = keeps_graph
-        self._looks_for_state = looks_for_state
         self._left: Mapping[str, LeftValue] = {}  # what statistic has changed on the model
         self._states: dict[int, RandomStates] = {}  # with which each micro-batch began
         self._loss: Loss  # of the whole batch, detached
@@ -185,8 +179,8 @@ class _TwoPhasePasses:
         self._has_graph = False  # whether the loss depends on anything that has a gradient
         self._reaches_parameters = False  # whether some parameter got a gradient
 
-    def embed(self, order: Strategy, indices: Sequence[int], snapshot: Snapshot) -> None:
-        """[1] Collect the statistics."""
+    def embed(self, order: Strategy, indices: Sequence[int], snapshot: Snapshot, looks_for_state: bool) -> None:
+        """[1] Collect the statistics, and what they leave on the model."""
         window = self._window
         parameters = parameters_of(list(window.model.modules()))
         watching = order.watching(self.context)
@@ -197,7 +191,7 @@ class _TwoPhasePasses:
                 torch.set_grad_enabled(self._keeps_graph or (self._first_has_graph and index == indices[0]))
                 output = window.call(index, self._loss_fn.statistic)
                 self.statistics.add(index, output, len(window.micro_batches[index].rows))
-            self._left = left_values(window.model, changed()) if self._looks_for_state else {}
+            self._left = left_values(window.model, changed()) if looks_for_state else {}
 
     @torch.enable_grad()
     def _try_loss(self) -> list[Tensor]:
