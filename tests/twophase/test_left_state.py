@@ -140,6 +140,22 @@ def test_a_loss_that_does_not_read_it_is_not_accused(name, x):
     assert relative_error(gradients(model), expected) < 1e-12
 
 
+def test_a_loss_with_a_sparse_gradient_can_be_tried(x):
+    """The comparison with and without what was left had no kernel for it."""
+    model = Model().double()
+    model.words = nn.Embedding(5, 4, sparse=True).double()
+
+    def loss(model, z):
+        return spread(z @ model.words(torch.arange(4)))
+
+    expected = full_batch_gradient(model, lambda model: loss(model, counts(model, x)))
+    accumulator(model, counts, loss).backward(x)
+    assert model.words.weight.grad.is_sparse
+    assert relative_error(gradients(model), expected) < 1e-12
+    with pytest.raises(gradfold.NotDecomposableError, match="reads steps"):
+        accumulator(model, counts, lambda model, z: loss(model, z) * model.steps).backward(x)
+
+
 def test_a_loss_that_is_never_the_same_is_not_accused(x):
     numbers, model = iter(range(100)), Model().double()
     accumulator(model, counts, lambda model, z: spread(z, 1 + next(numbers)), self_check=False).backward(x)

@@ -80,7 +80,8 @@ def refuse_left_state(model: nn.Module, left: Mapping[str, LeftValue], run: Call
 def _are_same(one: list[Tensor], other: list[Tensor] | None) -> bool:
     if other is None or [part.shape for part in one] != [part.shape for part in other]:
         return False
-    pairs = [(mine.detach(), theirs.detach().to(mine)) for mine, theirs in zip(one, other, strict=True)]
+    # The gradient of an embedding may be sparse.
+    pairs = [(mine.to_dense(), theirs.to_dense().to(mine)) for mine, theirs in zip(one, other, strict=True)]
     return all(
         torch.allclose(*pair, rtol=tolerance_of({pair[0].dtype}).statistic, atol=1e-30, equal_nan=True)
         or float((pair[0] - pair[1]).norm()) <= tolerance_of({pair[0].dtype}).statistic * float(pair[0].norm())
