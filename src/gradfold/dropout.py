@@ -36,7 +36,8 @@ TorchDropout: TypeAlias = (
     nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout
 )
 
-# Of torch's own layers: how many dimensions after the rows' are dropped independently (None: all), and if it is alpha.
+# Of torch's own layers: how many dimensions after the rows' are dropped independently (None: all; 1: whole channels),
+# and whether dropped elements are set to selu's lower end, with mean and variance kept.
 _KINDS: dict[type[nn.Module], tuple[int | None, bool]] = {
     nn.Dropout: (None, False),
     nn.Dropout1d: (1, False),
@@ -107,7 +108,6 @@ def _converted(module: TorchDropout, name: str, seed: int, row_dim: int, padding
             f"{name or 'the model itself'} is a {type(module).__name__}, a custom dropout. Replace it by "
             "torch.nn.Dropout, or leave it out."
         )
-    feature_dims, is_alpha = _KINDS[type(module)]
     held = [key.strip("_") for key, value in vars(module).items() if key.endswith("_hooks") and value]
     if module.inplace or held:
         what = "works in place" if module.inplace else f"carries hooks ({', '.join(held)})"
@@ -115,12 +115,11 @@ def _converted(module: TorchDropout, name: str, seed: int, row_dim: int, padding
         raise ModelError(
             f"{name or 'the model itself'} ({type(module).__name__}) {what}, which the new layer would not. {fix}."
         )
-    if feature_dims is not None and row_dim:
+    if _KINDS[type(module)][0] is not None and row_dim:
         raise OptionError(
             f"row_dim={row_dim} is not supported with {type(module).__name__} ({name!r}), whose inputs are (N, C, ...)."
         )
-    layer = CounterBasedDropout(module.p, name, seed, row_dim, feature_dims, is_alpha, padding_side)
-    return layer.train(module.training)
+    return CounterBasedDropout(module.p, name, seed, row_dim, padding_side, type(module)).train(module.training)
 
 
 def _refuse_internal_dropout(model: nn.Module) -> None:
@@ -202,28 +201,17 @@ class DropoutKeys(PassListener):
 
 
 class CounterBasedDropout(nn.Dropout):
-    """The layer by which `convert_dropout` replaces torch's.
-
-    In `accumulator.backward(batch)` its masks are those of the global batch; elsewhere it draws them as torch's does.
-    """
+    """The layer by which `convert_dropout` replaces torch's; without `keys` it draws its masks as these do."""
 
     def __init__(
-        self,
-        p: float,
-        name: str,
-        seed: int,
-        row_dim: int,
-        feature_dims: int | None = None,
-        is_alpha: bool = False,
-        padding_side: str = "right",
+        self, p: float, name: str, seed: int, row_dim: int, padding_side: str = "right", kind: type = nn.Dropout
     ) -> None:
         super().__init__(p)
         self.name = name
         self.seed = seed
         self.row_dim = row_dim  # the dimension of inputs that counts the rows
-        self.feature_dims = feature_dims  # so many after the rows' are dropped independently: whole channels; None: all
         self.padding_side = padding_side  # elements are counted from the other one
-        self.is_alpha = is_alpha  # dropped elements are set to selu's lower end, with mean and variance kept
+        self.feature_dims, self.is_alpha = _KINDS[kind]
         self.keys: DropoutKeys | None = None
         self.num_calls = 0  # so far in this forward pass
         self._words = _hash(seed, name)

@@ -29,6 +29,7 @@ from gradfold.state.rng import RandomState
 from gradfold.torch_private import PROCESS_SETTINGS, apply_settings, read_settings
 
 Blocks: TypeAlias = "list[Callable[[], AbstractContextManager[Any]]]"
+Function: TypeAlias = "Callable[[Coroutine], Any]"
 
 PATIENCE_S = 60.0  # without progress, until a warning
 GRACE_S = 10.0  # for a canceled function to end by itself
@@ -90,7 +91,7 @@ class GlobalState:
 class Coroutine:
     """One function in a thread of its own, which runs only while it has the turn; it calls `wait_for` of this."""
 
-    def __init__(self, function: Callable[[Coroutine], Any], blocks: Blocks, number: int, process: GlobalState) -> None:
+    def __init__(self, function: Function, blocks: Blocks, number: int, process: GlobalState) -> None:
         self.request: Any = None  # what it waits with; None while it runs, and when it is done
         self.answer: Any = None  # what it gets for that
         self.result: Any = None
@@ -164,7 +165,7 @@ class Coroutine:
                 )
             del frame  # it holds tensors
 
-    def _run(self, function: Callable[[Coroutine], Any], blocks: Blocks) -> None:
+    def _run(self, function: Function, blocks: Blocks) -> None:
         self._turn.get()
         # What makes torch tell OpenMP, which counts by thread, of torch.set_num_threads: else oneDNN would run
         # convolutions of each new thread on all cores, 100 times as slow where these are busy.
@@ -187,10 +188,7 @@ class Coroutine:
 
 @contextmanager
 def coroutines(
-    functions: Sequence[Callable[[Coroutine], Any]],
-    device: torch.device,
-    tensors: Iterable[Tensor],
-    undo: list[Callable[[], object]],
+    functions: Sequence[Function], device: torch.device, tensors: Iterable[Tensor], undo: list[Callable[[], object]]
 ) -> Iterator[list[Coroutine]]:
     """Coroutines of some functions, in order; at the end of the block all of their threads have ended.
 

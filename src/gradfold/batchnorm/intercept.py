@@ -128,8 +128,7 @@ class LayerTracker(LayerHooks):
 
     def check(self) -> None:
         """Raise BatchNormError where a layer has run without its hooks; one that has not run at all is fine."""
-        for name in self.run_without(self._seen):
-            raise _not_intercepted(name)
+        self.refuse_unseen(self._seen, _not_intercepted())
 
     @torch.no_grad()
     def count_once(self, is_first: bool) -> None:
@@ -155,7 +154,7 @@ class LayerTracker(LayerHooks):
         if forward is None:
             return
         if not forward.is_intercepted and layer.training and isinstance(output, Tensor):
-            raise _not_intercepted(forward.layer)
+            raise layer_error([forward.layer], _not_intercepted())
         forward.layer = FUNCTIONAL
 
 
@@ -175,12 +174,11 @@ def refuse_scripted(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule) and module.training:
             with suppress(RuntimeError):  # it has no forward
                 if "batch_norm" in str(module.inlined_graph):
-                    raise _not_intercepted(name, "it is scripted (torch.jit)")
+                    raise layer_error([name], _not_intercepted("it is scripted (torch.jit)"))
 
 
-def _not_intercepted(name: str, cause: str = "TorchScript, torch.export or a custom kernel") -> BatchNormError:
-    return layer_error(
-        [name],
+def _not_intercepted(cause: str = "TorchScript, torch.export or a custom kernel") -> str:
+    return (
         f'could not be intercepted: {cause}. It would normalize by micro-batch. With batch_norm="exact" use an '
-        "ordinary nn.BatchNorm layer there, or put it into evaluation mode.",
+        "ordinary nn.BatchNorm layer there, or put it into evaluation mode."
     )

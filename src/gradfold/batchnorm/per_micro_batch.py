@@ -93,12 +93,11 @@ class WindowStatistics(LayerHooks):
 
     def commit(self) -> None:
         """Advance the running statistics by the window's moments; BatchNormError where hooks have missed a layer."""
-        if unseen := self.run_without(self._records):
-            raise layer_error(
-                unseen,
-                "ran without calling its hooks (a compiled or scripted graph), so its statistics cannot be collected. "
-                "Do not compile these layers, or put them into evaluation mode.",
-            )
+        self.refuse_unseen(
+            self._records,
+            "ran without calling its hooks (a compiled or scripted graph), so its statistics cannot be collected. Do "
+            "not compile these layers, or put them into evaluation mode.",
+        )
         for record in self._records.values():
             record.advance()
 

@@ -91,10 +91,11 @@ class LayerHooks:
                     del hooks[key]
                     getattr(layer, f"{kind}_with_kwargs").pop(key, None)
 
-    def run_without(self, seen: Collection[nn.Module]) -> list[str]:
-        """The names of layers that have counted a batch, but are not among those that hooks have seen."""
+    def refuse_unseen(self, seen: Collection[nn.Module], text: str) -> None:
+        """Raise BatchNormError for layers that have counted a batch, but are not among those that hooks have seen."""
         silent = {layer: name for layer, name in self.names.items() if layer not in seen}
-        return [name for layer, name in silent.items() if _counter_version(layer) != self._versions[layer]]
+        if names := [name for layer, name in silent.items() if _counter_version(layer) != self._versions[layer]]:
+            raise layer_error(names, text)
 
 
 def _counter_version(layer: BatchNorm) -> int:
