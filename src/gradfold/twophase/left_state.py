@@ -8,7 +8,7 @@ tells; each change by itself then tells the name.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,18 @@ from torch import Tensor, nn
 from gradfold.errors import NotDecomposableError, is_out_of_memory
 from gradfold.messages import join_names
 from gradfold.self_check.comparison import tolerance_of
-from gradfold.state.attributes import Contents, keep_contents
+from gradfold.state.attributes import keep_contents
 from gradfold.state.rng import RandomStates
 from gradfold.state.snapshot import restored_modules
 
-
-class LeftValue(NamedTuple):
-    """A buffer or an attribute of a module, in the dict that holds it by this key, and a copy of what is in it."""
-
-    place: dict[str, Any]
-    key: str
-    value: Any
-    contents: Contents | None
+LeftValue: TypeAlias = "tuple[dict[str, Any], str, Any]"
+"""A buffer or an attribute of a module: the dict that holds it, its key there, and the value or a copy of it."""
 
 
 def left_values(model: nn.Module, names: Collection[str]) -> dict[str, LeftValue]:
     """What the buffers and attributes of these names are now."""
     return {
-        name: LeftValue(place, key, value, keep_contents(value))
+        name: (place, key, value if (contents := keep_contents(value)) is None else contents.copy)
         for path, module in model.named_modules()
         for place in (vars(module), module._buffers)
         for key, value in place.items()
@@ -47,8 +41,8 @@ def refuse_left_state(model: nn.Module, left: Mapping[str, LeftValue], run: Call
 
     def run_with(names: Collection[str]) -> list[Tensor] | None:
         with restored_modules(model):
-            for place, key, value, contents in map(left.__getitem__, names):
-                place[key] = value if contents is None else contents.copy
+            for place, key, value in map(left.__getitem__, names):
+                place[key] = value
             try:
                 return run()
             except Exception as error:  # the window itself will meet it, or not
