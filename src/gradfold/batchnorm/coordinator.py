@@ -39,7 +39,9 @@ class SynchronizedCoordinator(DataParallelCoordinator):
     def sum(self, own: Tensor) -> Tensor:
         """The sum over all ranks, in the backward pass."""
         self.meet()
-        return self.group.sum(own)
+        total = own.clone()
+        self.group.all_reduce(total)
+        return total
 
     def end_backward(self) -> None:
         """From here on the ranks synchronize as without BatchNorm."""

@@ -78,12 +78,6 @@ class ProcessGroup:
         dist.all_gather(of_all, own.contiguous(), group=self.group)
         return of_all
 
-    def sum(self, own: Tensor) -> Tensor:
-        """Their sum, the same bits on every rank."""
-        total = own.clone()
-        self.all_reduce(total)
-        return total
-
     def broadcast_rows(self, whole: Tensor, counts: Sequence[int]) -> None:
         """Every rank has its own rows of a contiguous tensor, `counts` by rank: fill in those of the others."""
         start = 0
