@@ -235,7 +235,7 @@ class JointRun:
                 f"Expected more than 1 value per channel when training, got {in_whole.count} in the whole batch, in "
                 f"parts such as {tuple(first.call.input.shape)}"
             )
-        first.call.advance_running_statistics(in_whole)
+        in_whole.advance(first.call.running_mean, first.call.running_var, first.call.momentum)
         return moments
 
     def _run_backward(self, terms: list[tuple[Tensor, float]]) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradfold.batchnorm.moments import Moments
 from gradfold.batchnorm.policy import LayerHooks, layer_error
 from gradfold.batchnorm.torch_private import BATCH_NORM_FORWARDS, BatchNorm, TorchFunctionMode
 from gradfold.errors import BatchNormError
@@ -47,13 +46,6 @@ class BatchNormCall:
             mean = self.input.new_zeros(self.input.shape[1], dtype=dtype)
             variance = mean + 1
         return F.batch_norm(self.input, mean, variance, self.weight, self.bias, False, self.momentum, self.eps)
-
-    @torch.no_grad()
-    def advance_running_statistics(self, moments: Moments) -> None:
-        """Once for the whole batch, by its moments and the momentum of this call."""
-        for running, now in ((self.running_mean, moments.mean), (self.running_var, moments.unbiased_variance)):
-            if running is not None:
-                running.copy_(running * (1 - self.momentum) + now * self.momentum)
 
 
 _UNSUPPORTED = frozenset({torch.native_batch_norm, torch.cudnn_batch_norm, torch.batch_norm_stats})

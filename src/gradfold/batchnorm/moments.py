@@ -42,10 +42,13 @@ class Moments:
         dtype = torch.promote_types(mean.dtype, torch.float32)
         return cls(mean.to(dtype, copy=True), variance.to(dtype) * ((count - 1) / max(1, count)), count)
 
-    @property
-    def unbiased_variance(self) -> Tensor:
-        """The variance as running statistics have it."""
-        return self.variance * (self.count / (self.count - 1))
+    @torch.no_grad()
+    def advance(self, mean: Tensor | None, variance: Tensor | None, momentum: float | Tensor) -> None:
+        """Move running statistics by these moments; they have the unbiased variance."""
+        unbiased = self.variance * (self.count / (self.count - 1))
+        for running, now in ((mean, self.mean), (variance, unbiased)):
+            if running is not None:
+                running.copy_(running * (1 - momentum) + now * momentum)
 
 
 @torch.no_grad()

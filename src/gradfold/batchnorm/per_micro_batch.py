@@ -166,8 +166,7 @@ class _LayerStatistics:
             momentum: float | Tensor | None = self.momentum
             if momentum is None:  # the plain average over all batches so far
                 momentum = 1.0 / counter.to(window.mean.dtype)
-            mean.mul_(1 - momentum).add_(window.mean * momentum)
-            variance.mul_(1 - momentum).add_(window.unbiased_variance * momentum)
+            window.advance(mean, variance, momentum)
 
     def _buffers(self) -> tuple[Any, Any, Any]:
         """Those of now, since a forward of the user's may have bound others."""
