@@ -95,10 +95,9 @@ def convert_dropout(
         if isinstance(module, TorchDropout) and type(module) is not CounterBasedDropout
     }
     _warn_of_others(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                parent.register_module(name, new[child])
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and module in new:
+            model.set_submodule(name, new[module])
     return new.get(model, model)
 
 

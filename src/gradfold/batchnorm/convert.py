@@ -63,12 +63,11 @@ def convert_batch_norm(model: nn.Module, num_groups: int = 32) -> nn.Module:
         raise OptionError(f"num_groups={num_groups!r}; expected a whole number of at least 1.")
     layers = batch_statistics_layers(model)
     _check_convertible(model, layers)
-    new = {layer: _group_norm(layer, num_groups) for layer in layers.values()}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, BatchNorm) and child in new:
-                parent.register_module(name, new[child])
-    return new[model] if isinstance(model, BatchNorm) and model in new else model
+    new: dict[nn.Module, nn.Module] = {layer: _group_norm(layer, num_groups) for layer in layers.values()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and module in new:
+            model.set_submodule(name, new[module])
+    return new.get(model, model)
 
 
 def _group_norm(layer: BatchNorm, num_groups: int) -> nn.GroupNorm:
