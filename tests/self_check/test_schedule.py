@@ -303,7 +303,8 @@ class Stop(BaseException):
     """An interrupt."""
 
 
-NUM_CHECKED = 18  # of `Sorted`: fast; 5 rows and parts; fast; whole and parts; again; noise 4 + 2; with shared randomness whole and parts
+# Of `Sorted`: fast, 5 rows and parts; fast, whole and parts; again; noise 4 + 2; with shared randomness.
+NUM_CHECKED = 18
 
 
 @pytest.mark.parametrize("call", range(1, NUM_CHECKED + 3))
