@@ -279,6 +279,18 @@ def changed():
     return stack
 
 
+def test_an_interrupt_at_the_end_of_the_turns_leaves_the_process_as_it_was(monkeypatch):
+    def interrupted(self, *error):
+        torch.set_default_dtype(torch.float16)  # as the forward pass whose turn was the last had it
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(coroutines.GlobalState, "__exit__", interrupted)
+    before = flags()
+    with pytest.raises(KeyboardInterrupt):
+        exact(Normed(), squares, self_check=False).backward(torch.randn(12, 5))
+    assert flags() == before
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_blocks_that_change_the_process_do_so_for_their_own_micro_batch(fails):

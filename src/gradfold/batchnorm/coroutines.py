@@ -197,6 +197,7 @@ def coroutines(
     """
     blocks, process = _thread_state(device), GlobalState(tensors)
     made = [Coroutine(function, blocks, number, process) for number, function in enumerate(functions)]
+    undo.append(partial(apply_settings, PROCESS_SETTINGS, read_settings(PROCESS_SETTINGS)))
     undo.append(partial(_end, made))
     with process:  # canceled functions leave their blocks in any order, so the caller's state is restored after them
         try:
