@@ -97,7 +97,7 @@ def _pop_down(depth: Callable[[], int], pop: Callable[[], Any]) -> Callable[[int
 
 
 def _pop_hooks(wanted: Any) -> None:
-    while _top_hooks() not in (wanted, None):
+    while top_saved_tensor_hooks() not in (wanted, None):
         _hooks._pop_saved_tensors_default_hooks()
 
 
@@ -114,7 +114,9 @@ def _set_filters(filters: Any) -> None:
     warnings._filters_mutated()  # type: ignore[attr-defined]
 
 
-_top_hooks: Callable[[], Any] = partial(_hooks._top_saved_tensors_default_hooks, True)
+top_saved_tensor_hooks: Callable[[], Any] = partial(_hooks._top_saved_tensors_default_hooks, True)
+"""The innermost `saved_tensors_hooks`, or None; those of activation checkpointing are among them. Without it: none."""
+
 _function_depth, _dispatch_depth = _c._len_torch_function_stack, _c._len_torch_dispatch_stack
 
 # Without them: an interrupt in the exit of torch.no_grad, autocast, a mode or warnings.catch_warnings leaves it on.
@@ -134,7 +136,7 @@ THREAD_SETTINGS: Settings = (
     # The depth of autocast blocks can be read only by one step up and one down. At 0 cached weights are dropped.
     (torch.autocast_increment_nesting, lambda one_up: None),
     (torch.autocast_decrement_nesting, _leave_autocast),
-    (_top_hooks, _pop_hooks),
+    (top_saved_tensor_hooks, _pop_hooks),
 )
 """What torch keeps once per thread and code blocks change."""
 

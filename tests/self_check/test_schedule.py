@@ -53,8 +53,33 @@ def runs(model, loss_fn=squares, batch=None, **options):
 # --- What runs
 
 
+def drops_twice():
+    """So that rows which draw in turns do not happen to draw as they did together."""
+    return net(nn.Dropout(0.3), nn.Linear(6, 6), nn.Dropout(0.4))
+
+
 def recomputed(model, batch):
     return squares(lambda x: checkpoint(model, x, use_reentrant=False), batch)
+
+
+def recomputed_without_a_graph(model, batch):
+    return squares(lambda x: checkpoint(model, x.requires_grad_(), use_reentrant=True), batch)
+
+
+class NoisyBackward(torch.autograd.Function):
+    """Draws in its backward pass alone, for every row."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + torch.rand_like(grad))
+
+
+def noisy_backward(model, batch):
+    return squares(lambda x: NoisyBackward.apply(model(x)), batch)
 
 
 def in_bfloat16(model, batch):
@@ -87,7 +112,9 @@ ONCE = {
     "plain": (net, squares),
     "dropout": (lambda: net(nn.Dropout(0.3)), squares),
     "dropout in place": (lambda: net(nn.Dropout(0.3, inplace=True)), squares),
-    "dropout behind a checkpoint": (lambda: net(nn.Dropout(0.3)), recomputed),
+    "dropout behind a checkpoint": (drops_twice, recomputed),
+    "dropout behind a reentrant checkpoint": (drops_twice, recomputed_without_a_graph),
+    "dropout, and draws in a backward pass": (drops_twice, noisy_backward),
     "autocast": (net, in_bfloat16),
     "autocast and dropout": (lambda: net(nn.Dropout(0.2)), in_bfloat16),
     "a model that changes what it keeps": (Counting, squares),
@@ -180,6 +207,16 @@ def test_draws_on_the_host_are_no_reason_to_trust_what_fits():
 
     with pytest.warns(RuntimeWarning, match="draws from random"):
         assert runs(net(), loss_fn) == [5, 5, 8, 8, *WINDOW]
+
+
+def test_draws_of_a_hook_in_the_backward_pass_are_no_reason_to_accuse():
+    def loss_fn(model, batch):
+        output = model(batch[0])
+        output.register_hook(lambda grad: grad * (1 + torch.rand_like(grad)))
+        return F.mse_loss(output, batch[1])
+
+    with pytest.warns(RuntimeWarning, match="a hook draws random numbers in the backward pass"):
+        runs(net(nn.Dropout(0.3)), loss_fn)
 
 
 def test_wrong_losses_with_dropout_are_found():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence, Set, Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -123,7 +123,7 @@ class DryRun:
         gc.disable()  # since it would show in the trace
         try:
             own = watching(CustomGenerators(), self.model)
-            with ExternalState(self.model, self.loss_fn, self.probe_batch.collate), own:
+            with ExternalState(self.model, self.loss_fn, self.probe_batch.collate), own or nullcontext():
                 batches = [map_tensors(convert, self.probe_batch.take(size)) for _ in range(num_micro_batches)]
                 copies = self._copy(mode)
                 with nullcontext() if mode is None else mode:
@@ -241,9 +241,9 @@ def _offloaded() -> saved_tensors_hooks:
     return saved_tensors_hooks(pack, lambda make: make())
 
 
-def watching(own: CustomGenerators, model: nn.Module) -> AbstractContextManager[object]:
-    """Let it see the generators that a model draws from; not of a compiled one, which would be compiled again."""
-    return nullcontext() if is_compiled(model.modules()) else own
+def watching(own: CustomGenerators, model: nn.Module) -> CustomGenerators | None:
+    """What sees the generators that a model draws from; None for a compiled one, which would be compiled again."""
+    return None if is_compiled(model.modules()) else own
 
 
 def round_up(num_bytes: int, block: int) -> int:

@@ -214,6 +214,8 @@ class SplitExperiment:
         # After the rewind, which would put back frozen parameters that were moved.
         with nullcontext() if random_seed is None else perturbed(self.probe.parameters, random_seed):
             result = self.probe.run(self._whole, lambda name: factor * self._share(name), mode, only)
+        if self.probe.has_drawn_unseen:
+            raise CannotKnowError("a hook draws random numbers in the backward pass, which cannot be handed to rows")
         host = self.probe.snapshot.has_drawn_on_host()
         if host is not None:
             raise CannotKnowError(f"loss_fn draws from {host}, whose numbers cannot be handed to rows")

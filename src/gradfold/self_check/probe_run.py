@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.parameter import is_lazy
 
 from gradfold.batch.nesting import Batch, Marks, in_own_containers, map_tensors
 from gradfold.engine.backward import BackPropagation
-from gradfold.engine.graph import graph_leaves
+from gradfold.engine.graph import leaves_of, walk
 from gradfold.engine.loss_terms import LossFn, loss_terms_of
 from gradfold.engine.model_checks import parameters_with_hooks
 from gradfold.errors import HookError
 from gradfold.messages import join_names
+from gradfold.self_check.rng_replay import GeneratorMode
 from gradfold.state.gradients import parameters_of
+from gradfold.state.rng import RandomState
 from gradfold.state.snapshot import Snapshot
 
 _MAX_ELEMENTS = 2**17  # of all gradients together that are compared
@@ -39,6 +42,7 @@ class ProbeRun:
 
     Attributes:
         hooked: the parameters whose gradient a hook sees, by name; not within the block.
+        has_drawn_unseen: whether a backward pass has drawn random numbers outside of its mode (in a hook).
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class ProbeRun:
         self._frozen = frozen
         self._changes_inputs = False
         self._has_run = False
+        self.has_drawn_unseen = False
         # The window warns of hooks on gradients; here they would hide what the loss itself does.
         self.hooked = parameters_with_hooks(model, self.parameters)
         self._hooks = [
@@ -74,19 +79,23 @@ class ProbeRun:
             for hooks, before in self._hooks:
                 hooks.update(before)
 
-    def run(
-        self, batch: Batch, shares: Shares, mode: AbstractContextManager[Any] | None = None, only: str | None = None
-    ) -> ProbeResult:
+    def run(self, batch: Batch, shares: Shares, mode: GeneratorMode = None, only: str | None = None) -> ProbeResult:
         """One forward and backward pass under `mode`, of the loss terms that have a share, or `only` this one."""
         batch = map_tensors(torch.clone, batch)  # a model may change its input in place
         with mode or nullcontext():
             terms = self._forward(batch)
-            weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
-            # All but those behind a reentrant checkpoint.
-            self.snapshot.gradients.set_aside(graph_leaves(term for term, _ in weighted))
-            trained = () if self._has_run else [one for one in self.parameters if one.requires_grad]
-            watched = [(one, one._version, _values(one)) for one in trained]
+        weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
+        nodes = list(walk(term.grad_fn for term, _ in weighted))
+        self.snapshot.gradients.set_aside(leaves_of(nodes))  # all but those behind a reentrant checkpoint
+        trained = () if self._has_run else [one for one in self.parameters if one.requires_grad]
+        watched = [(one, one._version, _values(one)) for one in trained]
+        # A mode sees every operator, which takes as long as many of them. A backward pass has the most, and draws where
+        # it runs Python: in a function of the user's, or a checkpoint.
+        is_seen = mode is None or mode.may_draw_again or any(isinstance(node, BackwardCFunction) for node in nodes)
+        before = None if is_seen else RandomState.record(self.parameters)
+        with mode if is_seen and mode is not None else nullcontext():
             self._back_propagate(weighted)
+        self.has_drawn_unseen |= before is not None and before.has_moved()
         self._has_run = True
         self._refuse_steps(watched)
         self._changes_inputs |= Marks(batch, is_new=True).changed() is not None

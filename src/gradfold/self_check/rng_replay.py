@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradfold.batch.rows import Rows
 from gradfold.self_check.torch_private import TorchDispatchMode, TorchFunctionMode, operator_name
+from gradfold.torch_private import top_saved_tensor_hooks
 
 _DROPOUT = "native_dropout"
 
@@ -27,7 +28,13 @@ _KEYED = {
 
 
 class _GeneratorStates:
-    """A mode that sets the custom generators that it meets (`generator=`) back, on exit if it is not told otherwise."""
+    """A mode that sets the custom generators that it meets (`generator=`) back, on exit if it is not told otherwise.
+
+    Attributes:
+        may_draw_again: whether a checkpoint may, in the backward pass.
+    """
+
+    may_draw_again = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +82,7 @@ class _RandomnessMode(_GeneratorStates, TorchDispatchMode):  # type: ignore[no-u
     def __init__(self) -> None:
         super().__init__()
         self._numbers: dict[tuple[int, int], int] = {}  # generator and its state -> number of the draw
+        self.may_draw_again = False
         self.uses_batch_norm = False  # whether some operator normalized by the statistics of the batch
 
     def __torch_dispatch__(
@@ -85,6 +93,7 @@ class _RandomnessMode(_GeneratorStates, TorchDispatchMode):  # type: ignore[no-u
             result = func(*args, **kwargs)
             self._see(operator_name(func), args, result)
             return result
+        self.may_draw_again |= top_saved_tensor_hooks() is not None
         generator = kwargs.get("generator")
         if generator is None:
             generator = _default_generator(args, kwargs)
