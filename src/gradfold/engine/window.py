@@ -125,9 +125,8 @@ def _form_of(weighed: Weighed) -> GraphForm:
     names = []
     for term, _ in weighed:
         if term.grad_fn is not None:
-            names.append(term.grad_fn.name())
-            for before, _ in term.grad_fn.next_functions:
-                names.append("" if before is None else before.name())
+            nodes = term.grad_fn, *(before for before, _ in term.grad_fn.next_functions)
+            names += [type(node).__name__ for node in nodes]
     return tuple(names)
 
 
