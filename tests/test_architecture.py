@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from functools import cache
@@ -193,3 +194,11 @@ def test_the_reference_of_a_proof_imports_nothing_of_ours():
 def test_every_file_says_what_it_is():
     docstrings = {shown(path): ast.get_docstring(tree(path)) or "" for path in MODULES}
     assert [name for name, text in docstrings.items() if len(text.partition("\n")[0]) < 20] == []
+
+
+def test_a_window_in_the_steady_state_enters_few_functions():
+    """`dev/count_calls.py` lists them. In a fresh process, since what it counts is what runs when nothing is new."""
+    script = SOURCE.parent.parent / "dev" / "count_calls.py"
+    output = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    files, functions = map(int, re.findall(r"(\d+) files, (\d+) functions", output)[0])
+    assert files <= 10 and functions <= 60

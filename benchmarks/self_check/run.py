@@ -85,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {}
     for name in MODELS:
-        for rows in (8, 32):
+        for rows in (4, 8, 32):
             results[f"{name}, {rows} rows"] = value = measure(name, rows)
             print(f"{name + ',':26s} {rows:2d} rows", value)
     write(RESULT, QUESTION, {"micro_batches": NUM_MICRO_BATCHES, "rounds": NUM_ROUNDS}, results)

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from gradfold.batch.nesting import Batch, structure
-from gradfold.batch.split import Collate, MicroBatcher, MicroBatchWindow, check_size
+from gradfold.batch.nesting import Batch
+from gradfold.batch.split import Collate, MicroBatcher, MicroBatchWindow, check_size, form_of
 from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.exact import ExactBatchNorm
 from gradfold.batchnorm.per_micro_batch import PerMicroBatchNorm
@@ -302,7 +302,7 @@ class Accumulator:
             return
         context = window.context
         is_whole = self._strategy.is_whole(window)
-        kind = (context.version, is_whole, structure(window.micro_batches[0].data), context.coordinator.num_ranks)
+        kind = (context.version, is_whole, form_of(window.micro_batches[0].data), context.coordinator.num_ranks)
         is_known = kind == self._passed and (is_whole or not context.has_hooks())
         if is_known and (is_whole or self.num_windows not in LOOK_AGAIN):
             return

@@ -38,16 +38,13 @@ def in_own_containers(batch: Batch) -> Batch:
 
     All the way down; a container that cannot be made again as what it is stays.
     """
-    kind = type(batch)
-    if kind is Tensor or (kind is tuple and set(map(type, batch)) == {Tensor}):
-        return batch  # the usual case, faster
     if not _is_container(batch):
         return batch
     try:
         own = _rebuilt(in_own_containers, batch)
     except Exception:  # the user's class
         return batch
-    return own if type(own) is kind else batch
+    return own if type(own) is type(batch) else batch
 
 
 def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
@@ -107,9 +104,6 @@ def _attributes(batch: Any) -> dict[str, Any]:
 
 def cut_rows(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     """Cut into parts of these numbers of rows, as views; each has a copy of every 0-d tensor, which it may change."""
-    kind = type(batch)
-    if (kind is tuple or kind is list) and set(map(type, batch)) == {Tensor}:  # the usual case, faster
-        return list(map(kind, zip(*[_cut(leaf, sizes) for leaf in batch], strict=True)))
     cut = cache(partial(_cut, sizes=sizes))  # what a batch holds twice, its parts hold twice
 
     def part(index: int, leaf: Tensor) -> Tensor:

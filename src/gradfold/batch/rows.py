@@ -29,9 +29,6 @@ def num_rows(batch: Batch) -> int:
         BatchError: the tensors disagree, there is none, there are no rows, something cannot be cut by rows, or the
             batch looks like a list of samples.
     """
-    usual = _rows_of_pair(batch)
-    if usual is not None:
-        return usual
     counts = {leaf.shape[0] for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim() > 0}
     if len(counts) > 1:
         hint = "Every tensor needs one entry per row in dim 0."
@@ -53,17 +50,6 @@ def num_rows(batch: Batch) -> int:
             "micro-batch; if these are different inputs with the same rows, name them in a dict."
         )
     return rows
-
-
-def _rows_of_pair(batch: Batch) -> int | None:
-    """The rows of one or two plain tensors in a tuple or list, the usual case, without a walk; None for the rest."""
-    if (type(batch) is not tuple and type(batch) is not list) or not 0 < len(batch) <= 2:
-        return None
-    for leaf in batch:
-        if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
-            return None
-    rows: int = batch[0].shape[0]
-    return rows if rows and rows == batch[-1].shape[0] else None
 
 
 def _leaves(node: Batch, path: str) -> Iterator[tuple[str, Any]]:

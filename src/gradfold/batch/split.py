@@ -6,7 +6,7 @@ per micro-batch. `packing.token_batcher` has one that splits by padded tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise, repeat
@@ -14,8 +14,9 @@ from operator import attrgetter
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, final, overload
 
 import torch
+from torch import Tensor
 
-from gradfold.batch.nesting import Batch, cut_rows, rows_if_any
+from gradfold.batch.nesting import Batch, cut_rows, rows_if_any, structure
 from gradfold.batch.rows import Rows, name_rows, num_rows, shift_rows
 from gradfold.errors import BatchError, OptionError, WindowError
 
@@ -48,7 +49,7 @@ class MicroBatch(NamedTuple):
         return f" ({name_rows(self.rows)})" if self.rows else ""
 
 
-ROWS = attrgetter("rows")
+ROWS, _FORM = attrgetter("rows"), attrgetter("dtype", "ndim")
 
 
 class MicroBatchWindow(Generic[T]):
@@ -116,6 +117,31 @@ def cut_range(total: int, micro_batch_size: int | None) -> tuple[range, ...]:
     size, num_larger = divmod(total, num_parts)
     bounds = [index * size + min(index, num_larger) for index in range(num_parts + 1)]
     return tuple(range(start, stop) for start, stop in pairwise(bounds))
+
+
+def form_of(batch: Batch) -> Hashable:
+    """What tells batches of one loader from others, whatever their sizes."""
+    if type(batch) is tuple and set(map(type, batch)) == {Tensor}:  # the usual case, faster
+        return tuple(map(_FORM, batch))
+    return structure(batch)
+
+
+def _split_pair(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch] | None:
+    """Split one or two plain tensors in a tuple or list, the usual case, without a walk; None for any other batch."""
+    kind = type(batch)
+    if (kind is not tuple and kind is not list) or not 0 < len(batch) <= 2:
+        return None
+    for leaf in batch:
+        if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
+            return None
+    total = batch[0].shape[0]
+    if total == 0 or batch[-1].shape[0] != total:
+        return None
+    ranges = cut_range(total, micro_batch_size)
+    if len(ranges) == 1:
+        return [MicroBatch(batch, ranges[0])]
+    columns = map(torch.unsafe_split_with_sizes, batch, repeat(list(map(len, ranges))))  # as in `cut_rows`
+    return list(map(MicroBatch, map(kind, zip(*columns, strict=True)), ranges, repeat(True)))
 
 
 def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
@@ -283,7 +309,7 @@ class MicroBatcher:
     def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
         """Split one batch into micro-batches of this size at most."""
         if self._collate is None:
-            return split_rows(batch, limit)
+            return _split_pair(batch, limit) or split_rows(batch, limit)
         self._samples = batch
         return split_samples(batch, limit, self._collate)
 

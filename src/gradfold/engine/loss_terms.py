@@ -224,9 +224,11 @@ class LossTerms:
         0 adds nothing to the loss.
         """
         loss = self._scalar(sum(self.sums.values()), self._dtype) if self.sums else self._scalar(math.nan, None)
-        are_named = self._of_unnamed is None and bool(self.sums)
-        names = [name for name in {**self.normalized, **self.sums} if name != UNNAMED] if are_named else []
-        means = {name: self._scalar(self.sums.get(name, math.nan), self._dtype) for name in names}
+        means: dict[str, Tensor] = {}
+        if self._of_unnamed is None and self.sums:
+            for name in {**self.normalized, **self.sums}:
+                if name != UNNAMED:
+                    means[name] = self._scalar(self.sums.get(name, math.nan), self._dtype)
         if self._metrics is not None:
             means |= self._metrics.close(self.all_names)
         return loss, means

@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradfold.batch.nesting import Marks, in_own_containers
 from gradfold.batch.rows import Rows
@@ -125,8 +125,9 @@ def _form_of(weighed: Weighed) -> GraphForm:
     names = []
     for term, _ in weighed:
         if term.grad_fn is not None:
-            nodes = term.grad_fn, *(before for before, _ in term.grad_fn.next_functions)
-            names += [type(node).__name__ for node in nodes]
+            names.append(type(term.grad_fn).__name__)
+            for before, _ in term.grad_fn.next_functions:
+                names.append(type(before).__name__)
     return tuple(names)
 
 
@@ -256,7 +257,10 @@ class Window:
 
     def on_device(self, index: int) -> Any:
         """The data of a micro-batch on the device, in new containers."""
-        return in_own_containers(self.micro_batches[index].data if self._take is None else self._take(index))
+        data = self.micro_batches[index].data if self._take is None else self._take(index)
+        if type(data) is tuple and set(map(type, data)) == {Tensor}:
+            return data  # the usual case, faster
+        return in_own_containers(data)
 
     def resume(self, index: int) -> None:
         """The forward pass of this micro-batch continues, after others ran in between."""

@@ -26,7 +26,7 @@ from gradfold.state.buffers import BufferKeeper, FrozenKeeper
 from gradfold.state.external import RUNNING, ExternalState
 from gradfold.state.gradients import GradientBuffer, SumDtype, non_finite_flags
 from gradfold.state.rng import CPU, RandomState
-from gradfold.torch_private import BLOCK_SETTINGS, THREAD_SETTINGS, apply_settings, read_settings
+from gradfold.torch_private import BLOCK_READERS, BLOCK_SETTINGS, CALL, THREAD_READERS, apply_settings
 
 TRAINING, _BUFFERS, _IS_TRAINED = attrgetter("training"), attrgetter("_buffers"), attrgetter("requires_grad")
 
@@ -68,8 +68,6 @@ class Snapshot:
         self._has_frozen = not all(map(_IS_TRAINED, parameters))
         self._frozen = FrozenKeeper(copies_all=probe is not None) if frozen is None else frozen
         self._probe = probe
-        # A window reads no more than it has to; what else a strategy changes it adds to `undo`.
-        self._kept_settings = THREAD_SETTINGS if probe is None else BLOCK_SETTINGS
         self._external: ExternalState | None = None
         self._is_open = self._is_discarded = False
         self._outer: Snapshot | None = None  # the one inside of which this one is open
@@ -79,7 +77,8 @@ class Snapshot:
 
     def __enter__(self) -> Snapshot:
         self._modes = list(map(TRAINING, self._modules))
-        self._settings = read_settings(self._kept_settings)
+        # A window reads no more than it has to; what else a strategy changes it adds to `undo`.
+        self._settings = list(map(CALL, THREAD_READERS if self._probe is None else BLOCK_READERS))
         self._random_state = self._beginning = self._record()
         if self._probe is not None:
             self._external = ExternalState(*self._probe, *self._modules)
@@ -130,7 +129,7 @@ class Snapshot:
             inner = inner._outer
         if self._is_open and not self.gradients.is_added():
             restore_each(
-                lambda: apply_settings(self._kept_settings, self._settings),
+                lambda: apply_settings(BLOCK_SETTINGS[: len(self._settings)], self._settings),
                 *reversed(self.undo),
                 self._restore_modes,
                 lambda: self.gradients.put_back(self._model.parameters()),
