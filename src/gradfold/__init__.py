@@ -18,6 +18,7 @@ from gradfold.errors import BatchNormError as BatchNormError
 from gradfold.errors import DataError as DataError
 from gradfold.errors import DistributedError as DistributedError
 from gradfold.errors import DoesNotFitError as DoesNotFitError
+from gradfold.errors import EmptyBatchError as EmptyBatchError
 from gradfold.errors import GradfoldError as GradfoldError
 from gradfold.errors import HookError as HookError
 from gradfold.errors import LossError as LossError

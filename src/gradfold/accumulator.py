@@ -31,6 +31,7 @@ from gradfold.distributed.ddp import (
 )
 from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
+from gradfold.distributed.settings import RankSettings
 from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
@@ -193,6 +194,7 @@ class Accumulator:
         self._seen_version = -1  # of the context when it was searched for counter-based dropout
         self._has_dropout = False
         self._has_seen_dropout = False  # whether it was said that torch's own was drawn beside it
+        self._settings: tuple[int, RankSettings] | None = None  # of a version of the context
         self._is_due = False  # whether the self-check may still have to see this window before it runs
         self._is_checked = False  # whether it has
 
@@ -237,7 +239,7 @@ class Accumulator:
                     self._unprobed = None
                 if self._tuner is not None:
                     self._tune(self._tuner, batch)
-                micro_batches = self._micro_batcher.split(batch)
+                micro_batches = self._micro_batcher.split(batch, may_be_empty=context.coordinator.num_ranks > 1)
                 window = Window(
                     *(context, self._run_loss, micro_batches, self.weight, self._back_propagate, listener),
                     self._strategy.runs_zero_weight,
@@ -286,7 +288,7 @@ class Accumulator:
     def _check_form(self, window: Window, form: GraphForm) -> None:
         """Look at a loss that is new, before its gradient is handed over."""
         check = self._self_check if self._context.coordinator.can_probe else None
-        if check is None or not self._strategy.probes_loss or self._strategy.is_whole(window):
+        if check is None or not self._strategy.probes_loss or window.is_undivided:
             return
         terms = tuple(window.losses.normalized)
         if check.is_new(terms, form, self._is_checked):
@@ -301,7 +303,7 @@ class Accumulator:
         if not window.micro_batches:  # all were left out, but those of other ranks were not
             return
         context = window.context
-        is_whole = self._strategy.is_whole(window)
+        is_whole = window.is_undivided
         kind = (context.version, is_whole, form_of(window.micro_batches[0].data), context.coordinator.num_ranks)
         is_known = kind == self._passed and (is_whole or not context.has_hooks())
         if is_known and (is_whole or self.num_windows not in LOOK_AGAIN):
@@ -312,9 +314,10 @@ class Accumulator:
             is_settled = self._token_batcher.check_padding(window, self._strategy.probe_loss, check is not None)
         if not is_whole:
             check_hooks(context.model, context.parameters, self._warned_hooks)
-            if self.batch_norm is None:
-                layers = batch_statistics_layers(context.model)
-                refuse_batch_statistics(layers, len(window.micro_batches), window.num_samples)
+            layers = batch_statistics_layers(context.model) if self.batch_norm is None else {}
+            if layers:
+                at_once = max(len(part.rows) for part in window.micro_batches)
+                refuse_batch_statistics(layers, at_once, context.coordinator.count_rows(window.num_samples))
             if check is not None:
                 refuse_split_dependent_layers(context.model)
                 is_settled &= self._check_decomposable(check, window)
@@ -367,11 +370,30 @@ class Accumulator:
         group = find_process_group(context.modules, context.device, self.distributed)
         if group is None:
             return _ALONE
-        num_denominators = 1 + (len(self.weight) if isinstance(self.weight, Mapping) else 1)
+        if self._settings is None or self._settings[0] != context.version:
+            self._settings = context.version, self._rank_settings()
+        settings = self._settings[1]
         sharded = sharded_modules(context.modules)
         if not sharded:
             is_exact = self.batch_norm == "exact" and group.size > 1
-            return (SynchronizedCoordinator if is_exact else DataParallelCoordinator)(group, num_denominators)
+            return (SynchronizedCoordinator if is_exact else DataParallelCoordinator)(group, settings)
+        return FsdpCoordinator(group, settings, divide_factor(sharded, group.size))
+
+    def _rank_settings(self) -> RankSettings:
+        """The options that all ranks must have, since they decide what is summed over them, and when."""
+        precision = self.precision
+        return RankSettings.of(
+            self.model,
+            self.weight,
+            loss_fn="a TwoPhaseLoss" if isinstance(self._run_loss, TwoPhaseLoss) else "a loss",
+            batch_norm=self.batch_norm,
+            on_non_finite=self.on_non_finite,
+            fsdp_reduce=self.fsdp_reduce,
+            precision=(precision.compute, "scaled" if precision.is_scaled else "not scaled", self._sums.dtype),
+        )
+
+    def _refuse_sharding(self) -> None:
+        """Raise OptionError where an option is not supported with processes that hold a part of the model each."""
         if self._strategy.shards_refused:
             raise OptionError(self._strategy.shards_refused)
         if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
@@ -379,7 +401,6 @@ class Accumulator:
                 'fully_shard is not supported with on_non_finite="skip_micro_batch", since no rank can run rows alone, '
                 "nor with backward=."
             )
-        return FsdpCoordinator(group, num_denominators, divide_factor(sharded, group.size))
 
     def _setting(self) -> AbstractContextManager[PassListener]:
         """What goes around the passes of a window: quiet reductions, and dropout that counts."""
@@ -396,7 +417,10 @@ class Accumulator:
         layers = counter_based_layers(context.modules)
         coordinator = context.coordinator
         side = None if self.batching is None else self.batching.padding_side
-        refuse_options(layers, self.batch_norm, isinstance(coordinator, FsdpCoordinator), side)
+        is_sharded = isinstance(coordinator, FsdpCoordinator)
+        if is_sharded:
+            self._refuse_sharding()
+        refuse_options(layers, self.batch_norm, is_sharded, side)
         keys = DropoutKeys(layers, self.num_windows, context.device, coordinator) if layers else PassListener()
         quiet = nullcontext() if coordinator is _ALONE else without_reductions(context.modules)
         with quiet, keyed(layers, keys) if isinstance(keys, DropoutKeys) else nullcontext():

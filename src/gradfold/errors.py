@@ -1,7 +1,9 @@
 """What can go wrong, as one tree.
 
 GradfoldError (Exception)
-├── OptionError | BatchError | WeightError | NonFiniteGradientError | BackwardError | DataError (ValueError)
+├── OptionError | WeightError | NonFiniteGradientError | BackwardError | DataError (ValueError)
+├── BatchError (ValueError)
+│   └── EmptyBatchError (BatchError)
 ├── ModelError (ValueError)
 │   └── BatchNormError | HookError | PaddingError | DistributedError (ModelError)
 ├── LossError (ValueError)
@@ -43,6 +45,10 @@ class OptionError(GradfoldError, ValueError):
 
 class BatchError(GradfoldError, ValueError):
     """The batch cannot be split into micro-batches by rows."""
+
+
+class EmptyBatchError(BatchError):
+    """The batch has no rows. On one rank of several it weighs nothing, which is not an error."""
 
 
 class ModelError(GradfoldError, ValueError):

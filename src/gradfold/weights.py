@@ -265,7 +265,7 @@ def _weigh_each(weights: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> 
                 "of at least 0."
             )
     size = len(micro_batches)
-    return [normalize(tuple(numbers[start : start + size])) for start in range(0, len(numbers), size)]
+    return [normalize(tuple(numbers[index * size : (index + 1) * size])) for index in range(len(weights))]
 
 
 def _read(values: Sequence[Any]) -> list[float]:

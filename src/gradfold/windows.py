@@ -21,8 +21,8 @@ from gradfold.batchnorm.policy import (
 from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.distributed.ddp import DistributedOption, check_distributed, find_process_group, without_reductions
 from gradfold.distributed.fsdp import sharded_modules
+from gradfold.distributed.settings import RankSettings
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
-from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossTerms
 from gradfold.engine.model_checks import check_hooks
 from gradfold.engine.window import Context
@@ -71,9 +71,10 @@ class LoopWindow(MicroBatchWindow[T]):
         self._weights = self._coordinator.over_all_ranks(weigh(weight, self._parts))
         self.losses = LossTerms(self._parts, self._weights, context.device)
         self._back_propagate = BackPropagation(backward)
-        layers = batch_statistics_layers(context.model) if len(micro_batches) > 1 else {}
-        if batch_norm is None:
-            refuse_batch_statistics(layers, len(micro_batches), sum(rows))
+        is_divided = len(micro_batches) > 1 or self._coordinator.num_ranks > 1
+        layers = batch_statistics_layers(context.model) if is_divided else {}
+        if batch_norm is None and layers:
+            refuse_batch_statistics(layers, max(rows), self._coordinator.count_rows(sum(rows)))
         self._statistics = WindowStatistics(layers)
         self._current: int | None = None
         self._done: set[int] = set()
@@ -310,17 +311,22 @@ def _loop_windows(
     if backward is not None:
         probe(backward, context.device)
     warned_of: set[str] = set()
-    checked_version = -1  # of the context, when parameters had no hooks
+    seen_version = checked_version = -1  # of the context: in the last window, and when parameters had no hooks
+    settings = RankSettings({}, ())
     check = LoopCheck(warns=weight == "samples")
     group = find_process_group(context.modules, context.device, option)
     if sharded_modules(context.modules):
         raise OptionError("windows(..., model=) is not supported with fully_shard; pass the windows to an Accumulator.")
     for micro_batches in _plain_windows(loader, num_micro_batches):
         context.update()
-        context.coordinator = Coordinator() if group is None else DataParallelCoordinator(group, num_denominators=2)
+        is_known, seen_version = context.version == seen_version, context.version
+        if group is not None:
+            settings = settings if is_known else RankSettings.of(model, weight, batch_norm=batch_norm)
+            context.coordinator = DataParallelCoordinator(group, settings)
         with ExitStack() as stack:
             stack.push(context.coordinator)  # tells the others what fails here
-            if len(micro_batches) > 1 and (context.version != checked_version or context.has_hooks()):
+            is_divided = len(micro_batches) > 1 or group is not None
+            if is_divided and (context.version != checked_version or context.has_hooks()):
                 check_hooks(model, context.parameters, warned_of)
                 checked_version = context.version
             window = LoopWindow(context, micro_batches.pieces(), weight, batch_norm, backward, check)

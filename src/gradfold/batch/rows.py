@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import CONSTANTS, Batch, children_of, is_dataclass
-from gradfold.errors import BatchError
+from gradfold.errors import BatchError, EmptyBatchError
 from gradfold.messages import join_names
 
 Rows: TypeAlias = Sequence[int]
@@ -42,7 +42,7 @@ def num_rows(batch: Batch) -> int:
         )
     rows = counts.pop()
     if rows == 0:
-        raise BatchError(f"the batch has no rows: {_shapes(batch)}. Skip empty batches before calling backward().")
+        raise EmptyBatchError(f"the batch has no rows: {_shapes(batch)}. Skip empty batches before calling backward().")
     if _looks_like_samples(batch):
         raise BatchError(
             f"the batch looks like a list of samples ({_summary(batch)}): its tensors agree in dim 0 ({rows}) only by "

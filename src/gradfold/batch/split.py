@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradfold.batch.nesting import Batch, cut_rows, rows_if_any, structure
 from gradfold.batch.rows import Rows, name_rows, num_rows, shift_rows
-from gradfold.errors import BatchError, OptionError, WindowError
+from gradfold.errors import BatchError, EmptyBatchError, OptionError, WindowError
 
 __all__ = ["LoadedWindow"]
 
@@ -160,7 +160,7 @@ def num_samples(samples: Batch) -> int:
             "lists: DataLoader(..., collate_fn=list)."
         )
     if not samples:
-        raise BatchError("the batch is an empty list of samples. Skip empty batches before calling backward().")
+        raise EmptyBatchError("the batch is an empty list of samples. Skip empty batches before calling backward().")
     return len(samples)
 
 
@@ -293,15 +293,23 @@ class MicroBatcher:
         self._counts_samples = counts_samples
         self._samples: Sequence[Any] = ()  # the last batch, where it is a list of samples
 
-    def split(self, batch: Batch) -> list[MicroBatch]:
-        """The micro-batches of a batch, or of a window of micro-batches; raises BatchError where it has no rows."""
+    def split(self, batch: Batch, may_be_empty: bool = False) -> list[MicroBatch]:
+        """The micro-batches of a batch, or of a window of micro-batches.
+
+        Where there are no rows, EmptyBatchError, or with `may_be_empty` (other ranks may have some) no micro-batches.
+        """
         limit = self.fitting.limit(self.size)
-        if not isinstance(batch, MicroBatchWindow):
-            micro_batches = self._split(batch, limit)
-        elif pieces := batch.pieces():
-            micro_batches = self._split_pieces(pieces, limit)
-        else:
-            raise BatchError("the window holds no micro-batches. Skip empty windows.")
+        try:
+            if not isinstance(batch, MicroBatchWindow):
+                micro_batches = self._split(batch, limit)
+            elif pieces := batch.pieces():
+                micro_batches = self._split_pieces(pieces, limit)
+            else:
+                raise EmptyBatchError("the window holds no micro-batches. Skip empty windows.")
+        except EmptyBatchError:
+            if not may_be_empty:
+                raise
+            return []
         if self._collate is not None and self._counts_samples:
             check_collated(micro_batches)
         return micro_batches

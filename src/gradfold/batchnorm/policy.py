@@ -39,15 +39,21 @@ def batch_statistics_layers(model: nn.Module) -> dict[str, BatchNorm]:
     }
 
 
-def refuse_batch_statistics(layers: Mapping[str, nn.Module], num_micro_batches: int, num_rows: int) -> None:
-    """Raise BatchNormError that names these layers, which would normalize by micro-batch without permission."""
+def refuse_batch_statistics(layers: Mapping[str, nn.Module], at_once: int, num_rows: int) -> None:
+    """Raise BatchNormError that names these layers, which would normalize by micro-batch without permission.
+
+    Args:
+        layers: by name.
+        at_once: the rows of a micro-batch; 0 where they are not counted.
+        num_rows: those of the batch, of all ranks.
+    """
     if not layers:
         return
     noun = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
-    seen = f"{-(-num_rows // num_micro_batches)} rows at a time, not the {num_rows} of the batch"
+    seen = f"{at_once} rows at a time, not the {num_rows} of the batch"
     raise BatchNormError(
         f"BatchNorm in {noun} ({layer_names(layers)}) would see "
-        f"{seen if num_rows else 'one micro-batch at a time, not the batch'}, so the gradient would not be that of the "
+        f"{seen if at_once else 'one micro-batch at a time, not the batch'}, so the gradient would not be that of the "
         'batch. Write batch_norm="exact" to normalize by the whole batch, batch_norm="per_micro_batch" to accept '
         "statistics per micro-batch, put the layers into evaluation mode (layer.eval()) to use their running "
         "statistics, or replace them by GroupNorm: gradfold.convert_batch_norm(model).",

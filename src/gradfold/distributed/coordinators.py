@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
@@ -13,17 +13,20 @@ from gradfold.batch.nesting import Batch
 from gradfold.batch.split import MicroBatch
 from gradfold.distributed.fsdp import set_reducing, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup, Reduction
+from gradfold.distributed.settings import RankSettings, refuse_differing
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossTerms, TermSums, loss_terms_of
 from gradfold.engine.prefetch import prefetch
 from gradfold.engine.strategy import Run
 from gradfold.engine.window import Window
-from gradfold.errors import DistributedError
+from gradfold.errors import DistributedError, OptionError
 from gradfold.state.gradients import GradientBuffer
 from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 T = TypeVar("T")
+
+_MAX_DENOMINATORS = 32  # loss terms with weights of their own, and samples: the first message has one size on all ranks
 
 NoOpRows: TypeAlias = "tuple[Batch, list[str] | None]"
 """Rows for no-op steps, and the loss terms of positive weight there (None: all)."""
@@ -51,14 +54,16 @@ class DataParallelCoordinator(Coordinator):
         next: the synchronization point at which others would wait; None where there is none.
     """
 
-    def __init__(self, group: ProcessGroup, num_denominators: int) -> None:
+    def __init__(self, group: ProcessGroup, settings: RankSettings) -> None:
         self.group = group
         self.num_ranks, self.rank = group.size, group.rank
-        self._num_denominators = num_denominators
+        self._settings = settings
         self.receive: Callable[[], list[list[float]]] | None = None  # the end of [A], once it has begun
         self.denominators: list[float] | None = None  # what it gave, summed
         self.num_busy: list[int] = []
         self.num_rows: list[int] = []
+        self._totals: list[list[float]] = []  # the denominators of each rank
+        self._names: list[str] = []  # of weights that have names
         self.next: Literal["denominators", "exchange", "commit"] | None = "denominators"
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -66,7 +71,7 @@ class DataParallelCoordinator(Coordinator):
         if error is None:
             return
         if at == "denominators" and self.receive is None:
-            self.group.begin_gather([1.0, 0.0] + [0.0] * self._num_denominators)()
+            self.group.begin_gather([1.0] + [0.0] * (2 + _MAX_DENOMINATORS))()
         elif at == "commit":
             self.group.all_well(False)
         elif self.receive is not None and self.denominators is None:
@@ -78,17 +83,29 @@ class DataParallelCoordinator(Coordinator):
         """The beginning of [A]: weights whose denominators are being summed."""
         if self.receive is None:
             busy = len(own.samples.values) - len(own.zero_weight)
-            self.receive = self.group.begin_gather([0.0, float(busy), *own.own_totals()])
+            totals = own.own_totals()
+            if len(totals) > _MAX_DENOMINATORS:
+                raise OptionError(f"{len(totals) - 1} weights by name; at most {_MAX_DENOMINATORS - 1} over ranks.")
+            padding = [0.0] * (_MAX_DENOMINATORS - len(totals))
+            self.receive = self.group.begin_gather([0.0, self._settings.digest, float(busy), *totals, *padding])
+            self._num_denominators, self._names = len(totals), list(own.named)
         return own.over(self.read_denominators)
 
     def read_denominators(self) -> list[float]:
         """The end of [A]: the denominators, summed over ranks."""
         if self.denominators is None:
             assert self.receive is not None
-            failed, num_busy, *totals = zip(*self.receive(), strict=True)
+            of_ranks = self.receive()
+            failed, digests, num_busy, *totals = zip(*of_ranks, strict=True)
             self.next = "exchange"
             if any(failed):
                 self.exchange(None)  # raises
+            if len(set(digests)) > 1:
+                settings = self.exchange(self._settings)
+                self.next = None  # all ranks raise
+                refuse_differing(settings)
+            self._totals = [totals for _, _, _, *totals in of_ranks]
+            totals = totals[: self._num_denominators]
             self.num_busy = [int(count) for count in num_busy]
             self.num_rows = [int(count) for count in totals[-1]]
             self.denominators = [math.fsum(of_ranks) for of_ranks in totals]
@@ -110,8 +127,21 @@ class DataParallelCoordinator(Coordinator):
     def _join(self, losses: LossTerms, layouts: list[str | None], found: list[bool]) -> list[WindowReport]:
         """Make losses and metrics those of all ranks; what each of them reports."""
         reports = self.exchange(WindowReport(losses.own_sums(), layouts, found))
+        self._check_terms([report.losses.values for report in reports])
         losses.join([report.losses for report in reports])
         return reports
+
+    def _check_terms(self, of_ranks: Sequence[Mapping[str, float]]) -> None:
+        """Raise DistributedError, on all ranks, where a term that weighs something on a rank has no value there."""
+        terms = set().union(*of_ranks)
+        for rank, (own, totals) in enumerate(zip(of_ranks, self._totals, strict=True)):
+            weights = dict(zip(self._names, totals, strict=False)) or dict.fromkeys(terms, totals[0])
+            if any(weights.get(name) for name in terms - own.keys()):
+                self.next = None  # all ranks raise
+                raise DistributedError(
+                    f"rank {rank} returned the loss terms {sorted(own)}, others {sorted(terms)}. Return the same names "
+                    "on all ranks; a term may be left out only where its weight is 0."
+                )
 
     def commit(self) -> None:
         """[D]; DistributedError where another rank has failed since the end."""
@@ -144,6 +174,11 @@ class DataParallelCoordinator(Coordinator):
         self.read_denominators()
         return sum(self.num_rows[: self.group.rank])
 
+    def count_rows(self, own: int) -> int:
+        """The rows of the batch of all ranks."""
+        self.read_denominators()
+        return sum(self.num_rows)
+
 
 class FsdpCoordinator(DataParallelCoordinator):
     """Several processes that hold a shard of every parameter each (FSDP2).
@@ -154,8 +189,8 @@ class FsdpCoordinator(DataParallelCoordinator):
 
     can_replay = can_probe = False
 
-    def __init__(self, group: ProcessGroup, num_denominators: int, grad_factor: float) -> None:
-        super().__init__(group, num_denominators)
+    def __init__(self, group: ProcessGroup, settings: RankSettings, grad_factor: float) -> None:
+        super().__init__(group, settings)
         self.grad_factor = grad_factor
 
     def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:

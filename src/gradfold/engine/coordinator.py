@@ -70,3 +70,7 @@ class Coordinator(AbstractContextManager["Coordinator"]):
     def first_row(self) -> int:
         """Where the rows of this rank begin in the batch of all ranks."""
         return 0
+
+    def count_rows(self, own: int) -> int:
+        """The rows of the batch of all ranks, of which this rank has its own."""
+        return own

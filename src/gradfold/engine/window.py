@@ -158,6 +158,7 @@ class Window:
         recoveries: the faults so far.
         failed_sizes: what did not fit, in rows or padded tokens.
         is_skipped: whether the window leaves no gradient.
+        is_undivided: whether one micro-batch of one rank is the whole batch, so nothing depends on a split.
         is_complete: whether all micro-batches have run, and loss and gradient are as they will be handed over.
         form: of the graph of the first loss.
     """
@@ -193,6 +194,7 @@ class Window:
         self.recoveries: list[Recovery] = []
         self.failed_sizes: list[int] = []
         self.is_skipped = False
+        self.is_undivided = len(micro_batches) == 1 and context.coordinator.num_ranks == 1
         self.is_complete = False
         self.form: GraphForm = ()
         self._watched: tuple[GradientBuffer, bool] | None = None

@@ -105,10 +105,10 @@ class TokenBatcher(MicroBatcher):
         max_tokens = self._budget.max_tokens if self.size is None else self.size
         return replace(self._budget, max_tokens=max_tokens, cost=self._cost)
 
-    def split(self, batch: Batch) -> list[MicroBatch]:
+    def split(self, batch: Batch, may_be_empty: bool = False) -> list[MicroBatch]:
         """The micro-batches of a batch, or of a window of micro-batches."""
         self._probes, self._trimmed = [], ()
-        return super().split(batch)
+        return super().split(batch, may_be_empty)
 
     def _split_pieces(self, pieces: Sequence[Batch], limit: int | None) -> list[MicroBatch]:
         if self._collate is None:

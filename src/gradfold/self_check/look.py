@@ -55,14 +55,13 @@ class Look:
         seen: Collection[str] = ()
         try:
             if index is None:
-                doubt = UndecidedError("every micro-batch was one row, and two could not be compared")
-            else:
-                seen = self._check_one(index)
+                raise UndecidedError("every micro-batch was one row, and two could not be compared")
+            seen = self._check_one(index)
         except NotDecomposableError as error:
             if error.cause not in _DOUBTFUL:
                 raise
             doubt = error
-        except (PartFailedError, BatchError) as error:
+        except (PartFailedError, BatchError, UndecidedError) as error:
             doubt = error
         if doubt is not None:
             seen = self._check_micro_batches(doubt)

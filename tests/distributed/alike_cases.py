@@ -1,0 +1,167 @@
+"""Ranks that are not alike: with other rows, options, losses or layers than the others."""
+
+from __future__ import annotations
+
+import torch
+from distributed.ddp_cases import ROWS, cut, gradients, perceptron, regression, regression_batch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradfold
+
+F = nn.functional
+
+
+def outcome(model, loss_fn, batch, **options):
+    """The gradients, or the name of the error and its text."""
+    try:
+        gradfold.Accumulator(model, loss_fn, **options).backward(batch)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return gradients(model)
+
+
+# --- Windows that are one micro-batch here, and not on all ranks
+
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)).double()
+
+
+def stepping():
+    """A parameter steps in its own hook."""
+    model = perceptron()
+    model[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    return model
+
+
+def summed(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1], reduction="sum")
+
+
+def contrastive(model, batch):
+    hidden = model(batch[0])
+    distances = (hidden - hidden.T).abs()
+    return F.cross_entropy(-distances, torch.arange(len(hidden)).roll(1))
+
+
+def hardest(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1], reduction="none").max()
+
+
+WHOLE = {
+    "sum": (perceptron, summed, regression_batch),
+    "hardest row": (perceptron, hardest, regression_batch),
+    "contrastive": (perceptron, contrastive, regression_batch),
+    "BatchNorm": (normed, regression, regression_batch),
+    "a hook that steps": (stepping, regression, regression_batch),
+}
+
+
+def whole(rank, size, name, in_loop):
+    """One micro-batch per rank, uneven: what an accumulator says, or a loop over windows."""
+    make, loss_fn, make_batch = WHOLE[name]
+    model, batch = DistributedDataParallel(make()), cut(make_batch(), uneven(rank, size))
+    if not in_loop:
+        return outcome(model, loss_fn, batch)
+    try:
+        for window in gradfold.windows([batch], 1, model=model):
+            for part in window:
+                window.backward(loss_fn(model, part))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return gradients(model)
+
+
+def uneven(rank, size):
+    """The first rank has four rows, the others share the rest."""
+    bounds = [0, *(4 + (ROWS - 4) * index // (size - 1) for index in range(size))]
+    return slice(bounds[rank], bounds[rank + 1])
+
+
+# --- A rank without rows
+
+
+def with_metric(model, batch):
+    return regression(model, batch), {"error": (model(batch[0]) - batch[1]).abs().mean()}
+
+
+def collated(samples):
+    return tuple(map(torch.stack, zip(*samples, strict=True)))
+
+
+def empty(rank, size, weight, collate):
+    """The last rank has no rows in the second of two windows: gradients, loss and metric of both."""
+    model = DistributedDataParallel(perceptron())
+    accumulator = gradfold.Accumulator(
+        model,
+        with_metric,
+        micro_batch_size=3,
+        weight="samples" if weight == "samples" else (lambda batch: 2.0 * len(batch[0])),
+        collate=collated if collate else None,
+    )
+    found = []
+    for others in (size, size - 1):
+        rows = slice(ROWS * rank // others, ROWS * (rank + 1) // others) if rank < others else slice(0, 0)
+        batch = cut(regression_batch(), rows)
+        model.zero_grad()
+        result = accumulator.backward(list(zip(*batch, strict=True)) if collate else batch)
+        found.append((gradients(model), result.loss, result.metrics["error"], result.num_samples))
+    return found
+
+
+# --- Other options, losses and layers
+
+
+def two_terms(model, batch):
+    return {"a": regression(model, batch), "b": regression(model, batch)}
+
+
+def three_terms(model, batch):
+    return {**two_terms(model, batch), "c": regression(model, batch)}
+
+
+TWO_PHASE = gradfold.TwoPhaseLoss(
+    lambda model, batch: (model(batch[0]), batch[1]), lambda model, seen: F.mse_loss(*seen)
+)
+
+DIFFERING = {  # what the last rank has, and the others; what the error names
+    "weight": ({"weight": lambda batch: len(batch[0])}, {}, "weight="),
+    "names of weights": ({"weight": {"loss": "samples", "b": "samples"}}, {}, "weight="),
+    "on_non_finite": ({"on_non_finite": "skip_update"}, {}, "on_non_finite="),
+    "batch_norm": ({"batch_norm": "per_micro_batch"}, {}, "batch_norm="),
+    "exact batch_norm": ({"batch_norm": "exact"}, {"batch_norm": "per_micro_batch"}, "batch_norm="),
+    "precision": ({"precision": "bf16"}, {}, "precision="),
+    "loss scaler": ({"precision": "fp16"}, {"precision": "bf16"}, "precision="),
+    "two phases": ({"loss_fn": TWO_PHASE}, {}, "loss_fn="),
+    "names of terms": ({"loss_fn": two_terms}, {}, "loss terms"),
+    "one term more": ({"loss_fn": three_terms}, {"loss_fn": two_terms}, "loss terms"),
+    "micro_batch_size": ({"micro_batch_size": 2}, {}, None),
+}
+
+
+def differing(rank, size, name):
+    """A window, and the next one with the same options on all ranks."""
+    other, common, _ = DIFFERING[name]
+    options = {"loss_fn": regression, "micro_batch_size": 3} | (other if rank == size - 1 else common)
+    batch = cut(regression_batch(), slice(ROWS * rank // size, ROWS * (rank + 1) // size))
+    model = DistributedDataParallel(perceptron())
+    found = outcome(model, batch=batch, **options)
+    model.zero_grad()
+    return found, outcome(model, regression, batch, micro_batch_size=3)
+
+
+def other_layers(rank, size, layers):
+    """Modules that torch does not compare: each rank has a DistributedDataParallel of the same shapes."""
+    torch.manual_seed(0)
+    names = ["first", "second"] if rank or layers == "same" else ["first", "other"]
+    model = nn.ModuleDict({name: DistributedDataParallel(nn.Linear(3, 1).double()) for name in names})
+    if layers == "frozen":
+        model["second" if rank else "other"].requires_grad_(rank > 0)
+
+    def loss_fn(model, batch):
+        return F.mse_loss(sum(part(batch[0]) for part in model.values()), batch[1])
+
+    batch = cut(regression_batch(), slice(ROWS * rank // size, ROWS * (rank + 1) // size))
+    return outcome(model, loss_fn, batch, micro_batch_size=3)

@@ -1,0 +1,78 @@
+"""Ranks that are not alike: told by name on all ranks, or right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import alike_cases
+from distributed.ddp_cases import ROWS, gradients, perceptron, regression, regression_batch
+from processes import run, worlds
+from reference import relative_error
+
+
+@pytest.fixture(params=worlds(2, 3))
+def size(request):
+    return request.param
+
+
+REFUSALS = {
+    "sum": "NotDecomposableError",
+    "hardest row": "NotDecomposableError",
+    "contrastive": "NotDecomposableError",
+    "BatchNorm": "BatchNormError",
+    "a hook that steps": "HookError",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_one_micro_batch_per_rank_is_not_the_whole_batch(size, name):
+    for kind, text in run(alike_cases.whole, size, name, False):
+        assert kind == REFUSALS[name] or (kind == "DistributedError" and REFUSALS[name] in text)
+
+
+def test_batch_norm_names_the_rows_of_all_ranks(size):
+    (_, text), *_ = run(alike_cases.whole, size, "BatchNorm", False)
+    assert f"would see 4 rows at a time, not the {ROWS} of the batch" in text
+
+
+@pytest.mark.parametrize("name", ["sum", "BatchNorm", "a hook that steps"])
+def test_a_loop_over_windows_of_one_micro_batch_per_rank_is_checked_too(size, name):
+    for kind, text in run(alike_cases.whole, size, name, True):
+        assert kind == REFUSALS[name] or (kind == "DistributedError" and REFUSALS[name] in text)
+
+
+@pytest.mark.parametrize("weight", ["samples", "own"])
+@pytest.mark.parametrize("collate", [False, True])
+def test_a_rank_without_rows_weighs_nothing(size, weight, collate):
+    model = perceptron()
+    loss, metrics = alike_cases.with_metric(model, regression_batch())
+    loss.backward()
+    expected = gradients(model)
+    by_rank = run(alike_cases.empty, size, weight, collate)
+    for windows in by_rank:
+        for found, own_loss, error, _ in windows:
+            assert relative_error(found, expected) < 1e-12
+            torch.testing.assert_close((own_loss, error), (loss.detach(), metrics["error"].detach()))
+    assert by_rank[-1][1][3] == 0
+
+
+@pytest.mark.parametrize("name", alike_cases.DIFFERING)
+def test_what_differs_between_ranks_is_named_on_all(size, name):
+    named = alike_cases.DIFFERING[name][2]
+    model = perceptron()
+    regression(model, regression_batch()).backward()
+    for found, following in run(alike_cases.differing, size, name):
+        if named is None:
+            assert relative_error(found, gradients(model)) < 1e-12
+        else:
+            kind, text = found
+            assert kind == "DistributedError" and named in text, text
+        assert relative_error(following, gradients(model)) < 1e-12
+
+
+def test_layers_of_other_names_are_told(size):
+    for kind, text in run(alike_cases.other_layers, size, "other"):
+        assert kind == "DistributedError"
+        assert "other.module.weight (1, 3) on rank 0, second.module.weight (1, 3) on rank 1" in text
+    for found in run(alike_cases.other_layers, size, "same"):
+        assert isinstance(found, dict)
