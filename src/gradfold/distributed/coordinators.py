@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar
+from functools import partial
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -14,22 +15,21 @@ from gradfold.batch.split import MicroBatch
 from gradfold.distributed.fsdp import set_reducing, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup, Reduction
 from gradfold.distributed.settings import RankSettings, refuse_differing
+from gradfold.distributed.torch_private import drop_turn
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossTerms, TermSums, loss_terms_of
 from gradfold.engine.prefetch import prefetch
 from gradfold.engine.strategy import Run
 from gradfold.engine.window import Window
-from gradfold.errors import DistributedError, OptionError
+from gradfold.errors import DistributedError
 from gradfold.state.gradients import GradientBuffer
 from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 T = TypeVar("T")
 
-_MAX_DENOMINATORS = 32  # loss terms with weights of their own, and samples: the first message has one size on all ranks
-
-NoOpRows: TypeAlias = "tuple[Batch, list[str] | None]"
-"""Rows for no-op steps, and the loss terms of positive weight there (None: all)."""
+_FAILED = -1.0  # in place of a digest
+_NUM_DENOMINATORS = 3  # in the first message, which has one size on all ranks, whatever their options
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DataParallelCoordinator(Coordinator):
         if error is None:
             return
         if at == "denominators" and self.receive is None:
-            self.group.begin_gather([1.0] + [0.0] * (2 + _MAX_DENOMINATORS))()
+            self.group.begin_gather([_FAILED, 0.0] + [0.0] * _NUM_DENOMINATORS)()
         elif at == "commit":
             self.group.all_well(False)
         elif self.receive is not None and self.denominators is None:
@@ -84,27 +84,34 @@ class DataParallelCoordinator(Coordinator):
         if self.receive is None:
             busy = len(own.samples.values) - len(own.zero_weight)
             totals = own.own_totals()
-            if len(totals) > _MAX_DENOMINATORS:
-                raise OptionError(f"{len(totals) - 1} weights by name; at most {_MAX_DENOMINATORS - 1} over ranks.")
-            padding = [0.0] * (_MAX_DENOMINATORS - len(totals))
-            self.receive = self.group.begin_gather([0.0, self._settings.digest, float(busy), *totals, *padding])
+            first = [*totals, *[0.0] * _NUM_DENOMINATORS][:_NUM_DENOMINATORS]
+            receive = self.group.begin_gather([self._settings.digest, float(busy), *first])
+            self.receive = receive if len(totals) <= _NUM_DENOMINATORS else partial(self._receive_more, receive, totals)
             self._num_denominators, self._names = len(totals), list(own.named)
         return own.over(self.read_denominators)
+
+    def _receive_more(self, receive: Callable[[], list[list[float]]], totals: list[float]) -> list[list[float]]:
+        """The first message with the totals that have no place in it, where ranks agree on how many there are."""
+        first = receive()
+        if len({digest for digest, *_ in first}) > 1:
+            return first
+        rest = self.group.begin_gather(totals)()
+        return [[*head[:2], *of_rank] for head, of_rank in zip(first, rest, strict=True)]
 
     def read_denominators(self) -> list[float]:
         """The end of [A]: the denominators, summed over ranks."""
         if self.denominators is None:
             assert self.receive is not None
             of_ranks = self.receive()
-            failed, digests, num_busy, *totals = zip(*of_ranks, strict=True)
+            digests, num_busy, *totals = zip(*of_ranks, strict=True)
             self.next = "exchange"
-            if any(failed):
+            if _FAILED in digests:
                 self.exchange(None)  # raises
             if len(set(digests)) > 1:
                 settings = self.exchange(self._settings)
                 self.next = None  # all ranks raise
                 refuse_differing(settings)
-            self._totals = [totals for _, _, _, *totals in of_ranks]
+            self._totals = [totals for _, _, *totals in of_ranks]
             totals = totals[: self._num_denominators]
             self.num_busy = [int(count) for count in num_busy]
             self.num_rows = [int(count) for count in totals[-1]]
@@ -188,6 +195,7 @@ class FsdpCoordinator(DataParallelCoordinator):
     """
 
     can_replay = can_probe = False
+    runs_all_terms = True
 
     def __init__(self, group: ProcessGroup, settings: RankSettings, grad_factor: float) -> None:
         super().__init__(group, settings)
@@ -234,8 +242,8 @@ def take_turns(
 ) -> None:
     """Take as many turns as the rank with the most micro-batches of positive weight, with no-op steps at the end.
 
-    `reduces_once` sums gradients over ranks in the last turn alone. An error in the middle of a turn ends the training
-    on all ranks, as it does without gradfold.
+    `reduces_once` sums gradients over ranks in the last turn alone. An error in the middle of a turn is rolled back
+    where all ranks have it; an error on one rank ends the training, as it does without gradfold.
     """
     coordinator.read_denominators()
     busy = [index for index in indices if index not in window.zero_weight]
@@ -250,24 +258,28 @@ def take_turns(
             if turn < len(busy):
                 run(window, [busy[turn]], snapshot)
             else:
-                window.backward(_no_op_terms(window, *no_op))
+                window.backward(_no_op_terms(window, no_op))
+    except BaseException:
+        drop_turn(sharded)
+        raise
     finally:
         set_reducing(sharded, True)
+        for module in sharded:  # else the gradients of the model's parameters are not those of its shards
+            module.reshard()
     coordinator.next = "exchange"
 
 
-def _no_op_rows(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> NoOpRows:
+def _no_op_rows(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> Batch:
     """What runs in no-op steps: rows of positive weight, since 0 times the gradient of others may be NaN."""
-    own = (window.micro_batches[busy[0]].data, window.weights.names_at(busy[0])) if busy else (None, None)
+    own = window.micro_batches[busy[0]].data if busy else None
     is_busy = list(map(bool, coordinator.num_busy))
     if all(is_busy) or not any(is_busy):
         return own
     donor = is_busy.index(True)
-    given = coordinator.group.exchange(own if coordinator.rank == donor else (None, None))[donor]
+    given = coordinator.group.exchange(own if coordinator.rank == donor else None)[donor]
     return own if busy else given
 
 
-def _no_op_terms(window: Window, batch: Batch, names: list[str] | None) -> list[tuple[Tensor, float]]:
+def _no_op_terms(window: Window, batch: Batch) -> list[tuple[Tensor, float]]:
     data = prefetch([MicroBatch(batch, range(0))], window.device)(0)
-    terms = loss_terms_of(window.loss_fn(window.model, data))
-    return [(term, 0.0) for name, term in terms.items() if names is None or name in names]
+    return [(term, 0.0) for term in loss_terms_of(window.loss_fn(window.model, data)).values()]

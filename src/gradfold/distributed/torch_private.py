@@ -71,6 +71,21 @@ def gathered_parameters(sharded: Sequence[FSDPModule]) -> list[nn.Parameter]:
     return [whole for whole in found if whole is not None]
 
 
+def drop_turn(sharded: Sequence[FSDPModule]) -> None:
+    """Have modules forget a pass that failed, with the sums of earlier ones that are not reduced yet.
+
+    They hold shards again. `reset_iter_state` is public, but must be called on outermost modules alone (`_is_root`).
+    """
+    for module in sharded:
+        if fully_shard_state(module)._is_root is not False:
+            module.reset_iter_state()
+        for group in parameter_groups(module):
+            for shard in group.fsdp_params:
+                shard.unsharded_accumulated_grad = None
+    for whole in gathered_parameters(sharded):
+        whole.grad = None
+
+
 # What `FSDPModule.set_...` changes and that changes what memory is taken.
 _SETTINGS = ("reshard_after_backward", "unshard_in_backward", "reduce_scatter_max_input_buffers", "all_reduce_grads")
 

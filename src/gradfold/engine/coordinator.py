@@ -31,6 +31,7 @@ class Coordinator(AbstractContextManager["Coordinator"]):
         num_ranks, rank: how many processes train together, and which this one is.
         can_replay: whether micro-batches can run again on this rank alone.
         can_probe: whether this rank can run some rows by itself, as the self-check does.
+        runs_all_terms: whether loss terms of weight 0 are back-propagated, too, so that all ranks reduce the same.
         grad_factor: by which `grad_output` is multiplied, to undo a division of gradients by the number of ranks.
     """
 
@@ -38,6 +39,7 @@ class Coordinator(AbstractContextManager["Coordinator"]):
     rank = 0
     can_replay = True
     can_probe = True
+    runs_all_terms = False
     grad_factor = 1.0
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

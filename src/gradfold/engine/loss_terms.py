@@ -110,13 +110,22 @@ class TermSums:
 class LossTerms:
     """The loss terms of a window's micro-batches, with metrics beside them, and their means over the window.
 
+    With `gives_all` terms of weight 0 are given out as well, for ranks that have to back-propagate the same.
+
     Attributes:
         normalized: by name of a term, the normalized weight of each micro-batch; empty before the first.
         sums: by name, the sum of weighted losses, once settled.
     """
 
-    def __init__(self, micro_batches: Sequence[MicroBatch], weights: WindowWeights, device: torch.device) -> None:
+    def __init__(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        weights: WindowWeights,
+        device: torch.device,
+        gives_all: bool = False,
+    ) -> None:
         self._micro_batches = micro_batches
+        self._gives_all = gives_all
         self._weights = weights
         self._device = device
         self.normalized: dict[str, tuple[float, ...]] = {}
@@ -168,8 +177,9 @@ class LossTerms:
         weighed = []
         for name, term in terms.items():
             weight = self.normalized[name][index]
-            if weight:
+            if weight or self._gives_all:
                 weighed.append((term, weight))
+            if weight:
                 self._values[name, index] = term.item() if term.is_cpu else term.detach()
         return weighed
 

@@ -185,7 +185,7 @@ class Window:
         own = sample_weights(tuple(sizes)) if weight == "samples" else weigh(weight, micro_batches)
         self.weights = context.coordinator.over_all_ranks(own)
         self.zero_weight = own.zero_weight
-        self.losses = LossTerms(micro_batches, self.weights, device)
+        self.losses = LossTerms(micro_batches, self.weights, device, context.coordinator.runs_all_terms)
         self._take = None if device.type == "cpu" else prefetch(micro_batches, device)
         self.num_samples = sum(sizes)
         self.done: frozenset[int] = frozenset()
