@@ -64,7 +64,7 @@ class TrainStep:
     Attributes:
         updates: updates applied so far.
         skipped: batches that were not applied.
-        samples: rows of all batches so far, skipped ones included: the position in the data.
+        samples: rows of all batches of all ranks so far, skipped ones included: the position in the data.
 
     Raises:
         TrainStepError: the optimizer needs a closure, or the scheduler's `step` needs an argument; the message has the
@@ -106,7 +106,7 @@ class TrainStep:
         self.optimizer.zero_grad()
         self.accumulator.model.zero_grad()
         window = self.accumulator.backward(batch)
-        self.samples += window.num_samples
+        self.samples += self.accumulator._context.coordinator.count_rows(window.num_samples)
         grad_norm, applied = (None, False) if window.is_empty or window.is_skipped else self._update()
         self.updates += applied
         self.skipped += not applied

@@ -165,3 +165,31 @@ def other_layers(rank, size, layers):
 
     batch = cut(regression_batch(), slice(ROWS * rank // size, ROWS * (rank + 1) // size))
     return outcome(model, loss_fn, batch, micro_batch_size=3)
+
+
+def left_loop(rank, size, how):
+    """The last rank leaves its loop over the second of two windows: what each rank ends with."""
+    model = DistributedDataParallel(perceptron())
+    batch = cut(regression_batch(), slice(ROWS * rank // size, ROWS * (rank + 1) // size))
+    parts = list(zip(*(column.split(3) for column in batch), strict=True))[:2]
+    try:
+        for number, window in enumerate(gradfold.windows(parts * 2, 2, model=model)):
+            for part in window:
+                if rank == size - 1 and number == 1:
+                    if how == "error":
+                        raise ZeroDivisionError("in the loop")
+                    break
+                window.backward(regression(model, part))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "ended", ""
+
+
+def counted(rank, size):
+    """How many rows a TrainStep has seen after two uneven batches."""
+    model = DistributedDataParallel(perceptron())
+    accumulator = gradfold.Accumulator(model, regression, micro_batch_size=3)
+    step = gradfold.TrainStep(accumulator, torch.optim.SGD(model.parameters(), 0.1))
+    for num_rows in (2 + rank, 0 if rank else 5):
+        step(cut(regression_batch(), slice(0, num_rows)))
+    return step.samples

@@ -76,3 +76,16 @@ def test_layers_of_other_names_are_told(size):
         assert "other.module.weight (1, 3) on rank 0, second.module.weight (1, 3) on rank 1" in text
     for found in run(alike_cases.other_layers, size, "same"):
         assert isinstance(found, dict)
+
+
+@pytest.mark.parametrize("how", ["error", "break"])
+def test_a_loop_that_is_left_on_one_rank_is_told_to_the_others(size, how):
+    *others, (kind, text) = run(alike_cases.left_loop, size, how)
+    assert (kind, text) == ("ZeroDivisionError", "in the loop") if how == "error" else kind == "WindowError"
+    for kind, text in others:
+        assert kind == "DistributedError"
+        assert f"rank {size - 1} failed" in text and "Its loop over the window was left before its end" in text
+
+
+def test_a_train_step_counts_the_rows_of_all_ranks(size):
+    assert run(alike_cases.counted, size) == [sum(2 + rank for rank in range(size)) + 5] * size

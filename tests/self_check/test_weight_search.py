@@ -199,3 +199,18 @@ def test_what_cannot_be_cut_by_rows_does_not_hide_the_labels_beside_it(leaf):
     first, second = ({"other": leaf, "y": y} for y in (labels()[:2], labels()[2:8]))
     share = float((labels()[:2] > 0).sum() / (labels()[:8] > 0).sum())
     assert find_weight(first, second, (2, 6), share) == 'gradfold.token_count("y")'
+
+
+def test_rows_of_nearly_one_length_are_not_taken_for_samples():
+    """The default weight was refused, and advised."""
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 203, 4).double(), torch.randint(0, 3, (9, 203))
+    for row, length in enumerate([199, 201, 200, 203, 200, 200, 198, 201, 200]):
+        y[row, length:] = -100
+    model = nn.Linear(4, 3).double()
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
+
+    with pytest.raises(gradfold.NotDecomposableError, match=r'weight=gradfold.token_count\("y"\)'):
+        gradfold.Accumulator(model, loss_fn, micro_batch_size=3).backward({"x": x, "y": y})

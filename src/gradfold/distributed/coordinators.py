@@ -77,7 +77,12 @@ class DataParallelCoordinator(Coordinator):
         elif self.receive is not None and self.denominators is None:
             self.receive()
         if at is not None:
-            self.group.exchange(_RankFailure(f"{type(error).__name__}: {error}"))
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, GeneratorExit):  # of a loop over a window, which Python does not tell what ended it
+                text = (
+                    "Its loop over the window was left before its end, by an error that it shows, a break or a return."
+                )
+            self.group.exchange(_RankFailure(text))
 
     def over_all_ranks(self, own: WindowWeights) -> WindowWeights:
         """The beginning of [A]: weights whose denominators are being summed."""

@@ -207,14 +207,15 @@ def name_term(term: str) -> str:
 
 def find_weight(first: Batch, second: Batch, rows: tuple[int, int], share: float) -> str | None:
     """The `weight=` under which `first` makes up `share` of both parts together, as Python; None if nothing fits."""
-    if abs(rows[0] / sum(rows) - share) < _CLOSE:
-        return '"samples"'
+    found = [(rows[0] / sum(rows), '"samples"')]
     others = dict(_candidates(second))
     for text, count in _candidates(first):
         total = float(count()) + float(others[text]()) if text in others else 0.0
-        if total and abs(float(count()) / total - share) < _CLOSE:
-            return text
-    return None
+        if total:
+            found.append((float(count()) / total, text))
+    # The first of those that are equally close: samples are close to tokens where rows are nearly of one length.
+    own, text = min(found, key=lambda one: round(abs(one[0] - share), 4))
+    return text if abs(own - share) < _CLOSE else None
 
 
 def _candidates(batch: Batch) -> Iterator[tuple[str, Callable[[], Tensor]]]:
