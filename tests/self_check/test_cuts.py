@@ -187,3 +187,22 @@ def test_a_whole_that_does_not_fit_in_memory_leaves_it_undecided():
         gradfold.Accumulator(model, loss_fn, micro_batch_size=1).backward(batch)
     expected = full_batch_gradient(model, lambda model: model(batch).square().mean())
     assert relative_error(gradients(model), expected) <= 1e-12
+
+
+def test_parts_are_weighed_as_they_are_collated():
+    """Three images of three channels were cut along the channels, for their weight."""
+    torch.manual_seed(0)
+    samples = [torch.randn(3, height, 8).double() for height in (6, 9, 12, 7, 8, 11)]
+
+    def loss_fn(model, images):
+        return torch.cat([model(one[..., None]).square().sum(0).mean(-1).flatten() for one in images]).mean()
+
+    model = nn.Linear(1, 2).double()
+    accumulator = gradfold.Accumulator(
+        model, loss_fn, micro_batch_size=3, collate=tuple, weight=lambda images: sum(one.numel() for one in images)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accumulator.backward(samples)
+    expected = full_batch_gradient(model, lambda model: loss_fn(model, tuple(samples)))
+    assert relative_error(gradients(model), expected) <= 1e-12

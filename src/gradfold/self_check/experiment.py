@@ -81,7 +81,8 @@ class SplitExperiment:
         self.num_rows = rows[1].stop
         try:
             self.whole_weights = weigh(weight, [MicroBatch(whole, range(self.num_rows))])
-            self.part_weights = weigh(weight, [MicroBatch(first, rows[0]), MicroBatch(second, rows[1])])
+            # Cuts may be along something else than rows, where a batch has as many of it (samples and channels).
+            self.part_weights = weigh(weight, list(map(MicroBatch, recollated or (first, second), rows)))
         except Exception as error:
             raise PartFailedError(f"weight= fails on a part of a micro-batch ({first_line(error)})") from error
         batches = [MicroBatch(data, range(0)) for data in (whole, first, second, *(recollated or ()))]
