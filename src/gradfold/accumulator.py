@@ -29,7 +29,7 @@ from gradfold.distributed.ddp import (
     training_alone,
     without_reductions,
 )
-from gradfold.distributed.fsdp import divide_factor, reshard, sharded_modules
+from gradfold.distributed.fsdp import divide_factor, refuse_small_dtypes, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
 from gradfold.distributed.settings import RankSettings
 from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_options
@@ -45,7 +45,7 @@ from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, Opt
 from gradfold.memory.auto import Auto, MicroBatchChoice
 from gradfold.memory.auto_tune import AutoTuner
 from gradfold.memory.dry_run import DryRun
-from gradfold.messages import join_names, warn
+from gradfold.messages import warn
 from gradfold.packing.token_batcher import TokenBatcher
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.precision import LEFT_GRADIENTS, SAVED_SCALER, PrecisionOption, read_option
@@ -402,14 +402,7 @@ class Accumulator:
                 'fully_shard is not supported with on_non_finite="skip_micro_batch", since no rank can run rows alone, '
                 "nor with backward=."
             )
-        small = [name for name, one in self.model.named_parameters() if one.requires_grad and one.dtype.itemsize < 4]
-        if small and self._sums.dtype is not None:
-            raise OptionError(
-                f"{join_names(small, 3)}: fully_shard sums the gradients of parameters in a small dtype in that dtype, "
-                "which is off by 1.6 % over 256 micro-batches in bfloat16. Keep the parameters in float32, and compute "
-                "in bfloat16: fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, "
-                "reduce_dtype=torch.float32)). Precision(accumulate_dtype=None) accepts it."
-            )
+        refuse_small_dtypes(self.model, self._sums.dtype)
         if self._self_check is not None:
             self._self_check = None
             warn(
