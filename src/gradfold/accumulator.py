@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from gradfold.batch.loaded_window import MicroBatchWindow
 from gradfold.batch.nesting import Batch
-from gradfold.batch.split import Collate, MicroBatcher, MicroBatchWindow, check_size, form_of
+from gradfold.batch.split import Collate, MicroBatcher, check_size, form_of
 from gradfold.batchnorm.coordinator import SynchronizedCoordinator
 from gradfold.batchnorm.exact import ExactBatchNorm
 from gradfold.batchnorm.per_micro_batch import PerMicroBatchNorm
@@ -219,7 +220,8 @@ class Accumulator:
 
         Raises:
             OptionError: `.grad` holds a gradient of another loss scale, from another Accumulator.
-            BatchError: the batch cannot be split by rows.
+            BatchError: the batch cannot be split by rows. EmptyBatchError: it has none, on one process, or where rows
+                depend on those of other ranks.
             ModelError: nothing to train, BatchNorm, hooks, or processes that cannot train together: the message names
                 the cause. DistributedError also where another rank has failed in this window.
             LossError: `loss_fn` returned no loss, or one that is NaN or infinite; RecomputeError where a `TwoPhaseLoss`
@@ -240,7 +242,8 @@ class Accumulator:
                     self._unprobed = None
                 if self._tuner is not None:
                     self._tune(self._tuner, batch)
-                micro_batches = self._micro_batcher.split(batch, may_be_empty=context.coordinator.num_ranks > 1)
+                others_have_rows = context.coordinator.num_ranks > 1 and not self._strategy.joins_ranks
+                micro_batches = self._micro_batcher.split(batch, may_be_empty=others_have_rows)
                 window = Window(
                     *(context, self._run_loss, micro_batches, self.weight, self._back_propagate, listener),
                     self._strategy.runs_zero_weight,
@@ -393,8 +396,8 @@ class Accumulator:
             precision=(precision.compute, "scaled" if precision.is_scaled else "not scaled", self._sums.dtype),
         )
 
-    def _refuse_sharding(self) -> None:
-        """Raise OptionError where an option is not supported with processes that hold a part of the model each."""
+    def _check_sharding(self) -> None:
+        """Raise OptionError where an option is not supported with shards; warn once of what they leave unchecked."""
         if self._strategy.shards_refused:
             raise OptionError(self._strategy.shards_refused)
         if self.on_non_finite == "skip_micro_batch" or self._backward is not None:
@@ -428,7 +431,7 @@ class Accumulator:
         side = None if self.batching is None else self.batching.padding_side
         is_sharded = isinstance(coordinator, FsdpCoordinator)
         if is_sharded:
-            self._refuse_sharding()
+            self._check_sharding()
         refuse_options(layers, self.batch_norm, is_sharded, side)
         keys = DropoutKeys(layers, self.num_windows, context.device, coordinator) if layers else PassListener()
         quiet = nullcontext() if coordinator is _ALONE else without_reductions(context.modules)

@@ -48,7 +48,7 @@ class BatchError(GradfoldError, ValueError):
 
 
 class EmptyBatchError(BatchError):
-    """The batch has no rows. On one rank of several it weighs nothing, which is not an error."""
+    """The batch has no rows. On one rank of several it weighs nothing, where rows do not depend on each other."""
 
 
 class ModelError(GradfoldError, ValueError):

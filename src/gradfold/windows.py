@@ -9,8 +9,9 @@ from typing import TypeVar, final, overload
 
 from torch import Tensor, nn
 
+from gradfold.batch.loaded_window import LoadedWindow, MicroBatchWindow
 from gradfold.batch.nesting import contents_of, rows_if_any
-from gradfold.batch.split import LoadedWindow, MicroBatch, MicroBatchWindow, join_batches
+from gradfold.batch.split import MicroBatch, join_batches
 from gradfold.batchnorm.per_micro_batch import WindowStatistics
 from gradfold.batchnorm.policy import (
     BatchNormOption,
@@ -325,7 +326,7 @@ def _loop_windows(
             context.coordinator = DataParallelCoordinator(group, settings)
         with ExitStack() as stack:
             stack.push(context.coordinator)  # tells the others what fails here
-            is_divided = len(micro_batches) > 1 or group is not None
+            is_divided = len(micro_batches) > 1 or context.coordinator.num_ranks > 1
             if is_divided and (context.version != checked_version or context.has_hooks()):
                 check_hooks(model, context.parameters, warned_of)
                 checked_version = context.version

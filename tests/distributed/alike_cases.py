@@ -111,6 +111,14 @@ def empty(rank, size, weight, collate):
     return found
 
 
+def empty_where_rows_depend(rank, size, is_two_phase):
+    """The last rank has no rows, where the others need them to know that."""
+    model = DistributedDataParallel(perceptron() if is_two_phase else normed())
+    options = {} if is_two_phase else {"batch_norm": "exact"}
+    batch = cut(regression_batch(), slice(0, 0) if rank == size - 1 else slice(0, 9))
+    return outcome(model, TWO_PHASE if is_two_phase else regression, batch, micro_batch_size=3, **options)
+
+
 # --- Other options, losses and layers
 
 
@@ -193,3 +201,12 @@ def counted(rank, size):
     for num_rows in (2 + rank, 0 if rank else 5):
         step(cut(regression_batch(), slice(0, num_rows)))
     return step.samples
+
+
+def alone(rank, size):
+    """A loop over windows of one micro-batch in a group of one process, where hooks see the whole gradient."""
+    model, batch = DistributedDataParallel(stepping()), regression_batch()
+    for window in gradfold.windows([batch], 1, model=model):
+        for part in window:
+            window.backward(regression(model, part))
+    return gradients(model)

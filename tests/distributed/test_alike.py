@@ -41,6 +41,14 @@ def test_a_loop_over_windows_of_one_micro_batch_per_rank_is_checked_too(size, na
         assert kind == REFUSALS[name] or (kind == "DistributedError" and REFUSALS[name] in text)
 
 
+@pytest.mark.parametrize("size", worlds(1))
+def test_a_group_of_one_process_has_the_whole_batch(size):
+    model = perceptron()
+    regression(model, regression_batch()).backward()
+    (found,) = run(alike_cases.alone, size)
+    assert relative_error(found, gradients(model)) < 1e-12
+
+
 @pytest.mark.parametrize("weight", ["samples", "own"])
 @pytest.mark.parametrize("collate", [False, True])
 def test_a_rank_without_rows_weighs_nothing(size, weight, collate):
@@ -54,6 +62,14 @@ def test_a_rank_without_rows_weighs_nothing(size, weight, collate):
             assert relative_error(found, expected) < 1e-12
             torch.testing.assert_close((own_loss, error), (loss.detach(), metrics["error"].detach()))
     assert by_rank[-1][1][3] == 0
+
+
+@pytest.mark.parametrize("is_two_phase", [False, True])
+def test_a_rank_without_rows_is_refused_where_rows_depend_on_those_of_others(size, is_two_phase):
+    *others, (kind, _) = run(alike_cases.empty_where_rows_depend, size, is_two_phase)
+    assert kind == "EmptyBatchError"
+    for kind, text in others:
+        assert kind == "DistributedError" and "EmptyBatchError: the batch has no rows" in text
 
 
 @pytest.mark.parametrize("name", alike_cases.DIFFERING)

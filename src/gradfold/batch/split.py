@@ -11,18 +11,15 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise, repeat
 from operator import attrgetter
-from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, final, overload
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradfold.batch.loaded_window import MicroBatchWindow
 from gradfold.batch.nesting import Batch, cut_rows, rows_if_any, structure
 from gradfold.batch.rows import Rows, name_rows, num_rows, shift_rows
-from gradfold.errors import BatchError, EmptyBatchError, OptionError, WindowError
-
-__all__ = ["LoadedWindow"]
-
-T = TypeVar("T")
+from gradfold.errors import BatchError, EmptyBatchError, OptionError
 
 Collate = Callable[[list[Any]], Batch]
 
@@ -50,46 +47,6 @@ class MicroBatch(NamedTuple):
 
 
 ROWS, _FORM = attrgetter("rows"), attrgetter("dtype", "ndim")
-
-
-class MicroBatchWindow(Generic[T]):
-    """The micro-batches of one update, for an accumulator or for a loop body."""
-
-    def pieces(self) -> Sequence[T]:
-        """The micro-batches, for an accumulator; raises WindowError where the window is for a loop body."""
-        raise WindowError(
-            "this window has its own backward; for accumulator.backward(window) leave model= out: "
-            "gradfold.windows(loader, n)."
-        )
-
-
-@final
-class LoadedWindow(MicroBatchWindow[T], Sequence[T]):
-    """The micro-batches of one update, for `accumulator.backward(window)`."""
-
-    def __init__(self, micro_batches: Sequence[T]) -> None:
-        self._micro_batches = tuple(micro_batches)
-
-    def __len__(self) -> int:
-        return len(self._micro_batches)
-
-    def pieces(self) -> Sequence[T]:
-        """The micro-batches, for an accumulator."""
-        return self._micro_batches
-
-    def backward(self, loss: object) -> NoReturn:
-        """Only windows of `windows(..., model=model)` have one: raises WindowError, which says how to get them."""
-        raise WindowError(
-            "this window does not know the model: write gradfold.windows(loader, n, model=model) for "
-            "window.backward(loss), or pass the window to accumulator.backward(window)."
-        )
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> LoadedWindow[T]: ...
-    def __getitem__(self, index: int | slice) -> T | LoadedWindow[T]:
-        return LoadedWindow(self._micro_batches[index]) if isinstance(index, slice) else self._micro_batches[index]
 
 
 def check_size(micro_batch_size: int | None) -> None:
