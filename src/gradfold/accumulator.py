@@ -385,11 +385,12 @@ class Accumulator:
 
     def _rank_settings(self) -> RankSettings:
         """The options that all ranks must have, since they decide what is summed over them, and when."""
-        precision = self.precision
+        precision, is_two_phase = self.precision, isinstance(self._run_loss, TwoPhaseLoss)
         return RankSettings.of(
             self.model,
             self.weight,
-            loss_fn="a TwoPhaseLoss" if isinstance(self._run_loss, TwoPhaseLoss) else "a loss",
+            is_two_phase or bool(counter_based_layers(self._context.modules)),
+            loss_fn="a TwoPhaseLoss" if is_two_phase else "a loss",
             batch_norm=self.batch_norm,
             on_non_finite=self.on_non_finite,
             fsdp_reduce=self.fsdp_reduce,

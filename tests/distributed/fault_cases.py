@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfold
+from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.distributed.process_group import ProcessGroup, Reduction
 
 ERRORS = {
@@ -44,8 +45,10 @@ def spared_meetings():
     with ExitStack() as stack:
         for owner, name in (
             (ProcessGroup, "begin_gather"),
+            (ProcessGroup, "begin_sum"),
+            (ProcessGroup, "maximum"),
+            (DataParallelCoordinator, "meet"),
             (ProcessGroup, "exchange"),
-            (ProcessGroup, "all_well"),
             (Reduction, "run"),
         ):
             stack.enter_context(mock.patch.object(owner, name, without_faults(getattr(owner, name))))

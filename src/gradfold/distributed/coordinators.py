@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.split import MicroBatch
+from gradfold.distributed.agreement import NUM_NUMBERS, digest, is_common
 from gradfold.distributed.fsdp import set_reducing, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup, Reduction
 from gradfold.distributed.settings import RankSettings, refuse_differing
+from gradfold.distributed.term_names import TermNames
 from gradfold.distributed.torch_private import drop_turn
 from gradfold.engine.coordinator import Coordinator
 from gradfold.engine.loss_terms import LossTerms, TermSums, loss_terms_of
@@ -22,14 +23,13 @@ from gradfold.engine.prefetch import prefetch
 from gradfold.engine.strategy import Run
 from gradfold.engine.window import Window
 from gradfold.errors import DistributedError
-from gradfold.state.gradients import GradientBuffer
+from gradfold.state.gradients import DENSE, FOUND, FROZEN, SPARSE, GradientBuffer
 from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 T = TypeVar("T")
 
-_FAILED = -1.0  # in place of a digest
-_NUM_DENOMINATORS = 3  # in the first message, which has one size on all ranks, whatever their options
+_SIZE = 32  # numbers in every message, which a rank that fails sends without knowing what the others say
 
 
 @dataclass(frozen=True)
@@ -37,91 +37,70 @@ class _RankFailure:
     text: str
 
 
-@dataclass(frozen=True)
-class WindowReport:
-    """What a rank reports at the end of its micro-batches."""
-
-    losses: TermSums
-    gradients: list[str | None]
-    found: list[bool]
-
-
 class DataParallelCoordinator(Coordinator):
     """Several processes that hold the whole model each.
 
+    At each synchronization point all ranks sum a few numbers, of which the first says how many have failed. Text is
+    gathered where some have, or where a digest differs.
+
     Attributes:
-        num_busy, num_rows: micro-batches that weigh something, and rows, by rank; known with the denominators.
-        next: the synchronization point at which others would wait; None where there is none.
+        is_awaited: whether the others wait, or will, for what this rank says next.
     """
 
     def __init__(self, group: ProcessGroup, settings: RankSettings) -> None:
         self.group = group
         self.num_ranks, self.rank = group.size, group.rank
+        self.is_awaited = True
         self._settings = settings
-        self.receive: Callable[[], list[list[float]]] | None = None  # the end of [A], once it has begun
-        self.denominators: list[float] | None = None  # what it gave, summed
-        self.num_busy: list[int] = []
-        self.num_rows: list[int] = []
-        self._totals: list[list[float]] = []  # the denominators of each rank
-        self._names: list[str] = []  # of weights that have names
-        self.next: Literal["denominators", "exchange", "commit"] | None = "denominators"
+        self._receive: Callable[[], list[float]] | None = None  # the end of [A], once it has begun
+        self._denominators: list[float] | None = None  # what it gave
+        self._own: WindowWeights  # of this rank
+        self._totals: list[float] = []  # its denominators, the last one of rows
+        self._rows_of_ranks: list[int] | None = None  # where they differ and their places count
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        at, self.next = self.next, None
-        if error is None:
+        if error is None or not self.is_awaited:
+            self.is_awaited = False
             return
-        if at == "denominators" and self.receive is None:
-            self.group.begin_gather([_FAILED, 0.0] + [0.0] * _NUM_DENOMINATORS)()
-        elif at == "commit":
-            self.group.all_well(False)
-        elif self.receive is not None and self.denominators is None:
-            self.receive()
-        if at is not None:
-            text = f"{type(error).__name__}: {error}"
-            if isinstance(error, GeneratorExit):  # of a loop over a window, which Python does not tell what ended it
-                text = (
-                    "Its loop over the window was left before its end, by an error that it shows, a break or a return."
-                )
-            self.group.exchange(_RankFailure(text))
+        if self._receive is not None:
+            try:
+                self.read_denominators()
+            except DistributedError:  # other ranks have failed, too
+                return
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, GeneratorExit):  # of a loop over a window, which Python does not tell what ended it
+            text = "Its loop over the window was left before its end, by an error that it shows, a break or a return."
+        self.is_awaited = False
+        self._fail()
+        self.group.exchange(_RankFailure(text))
+
+    def meet(self, numbers: Sequence[float] = ()) -> list[float]:
+        """Numbers, as many on every rank, summed over all; DistributedError where one has failed."""
+        return self._begin(numbers)()
 
     def over_all_ranks(self, own: WindowWeights) -> WindowWeights:
         """The beginning of [A]: weights whose denominators are being summed."""
-        if self.receive is None:
-            busy = len(own.samples.values) - len(own.zero_weight)
-            totals = own.own_totals()
-            first = [*totals, *[0.0] * _NUM_DENOMINATORS][:_NUM_DENOMINATORS]
-            receive = self.group.begin_gather([self._settings.digest, float(busy), *first])
-            self.receive = receive if len(totals) <= _NUM_DENOMINATORS else partial(self._receive_more, receive, totals)
-            self._num_denominators, self._names = len(totals), list(own.named)
+        if self._receive is None:
+            self._own, self._totals = own, own.own_totals()
+            rows = self._totals[-1]
+            first = [*self._settings.digest(), rows, rows**2, *self._totals]
+            self._receive = self._begin(first[: _SIZE - 1])
         return own.over(self.read_denominators)
-
-    def _receive_more(self, receive: Callable[[], list[list[float]]], totals: list[float]) -> list[list[float]]:
-        """The first message with the totals that have no place in it, where ranks agree on how many there are."""
-        first = receive()
-        if len({digest for digest, *_ in first}) > 1:
-            return first
-        rest = self.group.begin_gather(totals)()
-        return [[*head[:2], *of_rank] for head, of_rank in zip(first, rest, strict=True)]
 
     def read_denominators(self) -> list[float]:
         """The end of [A]: the denominators, summed over ranks."""
-        if self.denominators is None:
-            assert self.receive is not None
-            of_ranks = self.receive()
-            digests, num_busy, *totals = zip(*of_ranks, strict=True)
-            self.next = "exchange"
-            if _FAILED in digests:
-                self.exchange(None)  # raises
-            if len(set(digests)) > 1:
-                settings = self.exchange(self._settings)
-                self.next = None  # all ranks raise
-                refuse_differing(settings)
-            self._totals = [totals for _, _, *totals in of_ranks]
-            totals = totals[: self._num_denominators]
-            self.num_busy = [int(count) for count in num_busy]
-            self.num_rows = [int(count) for count in totals[-1]]
-            self.denominators = [math.fsum(of_ranks) for of_ranks in totals]
-        return self.denominators
+        if self._denominators is None:
+            assert self._receive is not None
+            sums = self._receive()
+            if not is_common(sums[:NUM_NUMBERS], self.num_ranks):
+                self._settings.names.learn(self._compare(self._settings))
+            found, rest = sums[NUM_NUMBERS + 2 :], self._totals[_SIZE - NUM_NUMBERS - 3 :]
+            if rest:
+                found += self.meet(rest)
+            if self._settings.places_rows and not is_common(sums[NUM_NUMBERS : NUM_NUMBERS + 2], self.num_ranks):
+                self._rows_of_ranks = [int(rows) for (rows,) in self.group.begin_gather(self._totals[-1:])()]
+            self._denominators = found
+        return self._denominators
 
     def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """[B] and [C]."""
@@ -130,66 +109,117 @@ class DataParallelCoordinator(Coordinator):
         # Whatever takes memory comes before the exchange: after it the others wait.
         reduction, layouts = Reduction(self.group, gradients.parameters), gradients.layouts()
         gradients.fill()
-        reports = self._join(losses, layouts, gradients.are_found())
-        _check_alike(reports)
-        common = [_common(of_parameter) for of_parameter in zip(*[one.gradients for one in reports], strict=True)]
-        reduction.run(gradients.in_layouts(common))
-        self.next = "commit"
-
-    def _join(self, losses: LossTerms, layouts: list[str | None], found: list[bool]) -> list[WindowReport]:
-        """Make losses and metrics those of all ranks; what each of them reports."""
-        reports = self.exchange(WindowReport(losses.own_sums(), layouts, found))
-        self._check_terms([report.losses.values for report in reports])
-        losses.join([report.losses for report in reports])
-        return reports
-
-    def _check_terms(self, of_ranks: Sequence[Mapping[str, float]]) -> None:
-        """Raise DistributedError, on all ranks, where a term that weighs something on a rank has no value there."""
-        terms = set().union(*of_ranks)
-        for rank, (own, totals) in enumerate(zip(of_ranks, self._totals, strict=True)):
-            weights = dict(zip(self._names, totals, strict=False)) or dict.fromkeys(terms, totals[0])
-            if any(weights.get(name) for name in terms - own.keys()):
-                self.next = None  # all ranks raise
-                raise DistributedError(
-                    f"rank {rank} returned the loss terms {sorted(own)}, others {sorted(terms)}. Return the same names "
-                    "on all ranks; a term may be left out only where its weight is 0."
-                )
+        is_alike = self._join(losses, layouts)
+        summed = gradients.in_layouts(layouts if is_alike else self._merge(layouts))
+        if not is_alike:  # that took memory
+            self.meet()
+        reduction.run(summed)
 
     def commit(self) -> None:
         """[D]; DistributedError where another rank has failed since the end."""
-        self.next = None
-        if not self.group.all_well(True):
-            self.exchange(None)  # raises
-
-    def reopen(self) -> None:
-        """The window continues after its end, on all ranks."""
-        self.next = "exchange"
+        self.is_awaited = False
+        self.meet()
 
     def exchange(self, value: T) -> list[T]:
         """One value of each rank; DistributedError where one has failed."""
-        values: list[T | _RankFailure] = self.group.exchange(value)
-        failures = [(rank, one) for rank, one in enumerate(values) if isinstance(one, _RankFailure)]
-        if failures:
-            self.next = None
-            rank, failure = failures[0]
-            raise DistributedError(f"rank {rank} failed; the window was rolled back on all ranks. {failure.text}")
-        values[self.group.rank] = value
-        return values  # type: ignore[return-value]  # none is a failure
+        self.meet()
+        return self._gather(value)
 
     def reset_weights(self) -> None:
         """The denominators change: they are summed again at the next `over_all_ranks`."""
-        self.receive = self.denominators = None
-        self.next = "denominators"
+        self._receive = self._denominators = None
 
     def first_row(self) -> int:
         """Where the rows of this rank begin in the batch of all, in the order of ranks."""
         self.read_denominators()
-        return sum(self.num_rows[: self.group.rank])
+        if self._rows_of_ranks is None:
+            return self.rank * int(self._totals[-1])
+        return sum(self._rows_of_ranks[: self.rank])
 
     def count_rows(self, own: int) -> int:
         """The rows of the batch of all ranks."""
-        self.read_denominators()
-        return sum(self.num_rows)
+        return int(self.read_denominators()[-1])
+
+    def _begin(self, numbers: Sequence[float]) -> Callable[[], list[float]]:
+        receive = self.group.begin_sum([0.0, *numbers, *[0.0] * _SIZE][:_SIZE])
+        rest = numbers[_SIZE - 1 :]
+
+        def wait() -> list[float]:
+            num_failed, *sums = receive()
+            if num_failed:
+                self.is_awaited = False
+                self._gather(None)  # raises
+            return sums[: len(numbers)] + (self.group.begin_sum(rest)() if rest else [])
+
+        return wait
+
+    def _fail(self) -> None:
+        """Take part in what the others wait for, as a rank that has failed; they gather texts next."""
+        self.group.begin_sum([1.0, *[0.0] * _SIZE][:_SIZE])()
+
+    def _gather(self, value: T) -> list[T]:
+        values: list[T | _RankFailure] = self.group.exchange(value)
+        for rank, failure in enumerate(values):
+            if isinstance(failure, _RankFailure):
+                self.is_awaited = False
+                raise DistributedError(f"rank {rank} failed; the window was rolled back on all ranks. {failure.text}")
+        values[self.rank] = value
+        return values  # type: ignore[return-value]  # none is a failure
+
+    def _compare(self, own: RankSettings) -> list[TermNames]:
+        """Raise DistributedError, on all ranks, where their settings differ; else give the names that each knows."""
+        found = self._gather(own)
+        self.is_awaited = False
+        refuse_differing(found)
+        self.is_awaited = True
+        return [settings.names for settings in found]
+
+    def _join(self, losses: LossTerms, layouts: bytes) -> bool:
+        """[B]: make losses and metrics those of all ranks; gives whether all have the same layouts of gradients."""
+        own, names = losses.own_sums(), self._settings.names
+        first = [*digest(layouts), 0.0 if names.cover(own) else 1.0]
+        sums = self.meet([*first, *names.pack(own, self._weighs)])
+        of_terms = sums[len(first) :]
+        if sums[len(first) - 1]:
+            names.learn(self._gather(TermNames.of(own)))
+            of_terms = self.meet(names.pack(own, self._weighs))
+        joined, lacking = names.unpack(of_terms)
+        if lacking:
+            self._refuse_terms(own, lacking)
+        losses.join(joined)
+        return is_common(sums[:NUM_NUMBERS], self.num_ranks)
+
+    def _weighs(self, term: str) -> bool:
+        weights = self._own.unnamed or self._own.named.get(term)
+        return weights is not None and any(weights.values)
+
+    def _refuse_terms(self, own: TermSums, lacking: Sequence[str]) -> None:
+        """Raise DistributedError, on all ranks: a term that weighs something on a rank has no value there."""
+        lacks = any(self._weighs(name) and name not in own.values for name in lacking)
+        found = self._gather((lacks, sorted(own.values)))
+        rank, terms = next((rank, terms) for rank, (is_one, terms) in enumerate(found) if is_one)
+        every = sorted({name for _, of_rank in found for name in of_rank})
+        self.is_awaited = False
+        raise DistributedError(
+            f"rank {rank} returned the loss terms {terms}, others {every}. Return the same names on all ranks; a term "
+            "may be left out only where its weight is 0."
+        )
+
+    def _merge(self, layouts: bytes) -> bytes:
+        """The layouts of all ranks; DistributedError, on all, where they cannot be one."""
+        own, flags = torch.tensor(list(layouts), dtype=torch.uint8), (FROZEN, DENSE, SPARSE, FOUND)
+        has = torch.stack([own & flag for flag in flags]).bool()
+        self.meet()
+        of_some, not_of_all = self.group.maximum(torch.stack([has, ~has]).byte()).bool()
+        for what, row in ("frozen", 0), ("found with a gradient", 3):
+            differing = (of_some[row] & not_of_all[row]).nonzero().flatten().tolist()
+            if differing:
+                self.is_awaited = False
+                raise DistributedError(
+                    f"{len(differing)} parameters (the first is number {differing[0]}) are {what} on some ranks and "
+                    "not on others, so ranks would end with different gradients. Freeze and zero the same on all ranks."
+                )
+        return bytes(sum(torch.tensor(flags)[:, None] * of_some).tolist())
 
 
 class FsdpCoordinator(DataParallelCoordinator):
@@ -209,32 +239,12 @@ class FsdpCoordinator(DataParallelCoordinator):
     def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """[B]; gradients are summed already."""
         losses.settle()
-        self._join(losses, [], [])
-        self.next = "commit"
+        self._join(losses, b"")
 
     def all_finite(self, is_finite: bool) -> bool:
         """Whether loss and gradient are finite on all ranks, each of which sees a shard."""
-        return self.group.all_well(is_finite)
-
-
-def _check_alike(reports: Sequence[WindowReport]) -> None:
-    """Raise DistributedError, on all ranks, where parameters differ between them."""
-    for what, columns in (
-        ("frozen", [[layout == "frozen" for layout in report.gradients] for report in reports]),
-        ("found with a gradient", [report.found for report in reports]),
-    ):
-        differing = [index for index, of_ranks in enumerate(zip(*columns, strict=True)) if len(set(of_ranks)) > 1]
-        if differing:
-            raise DistributedError(
-                f"{len(differing)} parameters (the first is number {differing[0]}) are {what} on some ranks and not on "
-                "others, so ranks would end with different gradients. Freeze and zero the same on all ranks."
-            )
-
-
-def _common(layouts: Sequence[str | None]) -> str | None:
-    """How ranks sum the gradient of one parameter: sparse where every one that has it has it so."""
-    found = {layout for layout in layouts if layout not in (None, "frozen")}
-    return None if not found else "sparse" if found == {"sparse"} else "dense"
+        (num_not_finite,) = self.meet([0.0 if is_finite else 1.0])
+        return not num_not_finite
 
 
 def take_turns(
@@ -252,11 +262,10 @@ def take_turns(
     """
     coordinator.read_denominators()
     busy = [index for index in indices if index not in window.zero_weight]
-    num_turns = max(coordinator.num_busy)
     sharded = sharded_modules(window.context.modules)
-    coordinator.exchange(None)  # all are ready: from here on they are in the middle of turns
-    coordinator.next = None
-    no_op = _no_op_rows(coordinator, window, busy)
+    coordinator.meet()  # all are ready: from here on they are in the middle of turns
+    coordinator.is_awaited = False
+    num_turns, no_op = _plan_turns(coordinator, window, busy)
     try:
         for turn in range(num_turns):
             set_reducing(sharded, turn == num_turns - 1 or not reduces_once)
@@ -271,18 +280,22 @@ def take_turns(
         set_reducing(sharded, True)
         for module in sharded:  # else the gradients of the model's parameters are not those of its shards
             module.reshard()
-    coordinator.next = "exchange"
+    coordinator.is_awaited = True
 
 
-def _no_op_rows(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> Batch:
-    """What runs in no-op steps: rows of positive weight, since 0 times the gradient of others may be NaN."""
-    own = window.micro_batches[busy[0]].data if busy else None
-    is_busy = list(map(bool, coordinator.num_busy))
-    if all(is_busy) or not any(is_busy):
-        return own
-    donor = is_busy.index(True)
-    given = coordinator.group.exchange(own if coordinator.rank == donor else None)[donor]
-    return own if busy else given
+def _plan_turns(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> tuple[int, Batch]:
+    """How many turns ranks take, and what runs in no-op steps.
+
+    These are rows of positive weight, of another rank where there are none here: 0 times the gradient of others may be
+    NaN.
+    """
+    group, own = coordinator.group, window.micro_batches[busy[0]].data if busy else None
+    donor = group.rank if busy else group.size  # the first that has some
+    most, fewest, first = group.maximum(torch.tensor([len(busy), -len(busy), -donor])).tolist()
+    if fewest or not most:  # all are busy, or none is
+        return most, own
+    given = group.broadcast(own, -first)
+    return most, own if busy else given
 
 
 def _no_op_terms(window: Window, batch: Batch) -> list[tuple[Tensor, float]]:

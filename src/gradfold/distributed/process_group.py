@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ _BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
 
 T = TypeVar("T")
 
-_sent: deque[list[Tensor]] = deque(maxlen=4)  # in the last exchanges
+_sent: list[Tensor] = []  # that a backend may still hold
 _PATIENCE_S = 1.0
 
 
@@ -39,8 +39,13 @@ def wait_for_threads() -> None:
     DistributedDataParallel.
     """
     end = time.monotonic() + _PATIENCE_S
-    while any(is_shared(tensor) for tensors in _sent for tensor in tensors) and time.monotonic() < end:
+    while any(map(is_shared, _sent)) and time.monotonic() < end:
         time.sleep(0.001)
+
+
+def _keep(tensors: list[Tensor]) -> None:
+    """Keep what is about to be sent until no backend holds it."""
+    _sent[:] = [*filter(is_shared, _sent), *tensors]
 
 
 class ProcessGroup:
@@ -56,7 +61,7 @@ class ProcessGroup:
         """Begin to gather these numbers from every rank; the function that is returned waits for them, by rank."""
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         of_all = [torch.empty_like(own) for _ in range(self.size)]
-        _sent.append([own, *of_all])
+        _keep([own, *of_all])
         work = dist.all_gather(of_all, own, group=self.group, async_op=True)
 
         def wait() -> list[list[float]]:
@@ -65,6 +70,30 @@ class ProcessGroup:
             return rows
 
         return wait
+
+    def begin_sum(self, numbers: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin to sum numbers over all ranks; the function that is returned waits for the sums, the same on each."""
+        own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        _keep([own])
+        work = dist.all_reduce(own, group=self.group, async_op=True)
+
+        def wait() -> list[float]:
+            work.wait()
+            sums: list[float] = own.tolist()
+            return sums
+
+        return wait
+
+    def maximum(self, numbers: Tensor) -> Tensor:
+        """The largest of every rank, in place, entry by entry."""
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
+        return numbers
+
+    def broadcast(self, value: T, source: int) -> T:
+        """The value of one rank, on all; anything that can be pickled."""
+        values = [value]
+        dist.broadcast_object_list(values, group=self.group, group_src=source)
+        return values[0]
 
     def exchange(self, value: T) -> list[T]:
         """One value of every rank, in the order of ranks; anything that can be pickled."""
@@ -91,10 +120,6 @@ class ProcessGroup:
     def all_reduce(self, tensor: Tensor) -> None:
         """The sum over all ranks, in place; the same bits on each."""
         dist.all_reduce(tensor, group=self.group)
-
-    def all_well(self, is_well: bool) -> bool:
-        """Whether all ranks are."""
-        return not any(failed for (failed,) in self.begin_gather([0.0 if is_well else 1.0])())
 
 
 class Reduction:

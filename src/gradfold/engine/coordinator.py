@@ -14,6 +14,7 @@ DistributedError with its text. So an error on one rank rolls the window back on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -55,11 +56,12 @@ class Coordinator(AbstractContextManager["Coordinator"]):
     def commit(self) -> None:
         """Everything that can fail is done; from here on the gradient is final."""
 
-    def reopen(self) -> None:
-        """The window continues after its end, on all ranks."""
+    def meet(self, numbers: Sequence[float] = ()) -> list[float]:
+        """Numbers, as many on every rank, summed over all."""
+        return list(numbers)
 
     def exchange(self, value: T) -> list[T]:
-        """One value of each rank."""
+        """One value of each rank, for what is rare: the list grows with their number."""
         return [value]
 
     def reset_weights(self) -> None:

@@ -134,7 +134,7 @@ class LossTerms:
         self._dtype: torch.dtype | None = None  # of the first loss
         self._taken: list[int] = []  # micro-batches so far
         self.sums: dict[str, float] = {}
-        self._of_all: Sequence[TermSums] = ()  # where several processes train together: of all, in one order
+        self._joined: TermSums | None = None  # where several processes train together: the sums over all
         self._metrics: Metrics | None = None
 
     @property
@@ -210,22 +210,19 @@ class LossTerms:
             sums[name] = sums.get(name, 0.0) + self.normalized[name][index] * value
         self._values = dict(zip(self._values, values, strict=False))
         self.sums = sums
-        if self._of_all:
-            self.sums = {}
-            for of_one in self._of_all:
-                for name, value in of_one.values.items():
-                    self.sums[name] = self.sums.get(name, 0.0) + value
+        if self._joined is not None:
+            self.sums = dict(self._joined.values)
         return math.isfinite(sum(self.sums.values())) and not any(values[len(self._values) :])
 
     def own_sums(self) -> TermSums:
         """The sums of these micro-batches, once settled."""
         return TermSums(self.sums, self._dtype, self.metrics.sums())
 
-    def join(self, of_all: Sequence[TermSums]) -> None:
-        """Take the sums of all processes, in one order, to be the loss when it is settled again."""
-        self._of_all = of_all
-        self._dtype = next((sums.dtype for sums in of_all if sums.dtype is not None), self._dtype)
-        self.metrics.of_all = [sums.metrics for sums in of_all]
+    def join(self, sums: TermSums) -> None:
+        """Take the sums over all processes, to be the loss when it is settled again."""
+        self._joined = sums
+        self._dtype = self._dtype or sums.dtype
+        self.metrics.joined = sums.metrics
 
     def close(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the settled window, and by name the mean of each term and the metrics.
@@ -265,7 +262,7 @@ class LossTerms:
                     float(value),
                 )
         if not math.isfinite(sum(self.sums.values())):
-            if self._of_all:
+            if self._joined is not None:
                 raise NonFiniteLossError(
                     "the loss of another rank is not finite; the error of that rank says where.", 0, UNNAMED, math.nan
                 )

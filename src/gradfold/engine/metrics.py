@@ -19,7 +19,7 @@ class Metrics:
     """The metrics of a window's micro-batches, combined in the order of the micro-batches, not of their runs.
 
     Attributes:
-        of_all: the `sums` of all processes, in one order; rows stay with the process that has them.
+        joined: the `sums` over all processes; rows stay with the process that has them.
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], weights: WindowWeights, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class Metrics:
         self._weights = weights
         self._device = device
         self._values: dict[str, dict[int, Tensor]] = {}
-        self.of_all: Sequence[Mapping[str, tuple[float, float]]] = ()
+        self.joined: Mapping[str, tuple[float, float]] = {}
 
     def add(self, index: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of micro-batch `index`."""
@@ -51,7 +51,7 @@ class Metrics:
     @property
     def all_names(self) -> Collection[str]:
         """The names that came so far, on any rank."""
-        return set(self._values).union(*self.of_all)
+        return {*self._values, *self.joined}
 
     def close(self, terms: Collection[str]) -> dict[str, Tensor]:
         """Scalars as weighted means (NaN over nothing), rows in the batch's own order; detached, on their device.
@@ -63,7 +63,7 @@ class Metrics:
             if name in terms:
                 raise LossError(f"{name!r} is both a loss term and a metric: rename the metric.")
         combined = {name: self._combine(name, values) for name, values in self._values.items()}
-        return combined | {name: self._mean_of_all(name) for one in self.of_all for name in one}
+        return combined | {name: self._mean_of_all(name) for name in self.joined}
 
     def _read(self, name: str, value: Any, index: int) -> Tensor:
         if isinstance(value, Real):
@@ -89,8 +89,7 @@ class Metrics:
         return math.fsum(float(value) * part for value, part in counted), math.fsum(part for _, part in counted)
 
     def _mean_of_all(self, name: str) -> Tensor:
-        sums = [one[name] for one in self.of_all if name in one]
-        value, total = (math.fsum(column) for column in zip(*sums, strict=True))
+        value, total = self.joined[name]
         return torch.tensor(value / total if total else math.nan, dtype=torch.float64, device=self._device)
 
     def _combine(self, name: str, values: Mapping[int, Tensor]) -> Tensor:

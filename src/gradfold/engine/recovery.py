@@ -211,7 +211,6 @@ def _gradient_error(
         return joint_gradient_error(window)
     if not coordinator.can_replay:
         return gradient_error(window, {})
-    coordinator.reopen()
     try:
         inspected, bad = _inspect(window, strategy, snapshot, micro_batcher)
     except (BatchError, ModelError):  # it cannot run again
@@ -227,7 +226,6 @@ def _gradient_error(
 def _leave_out(window: Window, strategy: Strategy, snapshot: Snapshot, micro_batcher: MicroBatcher) -> Window | None:
     """The window without the micro-batches whose gradient is not finite; None where that leaves nothing."""
     coordinator = window.context.coordinator
-    coordinator.reopen()
     inspected, bad = _inspect(window, strategy, snapshot, micro_batcher)
     rest = [part for index, part in enumerate(inspected.micro_batches) if index not in bad]
     found = coordinator.exchange((bool(bad), bool(rest)))

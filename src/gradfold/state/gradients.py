@@ -20,6 +20,9 @@ from gradfold.torch_private import check_and_unscale, foreach_add
 _LARGE = 2**16  # elements, of which one more call costs less than writing them
 _DTYPE, _ITEMSIZE = attrgetter("dtype"), attrgetter("itemsize")
 
+FROZEN, DENSE, SPARSE, FOUND = 1, 2, 4, 8
+"""What processes tell each other of a parameter: it is frozen, its new gradient is dense or sparse, one was found."""
+
 
 @dataclass(frozen=True)
 class SumDtype:
@@ -71,30 +74,32 @@ class GradientBuffer:
         """Whether the new gradients are in those found, which cannot be undone."""
         return self._sum is not None and self._sum[0]._version != self._sum[1]
 
-    def layouts(self) -> list[str | None]:
-        """Of each parameter: whether its new gradient is "dense", "sparse", not there, or "frozen"."""
-        return [_layout(parameter) for parameter in self.parameters]
-
-    def are_found(self) -> list[bool]:
-        """Of each parameter: whether a gradient was found."""
+    def layouts(self) -> bytes:
+        """One byte per parameter: `FROZEN`, the layout of its new gradient if it has one, and whether it was found."""
         found = {id(parameter) for parameter, _ in self._found}
-        return [id(parameter) in found for parameter in self.parameters]
+        return bytes(_layout(parameter) | (FOUND if id(parameter) in found else 0) for parameter in self.parameters)
 
     def fill(self) -> None:
-        """Zeros where a parameter has no new gradient, for the case that another process has one."""
-        for parameter in self.parameters:
-            if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+        """Zeros where a parameter has no new gradient, for the case that another process has one.
 
-    def in_layouts(self, layouts: Sequence[str | None]) -> list[Tensor]:
-        """The new gradients, filled, each dense or sparse as said; those that no process has are dropped."""
+        Repeated entries of sparse ones are merged, too: what takes memory is done before processes wait for each other.
+        """
+        for parameter in self.parameters:
+            new = parameter.grad
+            if new is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            elif new is not None and new.is_sparse:
+                parameter.grad = new.coalesce()
+
+    def in_layouts(self, layouts: bytes) -> list[Tensor]:
+        """The new gradients, filled, sparse where `layouts` says so; those that no process has are dropped."""
         found = []
         for parameter, layout in zip(self.parameters, layouts, strict=True):
             gradient = parameter.grad
-            if layout is None or gradient is None:
+            if not layout & (DENSE | SPARSE) or gradient is None:
                 parameter.grad = None
                 continue
-            if layout == "sparse":
+            if not layout & DENSE:
                 gradient = gradient.coalesce() if gradient.is_sparse else gradient.to_sparse(1)  # as an embedding's
             elif gradient.is_sparse:
                 gradient = gradient.to_dense()
@@ -244,10 +249,10 @@ def has_finite_sum(gradient: Tensor) -> bool:
     return is_plain and gradient.is_floating_point() and math.isfinite(gradient.sum().item())
 
 
-def _layout(parameter: nn.Parameter) -> str | None:
+def _layout(parameter: nn.Parameter) -> int:
     if parameter.grad is None:
-        return None if parameter.requires_grad else "frozen"
-    return "sparse" if parameter.grad.is_sparse else "dense"
+        return 0 if parameter.requires_grad else FROZEN
+    return SPARSE if parameter.grad.is_sparse else DENSE
 
 
 @cache

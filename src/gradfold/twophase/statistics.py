@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch, leaves_by_path, map_leaves, map_tensors
+from gradfold.distributed.agreement import digest, is_common
 from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.engine.backward import Weighed
 from gradfold.engine.coordinator import Coordinator
@@ -67,9 +68,12 @@ class Statistics:
         if self._combine == "concatenate":
             own = {path: _concatenated(path, self._parts) for path in self._paths or ()}
         described = map_tensors(lambda leaf: leaf.to("meta"), own)  # shape and dtype alone
-        of_all, differentiable = zip(*coordinator.exchange((described, self.differentiable)), strict=True)
-        _check_alike(of_all, self._combine)
-        self.differentiable = self.differentiable.union(*differentiable)
+        of_all: Sequence[Leaves] = [described] * coordinator.num_ranks
+        text = repr(([(path, _shown(leaf)) for path, leaf in described.items()], sorted(self.differentiable)))
+        if not is_common(coordinator.meet(digest(text.encode())), coordinator.num_ranks):
+            of_all, differentiable = zip(*coordinator.exchange((described, self.differentiable)), strict=True)
+            _check_alike(of_all, self._combine)
+            self.differentiable = self.differentiable.union(*differentiable)
         if coordinator.num_ranks > 1:
             assert isinstance(coordinator, DataParallelCoordinator)
             own = (_gathered if self._combine == "concatenate" else _summed)(coordinator, own, of_all)
@@ -260,7 +264,7 @@ def _gathered(coordinator: DataParallelCoordinator, own: Leaves, of_all: Sequenc
             whole[path].narrow(0, sum(counts[path][: coordinator.rank]), len(leaf)).copy_(leaf)
         else:
             whole[path] = _same([leaves[path] for leaves in of_all], path)
-    coordinator.exchange(None)  # all have the memory; from here on the others wait
+    coordinator.meet()  # all have the memory; from here on the others wait
     for path, leaf in whole.items():
         if isinstance(leaf, Tensor):
             coordinator.group.broadcast_rows(leaf, counts[path])

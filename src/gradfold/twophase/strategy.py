@@ -105,7 +105,7 @@ class TwoPhase(Strategy):
         coordinator = window.context.coordinator
         window.weights.wait()
         if self._waited_for is coordinator:
-            coordinator.exchange(None)
+            self._is_through(coordinator, None)
         self._num_runs += 1
         looks_for_state = self._num_runs & (self._num_runs - 1) == 0  # in windows 1, 2, 4, 8, ...: it costs some losses
         while True:
@@ -132,12 +132,20 @@ class TwoPhase(Strategy):
                 begin.restore()
                 continue
             self._waited_for = None
-            missed = coordinator.exchange(frozenset(passes.statistics.missed))  # None from a rank that begins again
-            self._differentiable = passes.statistics.differentiable.union(*(one for one in missed if one))
-            if all(one is not None and not one for one in missed):
+            self._differentiable = frozenset(passes.statistics.differentiable)
+            if self._is_through(coordinator, frozenset(passes.statistics.missed)):
                 return
             window.watch(snapshot.gradients, is_late=True)
             snapshot.rewind()
+
+    def _is_through(self, coordinator: Coordinator, missed: frozenset[str] | None) -> bool:
+        """Whether all ranks are done, and none has missed a gradient; `missed`: None on a rank that begins again."""
+        num_beginning, num_missed = coordinator.meet([float(missed is None), float(len(missed or ()))])
+        if num_missed:
+            self._differentiable = (self._differentiable or frozenset()).union(
+                *(one for one in coordinator.exchange(missed) if one)
+            )
+        return not num_beginning and not num_missed
 
     def depends_on_split(self, context: Context) -> bool:
         """As the order in which micro-batches run."""
