@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from gradfold.batch.loaded_window import MicroBatchWindow
+from gradfold.batch.loaded_window import LoadedWindow, MicroBatchWindow
 from gradfold.batch.nesting import Batch
 from gradfold.batch.split import Collate, MicroBatcher, check_size, form_of
 from gradfold.batchnorm.coordinator import SynchronizedCoordinator
@@ -254,15 +254,16 @@ class Accumulator:
                     self._has_seen_dropout = listener.warn_of_torchs_own(snapshot.has_drawn())
                 result = window.result()
                 context.coordinator.commit()
+                if isinstance(batch, LoadedWindow):
+                    batch.finish = context.coordinator.finish
         except BaseException:  # an interrupt may have come before the first line of a roll-back, or in it
             snapshot.roll_back()
             raise
         if LEFT_GRADIENTS.is_used and self._backward is None:
             LEFT_GRADIENTS.note(context.parameters, self.precision)
         if result.recoveries:
-            for one in result.recoveries:
-                if one.action == "halved":
-                    self._micro_batcher.fitting.shrink(one.micro_batch_size)
+            halved = [one.micro_batch_size for one in result.recoveries if one.action == "halved"]
+            self._micro_batcher.shrink(halved)
         else:
             self._micro_batcher.learn(micro_batches)
         self.num_windows += 1

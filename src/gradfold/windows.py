@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TypeVar, final, overload
@@ -283,10 +283,13 @@ def windows(
 def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[LoadedWindow[T]]:
     micro_batches = iter(loader)
     num_windows = 0
+    finish: Callable[[], None] | None = None
     while True:
         looks = num_windows < _FIRST_WINDOWS  # a loader that fills its memory again does so from the start
         group = [(part, contents_of(part) if looks else []) for part in islice(micro_batches, num_micro_batches)]
         if not group:
+            if finish is not None:
+                finish()
             return
         num_windows += 1
         for index, (part, contents) in enumerate(group):
@@ -295,7 +298,10 @@ def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[Load
                     f"the loader has written to micro-batch {index} of a window after it gave it out: it fills the "
                     "same memory again, and a window holds several at once. Let it give out copies: tensor.clone()."
                 )
-        yield LoadedWindow([part for part, _ in group])
+        window = LoadedWindow([part for part, _ in group])
+        yield window
+        finish = window.finish
+        del window, group  # which hold rows, while the next ones are loaded
 
 
 def _loop_windows(
@@ -324,6 +330,7 @@ def _loop_windows(
         if group is not None:
             settings = settings if is_known else RankSettings.of(model, weight, batch_norm=batch_norm)
             context.coordinator = DataParallelCoordinator(group, settings)
+            micro_batches.finish = context.coordinator.finish
         with ExitStack() as stack:
             stack.push(context.coordinator)  # tells the others what fails here
             is_divided = len(micro_batches) > 1 or context.coordinator.num_ranks > 1

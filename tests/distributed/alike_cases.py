@@ -193,6 +193,66 @@ def left_loop(rank, size, how):
     return "ended", ""
 
 
+def uneven_windows(rank, size, num_windows, in_loop):
+    """Windows of one loader per rank, in two epochs: what each rank ends with, and how many windows it had."""
+    model = DistributedDataParallel(perceptron())
+    accumulator = gradfold.Accumulator(model, regression, micro_batch_size=3)
+    done = 0
+    try:
+        for _ in range(2):
+            parts = [cut(regression_batch(), slice(0, 3))] * (2 * num_windows[rank])
+            for window in gradfold.windows(parts, 2, **({"model": model} if in_loop else {})):
+                if in_loop:
+                    for part in window:
+                        window.backward(regression(model, part))
+                else:
+                    accumulator.backward(window)
+                done += 1
+    except Exception as error:
+        return done, type(error).__name__, str(error), all(one.grad is not None for one in model.parameters())
+    return done, "ended", "", True
+
+
+def late_names(rank, size):
+    """Terms and metrics that come and go, on one rank and on all; a rank that starts anew; counts of messages."""
+    model = DistributedDataParallel(perceptron())
+    batch = cut(regression_batch(), slice(ROWS * rank // size, ROWS * (rank + 1) // size))
+    number, is_last = 0, rank == size - 1
+
+    def loss_fn(model, batch):
+        loss = regression(model, batch)
+        metrics = {"late": loss.detach()} if number == 1 and is_last else {}
+        return ({"one": loss, "two": 2 * loss} if number != 3 or not is_last else {"one": loss}), metrics
+
+    def weights(name):
+        return lambda batch: 0 if name == "two" and number == 3 and is_last else len(batch[0])
+
+    def accumulate():
+        return gradfold.Accumulator(
+            model, loss_fn, micro_batch_size=3, weight={name: weights(name) for name in ("one", "two")}
+        )
+
+    accumulator, found = accumulate(), []
+    for number in range(5):
+        if number == 4 and is_last:
+            accumulator = accumulate()
+            accumulator.num_windows = 4
+        model.zero_grad()
+        try:
+            result = accumulator.backward(batch)
+        except Exception as error:
+            return found, type(error).__name__, str(error)
+        found.append((gradients(model), sorted(result.metrics)))
+    return found, "ended", ""
+
+
+def dropping(rank, size):
+    """Counter-based dropout on the last rank alone."""
+    model = nn.Sequential(*perceptron(), nn.Dropout(0.5))
+    model = DistributedDataParallel(gradfold.convert_dropout(model) if rank == size - 1 else model)
+    return outcome(model, regression, cut(regression_batch(), slice(0, 4)), micro_batch_size=2)
+
+
 def counted(rank, size):
     """How many rows a TrainStep has seen after two uneven batches."""
     model = DistributedDataParallel(perceptron())

@@ -105,3 +105,36 @@ def test_a_loop_that_is_left_on_one_rank_is_told_to_the_others(size, how):
 
 def test_a_train_step_counts_the_rows_of_all_ranks(size):
     assert run(alike_cases.counted, size) == [sum(2 + rank for rank in range(size)) + 5] * size
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_ranks_with_other_numbers_of_windows_are_told_on_all(size, in_loop):
+    num_windows = [3] * (size - 1) + [2]
+    for rank, (done, kind, text, has_gradients) in enumerate(
+        run(alike_cases.uneven_windows, size, num_windows, in_loop)
+    ):
+        assert kind == "DistributedError" and f"rank {size - 1} has no more windows" in text, (rank, text)
+        assert done == 2 and has_gradients  # of the second window
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_ranks_with_as_many_windows_go_on(size, in_loop):
+    assert run(alike_cases.uneven_windows, size, [2] * size, in_loop) == [(4, "ended", "", True)] * size
+
+
+def test_names_that_come_late_or_go_are_those_of_all_ranks(size):
+    model = perceptron()
+    loss = regression(model, regression_batch())
+    loss.backward()
+    once = gradients(model)
+    for found, kind, text in run(alike_cases.late_names, size):
+        assert (kind, text) == ("ended", "")
+        for number, (own, names) in enumerate(found):
+            assert names == (["late", "one", "two"] if number == 1 else ["one", "two"])
+            if number != 3:  # in which the terms are means over other rows
+                assert relative_error(own, {name: 3 * one for name, one in once.items()}) < 1e-12
+
+
+def test_counter_based_dropout_on_some_ranks_is_told(size):
+    for kind, text in run(alike_cases.dropping, size):
+        assert kind == "DistributedError" and "counter-based dropout is in the model of rank 0 or of rank" in text

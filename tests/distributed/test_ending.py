@@ -11,14 +11,23 @@ import torch
 
 from gradfold.distributed import process_group as ranks
 
-SCRIPT = Path(__file__).parent / "ending_training.py"
+def torchrun(script):
+    path = Path(__file__).parent / script
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow
 def test_ranks_end_well_though_their_group_is_not_destroyed():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = torchrun("ending_training.py")
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_ends_before_the_others_is_told():
+    ended = torchrun("uneven_training.py")
+    assert ended.returncode != 0
+    assert "DistributedError: another rank has ended or cannot be reached" in ended.stderr
 
 
 class Clock:

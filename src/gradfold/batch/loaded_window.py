@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, NoReturn, TypeVar, final, overload
 
 from gradfold.errors import WindowError
@@ -25,7 +25,13 @@ class MicroBatchWindow(Generic[T]):
 
 @final
 class LoadedWindow(MicroBatchWindow[T], Sequence[T]):
-    """The micro-batches of one update, for `accumulator.backward(window)`."""
+    """The micro-batches of one update, for `accumulator.backward(window)`.
+
+    Attributes:
+        finish: what is called where the loader ends after this window; other ranks may have more.
+    """
+
+    finish: Callable[[], None] | None = None
 
     def __init__(self, micro_batches: Sequence[T]) -> None:
         self._micro_batches = tuple(micro_batches)

@@ -298,6 +298,11 @@ class MicroBatcher:
         """A window of these micro-batches has gone through without a fault."""
         self.fitting.record_success(self.largest(micro_batches), self.size)
 
+    def shrink(self, sizes: Iterable[int]) -> None:
+        """More rows than each of these did not fit, in a window that is done after all."""
+        for size in sizes:
+            self.fitting.shrink(size)
+
     def resize(self, num_rows: int, batch: Batch, rows_of_batch: int) -> None:
         """Run this many rows at once, as found for a batch like this one."""
         self.size = num_rows

@@ -13,7 +13,7 @@ from gradfold.batch.nesting import Batch
 from gradfold.batch.split import MicroBatch
 from gradfold.distributed.agreement import NUM_NUMBERS, digest, is_common
 from gradfold.distributed.fsdp import set_reducing, sharded_modules
-from gradfold.distributed.process_group import ProcessGroup, Reduction
+from gradfold.distributed.process_group import ProcessGroup, Reduction, is_lost
 from gradfold.distributed.settings import RankSettings, refuse_differing
 from gradfold.distributed.term_names import TermNames
 from gradfold.distributed.torch_private import drop_turn
@@ -72,7 +72,7 @@ class DataParallelCoordinator(Coordinator):
             text = "Its loop over the window was left before its end, by an error that it shows, a break or a return."
         self.is_awaited = False
         self._fail()
-        self.group.exchange(_RankFailure(text))
+        self.group.exchange(_RankFailure(f"rank {self.rank} failed; the window was rolled back on all ranks. {text}"))
 
     def meet(self, numbers: Sequence[float] = ()) -> list[float]:
         """Numbers, as many on every rank, summed over all; DistributedError where one has failed."""
@@ -125,6 +125,18 @@ class DataParallelCoordinator(Coordinator):
         self.meet()
         return self._gather(value)
 
+    def finish(self) -> None:
+        """This rank has no more windows; DistributedError, on all ranks, where another one has."""
+        self.is_awaited = False
+        num_ended, num_finished, *_ = self.group.begin_sum([1.0, 1.0, *[0.0] * _SIZE][:_SIZE])()
+        if num_ended < self.num_ranks or num_finished < num_ended:
+            self._gather(
+                _RankFailure(
+                    f"rank {self.rank} has no more windows, and other ranks have, so theirs were rolled back. Give all "
+                    "ranks as many micro-batches: DistributedSampler(dataset) does."
+                )
+            )
+
     def reset_weights(self) -> None:
         """The denominators change: they are summed again at the next `over_all_ranks`."""
         self._receive = self._denominators = None
@@ -145,7 +157,16 @@ class DataParallelCoordinator(Coordinator):
         rest = numbers[_SIZE - 1 :]
 
         def wait() -> list[float]:
-            num_failed, *sums = receive()
+            try:
+                num_failed, *sums = receive()
+            except RuntimeError as error:
+                if not is_lost(error):
+                    raise
+                self.is_awaited = False  # whoever is left finds out as well
+                raise DistributedError(
+                    "another rank has ended or cannot be reached, while this one waited for it in a window; the window "
+                    "was rolled back. Look at the output of that rank; without an error there it had fewer windows."
+                ) from error
             if num_failed:
                 self.is_awaited = False
                 self._gather(None)  # raises
@@ -159,10 +180,10 @@ class DataParallelCoordinator(Coordinator):
 
     def _gather(self, value: T) -> list[T]:
         values: list[T | _RankFailure] = self.group.exchange(value)
-        for rank, failure in enumerate(values):
+        for failure in values:
             if isinstance(failure, _RankFailure):
                 self.is_awaited = False
-                raise DistributedError(f"rank {rank} failed; the window was rolled back on all ranks. {failure.text}")
+                raise DistributedError(failure.text)
         values[self.rank] = value
         return values  # type: ignore[return-value]  # none is a failure
 

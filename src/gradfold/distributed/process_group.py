@@ -48,6 +48,11 @@ def _keep(tensors: list[Tensor]) -> None:
     _sent[:] = [*filter(is_shared, _sent), *tensors]
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of a collective says that another process cannot be reached."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 class ProcessGroup:
     """The processes of one group, each with rows of its own; `device` is where collectives take tensors from."""
 

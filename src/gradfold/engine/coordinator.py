@@ -64,6 +64,9 @@ class Coordinator(AbstractContextManager["Coordinator"]):
         """One value of each rank, for what is rare: the list grows with their number."""
         return [value]
 
+    def finish(self) -> None:
+        """There are no more windows; raises where another rank has one."""
+
     def reset_weights(self) -> None:
         """The denominators change: they are summed again at the next `over_all_ranks`."""
 
