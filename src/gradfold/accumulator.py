@@ -22,7 +22,7 @@ from gradfold.batchnorm.policy import (
     check_batch_norm,
     refuse_batch_statistics,
 )
-from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator, take_turns
+from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator
 from gradfold.distributed.ddp import (
     DistributedOption,
     check_distributed,
@@ -33,6 +33,7 @@ from gradfold.distributed.ddp import (
 from gradfold.distributed.fsdp import divide_factor, refuse_small_dtypes, reshard, sharded_modules
 from gradfold.distributed.process_group import TuningGroup, is_initialized
 from gradfold.distributed.settings import RankSettings
+from gradfold.distributed.turns import take_turns
 from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator

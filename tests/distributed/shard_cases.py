@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
+from unittest import mock
 
 import torch
 from distributed.ddp_cases import ROWS, cut, numbers, regression
-from distributed.fault_cases import FailAt
+from distributed.fault_cases import FailAt, spared_meetings
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import gradfold
+from gradfold.distributed import turns
 
 F = nn.functional
 
@@ -30,14 +33,14 @@ class TwoHeads(nn.Module):
         return self.first(hidden), self.second(hidden)
 
 
-def mesh_of(size):
+def mesh_of(size, suffix=""):
     """As that of `fsdp_cases`, by other names: torch finds the groups of an equal mesh that is gone."""
-    shape, names = ((2, 2), ("copies", "parts")) if size == 4 else ((size,), ("parts",))
+    shape, names = ((2, 2), (f"copies{suffix}", f"parts{suffix}")) if size == 4 else ((size,), (f"parts{suffix}",))
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
-def shard(model, size, is_nested, **options):
-    mesh = mesh_of(size)
+def shard(model, size, is_nested, suffix="", **options):
+    mesh = mesh_of(size, suffix)
     if is_nested:
         for layer in model.children():
             fully_shard(layer, mesh=mesh, **options)
@@ -177,6 +180,42 @@ def failing(rank, size, is_nested, reduce, finds, points):
         gradients = {name: None if one.grad is None else one.grad.full_tensor() for name, one in shards.items()}
         found.append((ended, is_as_before, gradients))
     return found
+
+
+def failing_alone(rank, size, reduce, point, number):
+    """A fault on the first rank, after a window that went well, and the next window.
+
+    Gives what both end with on this rank, and what each has added to `.grad`, over the gradient of a window.
+    """
+    model = shard(TwoHeads(), size, True, suffix=f" {number}")
+    shards = dict(model.named_parameters())
+    batch = cut(rows(), rows_of(rank, size))
+    fails = False
+
+    def loss_fn(model, batch):
+        loss = both_heads(model, batch)
+        if fails and point == "forward":
+            raise ValueError("injected")
+        return FailingBackward.apply(loss) if fails and point == "backward" else loss
+
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=2, fsdp_reduce=reduce, self_check=False)
+    accumulator.backward(batch)
+    before = {name: one.grad.to_local().clone() for name, one in shards.items()}  # the gradient of one window
+    fails = rank == 0
+    mode = FailAt(point if fails and not isinstance(point, str) else 0, lambda: torch.OutOfMemoryError("injected"))
+    found, num_added = [], []
+    with mock.patch.object(turns, "IN_STEP_S", 0.3), spared_meetings():
+        for setting in (mode, nullcontext()):
+            try:
+                with setting:
+                    accumulator.backward(batch)
+                found.append(("right", ""))
+            except Exception as error:
+                found.append((type(error).__name__, str(error)))
+            fails = False
+            added = [(one.grad.to_local() / before[name]).flatten() - 1 for name, one in shards.items()]
+            num_added.append(torch.cat(added))
+    return found, num_added
 
 
 def expect_both():

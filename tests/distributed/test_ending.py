@@ -11,6 +11,7 @@ import torch
 
 from gradfold.distributed import process_group as ranks
 
+
 def torchrun(script):
     path = Path(__file__).parent / script
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 from distributed import shard_cases
@@ -70,3 +72,41 @@ def test_what_is_not_looked_at_is_said_once_and_what_is_inexact_refused(ranks):
 def test_a_default_dtype_of_float64(ranks):
     for scenes in ranks:
         assert relative_error(scenes["in double"], shard_cases.expect_both()) < 1e-12
+
+
+NUMBERS = count()  # torch keeps meshes by name, and groups that were severed with them
+
+
+def check_alone(size, reduce, point):
+    """A fault on one rank ends the window on all, and either the training on all or nothing."""
+    outcomes = run(shard_cases.failing_alone, size, reduce, point, next(NUMBERS))
+    if outcomes[0][0][0] == ("right", ""):  # there is no such operator, or it was survived
+        assert all(kind == "right" for found, _ in outcomes for kind, _ in found), outcomes
+        windows = (1, 2)
+    else:
+        assert [found[0][0] == "DistributedError" for found, _ in outcomes] == [rank > 0 for rank in range(size)]
+        for found, _ in outcomes[1:]:
+            assert "injected" in found[0][1] and "rank 0" in found[0][1], found
+        after = {found[1][0] for found, _ in outcomes}
+        assert after in ({"right"}, {"DistributedError"}), outcomes
+        windows = (0, 1 if after == {"right"} else 0)
+    for _, num_added in outcomes:
+        for found, expected in zip(num_added, windows, strict=True):
+            torch.testing.assert_close(found, torch.full_like(found, expected), rtol=0, atol=1e-9)
+    return outcomes[0][0]
+
+
+@pytest.mark.parametrize("size", worlds(2, 3, 4))
+@pytest.mark.parametrize("point", ["forward", "backward", 101])
+def test_an_error_on_one_rank_in_the_middle_of_a_turn_ends_the_training_on_all(size, point):
+    """The others waited for ever."""
+    _, (kind, _) = check_alone(size, "per_micro_batch", point)
+    assert kind == "DistributedError"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", worlds(2, 3, 4))
+@pytest.mark.parametrize("reduce", ["per_micro_batch", "per_window"])
+def test_memory_that_runs_out_on_one_rank_at_every_tenth_operator(size, reduce):
+    ended = [check_alone(size, reduce, point) for point in range(1, 400, 10 if size < 4 else 40)]
+    assert sum(kind != "right" for (kind, _), _ in ended) > len(ended) / 2

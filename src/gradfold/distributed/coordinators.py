@@ -7,24 +7,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from gradfold.batch.nesting import Batch
-from gradfold.batch.split import MicroBatch
 from gradfold.distributed.agreement import NUM_NUMBERS, digest, is_common
-from gradfold.distributed.fsdp import set_reducing, sharded_modules
 from gradfold.distributed.process_group import ProcessGroup, Reduction, is_lost
 from gradfold.distributed.settings import RankSettings, refuse_differing
 from gradfold.distributed.term_names import TermNames
-from gradfold.distributed.torch_private import drop_turn
 from gradfold.engine.coordinator import Coordinator
-from gradfold.engine.loss_terms import LossTerms, TermSums, loss_terms_of
-from gradfold.engine.prefetch import prefetch
-from gradfold.engine.strategy import Run
-from gradfold.engine.window import Window
+from gradfold.engine.loss_terms import LossTerms, TermSums
 from gradfold.errors import DistributedError
 from gradfold.state.gradients import DENSE, FOUND, FROZEN, SPARSE, GradientBuffer
-from gradfold.state.snapshot import Snapshot
 from gradfold.weights import WindowWeights
 
 T = TypeVar("T")
@@ -266,59 +257,3 @@ class FsdpCoordinator(DataParallelCoordinator):
         """Whether loss and gradient are finite on all ranks, each of which sees a shard."""
         (num_not_finite,) = self.meet([0.0 if is_finite else 1.0])
         return not num_not_finite
-
-
-def take_turns(
-    coordinator: FsdpCoordinator,
-    run: Run,
-    reduces_once: bool,
-    window: Window,
-    indices: Sequence[int],
-    snapshot: Snapshot,
-) -> None:
-    """Take as many turns as the rank with the most micro-batches of positive weight, with no-op steps at the end.
-
-    `reduces_once` sums gradients over ranks in the last turn alone. An error in the middle of a turn is rolled back
-    where all ranks have it; an error on one rank ends the training, as it does without gradfold.
-    """
-    coordinator.read_denominators()
-    busy = [index for index in indices if index not in window.zero_weight]
-    sharded = sharded_modules(window.context.modules)
-    coordinator.meet()  # all are ready: from here on they are in the middle of turns
-    coordinator.is_awaited = False
-    num_turns, no_op = _plan_turns(coordinator, window, busy)
-    try:
-        for turn in range(num_turns):
-            set_reducing(sharded, turn == num_turns - 1 or not reduces_once)
-            if turn < len(busy):
-                run(window, [busy[turn]], snapshot)
-            else:
-                window.backward(_no_op_terms(window, no_op))
-    except BaseException:
-        drop_turn(sharded)
-        raise
-    finally:
-        set_reducing(sharded, True)
-        for module in sharded:  # else the gradients of the model's parameters are not those of its shards
-            module.reshard()
-    coordinator.is_awaited = True
-
-
-def _plan_turns(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> tuple[int, Batch]:
-    """How many turns ranks take, and what runs in no-op steps.
-
-    These are rows of positive weight, of another rank where there are none here: 0 times the gradient of others may be
-    NaN.
-    """
-    group, own = coordinator.group, window.micro_batches[busy[0]].data if busy else None
-    donor = group.rank if busy else group.size  # the first that has some
-    most, fewest, first = group.maximum(torch.tensor([len(busy), -len(busy), -donor])).tolist()
-    if fewest or not most:  # all are busy, or none is
-        return most, own
-    given = group.broadcast(own, -first)
-    return most, own if busy else given
-
-
-def _no_op_terms(window: Window, batch: Batch) -> list[tuple[Tensor, float]]:
-    data = prefetch([MicroBatch(batch, range(0))], window.device)(0)
-    return [(term, 0.0) for term in loss_terms_of(window.loss_fn(window.model, data)).values()]

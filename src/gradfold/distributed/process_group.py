@@ -9,6 +9,8 @@ import atexit
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -50,7 +52,23 @@ def _keep(tensors: list[Tensor]) -> None:
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error of a collective says that another process cannot be reached."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text
+
+
+def sever(group: dist.ProcessGroup) -> None:
+    """Close the connections of this process, so that no other one waits for it. The group is of no use after that.
+
+    Last run with gloo. `abort` does nothing there, and has not run with NCCL, whose other processes go on waiting.
+    """
+    group.abort()
+    if dist.get_backend(group) != "gloo":
+        return
+    for peer in range(dist.get_world_size(group)):
+        if peer != dist.get_rank(group):
+            with suppress(RuntimeError):  # gloo closes a connection on which nothing came in time
+                receiving = dist.irecv(torch.empty(1), group=group, group_src=peer)
+                receiving.wait(timedelta(milliseconds=1))  # type: ignore[union-attr]  # None outside of the group
 
 
 class ProcessGroup:

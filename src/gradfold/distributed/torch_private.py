@@ -58,6 +58,17 @@ def group_of(sharded: Sequence[FSDPModule]) -> ProcessGroup:
     return group
 
 
+def groups_of(sharded: Sequence[FSDPModule]) -> list[ProcessGroup]:
+    """The process groups in which modules gather parameters and sum gradients, each once."""
+    meshes = {group.mesh_info.mesh for module in sharded for group in parameter_groups(module)}
+    return [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
+
+
+def default_store() -> Any:
+    """The store of the processes (`_get_default_store`). Without it: ranks that fail alone are not told of."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def whole_parameter(shard: Any) -> nn.Parameter:
     """A new parameter without contents, as it was before it was sharded."""
     sharded = shard.sharded_param
