@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfold.state.attributes import keep_contents
+from gradfold.state.gradients import local_part
 from gradfold.torch_private import foreach_norm
 
 PROOF = 4  # how many times the tolerance a difference must be, in order to count as proof
@@ -64,9 +65,9 @@ def perturbed(
         with torch.no_grad():
             for number, (parameter, *_) in enumerate(kept):
                 generator = torch.Generator().manual_seed(1000 * random_seed + number)
-                steps = torch.rand(parameter.shape, generator=generator).mul_(2 * _STEPS).sub_(_STEPS)
-                steps = steps.to(parameter.device, parameter.dtype)
-                parameter.add_(parameter * steps, alpha=torch.finfo(precision or parameter.dtype).eps)
+                own = local_part(parameter)  # replicas of one parameter move alike, since all ranks draw the same
+                steps = torch.rand(own.shape, generator=generator).mul_(2 * _STEPS).sub_(_STEPS)
+                own.add_(own * steps.to(own.device, own.dtype), alpha=torch.finfo(precision or own.dtype).eps)
         yield
     finally:
         for contents in kept:  # with their versions: else frozen parameters would seem to have been moved by the user

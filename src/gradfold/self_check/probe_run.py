@@ -19,7 +19,7 @@ from gradfold.engine.model_checks import parameters_with_hooks
 from gradfold.errors import HookError
 from gradfold.messages import join_names
 from gradfold.self_check.rng_replay import GeneratorMode
-from gradfold.state.gradients import parameters_of
+from gradfold.state.gradients import parameters_of, whole_of
 from gradfold.state.rng import RandomState
 from gradfold.state.snapshot import Snapshot
 
@@ -144,10 +144,9 @@ def sample_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
 
 
 def _sample(gradient: Tensor | None, quota: int) -> Tensor | None:
-    if gradient is not None and hasattr(gradient, "to_local"):  # of a shard
-        gradient = gradient.to_local()
     if gradient is None or not gradient.numel():
         return None
+    gradient = whole_of(gradient)  # so that all ranks judge alike
     if gradient.is_sparse:
         gradient = torch.sparse.sum(gradient.detach(), 0).to_dense()
     values = gradient.detach().reshape(-1)

@@ -284,6 +284,18 @@ def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that several hold together (DTensor), as a view; of others all."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """The tensor of which this process may hold a part; then all processes that hold one have to call this."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
 def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients down to a joint 2-norm of at most `max_norm`; gives the norm before, 0-d.
 
@@ -297,9 +309,7 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
             gradient = gradient.values()
         if gradient is not None:
             values.append(gradient)
-    norm = torch.nn.utils.get_total_norm(values)
-    if hasattr(norm, "full_tensor"):  # of shards: over all ranks
-        norm = norm.full_tensor()
+    norm = whole_of(torch.nn.utils.get_total_norm(values))
     if math.isinf(max_norm):
         return norm
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
