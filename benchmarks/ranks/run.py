@@ -5,6 +5,7 @@ python -m benchmarks.ranks.run
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 import time
@@ -63,7 +64,8 @@ def measure(width: int) -> dict[str, Any]:
     arms: dict[str, Callable[[], object]] = {
         "reduction per micro-batch": lambda: ways.loop(every=True),
         "reduction in the last backward": lambda: ways.loop(every=False),
-        "gradfold": ways.gradfold,
+        "gradfold": lambda: ways.gradfold(ways.accumulator),
+        "gradfold, in the last backward": lambda: ways.gradfold(ways.overlapped),
     }
     order, shuffle = list(arms), random.Random(0).shuffle
     elapsed_s: dict[str, list[float]] = {name: [] for name in arms}
@@ -84,6 +86,10 @@ def measure(width: int) -> dict[str, Any]:
         ),
         "gradfold / in the last backward": ratio(elapsed_s, "gradfold", "reduction in the last backward"),
         "gradfold / per micro-batch": ratio(elapsed_s, "gradfold", "reduction per micro-batch"),
+        "gradfold, in the last backward / gradfold": ratio(elapsed_s, "gradfold, in the last backward", "gradfold"),
+        "gradfold, in the last backward / in the last backward": ratio(
+            elapsed_s, "gradfold, in the last backward", "reduction in the last backward"
+        ),
     }
 
 
@@ -96,6 +102,8 @@ class Arms:
         self.model = DistributedDataParallel(nn.Sequential(*layers))
         self.batch = torch.randn(NUM_MICRO_BATCHES * ROWS, width), torch.randint(0, 10, (NUM_MICRO_BATCHES * ROWS,))
         self.accumulator = gradfold.Accumulator(self.model, loss_fn, micro_batch_size=ROWS)
+        other = DistributedDataParallel(copy.deepcopy(self.model.module))  # its hooks would be called in all arms
+        self.overlapped = gradfold.Accumulator(other, loss_fn, micro_batch_size=ROWS, ddp_reduce="in_last_backward")
 
     def loop(self, every: bool) -> None:
         """The loop written by hand, with `no_sync` on all but the last micro-batch, or on none."""
@@ -105,10 +113,10 @@ class Arms:
             with nullcontext() if every or is_last else self.model.no_sync():
                 (loss_fn(self.model, part) / NUM_MICRO_BATCHES).backward()  # type: ignore[no-untyped-call]
 
-    def gradfold(self) -> None:
-        """All micro-batches under `no_sync`, and one reduction at the end."""
-        self.model.zero_grad()
-        self.accumulator.backward(self.batch)
+    def gradfold(self, accumulator: gradfold.Accumulator) -> None:
+        """All micro-batches under `no_sync`, and one reduction at the end; or the last one as in the loop."""
+        accumulator.model.zero_grad()
+        accumulator.backward(self.batch)
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -22,7 +22,7 @@ from gradfold.batchnorm.policy import (
     check_batch_norm,
     refuse_batch_statistics,
 )
-from gradfold.distributed.coordinators import DataParallelCoordinator, FsdpCoordinator
+from gradfold.distributed.coordinators import DataParallelCoordinator
 from gradfold.distributed.ddp import (
     DistributedOption,
     check_distributed,
@@ -31,9 +31,10 @@ from gradfold.distributed.ddp import (
     without_reductions,
 )
 from gradfold.distributed.fsdp import divide_factor, refuse_small_dtypes, reshard, sharded_modules
+from gradfold.distributed.overlap import OverlappedCoordinator, refuse_overlap
 from gradfold.distributed.process_group import TuningGroup, is_initialized
 from gradfold.distributed.settings import RankSettings
-from gradfold.distributed.turns import take_turns
+from gradfold.distributed.turns import FsdpCoordinator
 from gradfold.dropout import DropoutKeys, counter_based_layers, keyed, refuse_options
 from gradfold.engine.backward import BackPropagation, BackwardFn, probe
 from gradfold.engine.coordinator import Coordinator
@@ -63,6 +64,7 @@ from gradfold.weights import WeightOption, check_option, counts_samples
 __all__ = ["Accumulator"]
 
 MicroBatchSize: TypeAlias = int | Literal["auto"] | Auto | None
+DdpReduce: TypeAlias = Literal["after_last_backward", "in_last_backward"]
 FsdpReduce: TypeAlias = Literal["per_micro_batch", "per_window"]
 
 _PLAIN: AbstractContextManager[PassListener] = nullcontext(PassListener())
@@ -109,6 +111,9 @@ class Accumulator:
         distributed: None finds the processes that train together in the model: DistributedDataParallel (gradients are
             summed once per window) or `fully_shard`. False: this process trains by itself. Weights are summed over all
             ranks.
+        ddp_reduce: when gradients are summed over the ranks of `DistributedDataParallel`: "after_last_backward", or
+            "in_last_backward", overlapped with it. Then no micro-batch can run again on one rank alone, so an error is
+            an error on all, and from the last backward pass on it ends the training.
         fsdp_reduce: when `fully_shard` modules sum gradients over ranks: "per_micro_batch", or "per_window" at the cost
             of whole gradients until then, which for n ranks is n times the bytes of a rank's own.
         self_check: whether the first window with several micro-batches is checked for a gradient that is not the mean
@@ -146,6 +151,7 @@ class Accumulator:
         on_non_finite: OnNonFinite = "raise",
         backward: BackwardFn | None = None,
         distributed: DistributedOption = None,
+        ddp_reduce: DdpReduce = "after_last_backward",
         fsdp_reduce: FsdpReduce = "per_micro_batch",
         self_check: bool = True,
     ) -> None:
@@ -159,6 +165,8 @@ class Accumulator:
         check_batch_norm(batch_norm)
         check_on_non_finite(on_non_finite)
         check_distributed(distributed)
+        if ddp_reduce not in ("after_last_backward", "in_last_backward"):
+            raise OptionError(f'ddp_reduce={ddp_reduce!r}; expected "after_last_backward" or "in_last_backward".')
         if fsdp_reduce not in ("per_micro_batch", "per_window"):
             raise OptionError(f'fsdp_reduce={fsdp_reduce!r}; expected "per_micro_batch" or "per_window".')
         self.model = model
@@ -169,6 +177,7 @@ class Accumulator:
         self.batch_norm = batch_norm
         self.on_non_finite = on_non_finite
         self.distributed = distributed
+        self.ddp_reduce = ddp_reduce
         self.fsdp_reduce = fsdp_reduce
         self.num_windows = 0
         self.precision = read_option(precision, model)
@@ -275,8 +284,8 @@ class Accumulator:
         self._is_due, self._is_checked = True, False
         strategy, coordinator = self._strategy, self._context.coordinator
         run: Run = strategy.run if self._token_batcher is None else self._token_batcher.timed(strategy)
-        if isinstance(coordinator, FsdpCoordinator):
-            run = partial(take_turns, coordinator, run, self.fsdp_reduce == "per_window")
+        if coordinator.runs_in_step:
+            run = partial(coordinator.run_in_step, run)
         try:
             while not window.is_complete:
                 self._preflight(window)
@@ -380,10 +389,15 @@ class Accumulator:
             self._settings = context.version, self._rank_settings()
         settings = self._settings[1]
         sharded = sharded_modules(context.modules)
-        if not sharded:
-            is_exact = self.batch_norm == "exact" and group.size > 1
-            return (SynchronizedCoordinator if is_exact else DataParallelCoordinator)(group, settings)
-        return FsdpCoordinator(group, settings, divide_factor(sharded, group.size))
+        if sharded:
+            reduces_once = self.fsdp_reduce == "per_window"
+            return FsdpCoordinator(group, settings, divide_factor(sharded, group.size), reduces_once)
+        if group.size == 1:
+            return DataParallelCoordinator(group, settings)
+        if self.ddp_reduce == "in_last_backward":
+            self._check_overlap(context.modules)
+            return OverlappedCoordinator(group, settings)
+        return (SynchronizedCoordinator if self.batch_norm == "exact" else DataParallelCoordinator)(group, settings)
 
     def _rank_settings(self) -> RankSettings:
         """The options that all ranks must have, since they decide what is summed over them, and when."""
@@ -395,9 +409,22 @@ class Accumulator:
             loss_fn="a TwoPhaseLoss" if is_two_phase else "a loss",
             batch_norm=self.batch_norm,
             on_non_finite=self.on_non_finite,
+            ddp_reduce=self.ddp_reduce,
             fsdp_reduce=self.fsdp_reduce,
             precision=(precision.compute, "scaled" if precision.is_scaled else "not scaled", self._sums.dtype),
         )
+
+    def _check_overlap(self, modules: Sequence[nn.Module]) -> None:
+        """Raise OptionError where an option is not supported with sums in the last backward pass."""
+        is_two_phase = isinstance(self._run_loss, TwoPhaseLoss)
+        is_skipping = self.on_non_finite == "skip_micro_batch"
+        if is_two_phase or is_skipping or self.batch_norm == "exact" or self._backward is not None:
+            raise OptionError(
+                'ddp_reduce="in_last_backward" is not supported with a TwoPhaseLoss, batch_norm="exact", backward= or '
+                'on_non_finite="skip_micro_batch", where the last backward pass of a window is none of one micro-batch.'
+            )
+        refuse_small_dtypes(self.model, self._sums.dtype, "DistributedDataParallel")
+        refuse_overlap(modules)
 
     def _check_sharding(self) -> None:
         """Raise OptionError where an option is not supported with shards; warn once of what they leave unchecked."""
@@ -408,7 +435,7 @@ class Accumulator:
                 'fully_shard is not supported with on_non_finite="skip_micro_batch", since no rank can run rows alone, '
                 "nor with backward=."
             )
-        refuse_small_dtypes(self.model, self._sums.dtype)
+        refuse_small_dtypes(self.model, self._sums.dtype, "fully_shard")
         if self._self_check is not None:
             self._self_check = None
             warn(

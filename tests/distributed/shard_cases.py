@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import gradfold
-from gradfold.distributed import turns
+from gradfold.distributed import failure
 
 F = nn.functional
 
@@ -204,7 +204,7 @@ def failing_alone(rank, size, reduce, point, number):
     fails = rank == 0
     mode = FailAt(point if fails and not isinstance(point, str) else 0, lambda: torch.OutOfMemoryError("injected"))
     found, num_added = [], []
-    with mock.patch.object(turns, "IN_STEP_S", 0.3), spared_meetings():
+    with mock.patch.object(failure, "IN_STEP_S", 0.3), spared_meetings():
         for setting in (mode, nullcontext()):
             try:
                 with setting:

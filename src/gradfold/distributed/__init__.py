@@ -1,6 +1,6 @@
 """Several processes that train one model.
 
 `ddp` and `fsdp` find out from the modules which; a `ProcessGroup` runs their collectives; `coordinators` implement the
-engine's `Coordinator`, and `take_turns` has all ranks take as many turns. `launch` starts processes for the commands.
-Start reading at `ddp.find_process_group`, then `coordinators.py`.
+engine's `Coordinator`, `turns` for shards and `overlap` for sums in the last backward pass. `launch` starts processes
+for the commands. Start reading at `ddp.find_process_group`, then `coordinators.py`.
 """

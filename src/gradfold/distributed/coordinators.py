@@ -36,12 +36,14 @@ class DataParallelCoordinator(Coordinator):
 
     Attributes:
         is_awaited: whether the others wait, or will, for what this rank says next.
+        overlaps: whether the last backward pass of this window sums gradients.
     """
 
     def __init__(self, group: ProcessGroup, settings: RankSettings) -> None:
         self.group = group
         self.num_ranks, self.rank = group.size, group.rank
         self.is_awaited = True
+        self.overlaps = False
         self._settings = settings
         self._receive: Callable[[], list[float]] | None = None  # the end of [A], once it has begun
         self._denominators: list[float] | None = None  # what it gave
@@ -74,7 +76,7 @@ class DataParallelCoordinator(Coordinator):
         if self._receive is None:
             self._own, self._totals = own, own.own_totals()
             rows = self._totals[-1]
-            first = [*self._settings.digest(), rows, rows**2, *self._totals]
+            first = [*self._settings.digest(), rows, rows**2, float(self._can_overlap()), *self._totals]
             self._receive = self._begin(first[: _SIZE - 1])
         return own.over(self.read_denominators)
 
@@ -85,7 +87,8 @@ class DataParallelCoordinator(Coordinator):
             sums = self._receive()
             if not is_common(sums[:NUM_NUMBERS], self.num_ranks):
                 self._settings.names.learn(self._compare(self._settings))
-            found, rest = sums[NUM_NUMBERS + 2 :], self._totals[_SIZE - NUM_NUMBERS - 3 :]
+            self.overlaps = sums[NUM_NUMBERS + 2] == self.num_ranks
+            found, rest = sums[NUM_NUMBERS + 3 :], self._totals[_SIZE - NUM_NUMBERS - 4 :]
             if rest:
                 found += self.meet(rest)
             if self._settings.places_rows and not is_common(sums[NUM_NUMBERS : NUM_NUMBERS + 2], self.num_ranks):
@@ -165,6 +168,10 @@ class DataParallelCoordinator(Coordinator):
 
         return wait
 
+    def _can_overlap(self) -> bool:
+        """Whether this rank has a backward pass in which gradients can be summed."""
+        return False
+
     def _fail(self) -> None:
         """Take part in what the others wait for, as a rank that has failed; they gather texts next."""
         self.group.begin_sum([1.0, *[0.0] * _SIZE][:_SIZE])()
@@ -232,28 +239,3 @@ class DataParallelCoordinator(Coordinator):
                     "not on others, so ranks would end with different gradients. Freeze and zero the same on all ranks."
                 )
         return bytes(sum(torch.tensor(flags)[:, None] * of_some).tolist())
-
-
-class FsdpCoordinator(DataParallelCoordinator):
-    """Several processes that hold a shard of every parameter each (FSDP2).
-
-    Forward passes gather parameters and backward passes sum gradients, on all ranks at once: see `take_turns`. Nothing
-    can run again on one rank alone.
-    """
-
-    can_replay = can_probe = False
-    runs_all_terms = True
-
-    def __init__(self, group: ProcessGroup, settings: RankSettings, grad_factor: float) -> None:
-        super().__init__(group, settings)
-        self.grad_factor = grad_factor
-
-    def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
-        """[B]; gradients are summed already."""
-        losses.settle()
-        self._join(losses, b"")
-
-    def all_finite(self, is_finite: bool) -> bool:
-        """Whether loss and gradient are finite on all ranks, each of which sees a shard."""
-        (num_not_finite,) = self.meet([0.0 if is_finite else 1.0])
-        return not num_not_finite

@@ -71,15 +71,18 @@ def refuse_unsharded(modules: Sequence[nn.Module]) -> None:
                 )
 
 
-def refuse_small_dtypes(model: nn.Module, sums: torch.dtype | None) -> None:
-    """Raise OptionError where gradients would be summed in a smaller dtype than `sums`, if that is not None."""
+def refuse_small_dtypes(model: nn.Module, sums: torch.dtype | None, owner: str) -> None:
+    """Raise OptionError where `owner` would sum gradients in a smaller dtype than `sums`, if that is not None."""
     small = [name for name, one in model.named_parameters() if one.requires_grad and one.dtype.itemsize < 4]
     if small and sums is not None:
+        remedy = {
+            "fully_shard": "in bfloat16: fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, "
+            "reduce_dtype=torch.float32))",
+        }.get(owner, 'under autocast: precision="bf16"')
         raise OptionError(
-            f"{join_names(small, 3)}: fully_shard sums the gradients of parameters in a small dtype in that dtype, "
+            f"{join_names(small, 3)}: {owner} sums the gradients of parameters in a small dtype in that dtype, "
             "where a sum over 128 micro-batches is off by 1 % in bfloat16. Keep the parameters in float32, and compute "
-            "in bfloat16: fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, "
-            "reduce_dtype=torch.float32)). Precision(accumulate_dtype=None) accepts it."
+            f"{remedy}. Precision(accumulate_dtype=None) accepts it."
         )
 
 

@@ -33,6 +33,25 @@ def sync_buffers(module: nn.parallel.DistributedDataParallel) -> None:
     module._sync_buffers()  # type: ignore[no-untyped-call]
 
 
+def end_reduction(module: nn.parallel.DistributedDataParallel) -> bool:
+    """End a backward pass that sums gradients; gives whether it has summed all (`_check_reducer_finalized`).
+
+    After the first one buckets are rebuilt by a collective (`_rebuild_buckets`), else in the next forward pass, which
+    not every rank may run. Without these: gradients are summed after the last backward pass.
+    """
+    try:
+        module.reducer._check_reducer_finalized()
+    except RuntimeError:
+        return False
+    module.reducer._rebuild_buckets()
+    return module.require_forward_param_sync  # which a forward pass sets that prepares for sums
+
+
+def drop_reduction(module: nn.parallel.DistributedDataParallel) -> None:
+    """Have a module forget a backward pass that failed (`Reducer._reset_state`). Without it: as `end_reduction`."""
+    module.reducer._reset_state()
+
+
 # Below: the records that fully_shard keeps. Without them models with shards cannot be copied, so there are no plans, no
 # "auto" and no verify of them.
 

@@ -2,110 +2,94 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch
 from gradfold.batch.split import MicroBatch
-from gradfold.distributed.coordinators import FsdpCoordinator
+from gradfold.distributed.coordinators import DataParallelCoordinator
+from gradfold.distributed.failure import settle_failure
 from gradfold.distributed.fsdp import set_reducing, sharded_modules
-from gradfold.distributed.process_group import is_lost, sever
-from gradfold.distributed.torch_private import default_store, drop_turn, groups_of
-from gradfold.engine.loss_terms import loss_terms_of
+from gradfold.distributed.process_group import ProcessGroup
+from gradfold.distributed.settings import RankSettings
+from gradfold.distributed.torch_private import drop_turn, groups_of
+from gradfold.engine.loss_terms import LossTerms, loss_terms_of
 from gradfold.engine.prefetch import prefetch
 from gradfold.engine.strategy import Run
 from gradfold.engine.window import Window
-from gradfold.errors import DistributedError
+from gradfold.state.gradients import GradientBuffer
 from gradfold.state.snapshot import Snapshot
 
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
-IN_STEP_S = 10.0
-"""How far apart ranks may be that fail at the same place."""
+class FsdpCoordinator(DataParallelCoordinator):
+    """Several processes that hold a shard of every parameter each (FSDP2).
 
-_ENDED = (
-    " in the middle of a turn, where ranks under fully_shard wait for each other, so the training has ended on all; go "
-    "on from a checkpoint"
-)
+    Forward passes gather parameters and backward passes sum gradients, on all ranks at once. Nothing can run again on
+    one rank alone.
 
-
-def take_turns(
-    coordinator: FsdpCoordinator,
-    run: Run,
-    reduces_once: bool,
-    window: Window,
-    indices: Sequence[int],
-    snapshot: Snapshot,
-) -> None:
-    """Take as many turns as the rank with the most micro-batches of positive weight, with no-op steps at the end.
-
-    `reduces_once` sums gradients over ranks in the last turn alone. An error in the middle of a turn is rolled back
-    where all ranks have it; an error on one rank ends the training on all.
+    Args:
+        grad_factor: that undoes the division of gradients by the number of ranks.
+        reduces_once: whether gradients are summed over ranks in the last turn alone.
     """
-    coordinator.read_denominators()
-    busy = [index for index in indices if index not in window.zero_weight]
-    sharded = sharded_modules(window.context.modules)
-    coordinator.meet()  # all are ready: from here on they are in the middle of turns
-    coordinator.is_awaited = False
-    num_turns, no_op = _plan_turns(coordinator, window, busy)
-    try:
-        for turn in range(num_turns):
-            set_reducing(sharded, turn == num_turns - 1 or not reduces_once)
-            if turn < len(busy):
-                run(window, [busy[turn]], snapshot)
-            else:
-                window.backward(_no_op_terms(window, no_op))
-    except BaseException as error:
-        drop_turn(sharded)
-        _settle_failure(coordinator, sharded, error)
-        raise
-    finally:
-        set_reducing(sharded, True)
-        for module in sharded:  # else the gradients of the model's parameters are not those of its shards
-            module.reshard()
-    coordinator.is_awaited = True
+
+    can_replay = can_probe = False
+    runs_in_step = True
+    runs_all_terms = True
+
+    def __init__(self, group: ProcessGroup, settings: RankSettings, grad_factor: float, reduces_once: bool) -> None:
+        super().__init__(group, settings)
+        self.grad_factor = grad_factor
+        self._reduces_once = reduces_once
+
+    def run_in_step(self, run: Run, window: Window, indices: Sequence[int], snapshot: Snapshot) -> None:
+        """Take as many turns as the rank with the most micro-batches that weigh something; no-op steps at the end.
+
+        An error in the middle of a turn is rolled back where all ranks have it; an error on one rank ends the training
+        on all.
+        """
+        self.read_denominators()
+        busy = [index for index in indices if index not in window.zero_weight]
+        sharded = sharded_modules(window.context.modules)
+        self.meet()  # all are ready: from here on they are in the middle of turns
+        self.is_awaited = False
+        num_turns, no_op = _plan_turns(self.group, window, busy)
+        try:
+            for turn in range(num_turns):
+                set_reducing(sharded, turn == num_turns - 1 or not self._reduces_once)
+                if turn < len(busy):
+                    run(window, [busy[turn]], snapshot)
+                else:
+                    window.backward(_no_op_terms(window, no_op))
+        except BaseException as error:
+            drop_turn(sharded)
+            settle_failure(self.group, groups_of(sharded), error, "the middle of a turn of fully_shard")
+            raise
+        finally:
+            set_reducing(sharded, True)
+            for module in sharded:  # else the gradients of the model's parameters are not those of its shards
+                module.reshard()
+        self.is_awaited = True
+
+    def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
+        """[B]; gradients are summed already."""
+        losses.settle()
+        self._join(losses, b"")
+
+    def all_finite(self, is_finite: bool) -> bool:
+        """Whether loss and gradient are finite on all ranks, each of which sees a shard."""
+        (num_not_finite,) = self.meet([0.0 if is_finite else 1.0])
+        return not num_not_finite
 
 
-def _settle_failure(coordinator: FsdpCoordinator, sharded: Sequence[FSDPModule], error: BaseException) -> None:
-    """Wait until all ranks have failed; where they do not, end the training on all.
-
-    The others wait in the middle of a turn, where a rank can tell them nothing but by the store, and that it is gone.
-
-    Raises:
-        DistributedError: another rank was the first to fail, and the reason why this one did.
-    """
-    group, store = coordinator.group, default_store()
-    key = f"gradfold/{group.group.group_name}"
-    is_first = not (isinstance(error, RuntimeError) and is_lost(error))
-    if is_first:
-        num_failed = store.add(f"{key}/failed", 1)
-        num_when_alike = -(-num_failed // group.size) * group.size  # with those of earlier turns that all ranks left
-        deadline = time.monotonic() + IN_STEP_S
-        while store.add(f"{key}/failed", 0) < num_when_alike and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if store.add(f"{key}/failed", 0) >= num_when_alike:
-            return
-        store.set(f"{key}/text", f"rank {group.rank} has failed{_ENDED}. {type(error).__name__}: {error}")
-    for one in {id(one): one for one in (group.group, *groups_of(sharded))}.values():
-        sever(one)
-    if not is_first:
-        is_told = store.check([f"{key}/text"])
-        text = store.get(f"{key}/text").decode() if is_told else f"another rank cannot be reached{_ENDED}."
-        raise DistributedError(text) from error
-
-
-def _plan_turns(coordinator: FsdpCoordinator, window: Window, busy: Sequence[int]) -> tuple[int, Batch]:
+def _plan_turns(group: ProcessGroup, window: Window, busy: Sequence[int]) -> tuple[int, Batch]:
     """How many turns ranks take, and what runs in no-op steps.
 
     These are rows of positive weight, of another rank where there are none here: 0 times the gradient of others may be
     NaN.
     """
-    group, own = coordinator.group, window.micro_batches[busy[0]].data if busy else None
+    own = window.micro_batches[busy[0]].data if busy else None
     donor = group.rank if busy else group.size  # the first that has some
     most, fewest, first = group.maximum(torch.tensor([len(busy), -len(busy), -donor])).tolist()
     if fewest or not most:  # all are busy, or none is

@@ -14,9 +14,9 @@ DistributedError with its text. So an error on one rank rolls the window back on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gradfold.engine.loss_terms import LossTerms
 from gradfold.state.gradients import GradientBuffer
@@ -32,6 +32,7 @@ class Coordinator(AbstractContextManager["Coordinator"]):
         num_ranks, rank: how many processes train together, and which this one is.
         can_replay: whether micro-batches can run again on this rank alone.
         can_probe: whether this rank can run some rows by itself, as the self-check does.
+        runs_in_step: whether micro-batches are run by `run_in_step`, since other ranks take part in their passes.
         runs_all_terms: whether loss terms of weight 0 are back-propagated, too, so that all ranks reduce the same.
         grad_factor: by which `grad_output` is multiplied, to undo a division of gradients by the number of ranks.
     """
@@ -40,6 +41,7 @@ class Coordinator(AbstractContextManager["Coordinator"]):
     rank = 0
     can_replay = True
     can_probe = True
+    runs_in_step = False
     runs_all_terms = False
     grad_factor = 1.0
 
@@ -49,6 +51,10 @@ class Coordinator(AbstractContextManager["Coordinator"]):
     def over_all_ranks(self, own: WindowWeights) -> WindowWeights:
         """Weights of this rank's micro-batches, normalized by the denominators of all ranks."""
         return own
+
+    def run_in_step(self, run: Callable[..., None], window: Any, indices: Sequence[int], snapshot: Any) -> None:
+        """Run micro-batches by `run`, where other ranks take part in their passes."""
+        run(window, indices, snapshot)
 
     def end(self, losses: LossTerms, gradients: GradientBuffer) -> None:
         """Every micro-batch has run: make losses, metrics and gradients those of all ranks."""
