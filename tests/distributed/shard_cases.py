@@ -129,6 +129,9 @@ FAULTS = [
 ]
 
 
+OPERATORS = [(reduce, keeps) for reduce in ("per_micro_batch", "per_window") for keeps in (False, True)]
+
+
 def rows():
     return numbers(ROWS, 3, seed=1), numbers(ROWS, 1, seed=2)
 
@@ -137,9 +140,10 @@ def both_heads(model, batch):
     return F.mse_loss(torch.cat(model(batch[0]), 1), batch[1].expand(-1, 8))
 
 
-def failing(rank, size, is_nested, reduce, finds, points):
+def failing(rank, size, is_nested, reduce, finds, points, keeps=False):
     """An error on all ranks at some points, in one training: what is left in `.grad`, and the next window's."""
     model = shard(TwoHeads(), size, is_nested)
+    model.set_reshard_after_backward(not keeps)
     shards = dict(model.named_parameters())
     batch = cut(rows(), rows_of(rank, size))
     calls, fails_at = [0], [""]
@@ -280,8 +284,8 @@ def scenes(rank, size):
         "heads": {case: heads(rank, size, *case) for case in HEADS},
         "calls": {case: failing(rank, size, *case, CALLS) for case in FAULTS},
         "operators": {
-            reduce: failing(rank, size, True, reduce, True, operators(size))
-            for reduce in ("per_micro_batch", "per_window")
+            (reduce, keeps): failing(rank, size, True, reduce, True, operators(size), keeps)
+            for reduce, keeps in OPERATORS
         },
         "not finite": {policy: not_finite(rank, size, policy) for policy in ("raise", "skip_update")},
         "said": said(rank, size),

@@ -38,11 +38,12 @@ def test_an_error_on_all_ranks_is_rolled_back(ranks, case):
             assert relative_error(gradients, expected) < 1e-12, point
 
 
-@pytest.mark.parametrize("reduce", ["per_micro_batch", "per_window"])
-def test_memory_that_runs_out_at_some_operator_on_all_ranks_is_rolled_back(ranks, reduce):
+@pytest.mark.parametrize("case", shard_cases.OPERATORS, ids=str)
+def test_memory_that_runs_out_at_some_operator_on_all_ranks_is_rolled_back(ranks, case):
+    """Also where modules stay gathered after a backward pass."""
     expected = shard_cases.expect_both()
     for scenes in ranks:
-        outcomes = scenes["operators"][reduce]
+        outcomes = scenes["operators"][case]
         assert sum(ended == "failed" for ended, *_ in outcomes) > len(outcomes) / 2
         for point, (ended, is_as_before, gradients) in zip(shard_cases.operators(len(ranks)), outcomes, strict=True):
             assert ended == "right" or is_as_before, point
