@@ -116,9 +116,7 @@ class FailingBackward(torch.autograd.Function):
 CALLS = [f"{kind} {number}" for kind in ("forward", "backward") for number in (1, 2, 3)]
 
 
-def operators(size):
-    """Every tenth; in the fast tier, which is on three ranks, every fortieth."""
-    return range(1, 400, 40 if size == 3 else 10)
+POINTS = range(1, 400, 10)  # operators
 
 
 FAULTS = [
@@ -140,9 +138,9 @@ def both_heads(model, batch):
     return F.mse_loss(torch.cat(model(batch[0]), 1), batch[1].expand(-1, 8))
 
 
-def failing(rank, size, is_nested, reduce, finds, points, keeps=False):
+def failing(rank, size, is_nested, reduce, finds, points, keeps=False, suffix=""):
     """An error on all ranks at some points, in one training: what is left in `.grad`, and the next window's."""
-    model = shard(TwoHeads(), size, is_nested)
+    model = shard(TwoHeads(), size, is_nested, suffix)
     model.set_reshard_after_backward(not keeps)
     shards = dict(model.named_parameters())
     batch = cut(rows(), rows_of(rank, size))
@@ -278,15 +276,19 @@ def in_double(rank, size):
         torch.set_default_dtype(torch.float32)
 
 
+def sweep(rank, size, points):
+    """Memory that runs out at some operators, on all ranks."""
+    return {
+        (reduce, keeps): failing(rank, size, True, reduce, True, points, keeps, f" {len(points)}")
+        for reduce, keeps in OPERATORS
+    }
+
+
 def scenes(rank, size):
     """All of the above, in one set of processes: torch keeps meshes by what they are equal to, and not their groups."""
     return {
         "heads": {case: heads(rank, size, *case) for case in HEADS},
         "calls": {case: failing(rank, size, *case, CALLS) for case in FAULTS},
-        "operators": {
-            (reduce, keeps): failing(rank, size, True, reduce, True, operators(size), keeps)
-            for reduce, keeps in OPERATORS
-        },
         "not finite": {policy: not_finite(rank, size, policy) for policy in ("raise", "skip_update")},
         "said": said(rank, size),
         "in double": in_double(rank, size),

@@ -38,16 +38,19 @@ def test_an_error_on_all_ranks_is_rolled_back(ranks, case):
             assert relative_error(gradients, expected) < 1e-12, point
 
 
-@pytest.mark.parametrize("case", shard_cases.OPERATORS, ids=str)
-def test_memory_that_runs_out_at_some_operator_on_all_ranks_is_rolled_back(ranks, case):
+@pytest.mark.parametrize("size", worlds(2, 3, 4))
+@pytest.mark.parametrize(
+    "points", [shard_cases.POINTS[::8], pytest.param(shard_cases.POINTS, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_memory_that_runs_out_at_some_operator_on_all_ranks_is_rolled_back(size, points):
     """Also where modules stay gathered after a backward pass."""
     expected = shard_cases.expect_both()
-    for scenes in ranks:
-        outcomes = scenes["operators"][case]
-        assert sum(ended == "failed" for ended, *_ in outcomes) > len(outcomes) / 2
-        for point, (ended, is_as_before, gradients) in zip(shard_cases.operators(len(ranks)), outcomes, strict=True):
-            assert ended == "right" or is_as_before, point
-            assert relative_error(gradients, expected) < 1e-12, point
+    for scenes in run(shard_cases.sweep, size, points, timeout_s=120):
+        for case, outcomes in scenes.items():
+            assert sum(ended == "failed" for ended, *_ in outcomes) > len(outcomes) / 2
+            for point, (ended, is_as_before, gradients) in zip(points, outcomes, strict=True):
+                assert ended == "right" or is_as_before, (case, point)
+                assert relative_error(gradients, expected) < 1e-12, (case, point)
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip_update"])
@@ -109,5 +112,5 @@ def test_an_error_on_one_rank_in_the_middle_of_a_turn_ends_the_training_on_all(s
 @pytest.mark.parametrize("size", worlds(2, 3, 4))
 @pytest.mark.parametrize("reduce", ["per_micro_batch", "per_window"])
 def test_memory_that_runs_out_on_one_rank_at_every_tenth_operator(size, reduce):
-    ended = [check_alone(size, reduce, point) for point in range(1, 400, 10 if size < 4 else 40)]
+    ended = [check_alone(size, reduce, point) for point in shard_cases.POINTS]
     assert sum(kind != "right" for (kind, _), _ in ended) > len(ended) / 2
