@@ -20,7 +20,7 @@ import gradfold
 from gradfold.batch.split import cut_range
 
 PAGE = Path(__file__).parents[1] / "docs" / "two-phase.md"
-ROWS, SIZE = 33, 5  # 7 micro-batches of 5 and 4
+ROWS, SIZE = 33, 5  # 7 micro-batches, the last one of 3
 
 
 @dataclass(frozen=True)

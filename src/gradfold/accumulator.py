@@ -86,10 +86,11 @@ class Accumulator:
             terms, whose plain sum is the loss. `metrics` is a dict; 0-d values are combined as weighted means, values
             with one entry per row are concatenated in the batch's own order. For losses that compare the rows of a
             batch, a `TwoPhaseLoss`.
-        micro_batch_size: rows to run at once, at most; the batch is split into nearly equal parts. None: the whole
-            batch at once. On out-of-memory the size is halved (see `WindowResult.recoveries`), so with None a batch of
-            any size trains; after some hundred windows without a fault a larger size is tried again. "auto" or an
-            `Auto` finds the fastest size that fits, in a few seconds of the first window (see `micro_batch_choice`).
+        micro_batch_size: rows to run at once: micro-batches of this size, and one of what is left; nearly equal ones
+            with `batch_norm="per_micro_batch"`. None: the whole batch at once. On out-of-memory the size is halved (see
+            `WindowResult.recoveries`), so with None a batch of any size trains; after some hundred windows without a
+            fault a larger size is tried again. "auto" or an `Auto` finds the fastest size that fits, in a few seconds
+            of the first window (see `micro_batch_choice`).
         batching: how a batch is split. None: by rows. A `TokenBudget`: by padded tokens, in micro-batches of rows of
             similar length.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
@@ -195,7 +196,8 @@ class Accumulator:
         size = micro_batch_size if isinstance(micro_batch_size, int) else None
         counts = counts_samples(weight)
         self._token_batcher = None if batching is None else TokenBatcher(batching, collate, counts)
-        self._micro_batcher = self._token_batcher or MicroBatcher(size, collate, counts)
+        is_even = batch_norm == "per_micro_batch"
+        self._micro_batcher = self._token_batcher or MicroBatcher(size, collate, counts, is_even)
         self._strategy = self._pick_strategy()
         self._self_check = SelfCheck(self._strategy.probe_loss) if self_check else None
         self._context = Context(model)

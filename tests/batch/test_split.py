@@ -18,18 +18,28 @@ from gradfold.errors import BatchError, GradfoldError, OptionError
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(total=st.integers(1, 300), size=st.integers(1, 320))
-def test_the_parts_are_as_few_as_possible_nearly_equal_and_cover_the_rows_in_order(total, size):
-    parts = cut_range(total, size)
-    sizes = [len(part) for part in parts]
-    assert len(parts) == math.ceil(total / size)
-    assert max(sizes) <= size and max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
-    assert [row for part in parts for row in part] == list(range(total))
-    assert sizes == sorted(sizes, reverse=True)
+def test_the_parts_are_as_few_as_possible_and_cover_the_rows_in_order(total, size):
+    parts, even = cut_range(total, size), cut_range(total, size, is_even=True)
+    for found in (parts, even):
+        sizes = [len(part) for part in found]
+        assert len(found) == math.ceil(total / size)
+        assert max(sizes) <= size and min(sizes) >= 1 and sizes == sorted(sizes, reverse=True)
+        assert [row for part in found for row in part] == list(range(total))
+    assert {len(part) for part in parts[:-1]} <= {size}
+    assert max(map(len, even)) - min(map(len, even)) <= 1
 
 
 @pytest.mark.parametrize(
     "total, size, sizes",
-    [(33, 5, [5, 5, 5, 5, 5, 4, 4]), (33, 32, [17, 16]), (33, 33, [33]), (33, 1, [1] * 33), (1, 1, [1]), (5, 99, [5])],
+    [
+        (33, 5, [5, 5, 5, 5, 5, 5, 3]),
+        (40, 16, [16, 16, 8]),
+        (33, 32, [32, 1]),
+        (33, 33, [33]),
+        (33, 1, [1] * 33),
+        (1, 1, [1]),
+        (5, 99, [5]),
+    ],
 )
 def test_some_splits_by_hand(total, size, sizes):
     assert [len(part) for part in cut_range(total, size)] == sizes
@@ -55,7 +65,7 @@ def test_sizes_that_cannot_work_say_what_was_given_and_expected(size, words):
 def test_micro_batches_are_views_and_know_their_rows():
     inputs = torch.arange(14.0).reshape(7, 2)
     parts = split_rows({"x": inputs, "scale": 2}, 3)
-    assert [part.rows for part in parts] == [range(0, 3), range(3, 5), range(5, 7)]
+    assert [part.rows for part in parts] == [range(0, 3), range(3, 6), range(6, 7)]
     for part in parts:
         assert part.data["x"].data_ptr() == inputs[part.rows.start].data_ptr()
         assert torch.equal(part.data["x"], inputs[part.rows.start : part.rows.stop]) and part.data["scale"] == 2
@@ -121,9 +131,9 @@ def test_samples_are_collated_once_per_part_in_order():
         return torch.tensor(samples)
 
     parts = split_samples(tuple(range(7)), 3, collate)
-    assert calls == [[0, 1, 2], [3, 4], [5, 6]]
+    assert calls == [[0, 1, 2], [3, 4, 5], [6]]
     assert [part.data.tolist() for part in parts] == calls
-    assert [part.rows for part in parts] == [range(0, 3), range(3, 5), range(5, 7)]
+    assert [part.rows for part in parts] == [range(0, 3), range(3, 6), range(6, 7)]
 
 
 def test_samples_may_be_of_any_kind_and_size():

@@ -101,7 +101,7 @@ def test_layers_that_would_see_a_micro_batch_are_refused_by_name():
     with pytest.raises(gradfold.BatchNormError) as caught:
         accumulator.backward(torch.randn(33, 3))
     assert caught.value.layers == ("stem", "body.0", "body.1", "no_statistics")
-    for words in ("4 layers (stem, body.0, body.1 and 1 more)", "11 rows", "33 of the batch", '"per_micro_batch"'):
+    for words in ("4 layers (stem, body.0, body.1 and 1 more)", "16 rows", "33 of the batch", '"per_micro_batch"'):
         assert words in str(caught.value)
     assert model["stem"].num_batches_tracked == 0 and gradients(model) == {}
 

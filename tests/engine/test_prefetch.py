@@ -96,8 +96,8 @@ def test_a_split_batch_arrives_in_pieces():
     take = prefetch(split_rows((torch.zeros(7, 2), torch.zeros(7)), 3), DEVICE)
     assert [tuple(tensor.shape for tensor in take(index)) for index in range(3)] == [
         ((3, 2), (3,)),
-        ((2, 2), (2,)),
-        ((2, 2), (2,)),
+        ((3, 2), (3,)),
+        ((1, 2), (1,)),
     ]
 
 

@@ -225,10 +225,10 @@ def test_one_row_that_does_not_fit_is_an_error_with_the_sizes_tried():
     before = state(model)
     accumulator = gradfold.Accumulator(model, Flaky(0), micro_batch_size=8, self_check=False)
     with pytest.raises(
-        DoesNotFitError, match=r"one row .*\(row 0\): tried 6, 3, 2 and 1 rows at once.*: no memory"
+        DoesNotFitError, match=r"one row .*\(row 0\): tried 8, 4, 2 and 1 rows at once.*: no memory"
     ) as caught:
         accumulator.backward(batch)
-    assert caught.value.sizes == (6, 3, 2, 1)
+    assert caught.value.sizes == (8, 4, 2, 1)
     assert_same_state(state(model), before)
 
 

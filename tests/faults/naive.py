@@ -66,8 +66,8 @@ class Specimen(NamedTuple):
 
 
 SPECIMENS = {
-    "shared and sparse": Specimen(Shared, 7, 3, is_random=False),
-    "dropout": Specimen(dropout, 7, 3),
+    "shared and sparse": Specimen(Shared, 8, 3, is_random=False),
+    "dropout": Specimen(dropout, 8, 3),
     "running statistics": Specimen(batch_norm, 8, 4, {"batch_norm": "per_micro_batch"}),
     "moving buffers": Specimen(buffers, 5, 3),
 }

@@ -292,7 +292,7 @@ def test_random_numbers_without_effect():
         torch.randperm(len(batch[0]))
         return cross_entropy(model, batch)
 
-    verdict = verify(dropping(), loss_fn, classes(), micro_batch_sizes=[3, 8])  # of one row it draws none
+    verdict = verify(dropping(), loss_fn, classes(), micro_batch_sizes=[7, 8])  # of one row it draws none
     assert verdict.ok and verdict.notes == ()
 
 

@@ -60,16 +60,17 @@ def check_size(micro_batch_size: int | None) -> None:
 
 
 @lru_cache(maxsize=64)
-def cut_range(total: int, micro_batch_size: int | None) -> tuple[range, ...]:
-    """Cut `total` rows into k = ceil(total / size) ranges whose sizes differ by at most one.
+def cut_range(total: int, micro_batch_size: int | None, is_even: bool = False) -> tuple[range, ...]:
+    """Cut `total` rows into ranges of this size, the last of what is left; or into as many that differ by one at most.
 
-    At most two sizes, and so two shapes, occur. `torch.chunk` is not this: 33 rows in 8 chunks give 7.
-
-    >>> [len(rows) for rows in cut_range(33, 5)]
-    [5, 5, 5, 5, 5, 4, 4]
+    >>> [len(rows) for rows in cut_range(33, 8)], [len(rows) for rows in cut_range(33, 8, is_even=True)]
+    ([8, 8, 8, 8, 1], [7, 7, 7, 6, 6])
     """
     if micro_batch_size is None or micro_batch_size >= total:
         return (range(total),)
+    if not is_even:
+        starts = range(0, total, micro_batch_size)
+        return tuple(range(start, min(start + micro_batch_size, total)) for start in starts)
     num_parts = -(-total // micro_batch_size)
     size, num_larger = divmod(total, num_parts)
     bounds = [index * size + min(index, num_larger) for index in range(num_parts + 1)]
@@ -83,7 +84,7 @@ def form_of(batch: Batch) -> Hashable:
     return structure(batch)
 
 
-def _split_pair(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch] | None:
+def _split_pair(batch: Batch, micro_batch_size: int | None, is_even: bool) -> list[MicroBatch] | None:
     """Split one or two plain tensors in a tuple or list, the usual case, without a walk; None for any other batch."""
     kind = type(batch)
     if (kind is not tuple and kind is not list) or not 0 < len(batch) <= 2:
@@ -94,16 +95,16 @@ def _split_pair(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch] 
     total = batch[0].shape[0]
     if total == 0 or batch[-1].shape[0] != total:
         return None
-    ranges = cut_range(total, micro_batch_size)
+    ranges = cut_range(total, micro_batch_size, is_even)
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
     columns = map(torch.unsafe_split_with_sizes, batch, repeat(list(map(len, ranges))))  # as in `cut_rows`
     return list(map(MicroBatch, map(kind, zip(*columns, strict=True)), ranges, repeat(True)))
 
 
-def split_rows(batch: Batch, micro_batch_size: int | None) -> list[MicroBatch]:
+def split_rows(batch: Batch, micro_batch_size: int | None, is_even: bool = False) -> list[MicroBatch]:
     """Split a nesting of tensors; micro-batches are views of it."""
-    ranges = cut_range(num_rows(batch), micro_batch_size)
+    ranges = cut_range(num_rows(batch), micro_batch_size, is_even)
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
     return list(map(MicroBatch, cut_rows(batch, list(map(len, ranges))), ranges, repeat(True)))
@@ -121,13 +122,15 @@ def num_samples(samples: Batch) -> int:
     return len(samples)
 
 
-def split_samples(samples: Sequence[Any], micro_batch_size: int | None, collate: Collate) -> list[MicroBatch]:
+def split_samples(
+    samples: Sequence[Any], micro_batch_size: int | None, collate: Collate, is_even: bool = False
+) -> list[MicroBatch]:
     """Cut a list of samples and collate each part.
 
     All parts are collated at once: a weight may be needed of each before the first backward, and a collate function
     that draws random numbers must not run again when a part runs again.
     """
-    ranges = cut_range(num_samples(samples), micro_batch_size)
+    ranges = cut_range(num_samples(samples), micro_batch_size, is_even)
     return [MicroBatch(collate(list(samples[rows.start : rows.stop])), rows) for rows in ranges]
 
 
@@ -143,12 +146,14 @@ def check_collated(micro_batches: Iterable[MicroBatch]) -> None:
             )
 
 
-def split_further(part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | None) -> list[MicroBatch]:
+def split_further(
+    part: MicroBatch, micro_batch_size: int, collate_rows: CollateRows | None, is_even: bool = False
+) -> list[MicroBatch]:
     """Split a micro-batch into smaller ones of this size at most, or of one row; raises BatchError where it cannot.
 
     The rows stay as they were collated, unless only collation can cut them.
     """
-    ranges = cut_range(len(part.rows), max(1, micro_batch_size // (part.width or 1)))
+    ranges = cut_range(len(part.rows), max(1, micro_batch_size // (part.width or 1)), is_even)
     if len(ranges) == 1:
         return [part]
     rows = [part.rows[own.start : own.stop] for own in ranges]
@@ -231,6 +236,7 @@ class MicroBatcher:
     Args:
         size: rows (or padded tokens) to run at once; None: the whole batch.
         counts_samples: whether samples are what is weighed, so collation must not change their number.
+        is_even: whether the sizes of micro-batches differ by one row at most; else the last one has what is left.
     """
 
     unit = "rows"
@@ -243,8 +249,11 @@ class MicroBatcher:
         },
     }
 
-    def __init__(self, size: int | None, collate: Collate | None = None, counts_samples: bool = False) -> None:
+    def __init__(
+        self, size: int | None, collate: Collate | None = None, counts_samples: bool = False, is_even: bool = False
+    ) -> None:
         self.size = size
+        self.is_even = is_even
         self.fitting = FittingSize()
         self._collate = collate
         self._counts_samples = counts_samples
@@ -274,9 +283,9 @@ class MicroBatcher:
     def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
         """Split one batch into micro-batches of this size at most."""
         if self._collate is None:
-            return _split_pair(batch, limit) or split_rows(batch, limit)
+            return _split_pair(batch, limit, self.is_even) or split_rows(batch, limit, self.is_even)
         self._samples = batch
-        return split_samples(batch, limit, self._collate)
+        return split_samples(batch, limit, self._collate, self.is_even)
 
     def _split_pieces(self, pieces: Sequence[Batch], limit: int | None) -> list[MicroBatch]:
         micro_batches = join_batches([self._split(piece, limit) for piece in pieces])

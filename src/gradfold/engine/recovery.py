@@ -188,7 +188,7 @@ def _split_further(window: Window, micro_batcher: MicroBatcher, size: int, done:
             parts.append(part)
             continue
         window.check_unchanged(index)
-        parts += split_further(part, size, micro_batcher.collate_rows)
+        parts += split_further(part, size, micro_batcher.collate_rows, micro_batcher.is_even)
     smaller = window.again(parts, places)
     _check_totals(window.weights, smaller.weights)
     return smaller
