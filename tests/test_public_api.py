@@ -10,6 +10,9 @@ import gradfold
 CALLED = {
     "Accumulator",
     "Auto",
+    "Batching",
+    "Grouped",
+    "Stacked",
     "Precision",
     "StepCost",
     "TokenBudget",

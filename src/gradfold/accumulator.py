@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from gradfold.batch.batching import Batching
+from gradfold.batch.group_batcher import GroupBatcher
 from gradfold.batch.loaded_window import LoadedWindow, MicroBatchWindow
 from gradfold.batch.nesting import Batch
 from gradfold.batch.split import Collate, MicroBatcher, check_size, form_of
@@ -91,8 +93,8 @@ class Accumulator:
             `WindowResult.recoveries`), so with None a batch of any size trains; after some hundred windows without a
             fault a larger size is tried again. "auto" or an `Auto` finds the fastest size that fits, in a few seconds
             of the first window (see `micro_batch_choice`).
-        batching: how a batch is split. None: by rows. A `TokenBudget`: by padded tokens, in micro-batches of rows of
-            similar length.
+        batching: how a batch is split. None: by rows. `Grouped` and `Stacked`: by rows that belong together, or a
+            `Batching` of your own. A `TokenBudget`: by padded tokens, in micro-batches of rows of similar length.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
             the host, collated) and returns a number; or a dict of these by the name of the loss term or metric (an
             unnamed loss is called "loss"). A metric without its own weight takes that of an unnamed loss, else samples.
@@ -144,7 +146,7 @@ class Accumulator:
         loss_fn: LossFn,
         *,
         micro_batch_size: MicroBatchSize = None,
-        batching: TokenBudget | None = None,
+        batching: TokenBudget | Batching | None = None,
         weight: WeightOption = "samples",
         collate: Collate | None = None,
         precision: PrecisionOption = None,
@@ -195,9 +197,8 @@ class Accumulator:
         self._tuner = _tuner(micro_batch_size, batching)
         size = micro_batch_size if isinstance(micro_batch_size, int) else None
         counts = counts_samples(weight)
-        self._token_batcher = None if batching is None else TokenBatcher(batching, collate, counts)
-        is_even = batch_norm == "per_micro_batch"
-        self._micro_batcher = self._token_batcher or MicroBatcher(size, collate, counts, is_even)
+        self._token_batcher = TokenBatcher(batching, collate, counts) if isinstance(batching, TokenBudget) else None
+        self._micro_batcher = self._token_batcher or self._row_batcher(size, counts)
         self._strategy = self._pick_strategy()
         self._self_check = SelfCheck(self._strategy.probe_loss) if self_check else None
         self._context = Context(model)
@@ -211,6 +212,11 @@ class Accumulator:
         self._settings: tuple[int, RankSettings] | None = None  # of a version of the context
         self._is_due = False  # whether the self-check may still have to see this window before it runs
         self._is_checked = False  # whether it has
+
+    def _row_batcher(self, size: int | None, counts_samples: bool) -> MicroBatcher:
+        if isinstance(self.batching, Batching):
+            return GroupBatcher(self.batching, size, self.collate, counts_samples)
+        return MicroBatcher(size, self.collate, counts_samples, is_even=self.batch_norm == "per_micro_batch")
 
     def backward(self, batch: Batch) -> WindowResult:
         """Add the gradient of the loss of the whole batch to `.grad`.
@@ -460,7 +466,7 @@ class Accumulator:
     def _entered_setting(self, context: Context) -> Iterator[PassListener]:
         layers = counter_based_layers(context.modules)
         coordinator = context.coordinator
-        side = None if self.batching is None else self.batching.padding_side
+        side = self.batching.padding_side if isinstance(self.batching, TokenBudget) else None
         is_sharded = isinstance(coordinator, FsdpCoordinator)
         if is_sharded:
             self._check_sharding()
@@ -608,20 +614,23 @@ class Accumulator:
                 self._self_check.load_state_dict(state["self_check"])
 
 
-def _tuner(micro_batch_size: MicroBatchSize, batching: TokenBudget | None) -> AutoTuner | None:
+def _tuner(micro_batch_size: MicroBatchSize, batching: TokenBudget | Batching | None) -> AutoTuner | None:
     if isinstance(micro_batch_size, TokenBudget):
         raise OptionError(
             "micro_batch_size is a TokenBudget; expected rows. Pass it as batching=: Accumulator(..., batching=budget)."
         )
-    if batching is not None:
-        if not isinstance(batching, TokenBudget):
-            raise OptionError(f"batching is a {type(batching).__name__}; expected a TokenBudget or None.")
+    if isinstance(batching, TokenBudget):
         if micro_batch_size is not None:
             raise OptionError(
                 f"micro_batch_size={micro_batch_size!r} and batching= are both given; a TokenBudget says how much runs "
                 "at once by its max_tokens. Leave micro_batch_size out."
             )
         return AutoTuner(Auto()) if batching.max_tokens == "auto" else None
+    if batching is not None and not isinstance(batching, Batching):
+        raise OptionError(
+            f"batching is a {type(batching).__name__}; expected a TokenBudget, Grouped, Stacked, a Batching of your "
+            "own, or None."
+        )
     if micro_batch_size == "auto":
         return AutoTuner(Auto())
     if isinstance(micro_batch_size, Auto):

@@ -292,6 +292,15 @@ def test_multi_task(run):
     assert not batch["depth"][-4:].isfinite().any() and (batch["classes"][:4] == example.NO_CLASS).all()
 
 
+def test_preference_pairs(run):
+    example, model = run("preference_pairs")
+    generator, reference = torch.Generator().manual_seed(0), example.make_model()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.2)
+    for _ in range(example.NUM_UPDATES):
+        update(reference, optimizer, example.loss_fn(reference, example.make_batch(generator)))
+    assert distance(model, reference) < TOLERANCE
+
+
 def test_closures(run):
     example, models = run("closures")
     batch = example.make_batch()

@@ -123,6 +123,17 @@ def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     return parts
 
 
+def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
+    """A batch of these rows, copied; with a copy of every 0-d tensor, which it may change."""
+    index = torch.tensor(list(rows))
+
+    @cache  # what a batch holds twice, its parts hold twice
+    def take(leaf: Tensor) -> Tensor:
+        return leaf.index_select(0, index.to(leaf.device)) if leaf.dim() else leaf.clone()
+
+    return map_tensors(take, batch)
+
+
 def join_rows(batches: Sequence[Batch], takes_first: bool = False) -> Batch:
     """Batches of one nesting as one, row after row: the opposite of `cut_rows`.
 
@@ -246,7 +257,7 @@ def _few_bytes(tensor: Tensor) -> bytes:
     if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
         return b""
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[..., :1].reshape(-1)
-    few = flat[:: -(-len(flat) // _FEW)].resolve_conj().resolve_neg().contiguous()
+    few = flat[:: -(-len(flat) // _FEW)].resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return bytes(few.view(torch.uint8).tolist())
 
 

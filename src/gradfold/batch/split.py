@@ -34,11 +34,23 @@ class MicroBatch(NamedTuple):
     rows: Rows  # in the order of `data`; empty where they are not counted
     is_cut: bool = False  # whether every tensor is a view or copy that was made for this micro-batch
     width: int | None = None  # the padded length of its rows, where padded tokens are what is limited
+    groups: Sequence[Rows] | None = None  # of its rows, those that belong together; None: each stands for itself
 
     @property
     def size(self) -> int:
         """What is limited: padded tokens, or rows."""
         return len(self.rows) * (self.width or 1)
+
+    @property
+    def num_units(self) -> int:
+        """Into how many micro-batches it could be split."""
+        return len(self.rows if self.groups is None else self.groups)
+
+    def some_rows(self, units: slice) -> Rows:
+        """The rows of some rows or groups of it, in ascending order."""
+        if self.groups is None:
+            return self.rows[units]
+        return tuple(sorted(row for group in self.groups[units] for row in group))
 
     @property
     def where(self) -> str:
@@ -153,6 +165,9 @@ def split_further(
 
     The rows stay as they were collated, unless only collation can cut them.
     """
+    if part.groups is not None:
+        assert collate_rows is not None
+        return [in_groups(groups, collate_rows) for groups in fill(part.groups, micro_batch_size)]
     ranges = cut_range(len(part.rows), max(1, micro_batch_size // (part.width or 1)), is_even)
     if len(ranges) == 1:
         return [part]
@@ -161,6 +176,29 @@ def split_further(
         return [MicroBatch(collate_rows(own), own, False, part.width) for own in rows]
     parts = cut_rows(part.data, [len(own) for own in rows])
     return list(map(MicroBatch, parts, rows, repeat(True), repeat(part.width)))
+
+
+def in_groups(groups: Sequence[Rows], collate_rows: CollateRows) -> MicroBatch:
+    """The micro-batch of these groups of rows."""
+    rows = tuple(sorted(row for group in groups for row in group))
+    return MicroBatch(collate_rows(rows), rows, True, groups=groups)
+
+
+def fill(groups: Sequence[Rows], size: int | None) -> list[Sequence[Rows]]:
+    """As many groups as fit, one after another; at least one.
+
+    >>> fill([range(0, 2), range(2, 4), range(4, 6), range(6, 9)], 5)
+    [[range(0, 2), range(2, 4)], [range(4, 6), range(6, 9)]]
+    """
+    parts: list[list[Rows]] = []
+    room = 0
+    for group in groups:
+        if not parts or (size is not None and len(group) > room):
+            parts.append([])
+            room = size or 0
+        parts[-1].append(group)
+        room -= len(group)
+    return list(parts)
 
 
 def _is_cut_by_rows(part: MicroBatch, collate_rows: CollateRows) -> bool:
@@ -182,9 +220,14 @@ def join_batches(batches: Iterable[list[MicroBatch]]) -> list[MicroBatch]:
     joined: list[MicroBatch] = []
     start = 0
     for micro_batches in batches:
-        joined += [part._replace(rows=shift_rows(part.rows, start)) for part in micro_batches]
+        joined += [_shifted(part, start) for part in micro_batches]
         start += sum(len(part.rows) for part in micro_batches)
     return joined
+
+
+def _shifted(part: MicroBatch, by: int) -> MicroBatch:
+    groups = None if part.groups is None else [shift_rows(group, by) for group in part.groups]
+    return part._replace(rows=shift_rows(part.rows, by), groups=groups)
 
 
 _PATIENCE = 256  # windows

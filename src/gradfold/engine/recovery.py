@@ -156,10 +156,10 @@ def _halve(window: Window, snapshot: Snapshot, micro_batcher: MicroBatcher, mess
     """Undo the micro-batch that failed, or the whole window, and split what is not done into smaller ones."""
     failed = window.micro_batches[window.current]
     window.failed_sizes.append(failed.size)
-    if len(failed.rows) < 2:
+    if failed.num_units < 2:
+        what = "one row does" if len(failed.rows) < 2 else f"{len(failed.rows)} rows that belong together do"
         raise DoesNotFitError(
-            f"one row does not fit in memory{failed.where}: tried {_listed(window)} at once. The last error was: "
-            f"{message}",
+            f"{what} not fit in memory{failed.where}: tried {_listed(window)} at once. The last error was: {message}",
             tuple(window.failed_sizes),
         )
     keeps = snapshot.return_to_savepoint()

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from gradfold.batch.batching import Batching, rows_together
 from gradfold.batch.nesting import Batch, cut_rows, every_leaf, map_tensors
 from gradfold.batch.rows import num_rows
-from gradfold.batch.split import Collate, num_samples
+from gradfold.batch.split import Collate, fill, in_groups, num_samples
 from gradfold.distributed.fsdp import ShardingRecipe, set_reducing, sharded_modules
 from gradfold.distributed.torch_private import gathered_parameters
 from gradfold.engine.backward import BackPropagation
@@ -44,10 +45,12 @@ class ProbeBatch:
     Samples to collate vary in length: there a micro-batch is the longest sample repeated, which is the worst case.
     """
 
-    def __init__(self, batch: Batch, collate: Collate | None) -> None:
+    def __init__(self, batch: Batch, collate: Collate | None, batching: Batching | None = None) -> None:
         self._batch = batch
         self.collate = collate
-        self.num_rows = num_rows(batch) if collate is None else num_samples(batch)
+        self._batching = batching
+        count = num_rows if batching is None else batching.num_rows
+        self.num_rows = count(batch) if collate is None else num_samples(batch)
         self._longest = None if collate is None else max(batch, key=extent)
 
     def take(self, size: int) -> Batch:
@@ -58,6 +61,10 @@ class ProbeBatch:
         """The rows from `start`, with the lengths that they have."""
         if self.collate is not None:
             return self.collate(list(self._batch[start : start + size]))
+        if self._batching is not None:
+            groups = self._batching.groups(self._batch, self.num_rows)
+            skipped = next(number for number, group in enumerate(groups) if max(group) >= start)
+            return in_groups(fill(groups[skipped:], size)[0], partial(self._batching.take, self._batch)).data
         return cut_rows(self._batch, [start, size, self.num_rows - start - size])[1]
 
     def host_bytes(self, size: int) -> int:
@@ -79,6 +86,7 @@ class Planned(Protocol):
     collate: Collate | None
     precision: Precision
     fsdp_reduce: Literal["per_micro_batch", "per_window"]
+    batching: Any
     _strategy: Strategy
 
 
@@ -101,7 +109,8 @@ class DryRun:
     def of(cls, accumulator: Planned, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> DryRun:
         """What an accumulator runs."""
         model, loss_fn, precision = accumulator.model, accumulator.loss_fn, accumulator.precision
-        probe_batch, once = ProbeBatch(batch, accumulator.collate), accumulator.fsdp_reduce == "per_window"
+        probe_batch = ProbeBatch(batch, accumulator.collate, rows_together(accumulator.batching))
+        once = accumulator.fsdp_reduce == "per_window"
         coupling = accumulator._strategy.coupling
         return cls(model, loss_fn, probe_batch, optimizer, precision, reduces_once=once, coupling=coupling)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from gradfold.batch.nesting import Batch, cut_rows
-from gradfold.batch.rows import name_rows, num_rows
+from gradfold.batch.rows import Rows, name_rows, num_rows
 from gradfold.batch.split import MicroBatch
 from gradfold.engine.model_checks import dropping_modules
 from gradfold.engine.prefetch import prefetch
@@ -64,7 +64,7 @@ class SplitExperiment:
         self,
         probe: ProbeRun,
         whole: Batch,
-        rows: tuple[range, range],  # of each part, from the start of the micro-batch
+        rows: tuple[Rows, Rows],  # of each part, as places in the micro-batch
         weight: WeightOption,
         recollated: Sequence[Batch] | None = None,
         share: Shares = lambda name: 1.0,
@@ -78,7 +78,7 @@ class SplitExperiment:
             if recollated is None:
                 raise
             first, second = recollated
-        self.num_rows = rows[1].stop
+        self.num_rows = sum(map(len, rows))
         try:
             self.whole_weights = weigh(weight, [MicroBatch(whole, range(self.num_rows))])
             # Cuts may be along something else than rows, where a batch has as many of it (samples and channels).

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from gradfold.batch.nesting import Batch, cut_rows, equal, every_leaf, join_rows
-from gradfold.batch.rows import name_rows, num_rows
+from gradfold.batch.rows import Rows, name_rows, num_rows
 from gradfold.batch.split import CollateRows, MicroBatch
 from gradfold.engine.window import Window
 from gradfold.errors import BatchError, GradfoldError, HookError, NotDecomposableError, is_out_of_memory
@@ -50,7 +50,7 @@ class Look:
         """
         if not self._busy:
             raise UndecidedError("the rows weighed nothing")
-        index = next((index for index in self._busy if len(self._window.micro_batches[index].rows) > 1), None)
+        index = next((index for index in self._busy if self._window.micro_batches[index].num_units > 1), None)
         doubt: Exception | None = None
         seen: Collection[str] = ()
         try:
@@ -71,8 +71,8 @@ class Look:
     def _check_one(self, index: int) -> Collection[str]:
         """One micro-batch in two parts: some of its rows, else all; where these differ, whole micro-batches, too."""
         part = self._window.micro_batches[index]
-        size = _enough_rows(len(part.rows))
-        if size == len(part.rows):
+        size = _enough_rows(part.num_units)
+        if size == part.num_units:
             return self._check_parts(part, index)
         try:
             return self._check_parts(_first_rows(part, size, self._collate_rows), index, diagnoses=False)
@@ -91,12 +91,28 @@ class Look:
     def _check_parts(
         self, part: MicroBatch, index: int, fraction: float = 0.3, diagnoses: bool = True
     ) -> Collection[str]:
-        size = len(part.rows)
+        size = part.num_units
         first = max(1, round(fraction * size))  # unequal parts, since equal ones would hide weights that are wrong
         rows = range(first), range(first, size)
         recollated = None if self._collate_rows is None else _recollate(part, rows, self._collate_rows)
+        if part.groups is not None:
+            if recollated is None:
+                raise CannotKnowError("the batching does not give the same rows twice")
+            taken = [part.some_rows(slice(own.start, own.stop)) for own in rows]
+            return check_split(self._experiment(part.data, recollated, taken, self._of(index)), diagnoses)
         experiment = SplitExperiment(self._probe, part.data, rows, self._window.weight, recollated, self._of(index))
         return check_split(experiment, diagnoses)
+
+    def _experiment(
+        self, whole: Batch, parts: Sequence[Batch], taken: Sequence[Rows], share: Shares
+    ) -> SplitExperiment:
+        """Parts that are given, with the rows of each: of groups in ascending order, else one after another."""
+        first, second = map(len, taken)
+        places: tuple[Rows, Rows] = range(first), range(first, first + second)
+        if self._window.micro_batches[0].groups is not None:
+            found = {row: place for place, row in enumerate(sorted(row for rows in taken for row in rows))}
+            places = tuple(found[row] for row in taken[0]), tuple(found[row] for row in taken[1])
+        return SplitExperiment(self._probe, whole, places, self._window.weight, None, share, parts)
 
     def _check_micro_batches(self, doubt: Exception) -> Collection[str]:
         """Parts as a window has them: two micro-batches; where these cannot be joined, the halves of one."""
@@ -124,7 +140,7 @@ class Look:
         """The halves of the largest micro-batch; of single rows, which show little by twos, up to four."""
         largest = max(self._busy, key=lambda index: len(self._window.micro_batches[index].rows))
         part = self._window.micro_batches[largest]
-        if len(part.rows) == 1:
+        if part.num_units == 1:
             return self._check_joined(self._busy[:1], self._busy[1:4])
         return self._check_parts(part, largest, 0.5)
 
@@ -133,8 +149,8 @@ class Look:
         if not second:
             raise CannotKnowError("there is no other micro-batch to compare it with")
         groups = [[self._window.micro_batches[index] for index in group] for group in (first, second)]
-        rows = [tuple(row for part in group for row in part.rows[:num_rows]) for group in groups]
-        sizes = list(map(len, rows))
+        some = slice(num_rows)
+        rows = [tuple(row for part in group for row in part.some_rows(some)) for group in groups]
         if self._collate_rows is None:
             parts = [join_rows([part.data for part in group]) for group in groups]
             whole = join_rows(parts)
@@ -142,9 +158,8 @@ class Look:
             whole, *parts = map(self._collate_rows, (sum(rows, ()), *rows))
             if not equal(whole, self._collate_rows(sum(rows, ()))):
                 raise CannotKnowError("collate does not return the same twice")
-        own, share = (range(sizes[0]), range(sizes[0], sum(sizes))), self._of(*first, *second)
         try:
-            experiment = SplitExperiment(self._probe, whole, own, self._window.weight, None, share, parts)
+            experiment = self._experiment(whole, parts, rows, self._of(*first, *second))
         except PartFailedError as error:
             raise CannotKnowError(str(error)) from error
         try:
@@ -223,14 +238,15 @@ def _first_rows(part: MicroBatch, size: int, collate_rows: CollateRows | None) -
         data = _recollate(part, [range(size)], collate_rows) or []
     if not data:
         raise CannotKnowError("collate does not return the same twice")
-    return MicroBatch(data[0], part.rows[:size])
+    groups = None if part.groups is None else part.groups[:size]
+    return MicroBatch(data[0], part.some_rows(slice(size)), groups=groups)
 
 
 def _recollate(part: MicroBatch, parts: Sequence[range], collate_rows: CollateRows) -> list[Batch] | None:
     """Parts collated by themselves; None where collation does not return the same twice (it draws or counts)."""
     try:
         if equal(collate_rows(part.rows), part.data):
-            return [collate_rows(part.rows[own.start : own.stop]) for own in parts]
+            return [collate_rows(part.some_rows(slice(own.start, own.stop))) for own in parts]
     except Exception:  # groups of samples that belong together
         pass
     return None

@@ -146,8 +146,8 @@ def compare_with_fallbacks(setup: Setup, sizes: Sequence[Size], whole: WholeRun,
     return compare(replace(setup, frozen=setup.frozen | set(names)), sizes)
 
 
-def choose_sizes(num_rows: int, own: Size | None, asked: Sequence[int] | None) -> list[Size]:
-    """The sizes of micro-batches to try, all smaller than the batch; a token budget first."""
+def choose_sizes(num_rows: int, own: Size | None, asked: Sequence[int] | None, least: int = 1) -> list[Size]:
+    """The sizes of micro-batches to try, all smaller than the batch; a token budget first. `least`: of a group."""
     if asked is not None:
         for size in asked:
             check_size(size)
@@ -165,7 +165,7 @@ def choose_sizes(num_rows: int, own: Size | None, asked: Sequence[int] | None) -
     sizes = {size for size in likely if len(cut_range(num_rows, size)) <= _MOST_MICRO_BATCHES}
     if isinstance(own, int):
         sizes.add(own)
-    found = sorted(size for size in sizes if size < num_rows)
+    found = sorted({max(size, least) for size in sizes if max(size, least) < num_rows})
     return [own, *found] if isinstance(own, TokenBudget) else [*found]
 
 

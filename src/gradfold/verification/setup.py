@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradfold.accumulator import Accumulator
+from gradfold.batch.batching import Batching, rows_together
 from gradfold.batch.nesting import Batch, every_leaf, map_leaves, map_tensors
 from gradfold.batch.rows import Rows
 from gradfold.batch.split import Collate, MicroBatch
@@ -128,6 +129,11 @@ class Setup:
         finally:
             torch.set_default_dtype(default)
 
+    @property
+    def batching(self) -> Batching | None:
+        """Which rows belong together, as the accumulator says."""
+        return rows_together(self.accumulator.batching)
+
     def randomness_of(self, recorded: RecordedRandomness, rows: Rows) -> RowRandomness:
         """Runs these rows with the random numbers that they had in the whole batch."""
         recorded, dims = self.shared_randomness or (recorded, None)
@@ -141,7 +147,7 @@ class Setup:
             model,
             loss_fn,
             micro_batch_size=None if isinstance(size, TokenBudget) else size,
-            batching=size if isinstance(size, TokenBudget) else None,
+            batching=size if isinstance(size, TokenBudget) else self.batching,
             weight=self.accumulator.weight,
             collate=self.collate,
             batch_norm=self.batch_norm,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradfold.accumulator import Accumulator
+from gradfold.batch.batching import rows_together
 from gradfold.batch.nesting import Batch, join_rows
 from gradfold.batch.rows import num_rows
 from gradfold.batch.split import num_samples
@@ -110,7 +111,7 @@ def _prove(
     """What `gradfold.verify` says of a model that trains in this process alone."""
     total = _count_rows(accumulator, batch)
     own = accumulator.token_budget or accumulator.micro_batch_size
-    sizes = choose_sizes(total, own, micro_batch_sizes)
+    sizes = choose_sizes(total, own, micro_batch_sizes, _largest_group(accumulator, batch, total))
     with set_up(accumulator, batch, total, dtype=None) as own_precision:
         setup, whole, notes = _first_run(own_precision, dtype)
         hooked = setup.probe.hooked
@@ -134,6 +135,11 @@ def _prove(
         return comparison.verdict(found, notes)
 
 
+def _largest_group(accumulator: Accumulator, batch: Batch, total: int) -> int:
+    batching = rows_together(accumulator.batching)
+    return 1 if batching is None else max(map(len, batching.groups(batch, total)))
+
+
 def _count_rows(accumulator: Accumulator, batch: Batch, least: int = 2) -> int:
     """The rows of a batch; raises BatchError where it cannot be split."""
     if isinstance(batch, (LoadedWindow, LoopWindow)):
@@ -141,7 +147,9 @@ def _count_rows(accumulator: Accumulator, batch: Batch, least: int = 2) -> int:
             "verify got a window. Pass a batch, as without accumulation: tensors with rows, or with collate= a list "
             "of samples."
         )
-    total = num_rows(batch) if accumulator.collate is None else num_samples(batch)
+    batching = rows_together(accumulator.batching)
+    count = num_rows if batching is None else batching.num_rows
+    total = count(batch) if accumulator.collate is None else num_samples(batch)
     if total < least:
         raise BatchError("the batch has one row only, which cannot be split. Pass at least two; 8 to 64 prove most.")
     return total
@@ -164,6 +172,10 @@ def _prove_on_all_ranks(
     accumulator: Accumulator, batch: Batch, ranks: ProcessGroup, dtype: torch.dtype, asked: Sequence[int] | None
 ) -> Verdict:
     """What `gradfold.verify` says of a model that several processes train, each of which calls this; alike on all."""
+    if rows_together(accumulator.batching) is not None:
+        raise OptionError(
+            f"verify on several ranks is not supported with batching={accumulator.batching}. Call it in one process."
+        )
     own_rows = _count_rows(accumulator, batch, least=1)  # its errors come before any rank waits
     batches = ranks.exchange(batch)
     whole_batch = join_rows(batches, takes_first=True) if accumulator.collate is None else list(chain(*batches))
