@@ -12,6 +12,7 @@ CALLED = {
     "Auto",
     "Batching",
     "Grouped",
+    "Packed",
     "Stacked",
     "Precision",
     "StepCost",

@@ -10,6 +10,7 @@ from gradfold.accumulator import Accumulator as Accumulator
 from gradfold.batch.batching import Batching as Batching
 from gradfold.batch.batching import Grouped as Grouped
 from gradfold.batch.batching import Stacked as Stacked
+from gradfold.batch.packed import Packed as Packed
 from gradfold.batchnorm.convert import convert_batch_norm as convert_batch_norm
 from gradfold.dropout import convert_dropout as convert_dropout
 from gradfold.dropout import counter_based_dropout as counter_based_dropout

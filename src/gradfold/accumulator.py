@@ -93,8 +93,8 @@ class Accumulator:
             `WindowResult.recoveries`), so with None a batch of any size trains; after some hundred windows without a
             fault a larger size is tried again. "auto" or an `Auto` finds the fastest size that fits, in a few seconds
             of the first window (see `micro_batch_choice`).
-        batching: how a batch is split. None: by rows. `Grouped` and `Stacked`: by rows that belong together, or a
-            `Batching` of your own. A `TokenBudget`: by padded tokens, in micro-batches of rows of similar length.
+        batching: how a batch is split. None: by rows. `Grouped` and `Stacked`: by rows that belong together; `Packed`:
+            by packed sequences; or a `Batching` of your own. A `TokenBudget`: by padded tokens, in micro-batches of rows of similar length.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
             the host, collated) and returns a number; or a dict of these by the name of the loss term or metric (an
             unnamed loss is called "loss"). A metric without its own weight takes that of an unnamed loss, else samples.

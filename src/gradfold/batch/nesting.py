@@ -64,7 +64,7 @@ def _rebuilt(fn: Callable[[Any], Any], batch: Batch) -> Batch:
         items = [fn(item) for item in batch]
         return batch._make(items) if hasattr(batch, "_make") else type(batch)(items)
     if isinstance(batch, Mapping):
-        return _refilled(batch, {key: fn(value) for key, value in batch.items()})
+        return refilled(batch, {key: fn(value) for key, value in batch.items()})
     # A copy, not a call of the class: __post_init__ has run once and may not accept its own results.
     filled = copy.copy(batch)
     for name, value in _attributes(batch).items():
@@ -72,7 +72,7 @@ def _rebuilt(fn: Callable[[Any], Any], batch: Batch) -> Batch:
     return filled
 
 
-def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+def refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
     """The values in a mapping of the batch's own type, where it can be made; else as a dict."""
     kind = type(batch)
     if kind is dict:
