@@ -84,7 +84,7 @@ class Accumulator:
         model: the module whose parameters get gradients and whose buffers are kept safe. Where a step uses several
             modules, pass an `nn.ModuleList` of all of them.
         loss_fn: `(model, micro_batch) -> loss` or `-> (loss, metrics)`; it may be called again for the same rows.
-            `loss` is a 0-d tensor, the mean over the micro-batch (a sum has lost its denominator), or a dict of such
+            `loss` is a 0-d tensor, the mean over the micro-batch (a sum needs weight="sum"), or a dict of such
             terms, whose plain sum is the loss. `metrics` is a dict; 0-d values are combined as weighted means, values
             with one entry per row are concatenated in the batch's own order. For losses that compare the rows of a
             batch, a `TwoPhaseLoss`.
@@ -96,8 +96,10 @@ class Accumulator:
         batching: how a batch is split. None: by rows. `Grouped` and `Stacked`: by rows that belong together; `Packed`:
             by packed sequences; or a `Batching` of your own. A `TokenBudget`: by padded tokens, in micro-batches of rows of similar length.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
-            the host, collated) and returns a number; or a dict of these by the name of the loss term or metric (an
-            unnamed loss is called "loss"). A metric without its own weight takes that of an unnamed loss, else samples.
+            the host, collated) and returns a number; or "sum": the losses of micro-batches add up, as a sum does, also
+            one divided by a count of the whole batch (`num_items_in_batch`); or a dict of these by the name of the loss
+            term or metric (an unnamed loss is called "loss"). A metric without its own weight takes that of an unnamed
+            loss, but not "sum"; else samples.
         collate: given, a batch is a list of samples, and each micro-batch is `collate(samples)`.
         precision: None leaves autocast and loss scaling to you; "bf16" and "fp16" run `loss_fn` under autocast, "fp16"
             with a loss scaler (`grad_scaler`); a `Precision` sets each part. Parameters in float16 or bfloat16 get

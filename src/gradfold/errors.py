@@ -116,10 +116,11 @@ class NotDecomposableError(LossError):
     """The gradient of a batch is not the weighted mean of the gradients of its parts, so it cannot be accumulated.
 
     Attributes:
-        cause: "weights" (another weighting fits), "sum" (not a mean), "grad_output" (the backward pass ignores its
-            incoming gradient), "empty" (a mean over nothing in a part), "batch_norm", "state" (of a layer, moved by
-            forward passes) or "coupled" (samples that depend on each other); from `Verdict.raise_if_wrong` also
-            "random", "other_model", "non_finite", "fails", "padding", "rounding" and "unknown", as its text explains.
+        cause: "weights" (another weighting fits), "sum" (not a mean), "mean" (not a sum, with weight "sum"),
+            "grad_output" (the backward pass ignores its incoming gradient), "empty" (a mean over nothing in a part),
+            "batch_norm", "state" (of a layer, moved by forward passes) or "coupled" (samples that depend on each
+            other); from `Verdict.raise_if_wrong` also "random", "other_model", "non_finite", "fails", "padding",
+            "rounding" and "unknown", as its text explains.
         term: name of the loss term ("loss" for an unnamed one).
         weight: the weight that fits, as Python, where one was found.
     """

@@ -2,6 +2,7 @@
 
 Every loss term and metric is a mean over something: samples, tokens, pixels. The weight of a micro-batch is the number
 of those things in it. The weights of a window sum to the one denominator of the term, known before the first backward.
+With weight "sum" there is no denominator: the losses of micro-batches are shares of that of the batch, and add up.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["TokenCount", "token_count"]
 
 UNNAMED = "loss"  # the name of a loss that is not a dict of terms
 
-Weight: TypeAlias = "Literal['samples'] | Callable[[Any], float | Tensor]"
+Weight: TypeAlias = "Literal['samples', 'sum'] | Callable[[Any], float | Tensor]"
 WeightOption: TypeAlias = "Weight | Mapping[str, Weight]"
 
 
@@ -102,15 +103,28 @@ def token_count(
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a window's micro-batches under one name."""
+    """The weights of a window's micro-batches under one name.
+
+    Where losses add up, each weighs 1 (0 without rows), and so does the window, however many micro-batches it has.
+    """
 
     values: tuple[float, ...]
     read_total: Callable[[], float]  # called when it is first needed, since other ranks may have to be waited for
+    adds_up: bool = False
 
     @cached_property
     def total(self) -> float:
         """The denominator: the sum of the weights, of all ranks."""
         return self.read_total()
+
+    @property
+    def own_total(self) -> float:
+        """What these micro-batches are of the denominator."""
+        return float(any(self.values)) if self.adds_up else math.fsum(self.values)
+
+    def over(self, read: Callable[[], float]) -> Weights:
+        """These weights with the sum of the `own_total`s of all ranks, read when first needed."""
+        return Weights(self.values, (lambda: min(read(), 1.0)) if self.adds_up else read, self.adds_up)
 
     @cached_property
     def normalized(self) -> tuple[float, ...]:
@@ -160,12 +174,12 @@ class WindowWeights:
 
     def own_totals(self) -> list[float]:
         """The sum of the weights of these micro-batches under every name, and of their samples."""
-        return [math.fsum(one.values) for one in (*self._every, self.samples)]
+        return [one.own_total for one in (*self._every, self.samples)]
 
     def over(self, read: Callable[[], Sequence[float]]) -> WindowWeights:
         """These weights normalized by larger denominators in the order of `own_totals()`, read when first needed."""
         *larger, samples = (
-            Weights(one.values, partial(lambda index: read()[index], index))
+            one.over(partial(lambda index: read()[index], index))
             for index, one in enumerate((*self._every, self.samples))
         )
         named = dict(zip(self.named, larger, strict=False))  # none where one weight counts for all
@@ -182,8 +196,13 @@ class WindowWeights:
         return found
 
     def of_metric(self, name: str) -> Weights:
-        """The weights of a metric: its own, else those of an unnamed loss, else samples."""
-        return self.unnamed or self.named.get(name) or self.named.get(UNNAMED) or self.samples
+        """The weights of a metric: its own, else those of an unnamed loss, else samples.
+
+        A metric is a mean over samples beside a loss that adds up, unless it was said by name that it does, too.
+        """
+        of_loss = self.unnamed or self.named.get(UNNAMED)
+        shared = self.samples if of_loss is None or of_loss.adds_up else of_loss
+        return self.named.get(name) or shared
 
     def total(self, terms: Collection[str] = ()) -> float | dict[str, float]:
         """The denominator, or one per loss term where weights were given by name."""
@@ -213,8 +232,21 @@ def sample_weights(num_rows: tuple[int, ...]) -> WindowWeights:
     return WindowWeights({}, samples, samples)
 
 
+@lru_cache(maxsize=64)
+def sum_weights(num_rows: tuple[int, ...]) -> WindowWeights:
+    """The weights of micro-batches with these numbers of rows, whose losses add up."""
+    values = tuple(float(num > 0) for num in num_rows)
+    total = float(any(values))
+    return WindowWeights({}, Weights(values, lambda: total, adds_up=True), normalize(num_rows))
+
+
 def _is_samples(weight: object) -> bool:
     return isinstance(weight, str) and weight == "samples"
+
+
+def is_sum(weight: object) -> bool:
+    """Whether losses add up."""
+    return isinstance(weight, str) and weight == "sum"
 
 
 def counts_samples(weight: WeightOption) -> bool:
@@ -226,10 +258,10 @@ def check_option(weight: WeightOption) -> None:
     """Raise WeightError unless this is a weight, or a dict of them."""
     every = weight.values() if isinstance(weight, Mapping) else [weight]
     for one in every:
-        if not callable(one) and not _is_samples(one):
+        if not callable(one) and not _is_samples(one) and not is_sum(one):
             raise WeightError(
-                f'weight={one!r}; expected "samples", gradfold.token_count(...), a callable that takes a micro-batch '
-                "and returns a number, or a dict of these by the name of the loss term or metric."
+                f'weight={one!r}; expected "samples", gradfold.token_count(...), "sum", a callable that takes a '
+                "micro-batch and returns a number, or a dict of these by the name of the loss term or metric."
             )
     if not every:
         raise WeightError("weight={} is empty; give one weight per loss term.")
@@ -246,12 +278,16 @@ def weigh(weight: WeightOption, micro_batches: Sequence[MicroBatch]) -> WindowWe
     num_rows = tuple(len(part.rows) for part in micro_batches)
     if _is_samples(weight):
         return sample_weights(num_rows)
+    if is_sum(weight):
+        return sum_weights(num_rows)
     samples = normalize(num_rows)
     if not isinstance(weight, Mapping):
         return WindowWeights({}, _weigh_each([weight], micro_batches)[0], samples)
-    asked = {name: one for name, one in weight.items() if not _is_samples(one)}
+    asked = {name: one for name, one in weight.items() if callable(one)}
     found = dict(zip(asked, _weigh_each(list(asked.values()), micro_batches), strict=True))
-    return WindowWeights({name: found.get(name, samples) for name in weight}, None, samples)
+    sums = sum_weights(num_rows).of_term(UNNAMED)
+    known = {name: sums if is_sum(one) else found.get(name, samples) for name, one in weight.items()}
+    return WindowWeights(known, None, samples)
 
 
 def _weigh_each(weights: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> list[Weights]:

@@ -32,7 +32,7 @@ from gradfold.errors import BatchError, LossError, OptionError, WeightError, Win
 from gradfold.self_check.loop_check import LoopCheck
 from gradfold.state.gradients import GradientBuffer
 from gradfold.state.snapshot import refuse_inner_window
-from gradfold.weights import UNNAMED, Weight, weigh
+from gradfold.weights import UNNAMED, Weight, is_sum, sum_weights, weigh
 from gradfold.weights import check_option as check_weight
 
 __all__ = ["LoadedWindow", "LoopWindow", "windows"]
@@ -64,12 +64,13 @@ class LoopWindow(MicroBatchWindow[T]):
         check: LoopCheck,
     ) -> None:
         refuse_inner_window(context.parameters)
-        rows = [_count_rows(part) if weight == "samples" else 0 for part in micro_batches]
+        rows = [_count_rows(part, weight) for part in micro_batches]
         parts = zip(micro_batches, map(range, rows), strict=True)
         self._parts = join_batches([MicroBatch(*part)] for part in parts)
         self._context = context
         self._coordinator = context.coordinator
-        self._weights = self._coordinator.over_all_ranks(weigh(weight, self._parts))
+        own = sum_weights((1,) * len(rows)) if is_sum(weight) else weigh(weight, self._parts)  # rows may be unknown
+        self._weights = self._coordinator.over_all_ranks(own)
         self.losses = LossTerms(self._parts, self._weights, context.device)
         self._back_propagate = BackPropagation(backward)
         is_divided = len(micro_batches) > 1 or self._coordinator.num_ranks > 1
@@ -118,13 +119,14 @@ class LoopWindow(MicroBatchWindow[T]):
         """Back-propagate the loss of the current micro-batch with its weight in the window; was `(loss/n).backward()`.
 
         Args:
-            loss: 0-d, the mean over the micro-batch. Several losses of one micro-batch: sum them first.
+            loss: 0-d, the mean over the micro-batch (with weight "sum": its share of the batch's loss). Several losses
+                of one micro-batch: sum them first.
 
         Raises:
             WindowError: there is no current micro-batch, it had its backward already, or something has changed
                 gradients since the last one.
             LossError: the loss is not 0-d, or does not require grad; NotDecomposableError where its graph shows a sum,
-                or a mean over something else than the weight counts.
+                or a mean over something else than the weight counts, or with weight "sum" a mean.
         """
         if self._current is None:
             raise WindowError(
@@ -147,7 +149,7 @@ class LoopWindow(MicroBatchWindow[T]):
 
     @property
     def loss(self) -> Tensor:
-        """The weighted mean of the losses, 0-d, detached; NaN in a window of weight 0.
+        """The weighted mean of the losses (with weight "sum" their sum), 0-d, detached; NaN in a window of weight 0.
 
         Raises:
             WindowError: the loop over the window is not finished.
@@ -158,7 +160,7 @@ class LoopWindow(MicroBatchWindow[T]):
 
     @property
     def weight(self) -> float:
-        """The denominator: the sum of the weights of the micro-batches."""
+        """The denominator: the sum of the weights of the micro-batches; 1 with weight "sum"."""
         return self._weights.of_term(UNNAMED).total
 
     @property
@@ -193,8 +195,11 @@ class LoopWindow(MicroBatchWindow[T]):
             )
 
 
-def _count_rows(micro_batch: object) -> int:
-    rows = rows_if_any(micro_batch)
+def _count_rows(micro_batch: object, weight: Weight) -> int:
+    """The rows, where something depends on their number; else 0."""
+    rows = rows_if_any(micro_batch) if weight in ("samples", "sum") else 0
+    if is_sum(weight):
+        return rows or 0
     if rows is None:
         raise WeightError(
             f"the rows of a {type(micro_batch).__name__} cannot be counted. Pass weight= to windows(), "
@@ -241,7 +246,7 @@ def windows(
         loader: yields micro-batches. Those of one window are held at once (on the host, if they are there).
         num_micro_batches: micro-batches per window.
         model: the model that the loop body runs.
-        weight: with `model`: what the loss is a mean over, as for `Accumulator`.
+        weight: with `model`: what the loss is a mean over, as for `Accumulator`; with "sum" losses add up.
         batch_norm: with `model`: None or "per_micro_batch", as for `Accumulator`.
         backward: with `model`: as for `Accumulator`.
         distributed: with `model`: as for `Accumulator`.
@@ -320,7 +325,7 @@ def _loop_windows(
     warned_of: set[str] = set()
     seen_version = checked_version = -1  # of the context: in the last window, and when parameters had no hooks
     settings = RankSettings({}, ())
-    check = LoopCheck(warns=weight == "samples")
+    check = LoopCheck(warns=weight == "samples", adds_up=is_sum(weight))
     group = find_process_group(context.modules, context.device, option)
     if sharded_modules(context.modules):
         raise OptionError("windows(..., model=) is not supported with fully_shard; pass the windows to an Accumulator.")

@@ -56,6 +56,8 @@ def accumulated_gradient(made, draws_of=lambda rows: nullcontext()):
 
     def share(name, index):
         one = weight[name] if isinstance(weight, dict) else weight
+        if one == "sum":
+            return 1.0
         weights = [len(rows) if one == "samples" else float(one(batch)) for rows, batch in parts]
         return weights[index] / sum(weights)
 
@@ -140,7 +142,7 @@ def test_a_case_is_fresh_seeded_and_complete(case):
 def test_the_zoo_is_large_and_names_are_unique():
     assert len(WRONG) >= 28 and len(RIGHT) >= 24 and len(UNKNOWABLE) >= 8
     assert len({case.name for case in ALL}) == len(ALL)
-    causes = {"weights", "sum", "coupled", "batch_norm", "state", "grad_output", "empty"}
+    causes = {"weights", "sum", "mean", "coupled", "batch_norm", "state", "grad_output", "empty"}
     assert {case.cause for case in WRONG if case.guard == "wrong"} == causes
 
 

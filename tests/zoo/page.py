@@ -21,7 +21,8 @@ Two questions settle most cases:
 
 1. *If I delete the other rows of the batch, does the loss of this row change, before the division?* Then rows depend on
    each other, and no weight helps.
-2. *What does the mean divide by?* That number, counted per micro-batch, is the `weight=`.
+2. *What does the mean divide by?* That number, counted per micro-batch, is the `weight=`. A sum, also one that is
+   divided by a count of the whole batch, has `weight="sum"`: then the losses of micro-batches add up.
 
 The self-check answers them, too. In the first window of several micro-batches it runs the first one whole and in two
 unequal parts, and compares gradients. Before it refuses a loss as coupled it runs two micro-batches together and each
@@ -40,6 +41,7 @@ WRONG_TEXT = """
 
 - `weights`: another weighting fits; the message names it if it is found.
 - `sum`: not a mean.
+- `mean`: not a sum, though weighted by "sum".
 - `coupled`: rows depend on each other.
 - `batch_norm`: rows depend on each other through BatchNorm in functional form.
 - `state`: a forward pass changes a state that the next one uses.

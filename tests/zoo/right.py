@@ -219,6 +219,31 @@ def terms():
     return two_terms({"classes": "samples", "depth": lambda batch: batch["has_depth"].sum()})
 
 
+# --- Sums
+
+
+@right(
+    'a sum divided by the number of tokens of the whole batch, weighted by "sum"',
+    why="What `num_items_in_batch` is for: the losses of micro-batches add up to that of the batch.",
+)
+def share_of_the_batch():
+    def loss_fn(model, batch):
+        logits = model(batch["ids"]).flatten(0, 1)
+        return F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum") / num_items
+
+    batch = tokens()
+    num_items = int((batch["labels"] != -100).sum())
+    return setup(tagger(), loss_fn, batch, weight="sum")
+
+
+@right('`reduction="sum"`, weighted by "sum"', why="Nothing is divided, so nothing is weighed.")
+def plain_sum():
+    def loss_fn(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1], reduction="sum")
+
+    return setup(net(), loss_fn, targets(), weight="sum")
+
+
 # --- Means over tokens, positives, weights
 
 

@@ -28,6 +28,7 @@ from zoo.right import (
 WRONG: list[Case] = []
 weights = functools.partial(case, WRONG, guard="wrong", cause="weights")
 sums = functools.partial(case, WRONG, guard="wrong", cause="sum")
+means = functools.partial(case, WRONG, guard="wrong", cause="mean")
 stateful = functools.partial(case, WRONG, guard="wrong", cause="state")
 refused = functools.partial(case, WRONG, guard="refused")
 
@@ -267,7 +268,7 @@ def mean_over_nothing():
 
 @sums(
     '`reduction="sum"`',
-    remedy='`reduction="mean"`',
+    remedy='`weight="sum"`, or `reduction="mean"`',
     why="Weighted parts of a sum do not sum to it: the result would be too small by the number of micro-batches.",
 )
 def sum_of_squares():
@@ -279,7 +280,7 @@ def sum_of_squares():
 
 @sums(
     "a sum over tokens, weighted by `token_count`",
-    remedy='`reduction="mean"` and the same weight',
+    remedy='`weight="sum"`, or `reduction="mean"` and the same weight',
     why="The tokens count twice: in the sum and in the weight.",
 )
 def sum_over_tokens():
@@ -291,7 +292,7 @@ def sum_over_tokens():
 
 @sums(
     "a sum divided by the size of the whole batch",
-    remedy="`.mean()`",
+    remedy='`weight="sum"`, or `.mean()`',
     why="Divided by hand already, so that parts add up; gradfold weighs them again.",
 )
 def divided_by_hand():
@@ -299,6 +300,26 @@ def divided_by_hand():
         return F.mse_loss(model(batch[0]), batch[1], reduction="none").mean(1).sum() / 16
 
     return setup(net(), loss_fn, targets())
+
+
+@means(
+    'mean over tokens, weighted by "sum"',
+    says=r'weight=gradfold\.token_count\("labels"\)',
+    remedy=TOKENS,
+    why="The means of two micro-batches sum to about twice the mean of the batch.",
+)
+def mean_that_adds_up():
+    return setup(tagger(), token_cross_entropy, tokens(), weight="sum")
+
+
+@means(
+    'two terms by name, one of them a mean weighted by "sum"',
+    says=r"the loss term 'depth' is a mean",
+    remedy='`weight={"classes": "samples", "depth": lambda batch: batch["has_depth"].sum()}`',
+    why="The classes term is weighed as it should be; the depth term would add up.",
+)
+def term_that_adds_up():
+    return two_terms({"classes": "samples", "depth": "sum"})
 
 
 WRONG += COUPLED

@@ -61,9 +61,9 @@ def verify(
     weight: Annotated[
         str | None,
         typer.Option(
-            help="What the loss is a mean over: samples, or tokens:KEY with the key or index of the labels in a batch. "
-            "[default: the workload's]",
-            metavar="samples|tokens:KEY",
+            help="What the loss is a mean over: samples, or tokens:KEY with the key or index of the labels in a batch; "
+            "or sum, where losses add up. [default: the workload's]",
+            metavar="samples|tokens:KEY|sum",
         ),
     ] = None,
     batch_norm: Annotated[
@@ -132,11 +132,13 @@ def _weight(text: str) -> WeightOption:
     kind, _, key = text.partition(":")
     if text == "samples":
         return "samples"
+    if text == "sum":
+        return "sum"
     if kind == "tokens" and key:
         return token_count(int(key) if key.isdecimal() else key)
     raise OptionError(
         f"--weight {text}: expected samples, or tokens:KEY with the key or index of the labels in a batch, such as "
-        "tokens:labels or tokens:1."
+        "tokens:labels or tokens:1; or sum."
     )
 
 

@@ -90,7 +90,8 @@ class Metrics:
 
     def _mean_of_all(self, name: str) -> Tensor:
         value, total = self.joined[name]
-        return torch.tensor(value / total if total else math.nan, dtype=torch.float64, device=self._device)
+        divisor = 1.0 if total and self._weights.of_metric(name).adds_up else total
+        return torch.tensor(value / divisor if divisor else math.nan, dtype=torch.float64, device=self._device)
 
     def _combine(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
         if _is_scalar(values):
@@ -108,7 +109,8 @@ class Metrics:
         return in_turn.index_select(0, order.to(in_turn.device, non_blocking=True))
 
     def _mean(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
-        parts = self._weights.of_metric(name).normalized
+        weights = self._weights.of_metric(name)
+        parts = weights.normalized
         counted = {index: value for index, value in values.items() if parts[index]}
         if not counted:
             return torch.tensor(math.nan, device=self._device)
@@ -119,7 +121,8 @@ class Metrics:
         stack = torch.stack(list(counted.values()))
         if not stack.dtype.is_floating_point or stack.dtype.itemsize < 4:
             stack = stack.to(torch.float32)
-        total = math.fsum(parts[index] for index in counted)  # below 1 where a micro-batch did not give the metric
+        # Below 1 where a micro-batch did not give the metric.
+        total = 1.0 if weights.adds_up else math.fsum(parts[index] for index in counted)
         factors = [parts[index] / total for index in counted]
         return torch.dot(stack, torch.tensor(factors, dtype=stack.dtype, device=stack.device))
 

@@ -61,13 +61,14 @@ class WindowResult:
     """The result of a window, besides the gradient.
 
     Attributes:
-        loss: the loss of the whole batch, of all ranks (the sum of its terms' means), 0-d, detached, on the device; NaN
-            where the window has weight 0.
+        loss: the loss of the whole batch, of all ranks (the sum of its terms), 0-d, detached, on the device; NaN where
+            the window has weight 0.
         metrics: by name: weighted means over all ranks (0-d), rows of this rank in the batch's own order, and the means
             of named loss terms.
         num_micro_batches: how many micro-batches were run on this rank.
         num_samples: rows of the batch of this rank.
-        weight: the denominator of the loss, over all ranks, or one per term where weights were given by name.
+        weight: the denominator of the loss, over all ranks, or one per term where weights were given by name; 1 with
+            weight "sum".
         recoveries: the faults that the window survived, in order.
         is_skipped: whether the gradient was not finite and therefore dropped (`on_non_finite=`).
     """

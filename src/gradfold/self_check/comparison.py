@@ -1,6 +1,7 @@
 """The comparison of the gradients of a whole batch with those of its two parts, and what rounding explains.
 
-For a mean, whole = share * first + (1 - share) * second. Where that fails another relation may hold, and says why.
+For a mean, whole = share * first + (1 - share) * second; for a sum, whole = first + second. Where that fails another
+relation may hold, and says why.
 """
 
 from __future__ import annotations
@@ -76,18 +77,28 @@ def perturbed(
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """Gradients of a whole and of its two parts, as back-propagated from grad_outputs of 1, `share` and `1 - share`."""
+    """Gradients of a whole and of its two parts, as back-propagated from grad_outputs of 1, `share` and `1 - share`.
+
+    Where losses add up, all grad_outputs are 1.
+    """
 
     whole: Tensor  # (elements of all parameters,), as the next two; on the host, in float64, since squares may vanish
     first: Tensor
     second: Tensor
     lengths: list[int]  # of each parameter that any of the three has a gradient for
-    share: float  # the normalized weight of the first part
+    share: float  # the normalized weight of the first part; its part of the rows where losses add up
     tolerance: float  # of the gradient of one parameter, relative
+    adds_up: bool = False
 
     @classmethod
     def of(
-        cls, whole: Gradients, first: Gradients, second: Gradients, share: float, tolerance: float
+        cls,
+        whole: Gradients,
+        first: Gradients,
+        second: Gradients,
+        share: float,
+        tolerance: float,
+        adds_up: bool = False,
     ) -> GradientComparison | None:
         """From one gradient per parameter, zero where it is missing; None where all are."""
         rows: list[list[Tensor]] = []
@@ -98,7 +109,7 @@ class GradientComparison:
         if not rows:
             return None
         of_whole, of_first, of_second = map(_on_host, zip(*rows, strict=True))
-        return cls(of_whole, of_first, of_second, [len(row[0]) for row in rows], share, tolerance)
+        return cls(of_whole, of_first, of_second, [len(row[0]) for row in rows], share, tolerance, adds_up)
 
     @cached_property
     def errors(self) -> Tensor:
@@ -126,7 +137,12 @@ class GradientComparison:
         return self.contrast() >= min(100 * self.tolerance, 0.3)
 
     def contrast(self) -> float:
-        """How different the means over the two parts are: where they are equal, weights cannot be told from others."""
+        """How different the means over the two parts are: where they are equal, weights cannot be told from others.
+
+        Of sums, how large the smaller part is: without it, a sum cannot be told from a mean.
+        """
+        if self.adds_up:
+            return float((torch.minimum(self._sizes_of(self.first), self._sizes_of(self.second)) / self._sizes).max())
         if not 0 < self.share < 1:
             return 0.0
         return float((self._sizes_of(self.first / self.share - self.second / (1 - self.share)) / self._sizes).max())
@@ -157,22 +173,27 @@ class GradientComparison:
         return float(rests[0].norm() / self.whole.norm()) if bool(is_proof.any()) else None
 
     def explain(self) -> tuple[str, float | None]:
-        """What holds instead: "sum", "weights" (with the first part's share that fits) or "coupled"."""
+        """What holds instead: "sum", "mean" or "weights" (with the first part's share that fits), or "coupled"."""
         share, rest, tolerance = self.share, 1 - self.share, self.tolerance
         lengths = torch.tensor(self.lengths)
         scale = (self._sizes * lengths.double().sqrt()).repeat_interleave(lengths)
         whole, first, second = self.whole / scale, self.first / scale, self.second / scale
         bound = tolerance * float(first.norm() + second.norm())
-        a, b = first / (share or 1), second / (rest or 1)  # the means; a part of zero weight has a gradient of zero
-        if float((whole - a - b).norm()) < bound / ((share or 1) * (rest or 1)):
-            return "sum", None
+        if self.adds_up:
+            a, b = first, second
+            if float((whole - share * a - rest * b).norm()) < bound:
+                return "mean", share
+        else:
+            a, b = first / (share or 1), second / (rest or 1)  # the means; a part of zero weight has a gradient of zero
+            if float((whole - a - b).norm()) < bound / ((share or 1) * (rest or 1)):
+                return "sum", None
         gap = a - b
         fitting = float((whole - b).dot(gap) / gap.dot(gap))  # brings the mean closest; NaN where there is no gap
         if -1e-3 <= fitting <= 1 + 1e-3 and len(whole) > 2:
             left = float((whole - fitting * a - (1 - fitting) * b).norm())
             # It must explain nearly all, since losses that couple samples weakly are almost a weighted mean, too.
             if left < tolerance * float(a.norm() + b.norm()) and left < 0.02 * float((whole - first - second).norm()):
-                return "weights", fitting
+                return "mean" if self.adds_up else "weights", fitting
         return "coupled", None
 
     @cached_property

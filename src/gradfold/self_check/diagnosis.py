@@ -120,7 +120,8 @@ def _check_weights(experiment: SplitExperiment, whole: ProbeResult) -> None:
 def _find_cause(experiment: SplitExperiment, comparison: GradientComparison, term: str) -> NotDecomposableError:
     cause, fitting = comparison.explain()
     if fitting is not None:
-        return _other_weights(experiment, term, comparison.share, fitting)
+        refuse = _mean_that_adds_up if cause == "mean" else _other_weights
+        return refuse(experiment, term, comparison.share, fitting)
     state: list[str] = []
     if cause == "coupled":
         if experiment.recorded.uses_batch_norm:
@@ -151,8 +152,14 @@ def _state_that_explains(experiment: SplitExperiment, comparison: GradientCompar
 
 
 SUM_TEXT = (
-    "is a sum over the rows, not a mean, so its size depends on how the batch is split. Return the mean: "
-    "reduction='mean', or divide by the number of things summed and pass that number as weight=."
+    'is a sum over the rows, not a mean, so its size depends on how the batch is split. Write weight="sum", with which '
+    "the losses of micro-batches add up; or return the mean: reduction='mean', or divide by the number of things "
+    "summed and pass that number as weight=."
+)
+_MEAN_TEXT = (
+    'is a mean over the rows of a micro-batch, and with weight="sum" the losses of micro-batches add up, so its size '
+    "depends on how the batch is split. Write weight={weight}; or return what the rows add to the loss of the whole "
+    "batch: a sum, also divided by a count of the whole batch (num_items_in_batch)."
 )
 PADDING_TEXT = (
     "depends on the padding of the batch: padded alike, the parts make up the whole, but collate pads a micro-batch to "
@@ -193,6 +200,20 @@ def _other_weights(experiment: SplitExperiment, term: str, declared: float, fitt
         f"weight. {fix}",
         *("weights", term, weight),
     )
+
+
+def _mean_that_adds_up(experiment: SplitExperiment, term: str, _: float, fitting: float) -> NotDecomposableError:
+    """The first part makes up `fitting` of the gradient, where both should add up to it."""
+    weight = _weight_for(experiment, fitting)
+    named = weight or "the denominator of the mean, as a function of the micro-batch"
+    if isinstance(experiment.weight, Mapping):
+        named = f"{{..., {term!r}: {named}}}"
+    return NotDecomposableError(f"{name_term(term)} {mean_text(named)}", "mean", term, weight)
+
+
+def mean_text(weight: str) -> str:
+    """What is wrong with a mean whose weight is "sum", after "the loss"; `weight`: the one that fits, as Python."""
+    return _MEAN_TEXT.format(weight=weight)
 
 
 def _weight_for(experiment: SplitExperiment, share: float) -> str | None:

@@ -146,9 +146,10 @@ class SplitExperiment:
 
     def compare(self, whole: ProbeResult, parts: list[ProbeResult], term: str | None = None) -> GradientComparison:
         """Compare gradients by the weights of this loss term; None: of one that has a weight in both parts."""
-        share = self.share_of_part(0, term or self.seen_or_first(whole.losses))
-        first, second = parts
-        comparison = GradientComparison.of(whole.gradients, first.gradients, second.gradients, share, self._tolerance)
+        weights = self.part_weights.of_term(term or self.seen_or_first(whole.losses))
+        share = len(self.rows[0]) / self.num_rows if weights.adds_up else weights.normalized[0]
+        gradients = whole.gradients, parts[0].gradients, parts[1].gradients
+        comparison = GradientComparison.of(*gradients, share, self._tolerance, weights.adds_up)
         if comparison is None or not any(map(torch.any, (comparison.whole, comparison.first, comparison.second))):
             raise UndecidedError("there was no gradient")
         return comparison

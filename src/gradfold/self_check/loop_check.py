@@ -1,7 +1,8 @@
 """The check of a loop's losses: whether weights count what the losses are means over, as their graphs tell.
 
 A loop body runs the forward passes by itself, so nothing can be run in parts. The last operators of a loss say how many
-values they averaged; of two micro-batches these numbers must be to each other as the weights.
+values they averaged; of two micro-batches these numbers must be to each other as the weights. Where losses add up, a
+value must count as much in one as in the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from gradfold.batch.split import MicroBatch
 from gradfold.engine.loss_graph import compared_rows, terms_of
 from gradfold.errors import NotDecomposableError
 from gradfold.messages import warn
-from gradfold.self_check.diagnosis import SUM_TEXT, find_weight
+from gradfold.self_check.diagnosis import SUM_TEXT, find_weight, mean_text
 
 T = TypeVar("T")
 
@@ -25,10 +26,14 @@ _WINDOWS = frozenset({1, 2, 3, 4, 8, 16, *(4**power for power in range(3, 20))})
 
 
 class LoopCheck:
-    """Looks at the losses of some windows of one loader; `warns` where a loss does not tell, once."""
+    """Looks at the losses of some windows of one loader, which add up or are means.
 
-    def __init__(self, warns: bool) -> None:
+    It warns once where a mean is taken for one over samples, and does not tell.
+    """
+
+    def __init__(self, warns: bool, adds_up: bool = False) -> None:
         self._warns = warns
+        self._adds_up = adds_up
         self._has_warned_of_pairs = False
         self._num_windows = 0
         self._first: tuple[MicroBatch, float, float] | None = None  # with the denominator of its mean, and its weight
@@ -43,7 +48,8 @@ class LoopCheck:
         """Look at the loss of a micro-batch before it is back-propagated.
 
         Raises:
-            NotDecomposableError: it is a sum, or a mean over something else than the weight counts.
+            NotDecomposableError: it is a sum, or a mean over something else than the weight counts; where losses add
+                up, it is a mean.
         """
         if not weight or not loss.requires_grad:
             return
@@ -55,7 +61,7 @@ class LoopCheck:
                 "pairs); then the mean over micro-batches is another loss than that of the batch. Pass the windows to "
                 "an Accumulator, which knows, with gradfold.TwoPhaseLoss(statistic, loss)."
             )
-        denominator = _denominator(loss)
+        denominator = _divisor(loss) if self._adds_up else _denominator(loss)
         if denominator is None:
             if self._warns:
                 self._warns = False
@@ -65,8 +71,19 @@ class LoopCheck:
                 )
         elif self._first is None:
             self._first = part, denominator, weight
+        elif self._adds_up:
+            _compare_divisors(self._first, (part, denominator, weight))
         else:
             _compare(self._first, (part, denominator, weight))
+
+
+def _compare_divisors(one: tuple[MicroBatch, float, float], other: tuple[MicroBatch, float, float]) -> None:
+    (first, of_first, _), (second, of_second, _) = one, other
+    if not math.isclose(of_first, of_second, rel_tol=1e-5):
+        rows = rows_if_any(first.data) or 0, rows_if_any(second.data) or 0
+        share = of_first / (of_first + of_second)
+        fitting = find_weight(first.data, second.data, rows, share) if any(rows) else None
+        raise NotDecomposableError(f"the loss {mean_text(fitting or 'lambda batch: ...')}", "mean", "loss", fitting)
 
 
 def _compare(one: tuple[MicroBatch, float, float], other: tuple[MicroBatch, float, float]) -> None:
@@ -110,3 +127,20 @@ def _denominator(loss: Tensor) -> float | None:
     if term.size > 1:
         raise NotDecomposableError(f"the loss {SUM_TEXT}", "sum", "loss")
     return 1.0
+
+
+def _divisor(loss: Tensor) -> float | None:
+    """What the values of a sum are divided by, which is the same in all micro-batches; None where it does not tell.
+
+    Raises:
+        NotDecomposableError: the loss is a mean.
+    """
+    terms = _read(terms_of, loss)
+    if len(terms) != 1 or terms[0].reduction == "unknown" or not terms[0].size:
+        return None
+    (term,) = terms
+    if term.reduction == "mean" and not term.divisors and term.size > 1:
+        raise NotDecomposableError(f"the loss {mean_text('lambda batch: ...')}", "mean", "loss")
+    if term.has_class_weights or not term.scale:
+        return None
+    return (float(term.count or 1) if term.reduction == "mean" else 1.0) / abs(term.scale)
