@@ -37,7 +37,7 @@ from gradfold.engine.loss_terms import LossFn, LossTerms, read_pair
 from gradfold.engine.outside import OutsideLeaves
 from gradfold.engine.prefetch import prefetch
 from gradfold.engine.result import Recovery, WindowResult
-from gradfold.errors import BatchError, ModelError
+from gradfold.errors import BatchError, GradfoldError, ModelError
 from gradfold.state.gradients import GradientBuffer, parameters_of
 from gradfold.state.snapshot import TRAINING
 from gradfold.weights import WeightOption, sample_weights, weigh
@@ -254,8 +254,17 @@ class Window:
         self.listener.begin(self.micro_batches[index].rows)
         try:
             return (loss_fn or self.loss_fn)(self.model, self.on_device(index))
+        except Exception as error:
+            self.note(error, index)
+            raise
         finally:
             self.listener.end()
+
+    def note(self, error: Exception, index: int) -> None:
+        """Attach to an error of the user's functions, once, which rows ran."""
+        text = f"in micro-batch {index} of {len(self.micro_batches)}{self.micro_batches[index].where}"
+        if not isinstance(error, GradfoldError) and text not in getattr(error, "__notes__", ()):
+            getattr(error, "add_note", lambda text: None)(text)  # Python 3.11
 
     def on_device(self, index: int) -> Any:
         """The data of a micro-batch on the device, in new containers."""

@@ -101,7 +101,11 @@ class Look:
             taken = [part.some_rows(slice(own.start, own.stop)) for own in rows]
             return check_split(self._experiment(part.data, recollated, taken, self._of(index)), diagnoses)
         experiment = SplitExperiment(self._probe, part.data, rows, self._window.weight, recollated, self._of(index))
-        return check_split(experiment, diagnoses)
+        try:
+            return check_split(experiment, diagnoses)
+        except Exception as error:
+            self._window.note(error, index)
+            raise
 
     def _experiment(
         self, whole: Batch, parts: Sequence[Batch], taken: Sequence[Rows], share: Shares
