@@ -48,6 +48,45 @@ def loop(window, model, loss_fn=loss_fn):
         window.backward(loss_fn(model, batch))
 
 
+class Endless:
+    """A loader that says in its own way that it has no length."""
+
+    def __iter__(self):
+        return iter(range(5))
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+class TestLength:
+    """`len()`, for schedules and progress bars."""
+
+    OPTIONS = ({}, {"model": nn.Linear(3, 1), "weight": lambda number: 0.0})
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=["accumulator", "loop body"])
+    @pytest.mark.parametrize("total, size", [(8, 4), (9, 4), (3, 4), (1, 1), (0, 4), (7, 3)])
+    def test_is_the_number_of_windows(self, total, size, options):
+        windows = gradfold.windows(list(range(total)), size, **options)
+        assert len(windows) == math.ceil(total / size)
+        windows = gradfold.windows(list(range(total)), size)
+        assert len(windows) == len(list(windows)) == len(windows)  # as that of a loader, whatever is left of the pass
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=["accumulator", "loop body"])
+    @pytest.mark.parametrize("loader", [iter(range(5)), (item for item in range(5)), Endless()])
+    def test_is_a_type_error_where_the_loader_has_none(self, loader, options):
+        with pytest.raises(TypeError, match=r"has no len\(\)"):
+            len(gradfold.windows(loader, 2, **options))
+
+    def test_a_loader_without_one_can_still_be_listed(self):
+        assert len(list(gradfold.windows(Endless(), 2))) == 3
+
+    def test_one_pass_as_an_iterator_and_in_a_loop(self):
+        windows = gradfold.windows(list(range(5)), 2)
+        assert list(next(windows)) == [0, 1]
+        assert [list(window) for window in windows] == [[2, 3], [4]]
+        assert list(windows) == [] and next(windows, None) is None
+
+
 class TestGrouping:
     @pytest.mark.parametrize(
         "total, size, sizes",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TypeVar, final, overload
+from typing import Any, Generic, TypeVar, cast, final, overload
 
 from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ from gradfold.weights import check_option as check_weight
 __all__ = ["LoadedWindow", "LoopWindow", "windows"]
 
 T = TypeVar("T")
+W = TypeVar("W", bound=MicroBatchWindow[Any])
 
 _FIRST_WINDOWS = 4  # in which a loader's micro-batches are looked at again
 
@@ -195,6 +196,33 @@ class LoopWindow(MicroBatchWindow[T]):
             )
 
 
+@final
+class Windows(Iterator[W], Generic[W]):
+    """The windows of one pass over a loader; they have a `len()` where the loader has one."""
+
+    def __init__(self, loader: Iterable[Any], num_micro_batches: int, found: Iterator[W]) -> None:
+        self._loader = loader
+        self._num_micro_batches = num_micro_batches
+        self._found = found
+
+    def __len__(self) -> int:
+        """How many windows a whole pass has.
+
+        Raises:
+            TypeError: the loader has no `len()`.
+        """
+        try:
+            return -(-len(cast(Sized, self._loader)) // self._num_micro_batches)
+        except NotImplementedError as error:  # of a loader that knows it has none; list() asks, and takes a TypeError
+            raise TypeError(f"{type(self._loader).__name__} has no len()") from error
+
+    def __iter__(self) -> Iterator[W]:
+        return self._found  # itself, so that a loop calls nothing in between
+
+    def __next__(self) -> W:
+        return next(self._found)
+
+
 def _count_rows(micro_batch: object, weight: Weight) -> int:
     """The rows, where something depends on their number; else 0."""
     rows = rows_if_any(micro_batch) if weight in ("samples", "sum") else 0
@@ -209,7 +237,7 @@ def _count_rows(micro_batch: object, weight: Weight) -> int:
 
 
 @overload
-def windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[LoadedWindow[T]]: ...
+def windows(loader: Iterable[T], num_micro_batches: int) -> Windows[LoadedWindow[T]]: ...
 @overload
 def windows(
     loader: Iterable[T],
@@ -220,7 +248,7 @@ def windows(
     batch_norm: BatchNormOption = None,
     backward: BackwardFn | None = None,
     distributed: DistributedOption = None,
-) -> Iterator[LoopWindow[T]]: ...
+) -> Windows[LoopWindow[T]]: ...
 def windows(
     loader: Iterable[T],
     num_micro_batches: int,
@@ -230,8 +258,10 @@ def windows(
     batch_norm: BatchNormOption = None,
     backward: BackwardFn | None = None,
     distributed: DistributedOption = None,
-) -> Iterator[LoadedWindow[T]] | Iterator[LoopWindow[T]]:
-    """Group a loader of micro-batches into windows, one per update; the last may be shorter. No `len()` is needed.
+) -> Windows[LoadedWindow[T]] | Windows[LoopWindow[T]]:
+    """Group a loader of micro-batches into windows, one per update; the last may be shorter.
+
+    The loader needs no `len()`; where it has one, so have the windows, for schedules and progress bars.
 
     Without `model`, a window goes to `accumulator.backward(window)`. With it, only one line of the loop body changes:
 
@@ -271,7 +301,7 @@ def windows(
                 "weight=, batch_norm=, backward= and distributed= belong to windows(..., model=model), whose windows "
                 "have their own backward; without model=, pass them to the Accumulator."
             )
-        return _plain_windows(loader, num_micro_batches)
+        return Windows(loader, num_micro_batches, _plain_windows(loader, num_micro_batches))
     check_weight(weight)
     if isinstance(weight, Mapping):
         raise OptionError("windows(..., model=) takes one weight; several loss terms with weights need an Accumulator.")
@@ -282,7 +312,8 @@ def windows(
             'accumulator: Accumulator(model, loss_fn, batch_norm="exact").backward(window).'
         )
     check_distributed(distributed)
-    return _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward, distributed)
+    found = _loop_windows(loader, num_micro_batches, model, weight, batch_norm, backward, distributed)
+    return Windows(loader, num_micro_batches, found)
 
 
 def _plain_windows(loader: Iterable[T], num_micro_batches: int) -> Iterator[LoadedWindow[T]]:
