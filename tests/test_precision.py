@@ -461,6 +461,7 @@ class TestScaler:
         assert_equal(model.state_dict(), before)
         assert result.num_micro_batches == 7 and result.loss.isfinite().item() == (where == "gradient")
 
+    @pytest.mark.filterwarnings("ignore:weight= is 0")
     def test_a_window_that_weighs_nothing_does_not_move_it(self):
         model = net()
         accumulator = accumulator_for(model, "fp16", weight=lambda batch: 0)
@@ -845,6 +846,7 @@ class TestSums:
         accumulator.backward(batch)
         torch.optim.AdamW(model.parameters()).step()
 
+    @pytest.mark.filterwarnings("ignore:weight= is 0")
     def test_windows_that_leave_out_micro_batches_or_weigh_nothing(self):
         model, batch = net(torch.bfloat16), rows(8, torch.bfloat16)
         bad = batch[0].clone(), batch[1]

@@ -77,6 +77,7 @@ class TestOrder:
     def test_without_a_limit_nothing_is_clipped(self, monkeypatch):
         assert self.events(monkeypatch) == "zero F B F B step schedule"
 
+    @pytest.mark.filterwarnings("ignore:weight= is 0")
     def test_a_batch_that_weighs_nothing_is_neither_clipped_nor_stepped(self, monkeypatch):
         assert self.events(monkeypatch, weight=lambda batch: 0, max_grad_norm=1.0) == "zero"
 
@@ -217,6 +218,7 @@ class TestClipping:
 
 
 class TestEmptyBatches:
+    @pytest.mark.filterwarnings("ignore:weight= is 0")
     def test_are_counted_as_skipped_and_change_nothing(self):
         model, batch = make()
         optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5)
@@ -232,6 +234,7 @@ class TestEmptyBatches:
         assert str(after) == str(before)
         assert step(batch).applied and (step.updates, step.skipped, step.samples) == (2, 1, 21)
 
+    @pytest.mark.filterwarnings("ignore:weight= is 0")
     def test_are_empty_though_a_metric_weighs_something(self):
         """What is left of the loss decides: there is no gradient, so there is no update."""
         model, batch = make()

@@ -322,7 +322,44 @@ def test_a_window_that_weighs_nothing_leaves_no_gradient_and_runs_nothing(named)
     model, ran = nn.Linear(2, 1), []
     weight = {"a": lambda batch: 0, "b": lambda batch: 0} if named else lambda batch: 0
     accumulator = gradfold.Accumulator(model, lambda *_: ran.append(1), micro_batch_size=2, weight=weight)
-    result = accumulator.backward(torch.randn(5, 2))
+    with pytest.warns(RuntimeWarning, match=r"weight= is 0 for every micro-batch"):
+        result = accumulator.backward(torch.randn(5, 2))
     assert result.is_empty and result.loss.isnan() and result.num_micro_batches == 0
     assert result.weight == ({"a": 0, "b": 0} if named else 0)
     assert not ran and gradients(model) == {}
+
+
+class TestWindowsThatWeighNothing:
+    @staticmethod
+    def accumulator(**options):
+        options = {"micro_batch_size": 2, "weight": gradfold.token_count(1)} | options
+        return gradfold.Accumulator(nn.Linear(3, 4), lambda m, b: F.cross_entropy(m(b[0]), b[1]), **options)
+
+    @staticmethod
+    def batch(*labels):
+        torch.manual_seed(0)
+        return torch.randn(len(labels), 3), torch.tensor(labels)
+
+    def test_are_warned_of_once(self):
+        accumulator = self.accumulator()
+        nothing, something = self.batch(-100, -100, -100), self.batch(-100, 2, 1)
+        accumulator.backward(something)
+        with pytest.warns(RuntimeWarning, match=r"ignore_index=.*TrainStep skips") as seen:
+            for batch in (nothing, nothing, something, nothing):
+                assert accumulator.backward(batch).is_empty == (batch is nothing)
+        assert len(seen) == 1 and seen[0].filename == __file__
+
+    def test_though_a_metric_weighs_something(self):
+        def loss_fn(model, batch):
+            return F.cross_entropy(model(batch[0]), batch[1]), {"mean": batch[0].mean()}
+
+        weight = {"loss": gradfold.token_count(1), "mean": "samples"}
+        accumulator = gradfold.Accumulator(nn.Linear(3, 4), loss_fn, micro_batch_size=2, weight=weight)
+        with pytest.warns(RuntimeWarning, match=r"weight= is 0"):
+            assert accumulator.backward(self.batch(-100, -100, -100)).is_empty
+
+    def test_not_where_what_weighed_something_was_left_out_for_a_fault(self):
+        accumulator = self.accumulator(on_non_finite="skip_micro_batch", micro_batch_size=1, self_check=False)
+        inputs, labels = self.batch(1, -100)
+        inputs[0] = math.nan
+        accumulator.backward((inputs, labels))

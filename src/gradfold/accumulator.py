@@ -45,7 +45,7 @@ from gradfold.engine.model_checks import check_hooks, refuse_split_dependent_lay
 from gradfold.engine.recovery import OnNonFinite, check_on_non_finite, does_not_fit, run_with_recovery
 from gradfold.engine.result import WindowResult
 from gradfold.engine.strategy import Run, Sequential, Strategy
-from gradfold.engine.window import Context, GraphForm, PassListener, Window
+from gradfold.engine.window import NO_WEIGHT, Context, GraphForm, PassListener, Window
 from gradfold.errors import GradfoldError, ModelError, NotDecomposableError, OptionError
 from gradfold.memory.auto import Auto, MicroBatchChoice
 from gradfold.memory.auto_tune import AutoTuner
@@ -212,6 +212,7 @@ class Accumulator:
         self._has_dropout = False
         self._has_seen_dropout = False  # whether it was said that torch's own was drawn beside it
         self._settings: tuple[int, RankSettings] | None = None  # of a version of the context
+        self._has_warned_of_empty = False  # of a window that weighs nothing
         self._is_due = False  # whether the self-check may still have to see this window before it runs
         self._is_checked = False  # whether it has
 
@@ -311,7 +312,10 @@ class Accumulator:
         return window
 
     def _check_form(self, window: Window, form: GraphForm) -> None:
-        """Look at a loss that is new, before its gradient is handed over."""
+        """Look at a loss that is new, before its gradient is handed over; warn once where nothing has one."""
+        if not self._has_warned_of_empty and window.is_empty:
+            self._has_warned_of_empty = True
+            warn(NO_WEIGHT)
         check = self._self_check if self._context.coordinator.can_probe else None
         if check is None or not self._strategy.probes_loss or window.is_undivided:
             return

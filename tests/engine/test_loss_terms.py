@@ -462,6 +462,7 @@ class TestMetrics:
             run(model, loss_fn, batch)
         assert gradients(model) == {}
 
+    @pytest.mark.filterwarnings("ignore:weight= is 0")
     def test_a_whole_window_that_weighs_nothing_has_none(self):
         model, batch = make(4)
         result = run(model, lambda m, b: (mse(m, b), {"m": 1.0}), batch, weight=lambda batch: 0)

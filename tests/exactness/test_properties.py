@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gradfold
 
+pytestmark = pytest.mark.filterwarnings("ignore:weight= is 0")  # as some of the batches drawn are
 F = nn.functional
 TOLERANCE = 1e-12
 settings.register_profile("gradfold", deadline=None, max_examples=40, derandomize=True)

@@ -116,6 +116,12 @@ def _parts_of(modules: list[nn.Module]) -> list[Any]:
     return [*map(type, modules), *chain.from_iterable(map(_VALUES, dicts))]
 
 
+NO_WEIGHT = (
+    "weight= is 0 for every micro-batch of this window, so it leaves no gradient, and its loss is NaN. Look for labels "
+    "that are all ignored (ignore_index=, shift=, a truncated prompt), or a mask that is empty. TrainStep skips such "
+    "updates. Later windows without weight are not warned of."
+)
+
 GraphForm: TypeAlias = tuple[str, ...]
 """The names of the last operators of a graph, which tell one loss from another, whatever the sizes."""
 
@@ -296,6 +302,12 @@ class Window:
             self.context.outside.learn(self._watched[0], self.context.version)
         self.is_complete = True
         return self
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no loss term weighs anything, on any rank, though no fault has left anything out."""
+        total = self.weights.total(self.losses.all_names)
+        return not any(total.values() if isinstance(total, dict) else [total]) and not self.recoveries
 
     def result(self) -> WindowResult:
         """Loss, metrics and counts of a complete window."""
