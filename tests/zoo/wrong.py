@@ -190,6 +190,20 @@ def void_pixels():
 
 
 @weights(
+    "two means with denominators of their own, in one sum",
+    says=r"a sum of 2 means, each with a denominator of its own .* Return a dict of terms",
+    remedy="A dict of terms, each with its weight",
+    why="Tokens and their successors: the second mean is over fewer tokens, and no number is right for both.",
+)
+def two_denominators():
+    def loss_fn(model, batch):
+        logits, labels = model(batch["ids"]), batch["labels"]
+        return token_cross_entropy(model, batch) + F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+
+    return setup(tagger(), loss_fn, tokens(), weight=gradfold.token_count("labels"))
+
+
+@weights(
     "several terms, one of them with a wrong weight",
     says="depth",
     remedy='`weight={"classes": "samples", "depth": lambda batch: batch["has_depth"].sum()}`',

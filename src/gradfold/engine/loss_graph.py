@@ -87,15 +87,34 @@ def terms_of(loss: Tensor, grad_output: Tensor | None = None) -> tuple[DividedTe
         divisors = (Divisor(_inverse(number(grad_output)), by_division=False),)
     elif grad_output is not None:
         return (DividedTerm("grad_output", "unknown"),)
-    found: list[DividedTerm] = []
+    return tuple(term for _, term in _nodes_of_terms(loss, divisors))
+
+
+def denominators_of(loss: Tensor) -> dict[Any, float]:
+    """The last operators of the means that a loss is the sum of, with what each divides by; empty where one is none."""
+    found: dict[Any, float] = {}
+    for node, term in _nodes_of_terms(loss, ()):
+        divides = [one.value for one in term.divisors if float(one.value) > 0]
+        count = term.count if term.reduction == "mean" else divides[-1] if term.reduction == "sum" and divides else None
+        if count is None or not float(count) > 0:
+            return {}
+        found[node] = float(count)
+    return found
+
+
+def _nodes_of_terms(loss: Tensor, divisors: tuple[Divisor, ...]) -> list[tuple[Any, DividedTerm]]:
+    """The terms of a loss, each with the operator that it ends in."""
+    found: list[tuple[Any, DividedTerm]] = []
     stack = [(loss.grad_fn, divisors)]
     for _ in range(_MOST_NODES):
         if not stack:
-            return tuple(found)
+            return found
         node, divisors = stack.pop()
         if node is not None:
-            stack += _follow(node, divisors, found)
-    return (*found, DividedTerm("deep", "unknown"))
+            terms: list[DividedTerm] = []
+            stack += _follow(node, divisors, terms)
+            found += [(node, term) for term in terms]
+    return [*found, (None, DividedTerm("deep", "unknown"))]
 
 
 def _num_terms(node: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from gradfold.batch.rows import name_rows
 from gradfold.errors import LossError, NotDecomposableError
 from gradfold.messages import join_names
 from gradfold.self_check.comparison import NOISE, PROOF, GradientComparison, Gradients
+from gradfold.self_check.denominators import fitting_denominators
 from gradfold.self_check.experiment import CannotKnowError, SplitExperiment, SplitResult, UndecidedError
 from gradfold.self_check.probe_run import ProbeResult
 
@@ -119,6 +120,10 @@ def _check_weights(experiment: SplitExperiment, whole: ProbeResult) -> None:
 
 def _find_cause(experiment: SplitExperiment, comparison: GradientComparison, term: str) -> NotDecomposableError:
     cause, fitting = comparison.explain()
+    if cause != "sum" and (fitting is None or _weight_for(experiment, fitting) is None):
+        denominators = fitting_denominators(experiment, term)
+        if denominators:
+            return _several_means(term, denominators)
     if fitting is not None:
         refuse = _mean_that_adds_up if cause == "mean" else _other_weights
         return refuse(experiment, term, comparison.share, fitting)
@@ -199,6 +204,17 @@ def _other_weights(experiment: SplitExperiment, term: str, declared: float, fitt
         f"micro-batch of {experiment.num_rows} make up {fitting:.2%} of its gradient, and {declared:.2%} by their "
         f"weight. {fix}",
         *("weights", term, weight),
+    )
+
+
+def _several_means(term: str, denominators: Sequence[float]) -> NotDecomposableError:
+    """A sum of means over things of different numbers."""
+    numbers = [f"{one:g}" for one in denominators]
+    return NotDecomposableError(
+        f"{name_term(term)} is a sum of {len(numbers)} means, each with a denominator of its own "
+        f"({join_names(numbers, 4)}), so no one weight fits. Return a dict of terms instead of their sum, and give "
+        'each its weight: loss_fn returns {"a": ..., "b": ...}, and weight={"a": ..., "b": ...}.',
+        *("weights", term),
     )
 
 

@@ -42,6 +42,7 @@ class ProbeRun:
 
     Attributes:
         hooked: the parameters whose gradient a hook sees, by name; not within the block.
+        watch: what is called with the loss terms of a run before they are back-propagated.
         has_drawn_unseen: whether a backward pass has drawn random numbers outside of its mode (in a hook).
     """
 
@@ -57,6 +58,7 @@ class ProbeRun:
         self._frozen = frozen
         self._changes_inputs = False
         self._has_run = False
+        self.watch: Callable[[Mapping[str, Tensor]], None] | None = None
         self.has_drawn_unseen = False
         # The window warns of hooks on gradients; here they would hide what the loss itself does.
         self.hooked = parameters_with_hooks(model, self.parameters)
@@ -84,6 +86,8 @@ class ProbeRun:
         batch = map_tensors(torch.clone, batch)  # a model may change its input in place
         with mode or nullcontext():
             terms = self._forward(batch)
+        if self.watch is not None:
+            self.watch(terms)
         weighted = [(term, shares(name)) for name, term in terms.items() if only in (None, name) and shares(name)]
         nodes = list(walk(term.grad_fn for term, _ in weighted))
         self.snapshot.gradients.set_aside(leaves_of(nodes))  # all but those behind a reentrant checkpoint
