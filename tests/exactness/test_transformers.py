@@ -97,6 +97,23 @@ def test_the_gradient_is_that_of_the_padded_batch(exact, name, loss, tolerance):
     assert result.num_micro_batches > 2
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_their_loss_over_num_items_in_batch_adds_up(exact, name):
+    make, _ = MODELS[name]
+    torch.manual_seed(0)
+    batch = make_batch(torch.Generator().manual_seed(0))
+    batch["num_items_in_batch"] = (batch["labels"][:, 1:] != IGNORED).sum()
+    result = exact(
+        make().double().train(),
+        lambda model, batch: own_loss(model, batch, 1),
+        batch,
+        tolerance=1e-6,
+        micro_batch_size=5,
+        weight="sum",
+    )
+    assert result.num_micro_batches == 3
+
+
 def test_a_mask_of_bert_that_is_forgotten_is_refused():
     torch.manual_seed(0)
     batch = make_batch(torch.Generator().manual_seed(0))

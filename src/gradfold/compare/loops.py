@@ -26,6 +26,7 @@ from gradfold.errors import OptionError
 from gradfold.packing.token_budget import TokenBudget
 from gradfold.train_step import TrainStep
 from gradfold.twophase.loss import wrap_loss
+from gradfold.weights import is_sum
 from gradfold.workloads.workload import Workload
 
 
@@ -179,7 +180,9 @@ def gradfold(training: ArmTraining, epochs: Iterable[Tensor]) -> Iterator[Update
     for order in epochs:
         for indices in torch.split(order, training.sizes.global_batch_size):
             result = step(take_own(training.workload, indices, training.group))
-            weight = float(len(indices)) if isinstance(result.weight, Mapping) else result.weight
+            weight = result.weight
+            if isinstance(weight, Mapping) or is_sum(training.workload.weight):
+                weight = float(len(indices))
             applied = result.applied or accumulator.grad_scaler is None
             yield Update(len(indices), result.loss.item(), weight, applied)
 
