@@ -94,7 +94,8 @@ class Accumulator:
             fault a larger size is tried again. "auto" or an `Auto` finds the fastest size that fits, in a few seconds
             of the first window (see `micro_batch_choice`).
         batching: how a batch is split. None: by rows. `Grouped` and `Stacked`: by rows that belong together; `Packed`:
-            by packed sequences; or a `Batching` of your own. A `TokenBudget`: by padded tokens, in micro-batches of rows of similar length.
+            by packed sequences; or a `Batching` of your own. A `TokenBudget`: by padded tokens, in micro-batches of
+            rows of similar length.
         weight: what the mean is over: "samples", `token_count(...)`, or a callable that takes a micro-batch (still on
             the host, collated) and returns a number; or "sum": the losses of micro-batches add up, as a sum does, also
             one divided by a count of the whole batch (`num_items_in_batch`); or a dict of these by the name of the loss

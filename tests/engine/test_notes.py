@@ -55,7 +55,7 @@ def test_in_a_window_of_micro_batches():
 
 def test_where_the_self_check_meets_it():
     loss_fn = Failing(0, ValueError("labels"))
-    assert notes_of(loss_fn, numbered(9), micro_batch_size=4) == ["in micro-batch 0 of 3 (rows 0 to 2)"]
+    assert notes_of(loss_fn, numbered(9), micro_batch_size=4) == ["in micro-batch 0 of 3 (rows 0 to 3)"]
 
 
 def test_once_however_often_the_same_error_is_raised():

@@ -56,7 +56,7 @@ class Packed(Batching):
         return [(row,) for row in range(total)]
 
     def take(self, batch: Batch, rows: Rows) -> Batch:
-        """These sequences, packed; raises BatchError where something does not go with the tokens."""
+        """These sequences, packed; raises BatchError where something has no entry per token."""
         bounds = self._bounds(batch)
         lengths = [bounds[row + 1] - bounds[row] for row in rows]
         tokens = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
@@ -96,6 +96,6 @@ def _with_tokens(value: Any, tokens: Tensor, total: int, key: Any) -> Any:
         return value
     shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
     raise BatchError(
-        f"Packed: batch[{key!r}], a {type(value).__name__}{shape}, does not go with the {total} tokens. Leave it out "
-        "of the batch, and bind it to loss_fn with functools.partial."
+        f"Packed: batch[{key!r}], a {type(value).__name__}{shape}, has no entry for each of the {total} tokens. Leave it "
+        "out of the batch, and bind it to loss_fn with functools.partial."
     )
