@@ -96,6 +96,6 @@ def _with_tokens(value: Any, tokens: Tensor, total: int, key: Any) -> Any:
         return value
     shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
     raise BatchError(
-        f"Packed: batch[{key!r}], a {type(value).__name__}{shape}, has no entry for each of the {total} tokens. Leave it "
+        f"Packed: batch[{key!r}], a {type(value).__name__}{shape}, has no entry per token ({total}). Leave it "
         "out of the batch, and bind it to loss_fn with functools.partial."
     )
