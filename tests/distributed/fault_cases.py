@@ -77,7 +77,7 @@ def loss_fn(model, batch):
 def one_window(rank, size, faulty_rank, at, error):
     """Gradients, or the name of the error and its text; and whether `.grad` was rolled back."""
     model = DistributedDataParallel(perceptron())  # which meets others, too
-    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=4, self_check=False)
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=3, self_check=False)
     batch = cut(regression_batch(), rows_of(rank, size))
     mode = FailAt(at if rank == faulty_rank else 0, ERRORS[error])
     try:
