@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar, cast, final, overload
 from torch import Tensor, nn
 
 from gradfold.batch.loaded_window import LoadedWindow, MicroBatchWindow
-from gradfold.batch.nesting import contents_of, rows_if_any
+from gradfold.batch.nesting import contents_of
+from gradfold.batch.rows import rows_of_whole
 from gradfold.batch.split import MicroBatch, join_batches
 from gradfold.batchnorm.per_micro_batch import WindowStatistics
 from gradfold.batchnorm.policy import (
@@ -225,13 +226,14 @@ class Windows(Iterator[W], Generic[W]):
 
 def _count_rows(micro_batch: object, weight: Weight) -> int:
     """The rows, where something depends on their number; else 0."""
-    rows = rows_if_any(micro_batch) if weight in ("samples", "sum") else 0
+    rows = rows_of_whole(micro_batch) if weight in ("samples", "sum") else 0
     if is_sum(weight):
         return rows or 0
     if rows is None:
+        of = "batch[0]" if isinstance(micro_batch, tuple | list) else 'batch["labels"]'
         raise WeightError(
             f"the rows of a {type(micro_batch).__name__} cannot be counted. Pass weight= to windows(), "
-            'for example weight=lambda batch: len(batch["labels"]).'
+            f"for example weight=lambda batch: len({of})."
         )
     return rows
 

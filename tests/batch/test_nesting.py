@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from gradfold.batch.nesting import Marks, children_of, cut_rows, in_own_containers, map_tensors
+from gradfold.batch.cutting import cut_rows
+from gradfold.batch.nesting import Marks, children_of, in_own_containers, map_tensors
 from gradfold.batch.rows import num_rows
 from gradfold.errors import BatchError
 
@@ -428,18 +429,22 @@ REFUSED = {
     "text": ("words", ["no tensor", "str"]),
     "numpy": ({"x": X, "y": np.zeros(4)}, ["batch['y']", "numpy.ndarray", "torch.as_tensor"]),
     "numpy number": ((X, np.float32(1)), ["batch[1]", "numpy.float32", "torch.as_tensor"]),
-    "packed sequence": ((pack_sequence([X, X[:1]]), X), ["batch[0]", "PackedSequence", "collate="]),
+    "a packed sequence of other rows": ((pack_sequence([X, X[:1]]), X), ["disagree", "batch[1] (4, 2)"]),
     "object": ({"x": X, "graph": object()}, ["batch['graph']", "builtins.object", "collate="]),
     "a class": ({"x": X, "y": Plain}, ["batch['y']", "builtins.type"]),
     "set": ((X, {1, 2}), ["batch[1]", "set"]),
     "range": ((X, range(4)), ["batch[1]", "range"]),
-    "list of strings": ({"x": X, "y": ["a", "b", "c", "d"]}, ["batch['y']", "list of 4", "one value per row"]),
-    "list of numbers": ((X, [1, 2, 3, 4]), ["batch[1]", "list of 4", "make it a tensor"]),
+    "list of strings": ({"x": X, "y": ["a", "b", "c"]}, ["batch['y']", "list of 3", "One value per row", "4 rows"]),
+    "list of numbers": ((X, [1, 2, 3]), ["batch[1]", "list of 3", "make it a tensor"]),
+    "list of objects": ((X, [object()] * 3), ["batch[1]", "list of 3", "4 rows"]),
+    "list of dicts of numbers": ((X, [{"id": 1}] * 3), ["batch[1]", "list of 3", "4 rows"]),
+    "list of other tensors": ((X, [X[:1], X[:3]]), ["disagree", "batch[1][0] (1, 2)", "a list of anything else"]),
+    "as many as many": ((X[:2], [["a", "b"], ["c", "d"]]), ["batch[1]", "unclear", "in a dict"]),
     "numbers in a tuple": ((X, (224, 224)), ["batch[1]", "tuple of 2", "functools.partial"]),
     "a shape": ((X, X.shape), ["batch[1]", "Size of 2"]),
     "lists of strings": ((X, [["a", "b"], ["c"]]), ["batch[1][0]", "list of 2"]),
-    "strings with a gap": ({"x": X, "y": ["a", None, "c", "d"]}, ["batch['y']", "list of 4"]),
-    "numbers with a gap": ({"x": X, "y": (1.0, None, 2.0, None)}, ["batch['y']", "tuple of 4"]),
+    "strings with a gap": ({"x": X, "y": ["a", None, "c"]}, ["batch['y']", "list of 3"]),
+    "numbers with a gap": ({"x": X, "y": (1.0, None, 2.0)}, ["batch['y']", "tuple of 3"]),
 }
 
 
@@ -451,10 +456,10 @@ def test_what_cannot_be_cut_is_refused_with_its_path_and_what_to_write(batch, wo
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_are_refused_alone_and_inside(layout):
-    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=layout)
+def test_a_nested_tensor_whose_rows_have_holes_is_refused_alone_and_inside():
+    starts, lengths = torch.tensor([0, 2, 5]), torch.tensor([1, 2])
+    nested = torch.nested.nested_tensor_from_jagged(torch.ones(5, 3), starts, lengths)
     for batch, path in ((nested, "batch is"), ((X[:2], nested), "batch[1] is"), ({"x": [nested]}, "batch['x'][0] is")):
         with pytest.raises(BatchError, match=r"nested tensor.*collate=") as caught:
             num_rows(batch)
@@ -486,6 +491,10 @@ SAMPLES = {
     "images with transparency": [torch.zeros(4, 8, 8)] * 5,
     "images inside of a dict": {"images": [IMAGE] * 5},
     "images beside targets": ([IMAGE] * 5, [{"boxes": torch.zeros(3, 4)}] * 5),
+    "as many square images as channels": (IMAGE,) * 3,
+    "two images of other sizes": (torch.zeros(3, 8, 6), torch.zeros(3, 7, 5)),
+    "three images beside labels": (tuple(torch.zeros(3, h, 8) for h in (6, 7, 9)), (1, 2, 3)),
+    "three images beside targets": ([torch.zeros(3, 9, 8)] * 3, [{"label": torch.tensor(1)}] * 3),
 }
 
 

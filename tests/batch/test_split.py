@@ -12,7 +12,7 @@ from reference import full_batch_gradient, gradients, relative_error
 from torch import nn
 
 import gradfold
-from gradfold.batch.split import check_size, cut_range, join_batches, split_rows, split_samples
+from gradfold.batch.split import MicroBatcher, check_size, cut_range, join_batches, split_rows, split_samples
 from gradfold.errors import BatchError, GradfoldError, OptionError
 
 
@@ -117,9 +117,14 @@ def test_a_batch_that_fits_is_handed_on_itself():
     assert part.data is batch and part.rows == range(3)
 
 
-def test_a_batch_is_checked_even_where_it_is_not_cut():
-    with pytest.raises(BatchError, match="dim 0"):
-        split_rows((torch.zeros(3), torch.zeros(2)), None)
+@pytest.mark.parametrize("batch", [(torch.zeros(3), torch.zeros(2)), {"x": object()}, (torch.zeros(3), ["a", "b"])])
+def test_nothing_is_asked_of_a_batch_that_is_not_cut_but_a_weight(batch):
+    (part,) = split_rows(batch, None)
+    assert part.data is batch and not part.is_counted
+    with pytest.raises(BatchError):
+        split_rows(batch, 2)
+    with pytest.raises(BatchError, match=r"weight=.samples. needs its number of rows.*weight=lambda"):
+        MicroBatcher(None, counts_samples=True).split(batch)
 
 
 def test_samples_are_collated_once_per_part_in_order():

@@ -40,7 +40,7 @@ def test_rows_are_cut_to_the_longest_of_them():
     part = cut.of_rows((3, 1))
     assert torch.equal(part["ids"], torch.tensor([[1, 2, 3], [1, 0, 0]]))
     assert torch.equal(part["labels"], torch.tensor([[1, 2, 3], [1, -100, -100]]))
-    assert part["class"].tolist() == [3, 1] and part["scale"] is batch["scale"] and part["n"] == 3
+    assert part["class"].tolist() == [3, 1] and part["scale"] == batch["scale"] and part["n"] == 3
     assert width_of(cut.widths, (3, 1)) == 3 and width_of(cut.widths, (2,)) == 1
     assert torch.equal(cut.untrimmed((3, 1))["ids"], batch["ids"][[3, 1]])
 

@@ -132,12 +132,21 @@ def test_a_window_takes_one_loss():
     assert window.loss.item() == pytest.approx(loss_fn(model, batch).item()) and window.weight == 5
 
 
-def test_a_list_of_single_values_is_refused_as_tensors_too():
+def test_a_list_of_single_values_is_cut_or_refused_as_tensors_too():
     """[tensor(1), tensor(2), tensor(3)], one per row, went whole to every micro-batch; numbers were refused."""
     model, (inputs, _) = make()
-    batch = (inputs, list(torch.arange(5.0)))
-    with pytest.raises(gradfold.BatchError, match=r"batch\[1\] is a list of 5 single values"):
-        gradfold.Accumulator(model, loss_fn, micro_batch_size=2).backward(batch)
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append([value.item() for value in batch[1]])
+        return model(batch[0]).mean()
+
+    values = list(torch.arange(5.0))
+    accumulator = gradfold.Accumulator(model, loss_fn, micro_batch_size=2, self_check=False)
+    accumulator.backward((inputs, values))
+    assert seen == [[0, 1], [2, 3], [4]]
+    with pytest.raises(gradfold.BatchError, match=r"batch\[1\] is a list of 4 single values"):
+        accumulator.backward((inputs, values[:4]))
 
 
 def test_a_loop_window_takes_batches_that_nobody_cuts():

@@ -10,7 +10,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from gradfold.batch.nesting import Batch, take_rows
+from gradfold.batch.cutting import take_rows
+from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows, num_rows
 from gradfold.errors import BatchError, OptionError
 

@@ -44,6 +44,7 @@ class GroupBatcher(MicroBatcher):
         return join_batches([self._split_piece(piece, limit) for piece in pieces])
 
     def _remember(self, pieces: Sequence[Batch]) -> None:
+        self._samples = [] if self._collate is None else [sample for piece in pieces for sample in piece]
         self._pieces, self._ends = list(pieces), list(accumulate(map(self._count, pieces)))
 
     def _count(self, piece: Batch) -> int:

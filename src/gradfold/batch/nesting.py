@@ -1,6 +1,6 @@
 """A batch: any nesting of tuples, lists, dicts, dataclasses and named tuples around tensors that agree in dim 0.
 
-Dim 0 counts the *rows* (samples). 0-d tensors, numbers, strings and None are the same for every row, and unchanged.
+Dim 0 counts the *rows* (samples). Here the nesting is walked and rebuilt, whatever has rows in it.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import OrderedDict, UserDict, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
-from functools import cache, partial
-from itertools import accumulate
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from gradfold.batch.own_rows import keeper_of_kind
 from gradfold.errors import BatchError
 
 Batch = Any  # checked where rows are counted, since a type for "any nesting" would accept everything too
@@ -38,10 +38,10 @@ def in_own_containers(batch: Batch) -> Batch:
 
     All the way down; a container that cannot be made again as what it is stays.
     """
-    if not _is_container(batch):
+    if not is_container(batch):
         return batch
     try:
-        own = _rebuilt(in_own_containers, batch)
+        own = rebuilt(in_own_containers, batch)
     except Exception:  # the user's class
         return batch
     return own if type(own) is type(batch) else batch
@@ -49,16 +49,19 @@ def in_own_containers(batch: Batch) -> Batch:
 
 def map_leaves(fn: Callable[[Any], Any], batch: Batch) -> Batch:
     """Rebuild a nesting with `fn(leaf)` in the place of each tensor and of everything else that is not a container."""
-    return _rebuilt(partial(map_leaves, fn), batch) if _is_container(batch) else fn(batch)
+    return rebuilt(partial(map_leaves, fn), batch) if is_container(batch) else fn(batch)
 
 
-def _is_container(node: object) -> bool:
+def is_container(node: object) -> bool:
+    """Whether a nesting goes on inside; not of a dataclass that can be sliced, which knows more than its fields."""
     if isinstance(node, (Tensor, PackedSequence)):  # the latter is a named tuple whose parts are not per row
         return False
-    return isinstance(node, (tuple, list, Mapping)) or is_dataclass(node)
+    if isinstance(node, (tuple, list, Mapping)):
+        return True
+    return is_dataclass(node) and keeper_of_kind(type(node)) is None
 
 
-def _rebuilt(fn: Callable[[Any], Any], batch: Batch) -> Batch:
+def rebuilt(fn: Callable[[Any], Any], batch: Batch) -> Batch:
     """A container with `fn(part)` in the place of each part."""
     if isinstance(batch, (tuple, list)):
         items = [fn(item) for item in batch]
@@ -67,16 +70,25 @@ def _rebuilt(fn: Callable[[Any], Any], batch: Batch) -> Batch:
         return refilled(batch, {key: fn(value) for key, value in batch.items()})
     # A copy, not a call of the class: __post_init__ has run once and may not accept its own results.
     filled = copy.copy(batch)
+    for name in _computed(batch):  # again, of the new values
+        del filled.__dict__[name]
     for name, value in _attributes(batch).items():
         object.__setattr__(filled, name, fn(value))
     return filled
 
 
 def refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
-    """The values in a mapping of the batch's own type, where it can be made; else as a dict."""
+    """The values in a mapping of the batch's own type, where it can be made; else as a dict.
+
+    Raises BatchError where its constructor would lose what it knows besides its keys.
+    """
     kind = type(batch)
     if kind is dict:
         return values
+    if (copied := _own_copy(batch)) is not None:
+        for key, value in values.items():
+            copied[key] = value
+        return cast("Mapping[Any, Any]", copied)
     if isinstance(batch, (OrderedDict, defaultdict, UserDict)):  # transformers' BatchEncoding is a UserDict
         filled = copy.copy(batch)
         for key, value in values.items():
@@ -88,82 +100,48 @@ def refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, A
             made: Mapping[Any, Any] = kind(*arguments, **keywords)
             if isinstance(made, dict) and vars(batch) is not batch:
                 vars(made).update(vars(batch))  # what a dict subclass carries besides its keys
-            if all(made[key] is value for key, value in values.items()):
-                return made
-        except (TypeError, KeyError, ValueError):
+            is_same = all(made[key] is value for key, value in values.items())
+        except (TypeError, KeyError, ValueError, AttributeError):
             continue
+        if is_same:
+            _check_kept(batch, made)
+            return made
     return values
+
+
+def _own_copy(batch: Any) -> Any:
+    """A copy that a sliceable mapping makes of itself, whose keys can be set: that of a TensorDict keeps its shape."""
+    if keeper_of_kind(type(batch)) is None or isinstance(batch, UserDict):
+        return None
+    make = getattr(batch, "copy", None)
+    copied = make() if callable(make) else None
+    return copied if copied is not batch and type(copied) is type(batch) else None
+
+
+def _check_kept(batch: object, made: object) -> None:
+    """Raise BatchError where a mapping that was made again has another number, name or shape than the first."""
+    if batch is vars(batch) if hasattr(batch, "__dict__") else True:
+        return
+    for name, value in vars(batch).items():
+        if isinstance(value, (*CONSTANTS, torch.Size)) and value != getattr(made, name, value):
+            raise BatchError(
+                f"a {type(batch).__name__} cannot be made again of other values without losing its {name} "
+                f"({value!r}). Give the class slices of its own kind (__getitem__, __len__ and to), or pass a dict."
+            )
 
 
 def _attributes(batch: Any) -> dict[str, Any]:
     """What stands in a dataclass: its fields, and what else was put into it (a mask that __post_init__ made)."""
     names = [field.name for field in dataclasses.fields(batch)]
     values = {name: getattr(batch, name) for name in names if hasattr(batch, name)}
-    return values | getattr(batch, "__dict__", {})
+    beside = {name: value for name, value in getattr(batch, "__dict__", {}).items() if name not in _computed(batch)}
+    return values | beside
 
 
-def cut_rows(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
-    """Cut into parts of these numbers of rows, as views; each has a copy of every 0-d tensor, which it may change."""
-    cut = cache(partial(_cut, sizes=sizes))  # what a batch holds twice, its parts hold twice
-
-    def part(index: int, leaf: Tensor) -> Tensor:
-        return cut(leaf)[index]
-
-    return [map_tensors(partial(part, index), batch) for index in range(len(sizes))]
-
-
-def _cut(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    if tensor.dim() == 0:
-        return [tensor.clone() for _ in sizes]
-    if tensor.is_sparse:
-        return [tensor.narrow_copy(0, stop - size, size) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
-    # Autograd knows these parts as separate tensors that share memory, so a model may change its input in
-    # place, as it may with a whole batch. With slices the first such change would tie all of them to its graph.
-    parts: Sequence[Tensor] = torch.unsafe_split_with_sizes(tensor, sizes)
-    return parts
-
-
-def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
-    """A batch of these rows, copied; with a copy of every 0-d tensor, which it may change."""
-    index = torch.tensor(list(rows))
-
-    @cache  # what a batch holds twice, its parts hold twice
-    def take(leaf: Tensor) -> Tensor:
-        return leaf.index_select(0, index.to(leaf.device)) if leaf.dim() else leaf.clone()
-
-    return map_tensors(take, batch)
-
-
-def join_rows(batches: Sequence[Batch], takes_first: bool = False) -> Batch:
-    """Batches of one nesting as one, row after row: the opposite of `cut_rows`.
-
-    Raises:
-        BatchError: they are not alike, or what is the same for every row of one is not so for all, unless it is to be
-            taken from the first.
-    """
-    leaves = list(map(every_leaf, batches))
-    if len({len(one) for one in leaves}) > 1:
-        raise BatchError("batches of different structure cannot be joined")
-    columns = zip(*leaves, strict=True)
-
-    def join(first: Any) -> Any:
-        column = next(columns)
-        if isinstance(first, Tensor) and first.dim():
-            try:
-                return torch.cat(column)
-            except (RuntimeError, TypeError) as error:
-                raise BatchError(f"batches cannot be joined ({error})") from error
-        if takes_first or all(_is_equal(first, other) for other in column):
-            return first
-        raise BatchError("what all rows share differs between batches, so they cannot be joined")
-
-    return map_leaves(join, batches[0])
-
-
-def rows_if_any(batch: Batch) -> int | None:
-    """The rows that all tensors agree on, whatever else is in the batch; None where they do not, or there are none."""
-    counts = {len(leaf) for leaf in every_leaf(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
-    return counts.pop() if len(counts) == 1 else None
+def _computed(batch: object) -> list[str]:
+    """The names of cached properties that have a value, which is computed again where it is missing."""
+    kind = type(batch)
+    return [name for name in getattr(batch, "__dict__", ()) if isinstance(getattr(kind, name, None), cached_property)]
 
 
 def leaves_by_path(batch: Batch) -> list[tuple[str, Any]]:
@@ -238,10 +216,25 @@ def _held_by(leaf: object) -> list[tuple[str, Any]]:
 
 def _is_equal(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.is_nested and b.is_nested:
+            return a.size(0) == b.size(0) and all(map(_is_equal, a.unbind(), b.unbind()))
         return a.layout is b.layout is torch.strided and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, PackedSequence) and isinstance(b, PackedSequence):
         return torch.equal(a.data, b.data) and torch.equal(a.batch_sizes, b.batch_sizes)
-    return a is b or (isinstance(a, CONSTANTS) and type(a) is type(b) and a == b)
+    if a is b or type(a) is not type(b):
+        return a is b
+    return a == b if isinstance(a, CONSTANTS) else _holds_equal(a, b)
+
+
+def _holds_equal(a: object, b: object) -> bool:
+    """Whether two objects of a class hold the same, as far as they say what they hold."""
+    if hasattr(a, "to_dict") and hasattr(b, "to_dict"):  # a batch of graphs
+        return equal(a.to_dict(), b.to_dict())
+    ours, theirs = dict(_held_by(a)), dict(_held_by(b))
+    if not ours or ours.keys() != theirs.keys():
+        return False
+    are_known = all(isinstance(one, (Tensor, *CONSTANTS)) or one is theirs[path] for path, one in ours.items())
+    return are_known and all(_is_equal(ours[path], theirs[path]) for path in ours)
 
 
 def contents_of(batch: Batch) -> list[Hashable]:
@@ -273,7 +266,7 @@ def is_dataclass(node: object) -> bool:
 
 def children_of(node: object) -> list[tuple[str, Any]] | None:
     """The parts of a container with the path that leads to them, or None for a leaf."""
-    if not _is_container(node):
+    if not is_container(node):
         return None
     if isinstance(node, Mapping):
         return [(f"[{key!r}]", value) for key, value in node.items()]

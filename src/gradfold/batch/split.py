@@ -16,9 +16,20 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from gradfold.batch.cutting import RowCut
 from gradfold.batch.loaded_window import MicroBatchWindow
-from gradfold.batch.nesting import Batch, cut_rows, rows_if_any, structure
-from gradfold.batch.rows import Rows, name_rows, num_rows, shift_rows
+from gradfold.batch.nesting import Batch, structure
+from gradfold.batch.rows import (
+    COLOR_CHANNELS,
+    Rows,
+    check_counts,
+    count_rows,
+    holds_samples,
+    name_rows,
+    num_rows,
+    rows_of_whole,
+    shift_rows,
+)
 from gradfold.errors import BatchError, EmptyBatchError, OptionError
 
 Collate = Callable[[list[Any]], Batch]
@@ -31,10 +42,11 @@ class MicroBatch(NamedTuple):
     """What is run at once: some rows of the global batch (on the host), and which."""
 
     data: Batch  # what `loss_fn` takes
-    rows: Rows  # in the order of `data`; empty where they are not counted
+    rows: Rows  # in the order of `data`
     is_cut: bool = False  # whether every tensor is a view or copy that was made for this micro-batch
     width: int | None = None  # the padded length of its rows, where padded tokens are what is limited
     groups: Sequence[Rows] | None = None  # of its rows, those that belong together; None: each stands for itself
+    is_counted: bool = True  # else it counts as one row, and is never cut
 
     @property
     def size(self) -> int:
@@ -105,7 +117,7 @@ def _split_pair(batch: Batch, micro_batch_size: int | None, is_even: bool) -> li
         if type(leaf) is not Tensor or leaf.dim() == 0 or leaf.layout is not torch.strided or leaf.is_nested:
             return None
     total = batch[0].shape[0]
-    if total == 0 or batch[-1].shape[0] != total:
+    if total == 0 or batch[-1].shape[0] != total or (total in COLOR_CHANNELS and batch[0].dim() == 3):
         return None
     ranges = cut_range(total, micro_batch_size, is_even)
     if len(ranges) == 1:
@@ -116,10 +128,34 @@ def _split_pair(batch: Batch, micro_batch_size: int | None, is_even: bool) -> li
 
 def split_rows(batch: Batch, micro_batch_size: int | None, is_even: bool = False) -> list[MicroBatch]:
     """Split a nesting of tensors; micro-batches are views of it."""
-    ranges = cut_range(num_rows(batch), micro_batch_size, is_even)
+    try:
+        total = num_rows(batch)
+    except EmptyBatchError:
+        raise
+    except BatchError:
+        rows = rows_of_whole(batch)
+        if micro_batch_size is not None and (rows is None or rows > micro_batch_size):
+            raise
+        return [MicroBatch(batch, range(rows or 1), is_counted=rows is not None)]
+    ranges = cut_range(total, micro_batch_size, is_even)
     if len(ranges) == 1:
         return [MicroBatch(batch, ranges[0])]
-    return list(map(MicroBatch, cut_rows(batch, list(map(len, ranges))), ranges, repeat(True)))
+    check_counts(batch, total)
+    cut = RowCut(batch, list(map(len, ranges)))
+    return list(map(MicroBatch, cut.parts, ranges, repeat(cut.is_new)))
+
+
+def check_counted(micro_batches: Iterable[MicroBatch]) -> None:
+    """Raise BatchError where there is a micro-batch whose samples cannot be counted, and they are the weight."""
+    for part in micro_batches:
+        if not part.is_counted:
+            try:
+                num_rows(part.data)
+            except BatchError as error:
+                raise BatchError(
+                    f'{error} It need not be cut as long as it fits, but weight="samples" needs its number of rows: '
+                    "pass as weight= what the loss is a mean over, such as weight=lambda batch: len(batch[0])."
+                ) from error
 
 
 def num_samples(samples: Batch) -> int:
@@ -146,11 +182,12 @@ def split_samples(
     return [MicroBatch(collate(list(samples[rows.start : rows.stop])), rows) for rows in ranges]
 
 
-def check_collated(micro_batches: Iterable[MicroBatch]) -> None:
+def check_collated(micro_batches: Iterable[MicroBatch], samples: Sequence[Any]) -> None:
     """Raise BatchError where collation changed the number of samples, which then cannot be the weight."""
     for index, part in enumerate(micro_batches):
-        rows = rows_if_any(part.data)
-        if rows is not None and rows != len(part.rows):
+        rows = count_rows(part.data)
+        is_same = rows is None or rows == len(part.rows)
+        if not is_same and not holds_samples(part.data, [samples[row] for row in part.rows]):
             raise BatchError(
                 f"collate made {rows} rows of the {len(part.rows)} samples of micro-batch {index}{part.where}, so it "
                 'is unclear what weight="samples" should count. Pass as weight= what the loss is a mean over: '
@@ -174,8 +211,10 @@ def split_further(
     rows = [part.rows[own.start : own.stop] for own in ranges]
     if collate_rows is not None and not _is_cut_by_rows(part, collate_rows):
         return [MicroBatch(collate_rows(own), own, False, part.width) for own in rows]
-    parts = cut_rows(part.data, [len(own) for own in rows])
-    return list(map(MicroBatch, parts, rows, repeat(True), repeat(part.width)))
+    if collate_rows is None and not part.is_cut:  # it was not to be cut before
+        check_counts(part.data, num_rows(part.data))
+    cut = RowCut(part.data, [len(own) for own in rows])
+    return list(map(MicroBatch, cut.parts, rows, repeat(cut.is_new), repeat(part.width)))
 
 
 def in_groups(groups: Sequence[Rows], collate_rows: CollateRows) -> MicroBatch:
@@ -320,15 +359,21 @@ class MicroBatcher:
                 raise
             return []
         if self._collate is not None and self._counts_samples:
-            check_collated(micro_batches)
+            check_collated(micro_batches, self._samples)
         return micro_batches
 
     def _split(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
         """Split one batch into micro-batches of this size at most."""
         if self._collate is None:
-            return _split_pair(batch, limit, self.is_even) or split_rows(batch, limit, self.is_even)
+            return _split_pair(batch, limit, self.is_even) or self._split_nesting(batch, limit)
         self._samples = batch
         return split_samples(batch, limit, self._collate, self.is_even)
+
+    def _split_nesting(self, batch: Batch, limit: int | None) -> list[MicroBatch]:
+        micro_batches = split_rows(batch, limit, self.is_even)
+        if self._counts_samples:
+            check_counted(micro_batches)
+        return micro_batches
 
     def _split_pieces(self, pieces: Sequence[Batch], limit: int | None) -> list[MicroBatch]:
         micro_batches = join_batches([self._split(piece, limit) for piece in pieces])

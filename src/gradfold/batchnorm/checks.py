@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradfold.batch.nesting import Batch, rows_if_any, structure
+from gradfold.batch.nesting import Batch, structure
+from gradfold.batch.rows import count_rows
 from gradfold.batch.split import MicroBatch
 from gradfold.batchnorm.intercept import BatchNormCall, BatchNormMode
 from gradfold.batchnorm.moments import Moments
@@ -46,7 +47,7 @@ class InputDependence:
     def note(self, batch: Batch, counts: list[tuple[str, int]]) -> None:
         """What a run of the self-check has counted."""
         self._structure = structure(batch)
-        self._runs.note(rows_if_any(batch), counts)
+        self._runs.note(count_rows(batch), counts)
 
     def judge(self, passed: bool) -> None:
         """Learn from the self-check's runs, where it passed; BatchNormError where the input of a call is mixed."""

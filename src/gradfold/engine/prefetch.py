@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfold.batch.nesting import Batch, every_leaf, map_leaves
+from gradfold.batch.nesting import Batch, every_leaf, in_own_containers, is_container, rebuilt
+from gradfold.batch.own_rows import moved_by_itself
 from gradfold.batch.split import MicroBatch
 
 
@@ -48,12 +50,27 @@ class Prefetcher:
         return batch
 
     def _move(self, index: int) -> Batch:
-        return map_leaves(self._to_device, self._micro_batches[index].data)
+        return self._to_device(self._micro_batches[index].data)
 
-    def _to_device(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf.to(self._device) if hasattr(leaf, "to") else leaf  # a packed sequence, a batch of graphs
+    def _to_device(self, node: Any) -> Any:
+        """A part of a batch on the device, by its own `to` where it has one.
+
+        That runs on the current stream, since the tensors of an object may not be found.
+        """
+        if isinstance(node, Tensor):
+            return self._copy(node)
+        if hasattr(node, "to") and not isinstance(node, type):
+            return moved_by_itself(node, self._device, _own)
+        return rebuilt(self._to_device, node) if is_container(node) else node
+
+    def _copy(self, leaf: Tensor) -> Tensor:
         if self._stream is None or not leaf.is_cpu:
             return leaf.to(self._device, non_blocking=True)
         with torch.cuda.stream(self._stream):
             return leaf.to(self._device, non_blocking=True)
+
+
+def _own(node: Any) -> Any:
+    """Another object with the same tensors, which may be written to."""
+    own = in_own_containers(node)
+    return copy.copy(node) if own is node else own

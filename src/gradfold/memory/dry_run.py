@@ -20,7 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from gradfold.batch.batching import Batching, rows_together
-from gradfold.batch.nesting import Batch, cut_rows, every_leaf, map_tensors
+from gradfold.batch.cutting import cut_rows
+from gradfold.batch.nesting import Batch, every_leaf, map_tensors
 from gradfold.batch.rows import num_rows
 from gradfold.batch.split import Collate, fill, in_groups, num_samples
 from gradfold.distributed.fsdp import ShardingRecipe, set_reducing, sharded_modules

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from gradfold.batch.cutting import take_rows
 from gradfold.batch.nesting import Batch, leaves_by_path, map_tensors
 from gradfold.batch.rows import Rows
 from gradfold.errors import BatchError
@@ -61,16 +62,14 @@ class PaddedBatch:
         return self._select(rows, self.padded)
 
     def _select(self, rows: Rows, widths: Mapping[str, int]) -> Batch:
-        index = torch.tensor(rows)
-
         @cache  # what a batch holds twice, its parts hold twice
-        def cut(leaf: Tensor) -> Tensor:
+        def trim(leaf: Tensor) -> Tensor:
             for dim, name in self._dims.get(id(leaf), {}).items():
                 size, width = leaf.shape[dim], min(widths[name], leaf.shape[dim])
                 leaf = leaf.narrow(dim, size - width if self._side == "left" else 0, width)
-            return leaf.index_select(0, index.to(leaf.device)) if leaf.dim() else leaf
+            return leaf
 
-        return map_tensors(cut, self._batch)
+        return take_rows(map_tensors(trim, self._batch), rows)
 
     @property
     def full_width(self) -> int:

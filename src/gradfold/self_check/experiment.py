@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from gradfold.batch.nesting import Batch, cut_rows
+from gradfold.batch.cutting import cut_rows
+from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import Rows, name_rows, num_rows
 from gradfold.batch.split import MicroBatch
 from gradfold.engine.model_checks import dropping_modules
@@ -70,18 +71,17 @@ class SplitExperiment:
         share: Shares = lambda name: 1.0,
         parts: Sequence[Batch] | None = None,
     ) -> None:
+        self.num_rows = sum(map(len, rows))
         try:
             if parts is None:
-                num_rows(whole)
+                _check_cut(whole, self.num_rows, recollated or (), rows)
             first, second = parts or cut_rows(whole, [len(own) for own in rows])
         except (BatchError, RuntimeError):
             if recollated is None:
                 raise
             first, second = recollated
-        self.num_rows = sum(map(len, rows))
         try:
             self.whole_weights = weigh(weight, [MicroBatch(whole, range(self.num_rows))])
-            # Cuts may be along something else than rows, where a batch has as many of it (samples and channels).
             self.part_weights = weigh(weight, list(map(MicroBatch, recollated or (first, second), rows)))
         except Exception as error:
             raise PartFailedError(f"weight= fails on a part of a micro-batch ({first_line(error)})") from error
@@ -190,6 +190,7 @@ class SplitExperiment:
         if not self.are_collated or self.recorded.values:
             return False
         try:
+            _check_cut(self._whole, self.num_rows, self.recollated, self.rows)
             parts = cut_rows(self._whole, [len(rows) for rows in self.rows])
         except (BatchError, RuntimeError):
             return False
@@ -253,3 +254,14 @@ class SplitExperiment:
     def _result(self, whole: ProbeResult, parts: list[ProbeResult], dtypes: set[torch.dtype]) -> SplitResult:
         self._tolerance = tolerance_of(dtypes).gradient
         return SplitResult(whole, parts, self.compare(whole, parts))
+
+
+def _check_cut(whole: Batch, size: int, recollated: Sequence[Batch], rows: Sequence[Rows]) -> None:
+    """Raise BatchError where a batch cannot be cut by rows; where it is collated, collation says what a row is.
+
+    What tensors agree on may be as much by accident: three images have three channels.
+    """
+    for data, expected in ((whole, size), *zip(recollated, map(len, rows), strict=bool(recollated))):
+        found = num_rows(data)
+        if found != expected:
+            raise BatchError(f"what seems to be rows is not: there are {found} where {expected} samples were collated")

@@ -8,7 +8,8 @@ from functools import partial
 
 from torch import Tensor
 
-from gradfold.batch.nesting import Batch, cut_rows, equal, every_leaf, join_rows
+from gradfold.batch.cutting import cut_rows, join_rows
+from gradfold.batch.nesting import Batch, equal, every_leaf
 from gradfold.batch.rows import Rows, name_rows, num_rows
 from gradfold.batch.split import CollateRows, MicroBatch
 from gradfold.engine.window import Window

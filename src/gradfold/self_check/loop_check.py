@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from gradfold.batch.nesting import rows_if_any
+from gradfold.batch.rows import rows_of_whole
 from gradfold.batch.split import MicroBatch
 from gradfold.engine.loss_graph import compared_rows, terms_of
 from gradfold.errors import NotDecomposableError
@@ -53,7 +53,7 @@ class LoopCheck:
         """
         if not weight or not loss.requires_grad:
             return
-        rows = rows_if_any(part.data) or 0
+        rows = rows_of_whole(part.data) or 0
         if not self._has_warned_of_pairs and rows > 1 and {rows, 2 * rows} & {*_read(compared_rows, loss)}:
             self._has_warned_of_pairs = True
             warn(
@@ -80,7 +80,7 @@ class LoopCheck:
 def _compare_divisors(one: tuple[MicroBatch, float, float], other: tuple[MicroBatch, float, float]) -> None:
     (first, of_first, _), (second, of_second, _) = one, other
     if not math.isclose(of_first, of_second, rel_tol=1e-5):
-        rows = rows_if_any(first.data) or 0, rows_if_any(second.data) or 0
+        rows = rows_of_whole(first.data) or 0, rows_of_whole(second.data) or 0
         share = of_first / (of_first + of_second)
         fitting = find_weight(first.data, second.data, rows, share) if any(rows) else None
         raise NotDecomposableError(f"the loss {mean_text(fitting or 'lambda batch: ...')}", "mean", "loss", fitting)
@@ -90,7 +90,7 @@ def _compare(one: tuple[MicroBatch, float, float], other: tuple[MicroBatch, floa
     (first, of_first, weight), (second, of_second, other_weight) = one, other
     if math.isclose(of_first * other_weight, of_second * weight, rel_tol=1e-5):
         return
-    rows = rows_if_any(first.data) or 0, rows_if_any(second.data) or 0
+    rows = rows_of_whole(first.data) or 0, rows_of_whole(second.data) or 0
     fitting = find_weight(first.data, second.data, rows, of_first / (of_first + of_second)) if any(rows) else None
     raise NotDecomposableError(
         f"the losses of two micro-batches are means over {of_first:g} and {of_second:g}, and their weights are "

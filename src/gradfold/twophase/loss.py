@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from gradfold.batch.nesting import every_leaf, leaves_by_path, rows_if_any
+from gradfold.batch.nesting import every_leaf, leaves_by_path
+from gradfold.batch.rows import count_rows
 from gradfold.engine.loss_terms import LossFn, LossOutput, check_loss_fn
 from gradfold.errors import NotDecomposableError, OptionError
 from gradfold.self_check.experiment import CannotKnowError, UndecidedError
@@ -93,7 +94,7 @@ def probe_of(loss_fn: TwoPhaseLoss, note: Callable[[int | None, dict[str, Any]],
     def probe(model: nn.Module, batch: Any) -> Tensor:
         statistics = loss_fn.statistic(model, batch)
         leaves = [leaf for leaf in every_leaf(statistics) if has_gradient(leaf) and leaf.is_floating_point()]
-        num_rows = rows_if_any(batch)
+        num_rows = count_rows(batch)
         if note is not None:
             note(num_rows, {path: leaf for path, leaf in leaves_by_path(statistics) if not has_gradient(leaf)})
         if not leaves:

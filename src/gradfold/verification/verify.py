@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gradfold.accumulator import Accumulator
 from gradfold.batch.batching import rows_together
-from gradfold.batch.nesting import Batch, join_rows
+from gradfold.batch.cutting import join_rows
+from gradfold.batch.nesting import Batch
 from gradfold.batch.rows import num_rows
 from gradfold.batch.split import num_samples
 from gradfold.distributed.ddp import find_process_group, parallel_modules, unwrapped, wrapped_as
