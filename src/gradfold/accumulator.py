@@ -232,7 +232,8 @@ class Accumulator:
 
         Args:
             batch: tensors that agree in dim 0 (rows), in any nesting of tuples, lists, dicts, dataclasses and named
-                tuples, where 0-d tensors, numbers and text are the same for every micro-batch; or a list of samples,
+                tuples, where 0-d tensors, numbers and text are the same for every micro-batch, and lists inside have
+                one entry per row; or an object that can be sliced by rows (a TensorDict); or a list of samples,
                 with `collate`; or a window from `gradfold.windows(loader, n)`, each of whose micro-batches is a batch.
                 Rows go to the device of the model's first parameter.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections import UserDict
 from collections.abc import MutableMapping
 from functools import cached_property
@@ -403,6 +404,26 @@ def test_collate_may_hand_on_the_list(num, size, shape):
     assert relative_error(gradients(model), expected) <= 1e-12
 
 
+def test_the_self_check_does_not_cut_channels_where_random_numbers_are_drawn():
+    """Parts that are cut, not collated, have the random numbers of the whole."""
+    samples = [torch.randn(3, 5, 6).double() for _ in range(3)]
+    model = nn.Sequential(nn.Linear(6, 2), nn.Dropout(0.5)).double()
+
+    def loss_fn(model, batch):
+        return torch.stack([model(one).square().sum() for one in batch]).mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random numbers of these rows cannot be handed to them
+        gradfold.Accumulator(model, loss_fn, micro_batch_size=3, collate=list).backward([*samples, *samples])
+
+
+def test_objects_in_a_list_that_agree_by_accident_are_samples():
+    x, y = data()
+    for one in (Sliceable(x, y), Shaped({"x": x}, ROWS)):
+        with pytest.raises(BatchError, match="list of samples"):
+            num_rows([one, one])
+
+
 def test_windows_whose_pieces_are_run_whole_may_hold_anything():
     samples = images(7)
     pieces = [by_column(samples[:4]), by_column(samples[4:])]  # four and three images, of three channels each
@@ -468,7 +489,7 @@ def test_what_does_not_fit_and_cannot_be_cut_says_so():
         raise torch.OutOfMemoryError("no memory")
 
     accumulator = gradfold.Accumulator(nn.Linear(3, 2), loss_fn, weight=lambda batch: 4, self_check=False)
-    with pytest.raises(gradfold.DoesNotFitError, match="does not fit"):
+    with pytest.raises(gradfold.DoesNotFitError, match="a batch whose rows cannot be counted does not fit"):
         accumulator.backward(Opaque(torch.zeros(4, 3)))
 
 

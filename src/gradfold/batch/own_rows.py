@@ -5,7 +5,7 @@ They are cut and joined by their own means, since rebuilt from their tensors the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -129,7 +129,9 @@ class _Sliceable:
     def count(self, node: Any) -> int | None:
         try:
             size = len(node)
-            return size if not size or self._is_part(node[0:1], node, 1) else None
+            if not size:
+                return None if isinstance(node, Mapping) else 0  # a mapping may have tensors with rows all the same
+            return size if self._is_part(node[0:1], node, 1) else None
         except Exception:  # the class's own
             return None
 

@@ -284,10 +284,14 @@ def _are_pictures(tensors: Sequence[Tensor]) -> bool:
 
 
 def _are_alike(parts: Sequence[Any]) -> bool:
-    """Whether all are tuples, dicts or dataclasses of one kind."""
-    if not all(isinstance(part, (tuple, Mapping)) or is_dataclass(part) for part in parts):
+    """Whether all are tuples, dicts, dataclasses or objects with rows of one kind."""
+    if not all(isinstance(part, (tuple, Mapping)) or is_dataclass(part) or _is_object(part) for part in parts):
         return False
-    return len({tuple(suffix for suffix, _ in children_of(part) or []) for part in parts}) == 1
+    return len({(type(part), *[suffix for suffix, _ in children_of(part) or []]) for part in parts}) == 1
+
+
+def _is_object(node: object) -> bool:
+    return not isinstance(node, Tensor) and own_rows(node) is not None
 
 
 def _are_samples_by_part(batch: Batch, rows: int) -> bool:

@@ -157,9 +157,9 @@ def _halve(window: Window, snapshot: Snapshot, micro_batcher: MicroBatcher, mess
     failed = window.micro_batches[window.current]
     window.failed_sizes.append(failed.size)
     if failed.num_units < 2:
-        what = "one row does" if len(failed.rows) < 2 else f"{len(failed.rows)} rows that belong together do"
         raise DoesNotFitError(
-            f"{what} not fit in memory{failed.where}: tried {_listed(window)} at once. The last error was: {message}",
+            f"{_named(failed)} not fit in memory{failed.where}: tried {_listed(window)} at once. The last error was: "
+            f"{message}",
             tuple(window.failed_sizes),
         )
     keeps = snapshot.return_to_savepoint()
@@ -177,6 +177,13 @@ def _halve(window: Window, snapshot: Snapshot, micro_batcher: MicroBatcher, mess
     unit: Unit = "rows" if failed.width is None else "padded tokens"
     window.recoveries.append(Recovery("out_of_memory", "halved", failed.rows, size, not keeps, unit=unit))
     return smaller
+
+
+def _named(part: MicroBatch) -> str:
+    """A micro-batch that is not split, with a verb."""
+    if not part.is_counted:
+        return "a batch whose rows cannot be counted does"
+    return "one row does" if len(part.rows) < 2 else f"{len(part.rows)} rows that belong together do"
 
 
 def _split_further(window: Window, micro_batcher: MicroBatcher, size: int, done: frozenset[int]) -> Window:
