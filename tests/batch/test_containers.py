@@ -350,6 +350,19 @@ def test_a_number_of_rows_that_was_counted_before_the_cut_is_refused(batch):
     assert gradfold.Accumulator(model, loss_fn).backward(batch).num_micro_batches == 1  # not cut
 
 
+@pytest.mark.parametrize("sizes", [(5, 5), (5, 3)])
+def test_a_number_of_rows_in_pieces_that_are_run_whole_is_no_reason_to_accuse_the_loss(sizes):
+    def loss_fn(model, batch):
+        return model(batch.x).sum() / batch.n
+
+    model, x = nn.Linear(3, 1).double(), torch.randn(sum(sizes), 3).double()
+    pieces = [Counted(part, len(part)) for part in x.split(list(sizes))]
+    expected = full_batch_gradient(model, lambda model: loss_fn(model, Counted(x, len(x))))
+    with pytest.warns(RuntimeWarning, match="the number of rows"):
+        gradfold.Accumulator(model, loss_fn).backward(next(gradfold.windows(pieces, 2)))
+    assert relative_error(gradients(model), expected) <= 1e-12
+
+
 def test_another_number_is_the_same_for_all():
     assert [part.n for part in cut_rows(Counted(torch.zeros(5), 3), [3, 2])] == [3, 3]
 

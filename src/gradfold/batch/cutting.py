@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradfold.batch.nesting import Batch, equal, is_container, rebuilt
 from gradfold.batch.own_rows import Memo, keeper_of
-from gradfold.batch.rows import Rows, count_rows, has_entry_per_row
+from gradfold.batch.rows import Rows, check_counts, count_rows, has_entry_per_row
 from gradfold.errors import BatchError
 
 Fn = Callable[[Any], Any]
@@ -112,10 +112,8 @@ def join_rows(batches: Sequence[Batch], takes_first: bool = False) -> Batch:
         BatchError: they are not alike, or what is the same for every row of one is not so for all, unless it is to be
             taken from the first.
     """
-    totals = [count_rows(batch) for batch in batches]
-    if None in totals:
-        raise BatchError("batches whose rows cannot be counted cannot be joined")
-    leaves = [_leaves_of(batch, total or 0) for batch, total in zip(batches, totals, strict=True)]
+    totals = [_total_of(batch, takes_first) for batch in batches]
+    leaves = [_leaves_of(batch, total) for batch, total in zip(batches, totals, strict=True)]
     if len({len(one) for one in leaves}) > 1:
         raise BatchError("batches of different structure cannot be joined")
     columns = zip(*leaves, strict=True)
@@ -137,7 +135,16 @@ def join_rows(batches: Sequence[Batch], takes_first: bool = False) -> Batch:
             return first
         raise BatchError("what all rows share differs between batches, so they cannot be joined")
 
-    return _mapped(batches[0], totals[0] or 0, join, lambda first: share(first, next(columns)))
+    return _mapped(batches[0], totals[0], join, lambda first: share(first, next(columns)))
+
+
+def _total_of(batch: Batch, takes_first: bool) -> int:
+    total = count_rows(batch)
+    if total is None:
+        raise BatchError("batches whose rows cannot be counted cannot be joined")
+    if not takes_first:
+        check_counts(batch, total)
+    return total
 
 
 def _leaves_of(batch: Batch, total: int) -> list[Any]:

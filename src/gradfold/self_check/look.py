@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradfold.batch.cutting import cut_rows, join_rows
 from gradfold.batch.nesting import Batch, equal, every_leaf
-from gradfold.batch.rows import Rows, name_rows, num_rows
+from gradfold.batch.rows import Rows, check_counts, name_rows, num_rows
 from gradfold.batch.split import CollateRows, MicroBatch
 from gradfold.engine.window import Window
 from gradfold.errors import BatchError, GradfoldError, HookError, NotDecomposableError, is_out_of_memory
@@ -72,6 +72,7 @@ class Look:
     def _check_one(self, index: int) -> Collection[str]:
         """One micro-batch in two parts: some of its rows, else all; where these differ, whole micro-batches, too."""
         part = self._window.micro_batches[index]
+        self._check_counts(part)
         size = _enough_rows(part.num_units)
         if size == part.num_units:
             return self._check_parts(part, index)
@@ -147,7 +148,13 @@ class Look:
         part = self._window.micro_batches[largest]
         if part.num_units == 1:
             return self._check_joined(self._busy[:1], self._busy[1:4])
+        self._check_counts(part)
         return self._check_parts(part, largest, 0.5)
+
+    def _check_counts(self, part: MicroBatch) -> None:
+        """Raise BatchError where a micro-batch that was not to be cut has counted its rows."""
+        if self._collate_rows is None and not part.is_cut:
+            check_counts(part.data, len(part.rows))
 
     def _check_joined(self, first: list[int], second: list[int], num_rows: int | None = None) -> Collection[str]:
         """Micro-batches all together, and in two groups; of each so many rows, collated, or all."""
